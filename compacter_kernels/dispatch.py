@@ -1,0 +1,104 @@
+"""Which impl serves a call: an explicit choice never falls back, "auto" asks each in turn and says so once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from compacter_kernels import impl as impls
+from compacter_kernels.problem import Problem
+
+ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
+logger = logging.getLogger("compacter_kernels")
+_announced: set[tuple[str, str]] = set()
+
+
+class Plan(NamedTuple):
+    """An impl chosen for a problem. kernel is None for the plain-torch impls, which are differentiable themselves."""
+
+    name: str
+    reason: str
+    module: ModuleType
+    kernel: Any
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns: the impl of this call, why, and for each other impl why not."""
+
+    impl: str
+    reason: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [f"{self.impl}: {self.reason}", *(f"not {name}: {why}" for name, why in self.others.items())]
+        return "\n".join(rows)
+
+
+def available_impls() -> dict[str, str | None]:
+    """Every impl, and why it cannot run in this process: None where it can.
+
+    Example: {"dense": None, "factored": None, "cpu": "not built: ..."}
+    """
+    return {name: impls.load(name).unavailable() for name in impls.NAMES}
+
+
+def auto_impl() -> str:
+    """What impl="auto" means now: the environment variable COMPACTER_KERNELS_IMPL, else "auto" itself."""
+    return os.environ.get(ENVIRONMENT) or "auto"
+
+
+def _why_not(name: str, problem: Problem) -> str | None:
+    module = impls.load(name)
+    reason: str | None = module.unavailable() or module.refuses(problem)
+    return reason
+
+
+def check_name(impl: object, source: str = "impl") -> str:
+    """Raise ValueError unless this is "auto" or the name of an impl."""
+    if impl not in ("auto", *impls.NAMES):
+        raise ValueError(f"{source}={impl!r} is not known; choose one of auto, {', '.join(impls.NAMES)}")
+    return str(impl)
+
+
+def choose(problem: Problem, impl: str) -> tuple[str, str]:
+    """The impl that serves the problem, and the reason.
+
+    Raises:
+        ValueError: a name that is not known.
+        RuntimeError: an explicit choice that cannot serve; the message says why, and what can.
+    """
+    source = "impl"
+    if check_name(impl) == "auto":
+        impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
+    if impl == "auto":
+        name = next(name for name in impls.PREFERENCE if _why_not(name, problem) is None)
+        before = [f"{n}: {_why_not(n, problem)}" for n in impls.PREFERENCE[: impls.PREFERENCE.index(name)]]
+        return name, "; ".join(["the first of auto's order that serves this call", *before])
+    reason = _why_not(impl, problem)
+    if reason is not None:
+        others = [name for name in impls.PREFERENCE if _why_not(name, problem) is None]
+        raise RuntimeError(f"{source}={impl!r} cannot serve this {problem.operation}: {reason}. Try {', '.join(others)}")
+    return impl, f"chosen by {source}={impl!r}"
+
+
+def plan(problem: Problem, impl: str) -> Plan:
+    """Choose the impl, announce it once, and prepare its kernel."""
+    name, reason = choose(problem, impl)
+    if (problem.operation, name) not in _announced:
+        _announced.add((problem.operation, name))
+        logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
+    module = impls.load(name)
+    kernel = None if name in impls.PLAIN else module.prepare(problem)
+    return Plan(name, reason, module, kernel)
+
+
+def explain(problem: Problem, impl: str = "auto") -> Explanation:
+    """The impl for this problem, and for each other one why not."""
+    name, reason = choose(problem, impl)
+    others = {}
+    for other in impls.NAMES:
+        if other != name:
+            others[other] = _why_not(other, problem) or f"can serve this call, but {name} was {reason.split(';')[0]}"
+    return Explanation(name, reason, others)

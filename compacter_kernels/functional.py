@@ -1,0 +1,209 @@
+"""The public functions: check the arguments once per signature, pick the impl, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compacter_kernels import dispatch, impl as impls, ops
+from compacter_kernels.activations import resolve
+from compacter_kernels.autograd import AdapterFunction, LinearFunction
+from compacter_kernels.problem import Problem, adapter_problem, check_like, linear_problem
+from compacter_kernels.weights import PHMWeights
+
+_plans: dict[Any, dispatch.Plan] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _signature(weights: PHMWeights) -> tuple[Any, ...]:
+    """All that the checks depend on, cheap enough to be taken in every call."""
+    rule, left, right, bias = weights
+    return (
+        rule.shape,
+        rule.dtype,
+        rule.device,
+        left.shape,
+        left.dtype,
+        left.device,
+        None if right is None else (right.shape, right.dtype, right.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
+
+
+def _auto(impl: str) -> str:
+    return dispatch.auto_impl() if impl == "auto" else impl
+
+
+def _any_requires_grad(weights: PHMWeights) -> bool:
+    return any([w is not None and w.requires_grad for w in weights])
+
+
+def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
+    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5); H is built by impl="dense" only.
+
+    Args:
+        x: (..., in), float32, bfloat16, float16 or float64; any strides.
+        weights: the projection in -> out, in any float dtypes.
+        impl: "auto", "dense", "factored" or "cpu".
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit impl that cannot serve this call.
+    """
+    if torch.compiler.is_compiling():
+        name, _ = dispatch.choose(linear_problem(x, weights), impl)
+        plain = name in impls.PLAIN
+        return impls.load(name).linear(x, weights) if plain else ops.linear(x, weights, name)  # type: ignore[no-any-return]
+    try:
+        key = ("linear", x.shape[-1], x.dtype, x.device, *_signature(weights), impl, _auto(impl))
+        plan = _plans.get(key)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        plan, key = None, None  # the checks below say what is wrong
+    if plan is None:
+        plan = _plans[key] = dispatch.plan(linear_problem(x, weights), impl)
+    if plan.kernel is None:
+        result: Tensor = plan.module.linear(x, weights)
+    elif x.__class__ not in _PLAIN:
+        result = ops.linear(x, weights, plan.name)
+    elif torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
+        result = LinearFunction.apply(plan.kernel, x, *weights)
+    else:
+        result = plan.kernel.forward(x, weights)
+    return result
+
+
+def compacter_adapter(
+    x: Tensor,
+    down: PHMWeights,
+    up: PHMWeights,
+    *,
+    activation: str | Callable[[Tensor], Tensor] = "gelu_new",
+    residual: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """scale * up(act(down(x))) [+ residual]: a whole Compacter adapter (arXiv 2106.04647, section 3).
+
+    Args:
+        x: (..., k), float32, bfloat16, float16 or float64; any strides.
+        down, up: the projections k -> d and d -> k, in any float dtypes.
+        activation: a name of `compacter_kernels.activations.FUSED` or any callable; a callable is not fused.
+        residual: a tensor with the shape and dtype of x. x itself, the usual adapter, costs no second read.
+        scale: a number, or a tensor of one number (differentiable).
+        out: where to write, like x; only where no gradient is recorded. It may overlap the inputs.
+        impl: "auto", "dense", "factored" or "cpu".
+
+    Returns:
+        (..., k), contiguous, in x's dtype; or `out`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit impl that cannot serve this call.
+    """
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
+        up, scale = up.scaled(scale.reshape(())), 1.0
+    if residual is not None and residual is not x:
+        check_like(residual, "residual", x, x.shape)
+    if torch.compiler.is_compiling():
+        return _compiled_adapter(x, down, up, activation, residual, scale, out, impl)
+    try:
+        key = (x.shape[-1], x.dtype, x.device, *_signature(down), *_signature(up), activation, impl, _auto(impl))
+        plan = _plans.get(key)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        plan, key = None, None  # the checks below say what is wrong
+    if plan is None:
+        plan = dispatch.plan(adapter_problem(x, down, up, activation), impl)
+        if isinstance(activation, str):
+            _plans[key] = plan
+    if out is not None:
+        return _adapter_into(out, plan, x, down, up, activation, residual, scale)
+    if plan.kernel is None:
+        result: Tensor = plan.module.adapter(x, down, up, resolve(activation), residual, scale)
+    elif x.__class__ not in _PLAIN:
+        result = ops.adapter(x, residual, scale, down, up, str(activation), plan.name)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or _any_requires_grad(down)
+        or _any_requires_grad(up)
+        or (residual is not None and residual.requires_grad)
+    ):
+        same = residual is x
+        result = AdapterFunction.apply(plan.kernel, None if same else residual, same, scale, x, *down, *up)
+    else:
+        result = plan.kernel.forward(x, residual, scale, down, up)
+    return result
+
+
+def explain(
+    x: Tensor,
+    down: PHMWeights,
+    up: PHMWeights | None = None,
+    *,
+    activation: str | Callable[[Tensor], Tensor] = "gelu_new",
+    residual: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> dispatch.Explanation:
+    """The impl that `compacter_adapter(x, down, up, ...)`, or without `up` `phm_linear(x, down)`, takes, and why.
+
+    Takes the arguments of that call (residual, scale and out do not change the choice) and raises what it would raise.
+    """
+    problem = linear_problem(x, down) if up is None else adapter_problem(x, down, up, activation)
+    return dispatch.explain(problem, impl)
+
+
+def _compiled_adapter(
+    x: Tensor,
+    down: PHMWeights,
+    up: PHMWeights,
+    activation: str | Callable[[Tensor], Tensor],
+    residual: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    impl: str,
+) -> Tensor:
+    problem: Problem = adapter_problem(x, down, up, activation)
+    name, _ = dispatch.choose(problem, impl)
+    assert problem.activation is not None
+    if name in impls.PLAIN:
+        result: Tensor = impls.load(name).adapter(x, down, up, problem.activation, residual, scale)
+    else:
+        result = ops.adapter(x, residual, scale, down, up, problem.activation.name, name)
+    return result if out is None else out.copy_(result)
+
+
+def _shares_memory(out: Tensor, other: Tensor | None) -> bool:
+    return other is not None and out.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _adapter_into(
+    out: Tensor,
+    plan: dispatch.Plan,
+    x: Tensor,
+    down: PHMWeights,
+    up: PHMWeights,
+    activation: str | Callable[[Tensor], Tensor],
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Write the result into `out`: directly where it is contiguous and apart from the inputs, else through a copy."""
+    check_like(out, "out", x, x.shape)
+    inputs = (x, residual, *down, *up)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+        raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
+    if plan.kernel is None:
+        return out.copy_(plan.module.adapter(x, down, up, resolve(activation), residual, scale))
+    if out.is_contiguous() and not any(_shares_memory(out, t) for t in inputs):
+        plan.kernel.forward(x, residual, scale, down, up, out)
+        return out
+    return out.copy_(plan.kernel.forward(x, residual, scale, down, up))

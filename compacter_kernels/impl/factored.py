@@ -1,0 +1,70 @@
+"""The same function through small matmuls that never form H: any device, any dtype, differentiable twice.
+
+A projection of rank r is a low-rank map in -> n^2 r -> out whose factor on the wide side is block-diagonal and repeated;
+the rule folds into the factor on the narrow side. All sums run also over the rank index.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compacter_kernels.activations import Activation
+from compacter_kernels.impl.precision import working_dtype, without_autocast
+from compacter_kernels.problem import Problem
+from compacter_kernels.weights import PHMWeights
+
+
+def unavailable() -> str | None:
+    """Why this impl cannot run in this process; None, since it is plain torch."""
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why this impl cannot serve the problem; None, since it serves every one."""
+    return None
+
+
+def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """x H for x (T, in), without H where the weights are factorised."""
+    n, chunk, rank = left.shape
+    tokens = x.shape[0]
+    if right is None:  # no low-rank form: H[p,u,q,v] = sum_i A_i[p,q] W_i[u,v] as one matmul
+        w = rule.reshape(n, n * n).t() @ left.reshape(n, chunk * rank)
+        return x @ w.reshape(n, n, chunk, rank).transpose(1, 2).reshape(n * chunk, n * rank)
+    if chunk >= right.shape[2]:
+        # Z[p,i] = sum_u x[p,u] s_i[u],  y[q,v] = sum_{p,i} Z[p,i] C[(p,i),(q,v)],  C = A_i[p,q] t_i[v]
+        z = x.reshape(tokens * n, chunk) @ left.transpose(0, 1).reshape(chunk, n * rank)
+        c = rule.transpose(0, 1)[:, :, None, :, None] * right[None, :, :, None, :]  # (p, i, r, q, v)
+        return z.reshape(tokens, n * n * rank) @ c.reshape(n * n * rank, -1)
+    # V[q,i] = sum_{p,u} x[p,u] D[(p,u),(q,i)],  D = A_i[p,q] s_i[u],  y[q,v] = sum_i V[q,i] t_i[v]
+    d = rule.permute(1, 2, 0)[:, None, :, :, None] * left.transpose(0, 1)[None, :, None, :, :]  # (p, u, q, i, r)
+    v = x @ d.reshape(n * chunk, n * n * rank)
+    return (v.reshape(tokens * n, n * rank) @ right.reshape(n * rank, -1)).reshape(tokens, -1)
+
+
+def _project(x: Tensor, weights: PHMWeights) -> Tensor:
+    rule, left, right, bias = (None if w is None else w.to(x.dtype) for w in weights)
+    assert rule is not None and left is not None
+    y = _product(x, rule, left, right)
+    return y if bias is None else y + bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.to(working_dtype(x)).reshape(x.numel() // x.shape[-1], x.shape[-1])
+
+
+@without_autocast
+def linear(x: Tensor, weights: PHMWeights) -> Tensor:
+    """y = x H + b: x (..., in) -> (..., out), in x's dtype; computed in float32, or float64 for a float64 x."""
+    return _project(_rows(x), weights).to(x.dtype).reshape(*x.shape[:-1], weights.out_features)
+
+
+@without_autocast
+def adapter(
+    x: Tensor, down: PHMWeights, up: PHMWeights, activation: Activation, residual: Tensor | None, scale: float
+) -> Tensor:
+    """scale * up(act(down(x))) [+ residual]: (..., k) -> (..., k), in x's dtype."""
+    y = _project(activation.function(_project(_rows(x), down)), up).reshape(x.shape)
+    if scale != 1.0:
+        y = y * scale
+    return (y if residual is None else y + residual.to(y.dtype)).to(x.dtype)

@@ -1,0 +1,191 @@
+"""CompacterAdapter, a whole bottleneck adapter of two PHM projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compacter_kernels.activations import resolve
+from compacter_kernels.functional import compacter_adapter
+from compacter_kernels.nn.initialisation import reset_rule
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim
+from compacter_kernels.nn.representation import arguments
+
+
+class CompacterAdapter(nn.Module):
+    """scale * up(act(down(x))) + x: the adapter of Compacter (arXiv 2106.04647, section 3), a drop-in.
+
+    The down projection takes hidden_size to hidden_size // reduction_factor, the up projection takes it back. Parameters
+    are those of `PHMLinear` under `down.` and `up.`, then `scaling`, `norm_before.*`, `norm_after.*` where they are asked
+    for.
+
+    Args:
+        hidden_size: the width of x; phm_dim must divide it and the bottleneck.
+        reduction_factor: an int or a float.
+        activation: a name or a callable, see `compacter_kernels.compacter_adapter`.
+        phm_rule: a Parameter to share with other adapters (a pair of them where the rule is factorised).
+        shared_phm_rule: without phm_rule, whether down and up share one rule (Compacter) or have one each.
+        add_residual: add x, or the `residual` passed to forward.
+        scale: a number, or "learned" for a parameter `scaling` that starts at 1.
+        dropout: probability, on the scaled output before the residual.
+        ln_before, ln_after: layer norm on the input, and on the output; residual_before_ln says whether the residual is
+            added before the latter.
+        phm_bias, phm_rank, factorized_phm_W, factorized_phm_rule, learn_phm, init, phm_init_range, phm_c_init, impl:
+            see `PHMLinear`. phm_init_range is the spread of the rule that down and up share.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option and what would do.
+    """
+
+    scaling: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        reduction_factor: float = 32,
+        phm_dim: int = 4,
+        phm_rank: int = 1,
+        activation: str | Callable[[Tensor], Tensor] = "gelu_new",
+        phm_rule: Rule | None = None,
+        add_residual: bool = True,
+        scale: float | str = 1.0,
+        dropout: float = 0.0,
+        ln_before: bool = False,
+        ln_after: bool = False,
+        residual_before_ln: bool = True,
+        phm_bias: bool = True,
+        factorized_phm_W: bool = True,
+        factorized_phm_rule: bool = False,
+        shared_phm_rule: bool = True,
+        learn_phm: bool = True,
+        init: str = "paper",
+        phm_init_range: float = 1e-4,
+        phm_c_init: str = "normal",
+        impl: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        bottleneck = _bottleneck(hidden_size, reduction_factor)
+        check_phm_dim(phm_dim, phm_rank, hidden_size=hidden_size, bottleneck=bottleneck)
+        resolve(activation)
+        if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):
+            raise ValueError(f"scale must be a finite number or 'learned', got {scale!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
+        self.hidden_size, self.bottleneck, self.reduction_factor = hidden_size, bottleneck, reduction_factor
+        self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
+        self.ln_before, self.ln_after, self.residual_before_ln = ln_before, ln_after, residual_before_ln
+        self.shared_phm_rule, self.impl = shared_phm_rule, impl
+        self._given_rule = phm_rule is not None
+        options: dict[str, Any] = {
+            "phm_dim": phm_dim,
+            "phm_rank": phm_rank,
+            "bias": phm_bias,
+            "factorized_phm_W": factorized_phm_W,
+            "factorized_phm_rule": factorized_phm_rule,
+            "learn_phm": learn_phm,
+            "init": init,
+            "phm_init_range": phm_init_range,
+            "phm_c_init": phm_c_init,
+            "impl": impl,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.down = PHMLinear(hidden_size, bottleneck, phm_rule=phm_rule, **options)
+        share = self._given_rule or shared_phm_rule
+        self.up = PHMLinear(bottleneck, hidden_size, phm_rule=self.down.rule_parameters() if share else None, **options)
+        self.down.shared_phm_rule = share
+        self.register_parameter(
+            "scaling", nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
+        )
+        self.norm_before = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
+        self.norm_after = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
+        self._reset_shared_rule()
+
+    def _reset_shared_rule(self) -> None:
+        if self.shared_phm_rule and not self._given_rule:
+            reset_rule(self.down.rule_parameters(), self.down.phm_init_range, self.down.phm_c_init)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, except a rule that was passed in."""
+        self.down.reset_parameters()
+        self.up.reset_parameters()
+        self._reset_shared_rule()
+        if self.scaling is not None:
+            nn.init.ones_(self.scaling)
+        for norm in (self.norm_before, self.norm_after):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., hidden_size) -> the same shape, in x's dtype where the residual has it too.
+
+        residual: what to add instead of x (parallel placement, a residual from before a norm).
+        """
+        if residual is None and self.add_residual:
+            residual = x
+        h = x if self.norm_before is None else self.norm_before(x)
+        late = self.dropout > 0 and self.training
+        late |= self.norm_after is not None and not self.residual_before_ln
+        late |= residual is not None and residual.dtype != h.dtype
+        y = compacter_adapter(
+            h,
+            self.down.weights(),
+            self.up.weights(),
+            activation=self.activation,
+            residual=None if late else residual,
+            scale=self.scaling if self.scaling is not None else self.scale,  # type: ignore[arg-type]
+            impl=self.impl,
+        )
+        if not late:
+            return y if self.norm_after is None else self.norm_after(y)
+        y = F.dropout(y, self.dropout, self.training)
+        if self.norm_after is not None and not self.residual_before_ln:
+            y = self.norm_after(y)
+        if residual is not None:
+            y = y + residual
+        return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
+
+    def extra_repr(self) -> str:
+        """The arguments that rebuild this adapter; a rule passed in appears by the name phm_rule."""
+        down = self.down
+        return arguments(
+            self,
+            "hidden_size",
+            names={"phm_rule": "phm_rule"} if self._given_rule else {},
+            phm_bias=down.b is not None,
+            **{name: getattr(down, name) for name in _OF_PROJECTION},
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+_OF_PROJECTION = (
+    "phm_dim",
+    "phm_rank",
+    "factorized_phm_W",
+    "factorized_phm_rule",
+    "learn_phm",
+    "init",
+    "phm_init_range",
+    "phm_c_init",
+)
+
+
+def _bottleneck(hidden_size: int, reduction_factor: float) -> int:
+    if not isinstance(hidden_size, int) or hidden_size < 1:
+        raise ValueError(f"hidden_size must be an integer >= 1, got {hidden_size!r}")
+    if isinstance(reduction_factor, bool) or not isinstance(reduction_factor, int | float) or not reduction_factor > 0:
+        raise ValueError(f"reduction_factor must be a number > 0, got {reduction_factor!r}")
+    bottleneck = int(hidden_size // reduction_factor)
+    if bottleneck < 1:
+        raise ValueError(f"reduction_factor={reduction_factor} leaves no bottleneck of hidden_size={hidden_size}")
+    return bottleneck

@@ -1,0 +1,49 @@
+"""How the weights start: as the authors of Compacter draw them, or as the `adapters` library does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import init as torch_init
+
+STYLES = ("paper", "adapters")
+RULE_DISTRIBUTIONS = ("normal", "uniform")
+OWN_RULE_RANGE = 0.01  # the authors' range for a rule that one projection has for itself
+
+
+def check_options(init: str, phm_c_init: str, phm_init_range: float) -> None:
+    """Raise ValueError for an initialisation that is not known."""
+    if init not in STYLES:
+        raise ValueError(f"init={init!r} is not known; choose one of {', '.join(STYLES)}")
+    if phm_c_init not in RULE_DISTRIBUTIONS:
+        raise ValueError(f"phm_c_init={phm_c_init!r} is not known; choose one of {', '.join(RULE_DISTRIBUTIONS)}")
+    if not phm_init_range >= 0:
+        raise ValueError(f"phm_init_range must be a number >= 0, got {phm_init_range}")
+
+
+@torch.no_grad()
+def reset_factors(factors: Iterable[Tensor], init: str) -> None:
+    """Draw W_left, W_right or W, slice by slice.
+
+    paper: xavier uniform with gain sqrt 2, the "glorot-uniform" of the authors' Compacter runs.
+    adapters: xavier normal with gain 1, what `adapters` draws whatever its option says.
+    """
+    for factor in factors:
+        for matrix in factor:
+            if init == "paper":
+                torch_init.xavier_uniform_(matrix, gain=math.sqrt(2))
+            else:
+                torch_init.xavier_normal_(matrix)
+
+
+@torch.no_grad()
+def reset_rule(rules: Iterable[Tensor], spread: float, distribution: str) -> None:
+    """Draw phm_rule, or its two factors: normal with that deviation, or uniform in [-spread, spread]."""
+    for rule in rules:
+        if distribution == "normal":
+            rule.normal_(0.0, spread)
+        else:
+            rule.uniform_(-spread, spread)

@@ -1,0 +1,148 @@
+"""PHMLinear, a linear layer whose matrix is a sum of Kronecker products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compacter_kernels.dispatch import check_name
+from compacter_kernels.functional import phm_linear
+from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
+from compacter_kernels.nn.representation import arguments
+from compacter_kernels.problem import divisors
+from compacter_kernels.weights import PHMWeights
+
+Rule = Tensor | tuple[Tensor, Tensor]
+
+
+def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
+    """Raise ValueError unless phm_dim divides every width and the rank is at least 1."""
+    for name, width in widths.items():
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {width!r}")
+    for name, width in widths.items():
+        if not isinstance(phm_dim, int) or phm_dim < 1 or width % phm_dim:
+            choices = divisors(*widths.values())
+            raise ValueError(f"phm_dim={phm_dim} does not divide {name}={width}; choose one of {choices}")
+    if not isinstance(phm_rank, int) or phm_rank < 1:
+        raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
+
+
+class PHMLinear(nn.Module):
+    """y = x H + b with H = sum_i A_i (x) (s_i t_i), a drop-in for nn.Linear (arXiv 2106.04647, equation 5).
+
+    Parameters, named as the field names them, n = phm_dim and r = phm_rank:
+        W_left (n, in/n, r), W_right (n, r, out/n), or W (n, in/n, out/n) with factorized_phm_W=False;
+        phm_rule (n, n, n), or phm_rule_left (n, n, 1) and phm_rule_right (n, 1, n) with factorized_phm_rule=True;
+        b (out,), or None with bias=False.
+
+    Args:
+        in_features, out_features: widths; phm_dim must divide both.
+        phm_rule: a Parameter (n, n, n), or a pair of them where the rule is factorised, to share with other modules.
+        learn_phm: False keeps the rule as it is, whatever a training script does to requires_grad.
+        init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
+        phm_init_range: spread of a rule that modules share; one that the layer has for itself starts at the authors'
+            0.01. A rule passed in is never drawn anew.
+        phm_c_init: "normal" or "uniform", how the rule is drawn.
+        impl: see `compacter_kernels.phm_linear`.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option and what would do.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        phm_dim: int = 4,
+        phm_rank: int = 1,
+        bias: bool = True,
+        factorized_phm_W: bool = True,
+        factorized_phm_rule: bool = False,
+        phm_rule: Rule | None = None,
+        learn_phm: bool = True,
+        init: str = "paper",
+        phm_init_range: float = 1e-4,
+        phm_c_init: str = "normal",
+        impl: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_phm_dim(phm_dim, phm_rank, in_features=in_features, out_features=out_features)
+        check_options(init, phm_c_init, phm_init_range)
+        check_name(impl)
+        self.in_features, self.out_features = in_features, out_features
+        self.phm_dim, self.phm_rank, self.learn_phm = phm_dim, phm_rank, learn_phm
+        self.factorized_phm_W, self.factorized_phm_rule = factorized_phm_W, factorized_phm_rule
+        self.shared_phm_rule = phm_rule is not None
+        self.init, self.phm_init_range, self.phm_c_init, self.impl = init, phm_init_range, phm_c_init, impl
+
+        def parameter(*shape: int, learn: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=learn)
+
+        n, chunk_in, chunk_out = phm_dim, in_features // phm_dim, out_features // phm_dim
+        if factorized_phm_W:
+            self.W_left = parameter(n, chunk_in, phm_rank)
+            self.W_right = parameter(n, phm_rank, chunk_out)
+        else:
+            self.W = parameter(n, chunk_in, chunk_out)
+        shapes = [(n, n, 1), (n, 1, n)] if factorized_phm_rule else [(n, n, n)]
+        rules = [parameter(*s, learn=learn_phm) for s in shapes] if phm_rule is None else _given(phm_rule, shapes)
+        for name, rule in zip(self._rule_names(), rules, strict=True):
+            self.register_parameter(name, rule)
+        self.register_parameter("b", parameter(out_features) if bias else None)
+        self.reset_parameters()
+
+    def _rule_names(self) -> tuple[str, ...]:
+        return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
+
+    def rule_parameters(self) -> tuple[nn.Parameter, ...]:
+        """phm_rule, or its two factors: what `phm_rule=` of another module takes to share it."""
+        return tuple(getattr(self, name) for name in self._rule_names())
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, except a shared rule; biases are zero."""
+        reset_factors((self.W_left, self.W_right) if self.factorized_phm_W else (self.W,), self.init)
+        if not self.shared_phm_rule:
+            reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
+        if self.b is not None:
+            nn.init.zeros_(self.b)
+
+    def weights(self) -> PHMWeights:
+        """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
+        if self.factorized_phm_rule:
+            left, right = self.phm_rule_left, self.phm_rule_right
+            wide = torch.promote_types(left.dtype, torch.float32)
+            rule = left.to(wide) * right.to(wide)  # of rank 1: A_i[p,q] = l_i[p] r_i[q]
+        else:
+            rule = self.phm_rule
+        if not self.learn_phm and rule.requires_grad:
+            rule = rule.detach()
+        if self.factorized_phm_W:
+            return PHMWeights(rule, self.W_left, self.W_right, self.b)
+        return PHMWeights(rule, self.W, None, self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype."""
+        return phm_linear(x, self.weights(), impl=self.impl)
+
+    def extra_repr(self) -> str:
+        """The arguments that rebuild this layer; a shared rule appears by the name phm_rule."""
+        rule = {"phm_rule": "phm_rule"} if self.shared_phm_rule else {}
+        return arguments(self, "in_features", "out_features", bias=self.b is not None, names=rule)
+
+
+def _given(phm_rule: Rule, shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    rules = [phm_rule] if isinstance(phm_rule, Tensor) else list(phm_rule)
+    if len(rules) != len(shapes):
+        raise ValueError(f"phm_rule must be {len(shapes)} tensor(s) of shapes {shapes}, got {len(rules)}")
+    for rule, shape in zip(rules, shapes, strict=True):
+        if not isinstance(rule, nn.Parameter):
+            raise TypeError(f"phm_rule must be a torch.nn.Parameter, so that it is shared, got {type(rule).__name__}")
+        if tuple(rule.shape) != shape:
+            raise ValueError(f"phm_rule must have shape {shape}, got {tuple(rule.shape)}")
+    return rules  # type: ignore[return-value]

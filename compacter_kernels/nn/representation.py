@@ -1,0 +1,35 @@
+"""The arguments of a module's constructor, read back from the module: what its repr prints."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def arguments(module: nn.Module, *positional: str, names: dict[str, str], **values: Any) -> str:
+    """The constructor call's arguments that differ from the defaults.
+
+    positional: attributes printed first, without a name. names: arguments printed as a bare name, since no literal can
+    stand for them. values: arguments whose value is no attribute of that name.
+    """
+    parts = [repr(getattr(module, name)) for name in positional]
+    parameter = next(module.parameters())
+    for name, spec in inspect.signature(type(module)).parameters.items():
+        if name in positional:
+            continue
+        if name in names:
+            parts.append(f"{name}={names[name]}")
+        elif name == "device":
+            if parameter.device.type != "cpu":
+                parts.append(f"device={str(parameter.device)!r}")
+        elif name == "dtype":
+            if parameter.dtype != torch.get_default_dtype():
+                parts.append(f"dtype={parameter.dtype}")
+        elif name != "phm_rule":
+            value = values[name] if name in values else getattr(module, name)
+            if value != spec.default:
+                parts.append(f"{name}={value!r}")
+    return ", ".join(parts)

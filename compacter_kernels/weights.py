@@ -1,0 +1,73 @@
+"""The weights of one PHM projection, and the matrix that they stand for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PHMWeights(NamedTuple):
+    """The parameters of one projection in -> out (Compacter, arXiv 2106.04647, equations 5 to 7), n = phm_dim.
+
+    rule:  (n, n, n), the slow weights A_i = rule[i].
+    left:  (n, in/n, r), the s_i of rank r; or, unfactorised, W of shape (n, in/n, out/n).
+    right: (n, r, out/n), the t_i; None for an unfactorised W.
+    bias:  (out,) or None.
+
+    Each may have any float dtype, independent of the others.
+    """
+
+    rule: Tensor
+    left: Tensor
+    right: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.left.shape[0] * self.left.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        last = self.left if self.right is None else self.right
+        return last.shape[0] * last.shape[2]
+
+    def scaled(self, scale: Tensor) -> PHMWeights:
+        """Weights whose projection is `scale` times this one, differentiable in `scale` (a tensor of one number)."""
+        bias = None if self.bias is None else self.bias * scale
+        if self.right is None:
+            return PHMWeights(self.rule, self.left * scale, None, bias)
+        return PHMWeights(self.rule, self.left, self.right * scale, bias)
+
+
+def phm_matrix(weights: PHMWeights) -> Tensor:
+    """The matrix H = sum_i A_i (x) (s_i t_i) of a projection, y = x H + b (arXiv 2106.04647, equation 5).
+
+    H[p * in/n + u, q * out/n + v] = sum_i rule[i, p, q] (left_i right_i)[u, v].
+
+    Returns:
+        (in, out), contiguous, differentiable; in the widest dtype of the weights and never below float32, since most
+        entries are subnormal in float16 at the paper's initialisation.
+
+    Raises:
+        TypeError, ValueError: weights that do not fit together; the message names the field.
+    """
+    from compacter_kernels.problem import check_weights  # checks live above the arithmetic
+
+    check_weights(weights, "weights")
+    dtype = torch.promote_types(torch.float32, weights.rule.dtype)
+    for factor in (weights.left, weights.right):
+        if factor is not None:
+            dtype = torch.promote_types(dtype, factor.dtype)
+    return kronecker_sum(weights, dtype)
+
+
+def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:
+    """H of unchecked weights, computed in `dtype`, as the paper writes it: n Kronecker products, then their sum."""
+    rule, left = weights.rule.to(dtype), weights.left.to(dtype)
+    w = left if weights.right is None else torch.bmm(left, weights.right.to(dtype))
+    products = rule[:, :, None, :, None] * w[:, None, :, None, :]  # (n, n, in/n, n, out/n)
+    return products.sum(0).reshape(weights.in_features, weights.out_features)

@@ -1,0 +1,141 @@
+// Numbers of x, g and the output in memory (f32, bf16, f16), and as fp32 in a vector.
+#pragma once
+
+#include "simd.h"
+
+namespace compacter::COMPACTER_ISA {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+typedef uint16_t HalfBits __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+COMPACTER_INLINE Vec from_bf16(HalfBits half) { return (Vec)(__builtin_convertvector(half, BitVec) << 16); }
+
+COMPACTER_INLINE HalfBits to_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+    return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const BitVec bits = (BitVec)v;
+    const BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const BitVec quiet_nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector(v != v ? quiet_nan : rounded, HalfBits);
+#endif
+}
+
+COMPACTER_INLINE Vec from_f16(HalfBits half) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtph_ps((__m128i)half);
+#else
+    const BitVec bits = __builtin_convertvector(half, BitVec);
+    const Vec scaled = (Vec)((bits & 0x7fffu) << 13) * splat(0x1p112f);  // also right for subnormals
+    const BitVec magnitude = (bits & 0x7c00u) == 0x7c00u ? (BitVec)scaled | 0x7f800000u : (BitVec)scaled;
+    return (Vec)(magnitude | (bits & 0x8000u) << 16);
+#endif
+}
+
+COMPACTER_INLINE HalfBits to_f16(Vec v) {
+#if defined(__AVX512F__)
+    return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+    return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const BitVec bits = (BitVec)v, magnitude = bits & 0x7fffffffu;
+    // Normal: drop 13 bits, to nearest even. Subnormal: the adder rounds when 0.5 is added.
+    const BitVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const BitVec subnormal = (BitVec)((Vec)magnitude + splat(0.5f)) - 0x3f000000u;
+    BitVec half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? BitVec{} + 0x7c00u : half;
+    half = v != v ? BitVec{} + 0x7e00u : half;
+    return __builtin_convertvector(half | bits >> 16 & 0x8000u, HalfBits);
+#endif
+}
+
+COMPACTER_INLINE HalfBits load_bits(const void* p) { return *static_cast<const HalfBits*>(p); }
+COMPACTER_INLINE Vec load(const bf16* p) { return from_bf16(load_bits(p)); }
+COMPACTER_INLINE Vec load(const f16* p) { return from_f16(load_bits(p)); }
+COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
+COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
+
+// The first `count` < W numbers, zeros behind them; reads and writes nothing beyond.
+template <class T>
+COMPACTER_INLINE Vec load(const T* p, int64_t count) {
+    T padded[W] = {};
+    for (int64_t j = 0; j < count; ++j) padded[j] = p[j];
+    return load(padded);
+}
+
+template <class T>
+COMPACTER_INLINE void store(T* p, Vec v, int64_t count) {
+    T padded[W];
+    store(padded, v);
+    for (int64_t j = 0; j < count; ++j) p[j] = padded[j];
+}
+
+#if defined(__AVX512F__)
+COMPACTER_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+COMPACTER_INLINE Vec load(const float* p, int64_t count) { return (Vec)_mm512_maskz_loadu_ps(first(count), p); }
+COMPACTER_INLINE void store(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), (__m512)v); }
+COMPACTER_INLINE Vec load(const bf16* p, int64_t count) {
+    return from_bf16((HalfBits)_mm256_maskz_loadu_epi16(first(count), p));
+}
+COMPACTER_INLINE Vec load(const f16* p, int64_t count) {
+    return from_f16((HalfBits)_mm256_maskz_loadu_epi16(first(count), p));
+}
+COMPACTER_INLINE void store(bf16* p, Vec v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), (__m256i)to_bf16(v));
+}
+COMPACTER_INLINE void store(f16* p, Vec v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), (__m256i)to_f16(v));
+}
+#endif
+
+// Store past the caches; p is aligned to the bytes written. Only for data that no cache would hold until it is read.
+COMPACTER_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)v);
+#else
+    store(p, v);
+#endif
+}
+
+COMPACTER_INLINE void stream_bits(void* p, HalfBits half) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)half);
+#elif defined(__AVX2__)
+    _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)half);
+#else
+    *static_cast<HalfBits*>(p) = half;
+#endif
+}
+
+COMPACTER_INLINE void stream(bf16* p, Vec v) { stream_bits(p, to_bf16(v)); }
+COMPACTER_INLINE void stream(f16* p, Vec v) { stream_bits(p, to_f16(v)); }
+
+// Streamed stores of this thread become visible before what it does next.
+COMPACTER_INLINE void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+// Tiles of U vectors over [0, width), the last one cut: body(Int<U>, u, count), count = numbers in the last vector.
+template <int... Sizes, class Body>
+COMPACTER_INLINE void columns(int64_t width, const Body& body) {
+    const int64_t whole = width / W;
+    tiles<Sizes...>(0, whole, [&](auto size, int64_t v) { body(size, v * W, std::false_type{}, 0); });
+    if (width % W) body(Int<1>{}, whole * W, std::true_type{}, width % W);
+}
+
+}  // namespace compacter::COMPACTER_ISA

@@ -1,0 +1,96 @@
+// The vector of one instruction set: W floats, and the few operations that plain vector arithmetic lacks.
+//
+// Everything below csrc/cpu that names COMPACTER_ISA is compiled once per instruction set, in a namespace of that name,
+// and calls no inline function of the standard library: the linker keeps one copy of those, which might be the AVX-512 one.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define COMPACTER_INLINE [[gnu::always_inline]] inline
+
+namespace compacter::COMPACTER_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+constexpr bool many_registers = W == 16;  // AVX-512 has 32 vector registers, the others 16
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t IntVec __attribute__((vector_size(4 * W)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * W)));
+typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16)));
+typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
+
+COMPACTER_INLINE Vec splat(float value) { return value - Vec{}; }
+COMPACTER_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+COMPACTER_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
+// The same four floats in every 128-bit quarter.
+COMPACTER_INLINE Vec load_quad(const float* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vec>(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Vec>(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    return load(p);
+#endif
+}
+
+// Quarter k of the result holds the sums of quarter k of a, b, c and d.
+COMPACTER_INLINE Vec fold4(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    return (Vec)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+#elif defined(__AVX2__)
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps((__m256)a, (__m256)b), _mm256_unpackhi_ps((__m256)a, (__m256)b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
+    return (Vec)_mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+#else
+    const Vec ab = Vec{a[0], b[0], a[1], b[1]} + Vec{a[2], b[2], a[3], b[3]};
+    const Vec cd = Vec{c[0], d[0], c[1], d[1]} + Vec{c[2], d[2], c[3], d[3]};
+    return Vec{ab[0], ab[1], cd[0], cd[1]} + Vec{ab[2], ab[3], cd[2], cd[3]};
+#endif
+}
+
+COMPACTER_INLINE Quad quarter(Vec v, int k) {
+    Quad quarters[W / 4];
+    __builtin_memcpy(quarters, &v, sizeof v);
+    return quarters[k];
+}
+
+COMPACTER_INLINE Quad add_quarters(Vec v) {
+    Quad sum = quarter(v, 0);
+#pragma GCC unroll 4
+    for (int k = 1; k < W / 4; ++k) sum += quarter(v, k);
+    return sum;
+}
+
+COMPACTER_INLINE void store(float* p, Quad v) { *reinterpret_cast<UnalignedQuad*>(p) = v; }
+COMPACTER_INLINE Quad load4(const float* p) { return *reinterpret_cast<const UnalignedQuad*>(p); }
+
+COMPACTER_INLINE int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+template <int Value>
+using Int = std::integral_constant<int, Value>;
+
+// Covers [begin, end) with tiles of the given falling sizes, the last of which is 1: body(Int<size>, first).
+template <int Size, int... Smaller, class Body>
+COMPACTER_INLINE void tiles(int64_t begin, int64_t end, const Body& body) {
+    for (; begin + Size <= end; begin += Size) body(Int<Size>{}, begin);
+    if constexpr (sizeof...(Smaller) > 0)
+        if (begin < end) tiles<Smaller...>(begin, end, body);
+}
+
+}  // namespace compacter::COMPACTER_ISA
