@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Ten
     return guarded
 
 
+def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeights]:
+    """rule, left, right, bias of down, then of up."""
+    return PHMWeights(*params[:4]), PHMWeights(*params[4:])  # type: ignore[arg-type]
+
+
 class LinearFunction(torch.autograd.Function):
     """phm_linear through a fused kernel."""
 
@@ -51,7 +57,7 @@ class LinearFunction(torch.autograd.Function):
         return kernel.forward(x, PHMWeights(rule, left, right, bias))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
         with torch.no_grad():
             grads = ctx.kernel.backward(x, grad, PHMWeights(*params), ctx.needs_input_grad[1:])
@@ -73,14 +79,13 @@ class AdapterFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.kernel, ctx.residual_is_x, ctx.scale = kernel, residual_is_x, scale
         ctx.save_for_backward(x, *params)
-        return kernel.forward(
-            x, x if residual_is_x else residual, scale, PHMWeights(*params[:4]), PHMWeights(*params[4:])
-        )
+        down, up = _projections(params)
+        return kernel.forward(x, x if residual_is_x else residual, scale, down, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
-        down, up = PHMWeights(*params[:4]), PHMWeights(*params[4:])
+        down, up = _projections(params)
         wanted = ctx.needs_input_grad
         with torch.no_grad():
             grads = ctx.kernel.backward(x, grad, ctx.residual_is_x, ctx.scale, down, up, wanted[4:])

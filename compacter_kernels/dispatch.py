@@ -7,9 +7,12 @@ import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from compacter_kernels import impl as impls
+from compacter_kernels.impl import cpu, dense, factored
 from compacter_kernels.problem import Problem
 
+IMPLS = {"dense": dense, "factored": factored, "cpu": cpu}
+PLAIN = ("dense", "factored")  # plain torch: autograd and torch.compile see through them
+PREFERENCE = ("cpu", "factored", "dense")  # the order in which "auto" asks
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
@@ -41,7 +44,7 @@ def available_impls() -> dict[str, str | None]:
 
     Example: {"dense": None, "factored": None, "cpu": "not built: ..."}
     """
-    return {name: impls.load(name).unavailable() for name in impls.NAMES}
+    return {name: module.unavailable() for name, module in IMPLS.items()}
 
 
 def auto_impl() -> str:
@@ -50,15 +53,15 @@ def auto_impl() -> str:
 
 
 def _why_not(name: str, problem: Problem) -> str | None:
-    module = impls.load(name)
+    module = IMPLS[name]
     reason: str | None = module.unavailable() or module.refuses(problem)
     return reason
 
 
 def check_name(impl: object, source: str = "impl") -> str:
     """Raise ValueError unless this is "auto" or the name of an impl."""
-    if impl not in ("auto", *impls.NAMES):
-        raise ValueError(f"{source}={impl!r} is not known; choose one of auto, {', '.join(impls.NAMES)}")
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"{source}={impl!r} is not known; choose one of auto, {', '.join(IMPLS)}")
     return str(impl)
 
 
@@ -73,13 +76,15 @@ def choose(problem: Problem, impl: str) -> tuple[str, str]:
     if check_name(impl) == "auto":
         impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
-        name = next(name for name in impls.PREFERENCE if _why_not(name, problem) is None)
-        before = [f"{n}: {_why_not(n, problem)}" for n in impls.PREFERENCE[: impls.PREFERENCE.index(name)]]
+        name = next(name for name in PREFERENCE if _why_not(name, problem) is None)
+        before = [f"{n}: {_why_not(n, problem)}" for n in PREFERENCE[: PREFERENCE.index(name)]]
         return name, "; ".join(["the first of auto's order that serves this call", *before])
     reason = _why_not(impl, problem)
     if reason is not None:
-        others = [name for name in impls.PREFERENCE if _why_not(name, problem) is None]
-        raise RuntimeError(f"{source}={impl!r} cannot serve this {problem.operation}: {reason}. Try {', '.join(others)}")
+        others = [name for name in PREFERENCE if _why_not(name, problem) is None]
+        raise RuntimeError(
+            f"{source}={impl!r} cannot serve this {problem.operation}: {reason}. Try {', '.join(others)}"
+        )
     return impl, f"chosen by {source}={impl!r}"
 
 
@@ -89,8 +94,8 @@ def plan(problem: Problem, impl: str) -> Plan:
     if (problem.operation, name) not in _announced:
         _announced.add((problem.operation, name))
         logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
-    module = impls.load(name)
-    kernel = None if name in impls.PLAIN else module.prepare(problem)
+    module = IMPLS[name]
+    kernel = None if name in PLAIN else module.prepare(problem)
     return Plan(name, reason, module, kernel)
 
 
@@ -98,7 +103,7 @@ def explain(problem: Problem, impl: str = "auto") -> Explanation:
     """The impl for this problem, and for each other one why not."""
     name, reason = choose(problem, impl)
     others = {}
-    for other in impls.NAMES:
+    for other in IMPLS:
         if other != name:
             others[other] = _why_not(other, problem) or f"can serve this call, but {name} was {reason.split(';')[0]}"
     return Explanation(name, reason, others)

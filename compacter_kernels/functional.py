@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels import dispatch, impl as impls, ops
+from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
 from compacter_kernels.autograd import AdapterFunction, LinearFunction
-from compacter_kernels.problem import Problem, adapter_problem, check_like, linear_problem
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.problem import Problem, adapter_problem, check_like, check_weights, linear_problem
+from compacter_kernels.weights import PHMWeights, kronecker_sum
 
 _plans: dict[Any, dispatch.Plan] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -41,6 +41,26 @@ def _any_requires_grad(weights: PHMWeights) -> bool:
     return any([w is not None and w.requires_grad for w in weights])
 
 
+def phm_matrix(weights: PHMWeights) -> Tensor:
+    """The matrix H = sum_i A_i (x) (s_i t_i) of a projection, y = x H + b (arXiv 2106.04647, equation 5).
+
+    H[p * in/n + u, q * out/n + v] = sum_i rule[i, p, q] (left_i right_i)[u, v].
+
+    Returns:
+        (in, out), contiguous, differentiable; in the widest dtype of the weights and never below float32, since most
+        entries are subnormal in float16 at the paper's initialisation.
+
+    Raises:
+        TypeError, ValueError: weights that do not fit together; the message names the field.
+    """
+    check_weights(weights, "weights")
+    dtype = torch.promote_types(torch.float32, weights.rule.dtype)
+    for factor in (weights.left, weights.right):
+        if factor is not None:
+            dtype = torch.promote_types(dtype, factor.dtype)
+    return kronecker_sum(weights, dtype)
+
+
 def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
     """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5); H is built by impl="dense" only.
 
@@ -58,8 +78,10 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         name, _ = dispatch.choose(linear_problem(x, weights), impl)
-        plain = name in impls.PLAIN
-        return impls.load(name).linear(x, weights) if plain else ops.linear(x, weights, name)  # type: ignore[no-any-return]
+        compiled: Tensor = (
+            dispatch.IMPLS[name].linear(x, weights) if name in dispatch.PLAIN else ops.linear(x, weights, name)
+        )
+        return compiled
     try:
         key = ("linear", x.shape[-1], x.dtype, x.device, *_signature(weights), impl, _auto(impl))
         plan = _plans.get(key)
@@ -175,8 +197,8 @@ def _compiled_adapter(
     problem: Problem = adapter_problem(x, down, up, activation)
     name, _ = dispatch.choose(problem, impl)
     assert problem.activation is not None
-    if name in impls.PLAIN:
-        result: Tensor = impls.load(name).adapter(x, down, up, problem.activation, residual, scale)
+    if name in dispatch.PLAIN:
+        result: Tensor = dispatch.IMPLS[name].adapter(x, down, up, problem.activation, residual, scale)
     else:
         result = ops.adapter(x, residual, scale, down, up, problem.activation.name, name)
     return result if out is None else out.copy_(result)

@@ -1,4 +1,4 @@
-"""The weights of one PHM projection, and the matrix that they stand for."""
+"""The weights of one PHM projection, and the sum of Kronecker products that they stand for."""
 
 from __future__ import annotations
 
@@ -41,28 +41,6 @@ class PHMWeights(NamedTuple):
         if self.right is None:
             return PHMWeights(self.rule, self.left * scale, None, bias)
         return PHMWeights(self.rule, self.left, self.right * scale, bias)
-
-
-def phm_matrix(weights: PHMWeights) -> Tensor:
-    """The matrix H = sum_i A_i (x) (s_i t_i) of a projection, y = x H + b (arXiv 2106.04647, equation 5).
-
-    H[p * in/n + u, q * out/n + v] = sum_i rule[i, p, q] (left_i right_i)[u, v].
-
-    Returns:
-        (in, out), contiguous, differentiable; in the widest dtype of the weights and never below float32, since most
-        entries are subnormal in float16 at the paper's initialisation.
-
-    Raises:
-        TypeError, ValueError: weights that do not fit together; the message names the field.
-    """
-    from compacter_kernels.problem import check_weights  # checks live above the arithmetic
-
-    check_weights(weights, "weights")
-    dtype = torch.promote_types(torch.float32, weights.rule.dtype)
-    for factor in (weights.left, weights.right):
-        if factor is not None:
-            dtype = torch.promote_types(dtype, factor.dtype)
-    return kronecker_sum(weights, dtype)
 
 
 def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:

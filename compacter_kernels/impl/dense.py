@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compacter_kernels.activations import Activation
-from compacter_kernels.impl.precision import working_dtype, without_autocast
+from compacter_kernels.impl.precision import without_autocast, working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 

@@ -1,7 +1,7 @@
 """The same function through small matmuls that never form H: any device, any dtype, differentiable twice.
 
-A projection of rank r is a low-rank map in -> n^2 r -> out whose factor on the wide side is block-diagonal and repeated;
-the rule folds into the factor on the narrow side. All sums run also over the rank index.
+A projection of rank r is a low-rank map in -> n^2 r -> out whose factor on the wide side is block-diagonal and
+repeated; the rule folds into the factor on the narrow side. All sums run also over the rank index.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compacter_kernels.activations import Activation
-from compacter_kernels.impl.precision import working_dtype, without_autocast
+from compacter_kernels.impl.precision import without_autocast, working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 

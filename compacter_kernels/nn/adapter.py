@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.nn.initialisation import reset_rule
-from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim, rule_shapes
 from compacter_kernels.nn.representation import arguments
 
 
 class CompacterAdapter(nn.Module):
     """scale * up(act(down(x))) + x: the adapter of Compacter (arXiv 2106.04647, section 3), a drop-in.
 
-    The down projection takes hidden_size to hidden_size // reduction_factor, the up projection takes it back. Parameters
-    are those of `PHMLinear` under `down.` and `up.`, then `scaling`, `norm_before.*`, `norm_after.*` where they are asked
-    for.
+    The down projection takes hidden_size to hidden_size // reduction_factor, the up projection takes it back. The
+    parameters are those of `PHMLinear` under `down.` and `up.`, then `scaling`, `norm_before.*`, `norm_after.*` where
+    they are asked for.
 
     Args:
         hidden_size: the width of x; phm_dim must divide it and the bottleneck.
@@ -42,7 +42,7 @@ class CompacterAdapter(nn.Module):
         TypeError, ValueError: at construction, naming the option and what would do.
     """
 
-    scaling: Tensor | None
+    scaling: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,10 +83,14 @@ class CompacterAdapter(nn.Module):
         self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
         self.ln_before, self.ln_after, self.residual_before_ln = ln_before, ln_after, residual_before_ln
         self.shared_phm_rule, self.impl = shared_phm_rule, impl
-        self._given_rule = phm_rule is not None
+        self._own_rule = phm_rule is None and shared_phm_rule
+        if self._own_rule:
+            shapes = rule_shapes(phm_dim, factorized_phm_rule)
+            phm_rule = tuple(nn.Parameter(torch.empty(s, device=device, dtype=dtype), learn_phm) for s in shapes)
         options: dict[str, Any] = {
             "phm_dim": phm_dim,
             "phm_rank": phm_rank,
+            "phm_rule": phm_rule,
             "bias": phm_bias,
             "factorized_phm_W": factorized_phm_W,
             "factorized_phm_rule": factorized_phm_rule,
@@ -98,10 +102,8 @@ class CompacterAdapter(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        self.down = PHMLinear(hidden_size, bottleneck, phm_rule=phm_rule, **options)
-        share = self._given_rule or shared_phm_rule
-        self.up = PHMLinear(bottleneck, hidden_size, phm_rule=self.down.rule_parameters() if share else None, **options)
-        self.down.shared_phm_rule = share
+        self.down = PHMLinear(hidden_size, bottleneck, **options)
+        self.up = PHMLinear(bottleneck, hidden_size, **options)
         self.register_parameter(
             "scaling", nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
         )
@@ -110,7 +112,7 @@ class CompacterAdapter(nn.Module):
         self._reset_shared_rule()
 
     def _reset_shared_rule(self) -> None:
-        if self.shared_phm_rule and not self._given_rule:
+        if self._own_rule:
             reset_rule(self.down.rule_parameters(), self.down.phm_init_range, self.down.phm_c_init)
 
     def reset_parameters(self) -> None:
@@ -159,7 +161,7 @@ class CompacterAdapter(nn.Module):
         return arguments(
             self,
             "hidden_size",
-            names={"phm_rule": "phm_rule"} if self._given_rule else {},
+            names={"phm_rule": "phm_rule"} if self.down.shared_phm_rule and not self._own_rule else {},
             phm_bias=down.b is not None,
             **{name: getattr(down, name) for name in _OF_PROJECTION},
         )

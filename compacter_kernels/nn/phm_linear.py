@@ -14,7 +14,7 @@ from compacter_kernels.nn.representation import arguments
 from compacter_kernels.problem import divisors
 from compacter_kernels.weights import PHMWeights
 
-Rule = Tensor | tuple[Tensor, Tensor]
+Rule = Tensor | tuple[Tensor, ...]
 
 
 def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
@@ -28,6 +28,12 @@ def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
             raise ValueError(f"phm_dim={phm_dim} does not divide {name}={width}; choose one of {choices}")
     if not isinstance(phm_rank, int) or phm_rank < 1:
         raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
+
+
+def rule_shapes(phm_dim: int, factorized_phm_rule: bool) -> tuple[tuple[int, int, int], ...]:
+    """The shapes of phm_rule, or of phm_rule_left and phm_rule_right."""
+    n = phm_dim
+    return ((n, n, 1), (n, 1, n)) if factorized_phm_rule else ((n, n, n),)
 
 
 class PHMLinear(nn.Module):
@@ -51,6 +57,14 @@ class PHMLinear(nn.Module):
     Raises:
         TypeError, ValueError: at construction, naming the option and what would do.
     """
+
+    W: nn.Parameter
+    W_left: nn.Parameter
+    W_right: nn.Parameter
+    phm_rule: nn.Parameter
+    phm_rule_left: nn.Parameter
+    phm_rule_right: nn.Parameter
+    b: nn.Parameter | None
 
     def __init__(
         self,
@@ -90,7 +104,7 @@ class PHMLinear(nn.Module):
             self.W_right = parameter(n, phm_rank, chunk_out)
         else:
             self.W = parameter(n, chunk_in, chunk_out)
-        shapes = [(n, n, 1), (n, 1, n)] if factorized_phm_rule else [(n, n, n)]
+        shapes = rule_shapes(n, factorized_phm_rule)
         rules = [parameter(*s, learn=learn_phm) for s in shapes] if phm_rule is None else _given(phm_rule, shapes)
         for name, rule in zip(self._rule_names(), rules, strict=True):
             self.register_parameter(name, rule)
@@ -117,7 +131,7 @@ class PHMLinear(nn.Module):
         if self.factorized_phm_rule:
             left, right = self.phm_rule_left, self.phm_rule_right
             wide = torch.promote_types(left.dtype, torch.float32)
-            rule = left.to(wide) * right.to(wide)  # of rank 1: A_i[p,q] = l_i[p] r_i[q]
+            rule: Tensor = left.to(wide) * right.to(wide)  # of rank 1: A_i[p,q] = l_i[p] r_i[q]
         else:
             rule = self.phm_rule
         if not self.learn_phm and rule.requires_grad:
@@ -136,7 +150,7 @@ class PHMLinear(nn.Module):
         return arguments(self, "in_features", "out_features", bias=self.b is not None, names=rule)
 
 
-def _given(phm_rule: Rule, shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+def _given(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.Parameter]:
     rules = [phm_rule] if isinstance(phm_rule, Tensor) else list(phm_rule)
     if len(rules) != len(shapes):
         raise ValueError(f"phm_rule must be {len(shapes)} tensor(s) of shapes {shapes}, got {len(rules)}")
