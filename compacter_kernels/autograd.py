@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.impl import AdapterKernel, LinearKernel
+from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import PHMWeights
 
 
@@ -21,9 +22,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "the fused impls of compacter_kernels have no second derivative; call with impl='factored' for one"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
 from compacter_kernels.autograd import AdapterFunction, LinearFunction
+from compacter_kernels.impl.precision import without_autocast
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_weights, linear_problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 
@@ -58,7 +59,7 @@ def phm_matrix(weights: PHMWeights) -> Tensor:
     for factor in (weights.left, weights.right):
         if factor is not None:
             dtype = torch.promote_types(dtype, factor.dtype)
-    return kronecker_sum(weights, dtype)
+    return without_autocast(kronecker_sum)(weights, dtype)
 
 
 def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:

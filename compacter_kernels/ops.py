@@ -14,6 +14,9 @@ from compacter_kernels import dispatch
 from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 from compacter_kernels.weights import PHMWeights
 
+NO_SECOND_DERIVATIVE = (
+    "the fused impls of compacter_kernels have no second derivative; call with impl='factored' for one"
+)
 _kernels: dict[tuple[Problem, str], Any] = {}
 
 
@@ -27,6 +30,10 @@ def _kernel(problem: Problem, impl: str) -> Any:
 def _present(grads: tuple[Tensor | None, ...], x: Tensor) -> list[Tensor]:
     """An operator returns tensors only: an empty one stands for the gradient of an absent bias."""
     return [x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _empty_gradients(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
@@ -78,6 +85,7 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
+_linear_backward.register_autograd(_second_derivative)
 
 
 @torch.library.custom_op("compacter_kernels::adapter", mutates_args=())
@@ -151,6 +159,7 @@ def _adapter_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _adapter.register_autograd(_adapter_grad, setup_context=_adapter_setup)
+_adapter_backward.register_autograd(_second_derivative)
 
 
 def linear(x: Tensor, weights: PHMWeights, impl: str) -> Tensor:

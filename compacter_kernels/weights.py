@@ -35,12 +35,24 @@ class PHMWeights(NamedTuple):
         last = self.left if self.right is None else self.right
         return last.shape[0] * last.shape[2]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.rule.device
+
     def scaled(self, scale: Tensor) -> PHMWeights:
-        """Weights whose projection is `scale` times this one, differentiable in `scale` (a tensor of one number)."""
-        bias = None if self.bias is None else self.bias * scale
+        """Weights whose projection is `scale` times this one, differentiable in `scale` (a tensor of one number).
+
+        What is scaled is float32 or wider, as the kernels read all parameters.
+        """
+
+        def times(weight: Tensor) -> Tensor:
+            return weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale
+
+        bias = None if self.bias is None else times(self.bias)
         if self.right is None:
-            return PHMWeights(self.rule, self.left * scale, None, bias)
-        return PHMWeights(self.rule, self.left, self.right * scale, bias)
+            return PHMWeights(self.rule, times(self.left), None, bias)
+        return PHMWeights(self.rule, self.left, times(self.right), bias)
 
 
 def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:

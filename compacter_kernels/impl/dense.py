@@ -36,8 +36,10 @@ def adapter(
     x: Tensor, down: PHMWeights, up: PHMWeights, activation: Activation, residual: Tensor | None, scale: float
 ) -> Tensor:
     """scale * up(act(down(x))) [+ residual]: (..., k) -> (..., k), in x's dtype."""
-    dtype = working_dtype(x)
-    y = _project(activation.function(_project(x.to(dtype), down)), up)
+    wide = x.to(working_dtype(x))
+    y = _project(activation.function(_project(wide, down)), up)
     if scale != 1.0:
         y = y * scale
-    return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
+    if residual is not None:
+        y = y + (wide if residual is x else residual.to(wide.dtype))
+    return y.to(x.dtype)

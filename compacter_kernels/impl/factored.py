@@ -39,7 +39,7 @@ def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Ten
     # V[q,i] = sum_{p,u} x[p,u] D[(p,u),(q,i)],  D = A_i[p,q] s_i[u],  y[q,v] = sum_i V[q,i] t_i[v]
     d = rule.permute(1, 2, 0)[:, None, :, :, None] * left.transpose(0, 1)[None, :, None, :, :]  # (p, u, q, i, r)
     v = x @ d.reshape(n * chunk, n * n * rank)
-    return (v.reshape(tokens * n, n * rank) @ right.reshape(n * rank, -1)).reshape(tokens, -1)
+    return (v.reshape(tokens * n, n * rank) @ right.reshape(n * rank, -1)).reshape(tokens, n * right.shape[2])
 
 
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
@@ -64,7 +64,10 @@ def adapter(
     x: Tensor, down: PHMWeights, up: PHMWeights, activation: Activation, residual: Tensor | None, scale: float
 ) -> Tensor:
     """scale * up(act(down(x))) [+ residual]: (..., k) -> (..., k), in x's dtype."""
-    y = _project(activation.function(_project(_rows(x), down)), up).reshape(x.shape)
+    rows = _rows(x)
+    y = _project(activation.function(_project(rows, down)), up)
     if scale != 1.0:
         y = y * scale
-    return (y if residual is None else y + residual.to(y.dtype)).to(x.dtype)
+    if residual is not None:
+        y = y + (rows if residual is x else _rows(residual))
+    return y.to(x.dtype).reshape(x.shape)

@@ -19,12 +19,15 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function(x, ...)` with autocast off on x's device, so that its matmuls keep the precision it chose."""
+    """Run `function(x, ...)` with autocast off on x's device, so that its matmuls keep the precision it chose.
+
+    x may be anything with a device.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         device_type = args[0].device.type  # type: ignore[attr-defined]
-        if not torch.is_autocast_enabled(device_type):
+        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
             return function(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(*args, **kwargs)

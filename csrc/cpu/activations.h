@@ -8,7 +8,7 @@
 
 namespace compacter::COMPACTER_ISA {
 
-struct Graph {
+struct ValueAndSlope {
     Vec value, slope;
 };
 
@@ -17,28 +17,28 @@ COMPACTER_INLINE Vec sigmoid(Vec y) { return 1.f / (1.f + exp(-y)); }
 
 struct Identity {
     static COMPACTER_INLINE Vec value(Vec y) { return y; }
-    static COMPACTER_INLINE Graph graph(Vec y) { return {y, splat(1.f)}; }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {y, splat(1.f)}; }
 };
 
 struct Relu {
     static COMPACTER_INLINE Vec value(Vec y) { return y < 0.f ? Vec{} : y; }
-    static COMPACTER_INLINE Graph graph(Vec y) { return {value(y), y <= 0.f ? Vec{} : splat(1.f)}; }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), y <= 0.f ? Vec{} : splat(1.f)}; }
 };
 
 struct Relu2 {
     static COMPACTER_INLINE Vec value(Vec y) { return Relu::value(y) * Relu::value(y); }
-    static COMPACTER_INLINE Graph graph(Vec y) { return {value(y), 2.f * Relu::value(y)}; }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), 2.f * Relu::value(y)}; }
 };
 
 struct LeakyRelu {
     static COMPACTER_INLINE Vec value(Vec y) { return y > 0.f ? y : 0.01f * y; }
-    static COMPACTER_INLINE Graph graph(Vec y) { return {value(y), y > 0.f ? splat(1.f) : splat(0.01f)}; }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), y > 0.f ? splat(1.f) : splat(0.01f)}; }
 };
 
 struct Sigmoid {
     static COMPACTER_INLINE Vec value(Vec y) { return sigmoid(y); }
     // slope = e / (1 + e)^2 with e = exp(-|y|): no 1 - sigma, which cancels for large y
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec e = exp(-abs(y)), below = 1.f / (1.f + e);
         return {y < 0.f ? e * below : below, e * below * below};
     }
@@ -46,8 +46,8 @@ struct Sigmoid {
 
 // tanh: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|y|) elsewhere; slope = 4 e / (1 + e)^2
 struct Tanh {
-    static COMPACTER_INLINE Vec value(Vec y) { return graph(y).value; }
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE Vec value(Vec y) { return both(y).value; }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec e = exp(-2.f * abs(y)), below = 1.f / (1.f + e), y2 = y * y;
         Vec p = y2 * -5.70498872745e-3f + 2.06390887954e-2f;
         p = p * y2 - 5.37397155531e-2f;
@@ -62,7 +62,7 @@ struct Tanh {
 template <class Scale>
 struct Swish {
     static COMPACTER_INLINE Vec value(Vec y) { return y * sigmoid(y * Scale::c); }
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec s = sigmoid(y * Scale::c);
         return {y * s, s + y * s * (1.f - s) * Scale::c};
     }
@@ -81,7 +81,7 @@ struct GeluNew {
         const Vec c = clamp(y, -30.f, 30.f);
         return y * sigmoid(c * (c * c * (a2 * b) + a2));
     }
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec c = clamp(y, -30.f, 30.f), c2 = c * c, s = sigmoid(c * (c2 * (a2 * b) + a2));
         return {y * s, s + c * s * (1.f - s) * (c2 * (3.f * a2 * b) + a2)};
     }
@@ -94,7 +94,7 @@ struct Gelu {
         return y > 0.f ? 1.f - tail : tail;
     }
     static COMPACTER_INLINE Vec value(Vec y) { return y * phi(y); }
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec p = phi(y), c = clamp(y, -30.f, 30.f);
         return {y * p, p + c * exp(-0.5f * c * c) * 0.398942280f};
     }
@@ -106,7 +106,7 @@ struct Mish {
         const Vec e = exp(clamp(y, -105.f, 20.f)), w = e * (e + 2.f);
         return y * (w / (w + 2.f));
     }
-    static COMPACTER_INLINE Graph graph(Vec y) {
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
         const Vec e = exp(clamp(y, -105.f, 20.f)), w = e * (e + 2.f), below = 1.f / (w + 2.f), t = w * below;
         const Vec c = clamp(y, -105.f, 105.f);
         return {y * t, t + c * (4.f * e * (e + 1.f) * below) * below};

@@ -53,7 +53,7 @@ COMPACTER_INLINE HalfBits to_f16(Vec v) {
     BitVec half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? BitVec{} + 0x7c00u : half;
     half = v != v ? BitVec{} + 0x7e00u : half;
-    return __builtin_convertvector(half | bits >> 16 & 0x8000u, HalfBits);
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000u), HalfBits);
 #endif
 }
 

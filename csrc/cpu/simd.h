@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#define COMPACTER_INLINE [[gnu::always_inline]] inline
+#define COMPACTER_INLINE inline __attribute__((always_inline))
 
 namespace compacter::COMPACTER_ISA {
 
@@ -77,7 +77,7 @@ COMPACTER_INLINE Quad add_quarters(Vec v) {
     return sum;
 }
 
-COMPACTER_INLINE void store(float* p, Quad v) { *reinterpret_cast<UnalignedQuad*>(p) = v; }
+COMPACTER_INLINE void store4(float* p, Quad v) { *reinterpret_cast<UnalignedQuad*>(p) = v; }
 COMPACTER_INLINE Quad load4(const float* p) { return *reinterpret_cast<const UnalignedQuad*>(p); }
 
 COMPACTER_INLINE int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up everything they need in $(VENV). Any of these may be given on the command line.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+OUT ?= out
+PYTEST ?=
+BENCH ?= --shapes 768/24/4,768/48/12 --tokens 1,2048
+TRAIN ?=
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)
+
+.PHONY: demo test lint native-check clean
+
+# installed, with the native part as COMPACTER_KERNELS_NATIVE asks (setup.py): 0 without, 1 required, unset if possible
+$(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	$(PIP) --constraint requirements.txt --editable '.[dev]'
+	@python -c 'import compacter_kernels as ck; print(ck.available_impls())'
+	@rm -f $(VENV)/.ready*
+	@touch $@
+
+demo: $(READY)
+	compacter-kernels info
+	compacter-kernels compare
+	compacter-kernels bench $(BENCH) --out $(OUT)/bench
+	compacter-kernels train $(TRAIN) --out $(OUT)/train
+
+test: $(READY)
+	python -m pytest $(PYTEST)
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+# the C++ kernels alone, under the address and undefined-behaviour sanitizers
+native-check: $(READY)
+	cmake -S . -B build/sanitize -G Ninja -DCOMPACTER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize --target native_check
+	build/sanitize/native_check
+
+clean:
+	rm -rf build dist $(OUT) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.ready*
+	rm -f compacter_kernels/_C.*.so compacter_kernels/_not_built.txt

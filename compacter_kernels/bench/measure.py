@@ -1,0 +1,89 @@
+"""Interleaved timing: in every round each call once, in a new order, until each has enough undisturbed samples."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from compacter_kernels.bench import load
+from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS
+
+MIN_SAMPLE = 1e-3  # seconds; a faster call is repeated within a sample
+WARM_LIMIT = 20e-3  # seconds; a faster call is preceded by an untimed one, so that it finds its own data in the caches
+MAX_REPEATS = 3  # disturbed samples are repeated, until there are this many times as many samples as were asked for
+
+
+@dataclass
+class Timing:
+    """One call that is timed, and its samples: seconds per call."""
+
+    call: Callable[[], object]
+    estimate: float = 0.0
+    loops: int = 1
+    samples: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+    faults: int = 0
+    calls: int = 0
+
+    def calibrate(self) -> None:
+        """Warm up, and find how many calls make a sample."""
+        self.call()
+        self.estimate = min(self._once() for _ in range(3))
+        self.loops = max(1, round(MIN_SAMPLE / self.estimate))
+
+    def _once(self) -> float:
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+    def sample(self) -> tuple[float, bool]:
+        """Seconds per call, and whether another process took a core meanwhile."""
+        call = self.call
+        if self.estimate < WARM_LIMIT:
+            call()
+        faults, switches = load.page_faults(), load.involuntary_switches()
+        start = time.perf_counter()
+        for _ in range(self.loops):
+            call()
+        seconds = time.perf_counter() - start
+        disturbed = load.preempted(load.involuntary_switches() - switches, seconds)
+        self.faults += load.page_faults() - faults
+        self.calls += self.loops
+        return seconds / self.loops, disturbed
+
+    @property
+    def quiet(self) -> bool:
+        """Whether enough samples were undisturbed to speak for the call."""
+        return len(self.samples) >= MIN_ROUNDS or not self.disturbed
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """20 %, median and 80 % of the undisturbed samples; of all samples where too few were undisturbed."""
+        samples = self.samples if self.quiet else self.samples + self.disturbed
+        if len(samples) < 2:
+            return samples[0], samples[0], samples[0]
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+        return low, statistics.median(samples), high
+
+
+def interleave(timings: Sequence[Timing], rounds: int | None, seconds: float, threads: int, cores: int) -> None:
+    """Take `rounds` undisturbed samples of each, or as many as fit into `seconds`; the disturbed ones are repeated."""
+    for timing in timings:
+        timing.calibrate()
+    warm = sum(t.estimate for t in timings if t.estimate < WARM_LIMIT)
+    one_round = warm + sum(t.estimate * t.loops for t in timings)
+    if rounds is None:
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
+    together = min(rounds, 1 + int(load.WINDOW / one_round))  # rounds in a window of the load meter
+    for window in range(MAX_REPEATS * rounds // together):
+        pending = [timing for timing in timings if len(timing.samples) < rounds]
+        if not pending:
+            return
+        before, taken = load.Moment.now(), []
+        for turn in range(together):
+            first = (window * together + turn) % len(pending)
+            taken += [(timing, *timing.sample()) for timing in pending[first:] + pending[:first]]
+        crowded = before.crowded(load.Moment.now(), threads, cores)
+        for timing, sample, disturbed in taken:
+            (timing.disturbed if disturbed or crowded else timing.samples).append(sample)

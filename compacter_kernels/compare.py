@@ -1,0 +1,129 @@
+"""`compacter-kernels compare`: the error of every impl against the float64 dense reference, tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from typing import Any
+
+import compacter_kernels as ck
+from compacter_kernels import options
+from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Deviation, Oracle, Shape, call, random_case
+from compacter_kernels.activations import FUSED, resolve
+from compacter_kernels.dispatch import IMPLS
+
+SHAPES = "768/24/4,768/48/12,1024/64/8"
+OPERATIONS = ("adapter", "linear")
+
+EPILOG = """examples:
+  compacter-kernels compare
+  compacter-kernels compare --impl cpu --shapes 4096/128/8 --tokens 1,1000 --dtype bf16
+  compacter-kernels compare --activation relu --residual none --rank 2 --json
+
+the error of a tensor is its largest difference from the reference as a part of the reference's largest number. The
+limit is twice the error of dense in the same dtype, or a rounding floor of the dtype, whichever is larger.
+
+exits 0 when every error is within its limit, and 1 when one is not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `compare`."""
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--impl", type=options.names, metavar="NAMES", help=f"of {', '.join(IMPLS)}; by default all that can serve")
+    add("--shapes", type=options.shapes, default=SHAPES, metavar="k/d/n,...", help=f"default {SHAPES}")
+    add("--tokens", type=options.tokens, default="1,257", metavar="T,...", help="default 1,257")
+    add("--dtype", type=options.dtype, default="float32", help=f"of x, of {', '.join(options.DTYPES)}; default float32")
+    add("--rank", type=options.positive, default=1, help="phm_rank, default 1")
+    add("--activation", default="gelu_new", help=f"one of {', '.join(FUSED)}; default gelu_new")
+    add("--residual", choices=RESIDUALS, default="x", help="what the adapter adds: x itself (default), another tensor")
+    add("--init", choices=INITS, default="random", help="weights of order 1 (default), or the authors' start")
+    add("--operation", choices=(*OPERATIONS, "both"), default="both", help="default both")
+    add("--seed", type=int, default=0, help="of the random numbers, default 0")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def _refusal(impl: str, case: Case) -> str | None:
+    """Why this impl cannot serve the case, or None."""
+    try:
+        ck.explain(case.x, case.down, case.up, activation=case.activation, impl=impl)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _compare(
+    title: dict[str, Any], case: Case, impls: list[str] | None
+) -> tuple[dict[str, Any], dict[str, list[Deviation]]]:
+    """One case, as JSON takes it and as deviations by impl."""
+    found, skipped = {}, {}
+    oracle = Oracle(case)
+    for impl in impls or IMPLS:
+        reason = _refusal(impl, case)
+        if reason is None:
+            found[impl] = oracle.check(call(impl))
+        elif impls:
+            raise ValueError(reason)
+        else:
+            skipped[impl] = reason
+    results = {
+        impl: [{**deviation._asdict(), "holds": deviation.holds} for deviation in deviations]
+        for impl, deviations in found.items()
+    }
+    return {**title, "impls": results, "skipped": skipped}, found
+
+
+def _table(title: dict[str, Any], found: dict[str, list[Deviation]], skipped: dict[str, str]) -> str:
+    head = ", ".join(
+        f"{value}" if key in ("operation", "shape", "dtype") else f"{key} {value}" for key, value in title.items()
+    )
+    lines = [head, f"  {'tensor':<12}{'limit':>9}" + "".join(f"{impl:>12}" for impl in found)]
+    for row in zip(*found.values(), strict=True):
+        cells = (f"{d.error:.1e}{' ' if d.holds else '!'}" for d in row)
+        lines.append(f"  {row[0].tensor:<12}{row[0].limit:>9.1e}" + "".join(f"{cell:>12}" for cell in cells))
+    lines += [f"  without {impl}: {reason}" for impl, reason in skipped.items()]
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print errors and limits; 0 when every error is within its limit."""
+    unknown = [name for name in args.impl or () if name not in IMPLS]
+    if unknown:
+        raise ValueError(f"--impl {unknown[0]} is not known; choose of {', '.join(IMPLS)}")
+    activation = resolve(args.activation).name
+    operations = OPERATIONS if args.operation == "both" else (args.operation,)
+    rows, violations = [], 0
+    for shape, tokens, operation in itertools.product(args.shapes, args.tokens, operations):
+        title = _title(args, shape, tokens, operation, activation)
+        case = random_case(
+            shape,
+            tokens,
+            operation=operation,
+            rank=args.rank,
+            dtype=options.DTYPES[args.dtype],
+            activation=activation,
+            residual=args.residual,
+            init=args.init,
+            seed=args.seed,
+        )
+        row, found = _compare(title, case, args.impl)
+        violations += sum(not d.holds for deviations in found.values() for d in deviations)
+        rows.append(row)
+        if not args.json:
+            print(_table(title, found, row["skipped"]), end="\n\n")
+    if args.json:
+        print(json.dumps({"holds": violations == 0, "cases": rows}, indent=2))
+    elif violations:
+        print(f"{violations} errors above their limits, marked !", file=sys.stderr)
+    else:
+        print("every error is within its limit")
+    return 1 if violations else 0
+
+
+def _title(args: argparse.Namespace, shape: Shape, tokens: int, operation: str, activation: str) -> dict[str, Any]:
+    title = {"operation": operation, "shape": str(shape), "dtype": args.dtype, "T": tokens, "rank": args.rank}
+    if operation == "adapter":
+        title |= {"activation": activation, "residual": args.residual}
+    return {**title, "init": args.init}

@@ -1,0 +1,102 @@
+"""`compacter-kernels info`: what is installed and built, which impl serves and why, and a self-test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import compacter_kernels as ck
+from compacter_kernels.accuracy import Oracle, Shape, call, random_case
+from compacter_kernels.bench import machine
+
+TYPICAL = Shape(768, 24, 4)
+TYPICAL_TOKENS = 2048
+SELF_TEST_TOKENS = 67
+SELF_TEST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+EPILOG = """examples:
+  compacter-kernels info
+  compacter-kernels info --json
+  COMPACTER_KERNELS_IMPL=factored compacter-kernels info
+
+exits 0 when every available impl passes its self-test, forward and backward, and 1 when one does not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `info`."""
+    parser.epilog = EPILOG
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def self_test() -> list[dict[str, Any]]:
+    """The adapter and the linear, forward and backward, through each impl of this process, against the oracle."""
+    rows = []
+    available = [name for name, reason in ck.available_impls().items() if reason is None]
+    for dtype in SELF_TEST_DTYPES:
+        for operation in ("adapter", "linear"):
+            oracle = Oracle(random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype))
+            for impl in available:
+                row: dict[str, Any] = {"impl": impl, "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
+                try:
+                    worst = max(oracle.check(call(impl)), key=lambda deviation: deviation.error / deviation.limit)
+                    row |= {"holds": worst.holds, "worst": str(worst)}
+                except RuntimeError as error:
+                    row |= {"holds": False, "worst": str(error)}
+                rows.append(row)
+    return rows
+
+
+def collect() -> dict[str, Any]:
+    """All that `info` says, as JSON takes it."""
+    x = torch.empty(TYPICAL_TOKENS, TYPICAL.k)
+    case = random_case(TYPICAL, 1)
+    choice = ck.explain(x, case.down, case.up, residual=x)
+    return {
+        **machine.describe(),
+        "impls": ck.available_impls(),
+        "typical_call": {
+            "call": f"compacter_adapter {TYPICAL}, T={TYPICAL_TOKENS}, float32",
+            "impl": choice.impl,
+            "reason": choice.reason,
+            "others": choice.others,
+        },
+        "self_test": self_test(),
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    native, typical = found["native"], found["typical_call"]
+    if native["built"]:
+        isas = ", ".join(native.get("isa", ()))
+        built = f"{native.get('compiler')}, kernels for {isas}; this processor runs {native['isa_in_use']}"
+    else:
+        built = native["reason"]
+    lines = [
+        f"compacter_kernels  {found['compacter_kernels']}, revision {found['revision'] or 'unknown'}",
+        f"python             {found['python']}, torch {found['torch']} ({found['torch_cpu_capability']})",
+        f"machine            {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['system']}",
+        f"threads            {found['threads']}, torch.get_num_threads()",
+        f"native part        {built}",
+        "",
+        "impls",
+        *(f"  {name:<10} {'available' if reason is None else reason}" for name, reason in found["impls"].items()),
+        "",
+        f"{typical['call']}: {typical['impl']}, {typical['reason']}",
+        *(f"  not {name:<10} {reason}" for name, reason in typical["others"].items()),
+        "",
+        f"self-test, forward and backward, {TYPICAL}, T={SELF_TEST_TOKENS}, the worst of all tensors",
+    ]
+    for row in found["self_test"]:
+        verdict = "ok  " if row["holds"] else "FAIL"
+        lines.append(f"  {verdict} {row['impl']:<10} {row['operation']:<8} {row['dtype']:<9} {row['worst']}")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it; 0 when every self-test holds."""
+    found = collect()
+    print(json.dumps(found, indent=2) if args.json else _text(found))
+    return 0 if all(row["holds"] for row in found["self_test"]) else 1

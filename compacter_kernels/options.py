@@ -1,0 +1,63 @@
+"""What `compare` and `bench` read from the command line: lists, shapes, token counts, dtypes."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from compacter_kernels.accuracy import Shape
+from compacter_kernels.problem import divisors
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def names(text: str) -> list[str]:
+    """Split `a,b,c`; an empty list is an error."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("a list of names, such as cpu,factored, is expected, got nothing")
+    return found
+
+
+def positive(text: str) -> int:
+    """An integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"an integer >= 1 is expected, got {text!r}")
+    return int(text)
+
+
+def tokens(text: str) -> list[int]:
+    """Token counts `1,256,2048`."""
+    return [positive(part) for part in names(text)]
+
+
+def dtype(text: str) -> str:
+    """The name of a dtype, also in its short form (bf16)."""
+    name = _SHORT.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose one of {', '.join(DTYPES)}")
+    return name
+
+
+def shapes(text: str) -> list[Shape]:
+    """Shapes `k/d/n,...`: hidden width, bottleneck width and phm_dim, which must divide both."""
+    found = []
+    for part in names(text):
+        sizes = part.split("/")
+        if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise argparse.ArgumentTypeError(f"a shape is k/d/n, such as 768/24/4, got {part!r}")
+        shape = Shape(*map(int, sizes))
+        if shape.k % shape.n or shape.d % shape.n:
+            raise argparse.ArgumentTypeError(
+                f"in {part} phm_dim n={shape.n} must divide k={shape.k} and d={shape.d}; "
+                f"choose one of {divisors(shape.k, shape.d)}"
+            )
+        found.append(shape)
+    return found

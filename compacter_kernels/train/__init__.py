@@ -1,0 +1,1 @@
+"""The fine-tuning demonstration: a small vision transformer on real handwritten digits, adapted in six ways."""

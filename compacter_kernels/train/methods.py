@@ -1,0 +1,149 @@
+"""The ways to adapt the pretrained model. Every one trains a new head; they differ in what else they train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compacter_kernels.functional import explain
+from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.train.model import Block, VisionTransformer
+
+REDUCTION_FACTOR = 8
+PHM_DIM = 4
+PHM_INIT_RANGE = 1e-4
+
+
+class BottleneckAdapter(nn.Module):
+    """x + up(act(down(x))) with two full matrices (Houlsby et al., arXiv 1902.00751): what Compacter compresses."""
+
+    def __init__(self, hidden_size: int, bottleneck: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, hidden_size)
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> the same shape."""
+        y: Tensor = x + self.up(F.gelu(self.down(x), approximate="tanh"))
+        return y
+
+
+class Method(NamedTuple):
+    """A way to adapt a model.
+
+    name: on the command line. title: in the table. recipe: methods with the same one train at the same learning rate,
+    chosen among `rates`. prepare: takes a frozen model with a new head, adds modules and says what trains.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    rates: tuple[float, ...]
+    prepare: Callable[[VisionTransformer], None]
+
+
+def _nothing_more(model: VisionTransformer) -> None:
+    """Train the head alone."""
+
+
+def _everything(model: VisionTransformer) -> None:
+    model.requires_grad_(True)
+
+
+def _gradient_to_the_input(model: VisionTransformer) -> None:
+    """Train the head alone, but carry the gradient through the whole frozen base, as every adapter must."""
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+def _adapters(model: VisionTransformer, make: Callable[[], nn.Module], after_attention: bool) -> None:
+    """Put adapters into the blocks and train them, together with the layer norms."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
+        elif isinstance(module, Block):
+            if after_attention:
+                module.attention_adapter = make()
+            module.feed_forward_adapter = make()
+
+
+def _bottleneck(model: VisionTransformer) -> None:
+    size = model.hidden_size
+    _adapters(model, lambda: BottleneckAdapter(size, size // REDUCTION_FACTOR), after_attention=True)
+
+
+def _compacter(model: VisionTransformer, impl: str, after_attention: bool) -> None:
+    rule = nn.Parameter(PHM_INIT_RANGE * torch.randn(PHM_DIM, PHM_DIM, PHM_DIM))  # one, shared by all adapters
+
+    def make() -> nn.Module:
+        return CompacterAdapter(
+            model.hidden_size, reduction_factor=REDUCTION_FACTOR, phm_dim=PHM_DIM, phm_rule=rule, impl=impl
+        )
+
+    _adapters(model, make, after_attention)
+
+
+REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which must give the same loss curve
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("probe", "linear probe", "probe", (1e-2, 3e-2, 1e-1), _nothing_more),
+        Method("full", "full fine-tuning", "full", (3e-4, 1e-3, 3e-3), _everything),
+        Method("adapter", "bottleneck adapter", "adapter", (1e-3, 3e-3, 1e-2), _bottleneck),
+        Method(
+            REFERENCE,
+            "Compacter, dense",
+            "compacter",
+            (3e-3, 1e-2, 3e-2),
+            partial(_compacter, impl="dense", after_attention=True),
+        ),
+        Method(
+            FUSED,
+            "Compacter, fused",
+            "compacter",
+            (3e-3, 1e-2, 3e-2),
+            partial(_compacter, impl="auto", after_attention=True),
+        ),
+        Method(
+            "compacter++",
+            "Compacter++, fused",
+            "compacter++",
+            (3e-3, 1e-2, 3e-2),
+            partial(_compacter, impl="auto", after_attention=False),
+        ),
+    )
+}
+
+# Not a way to adapt: the time and memory that no adapter can go below.
+FROZEN_BASE = Method("frozen", "frozen base", "frozen", (1e-3,), _gradient_to_the_input)
+
+
+def build(method: Method, pretrained: VisionTransformer, classes: int, seed: int) -> VisionTransformer:
+    """A copy of the pretrained model with a new head, prepared for this method; the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(pretrained)
+        model.head = nn.Linear(model.hidden_size, classes)
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        method.prepare(model)
+    return model
+
+
+def impl_of(model: nn.Module) -> str | None:
+    """The impl that the model's Compacter adapters run through; None where it has none."""
+    for module in model.modules():
+        if isinstance(module, CompacterAdapter):
+            x = module.up.W_right.new_zeros(1, module.hidden_size)
+            down, up = module.down.weights(), module.up.weights()
+            return explain(x, down, up, activation=module.activation, impl=module.impl).impl
+    return None

@@ -1,0 +1,111 @@
+// out = up(act(down(x))) + residual and its gradients, block by block. The scale is part of up's right and bias.
+#pragma once
+
+#include "bottleneck.h"
+#include "linear_kernel.h"
+
+namespace compacter::COMPACTER_ISA {
+
+using cpu::AdapterJob;
+
+// Names as in the formulas: quantities of the up projection end in 2.
+struct AdapterScratch {
+    float *z, *v, *z2, *v2, *h, *slope, *dh, *x_contraction, *g_contraction, *kept, *kept2;
+
+    AdapterScratch(const Factors& down, const Factors& up, Arena& arena)
+        : z(arena.take(down.n * down.m * lanes)),
+          v(arena.take(down.n * down.m * lanes)),
+          z2(arena.take(up.n * up.m * lanes)),
+          v2(arena.take(up.n * up.m * lanes)),
+          h(arena.take(down.out * lanes)),
+          slope(arena.take(down.out * lanes)),
+          dh(arena.take(down.out * lanes)),
+          x_contraction(arena.take(Contraction::size(down.m, down.in_chunk()))),
+          g_contraction(arena.take(Contraction::size(up.m, up.out_chunk()))),
+          kept(arena.take(RuleGradient::size(down))),
+          kept2(arena.take(RuleGradient::size(up))) {}
+};
+
+inline int64_t adapter_scratch(const Factors& down, const Factors& up) {
+    Arena arena(nullptr);
+    AdapterScratch(down, up, arena);
+    return arena.floats();
+}
+
+template <class T>
+void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* memory) {
+    const Factors &down = job.down, &up = job.up;
+    Arena arena(memory);
+    const AdapterScratch scratch(down, up, arena);
+    const T *x = static_cast<const T*>(job.x), *residual = static_cast<const T*>(job.residual);
+    T* out = static_cast<T*>(job.out);
+    const bool streaming = job.streaming && can_stream(out, up.out_chunk());
+    const Contraction contract_x(down.n, down.m, down.in_chunk(), down.left, scratch.x_contraction);
+    const Expansion<T> expand{up.n, up.m, up.out_chunk(), up.right, up.bias, streaming};
+
+    for (int64_t token = begin; token < end; token += lanes) {
+        const int64_t tokens = block_size(token, end);
+        contract_x(x + token * down.in, tokens, scratch.z);
+        mix(down, scratch.z, scratch.v);
+        preactivation(down, scratch.v, scratch.h);
+        activate(job.activation, scratch.h, down.out);
+        contract_bottleneck(up, scratch.h, scratch.z2);
+        mix(up, scratch.z2, scratch.v2);
+        expand(scratch.v2, residual ? residual + token * up.out : nullptr, out + token * up.out, tokens,
+               ahead_of(job.streaming, token, end, up.out));
+    }
+    if (streaming) stream_fence();
+}
+
+template <class T>
+void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* memory, const Sums& down_sums,
+                      const Sums& up_sums) {
+    const Factors &down = job.down, &up = job.up;
+    Arena arena(memory);
+    const AdapterScratch scratch(down, up, arena);
+    const T *x = static_cast<const T*>(job.x), *g = static_cast<const T*>(job.grad_out);
+    T* grad_x = static_cast<T*>(job.out);
+    const int64_t k = down.in;
+    const bool streaming = job.streaming && can_stream(grad_x, down.in_chunk());
+    const Contraction contract_x(down.n, down.m, down.in_chunk(), down.left, scratch.x_contraction);
+    const Contraction contract_g(up.n, up.m, up.out_chunk(), up.right, scratch.g_contraction);
+    const WeightGradient<T> down_left{down.n, down.m, down.in_chunk(), down_sums.left, nullptr};
+    const WeightGradient<T> up_right{up.n, up.m, up.out_chunk(), up_sums.right, up_sums.bias};
+    const Expansion<T> expand{down.n, down.m, down.in_chunk(), down.left, nullptr, streaming};
+    RuleGradient rule(down, down_sums.rule, scratch.kept), rule2(up, up_sums.rule, scratch.kept2);
+
+    for (int64_t token = begin; token < end; token += lanes) {
+        const int64_t tokens = block_size(token, end);
+        const int64_t ahead = ahead_of(job.streaming, token, end, k);
+        const T *x_rows = x + token * k, *g_rows = g + token * k;
+        contract_x(x_rows, tokens, rule.z());
+        mix(down, rule.z(), scratch.v);
+        preactivation(down, scratch.v, scratch.h);
+        activate_with_slope(job.activation, scratch.h, scratch.slope, down.out);
+        contract_bottleneck(up, scratch.h, rule2.z());
+        mix(up, rule2.z(), scratch.v2);
+
+        contract_g(g_rows, tokens, rule2.dv());
+        float* dz2 = scratch.z2;
+        mix_transposed(up, rule2.dv(), dz2);
+        rule2.next();
+        if (up_sums.left) left_gradient(up, scratch.h, dz2, up_sums.left);
+        float* dy = scratch.slope;
+        preactivation_gradient(up, dz2, scratch.dh, dy);
+        if (down_sums.right) right_gradient(down, scratch.v, dy, down_sums.right, down_sums.bias);
+        expand_transposed(down, dy, rule.dv());
+        float* dz = scratch.z;
+        mix_transposed(down, rule.dv(), dz);
+        rule.next();
+
+        if (down_sums.left) down_left(dz, x_rows, tokens, ahead);
+        if (up_sums.right) up_right(scratch.v2, g_rows, tokens, grad_x ? 0 : ahead);
+        if (grad_x)
+            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, ahead);
+    }
+    rule.flush();
+    rule2.flush();
+    if (streaming) stream_fence();
+}
+
+}  // namespace compacter::COMPACTER_ISA

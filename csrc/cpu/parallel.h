@@ -1,0 +1,27 @@
+// A static split of the tokens over OpenMP threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace compacter::cpu {
+
+// The parts that `tokens` are cut into: as many as threads, fewer for little work, one in a forked child.
+int64_t part_count(int64_t tokens, int64_t work_per_token, int threads);
+
+inline int64_t block_count(int64_t tokens) { return (tokens + block_tokens - 1) / block_tokens; }
+
+// body(part, begin, end). The cut depends on tokens and parts alone, and so do the sums of each part, whichever thread
+// runs it. The body must not throw.
+template <class Body>
+void for_each_part(int64_t tokens, int64_t parts, const Body& body) {
+    const int64_t blocks = block_count(tokens);
+    const auto start = [&](int64_t part) { return std::min(tokens, blocks * part / parts * block_tokens); };
+    if (parts == 1) return body(0, 0, tokens);
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(parts))
+    for (int64_t part = 0; part < parts; ++part) body(part, start(part), start(part + 1));
+}
+
+}  // namespace compacter::cpu

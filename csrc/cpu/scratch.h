@@ -1,0 +1,59 @@
+// Memory of the calling thread, aligned to 64 bytes and kept between calls while it is small.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace compacter::cpu {
+
+class Scratch {
+public:
+    // Throws std::bad_alloc. Two Scratch objects of one thread must not live at the same time.
+    explicit Scratch(int64_t floats) {
+        if (floats > kept.floats) kept.resize(floats);
+        data = kept.data;
+    }
+
+    ~Scratch() {
+        if (kept.floats > keep_at_most) kept.resize(0);
+    }
+
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    float* take(int64_t floats) {
+        float* piece = data;
+        data += padded(floats);
+        return piece;
+    }
+
+    static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+private:
+    static constexpr int64_t keep_at_most = int64_t{1} << 20;
+
+    struct Memory {
+        float* data = nullptr;
+        int64_t floats = 0;
+
+        ~Memory() { std::free(data); }
+
+        void resize(int64_t count) {
+            std::free(data);
+            data = nullptr;
+            floats = 0;
+            if (!count) return;
+            data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(padded(count)) * sizeof(float)));
+            if (!data) throw std::bad_alloc();
+            floats = count;
+        }
+    };
+
+    static thread_local Memory kept;
+    float* data;
+};
+
+inline thread_local Scratch::Memory Scratch::kept;
+
+}  // namespace compacter::cpu

@@ -1,0 +1,117 @@
+"""Builds the native module compacter_kernels._C with CMake where a C++ compiler is found.
+
+COMPACTER_KERNELS_NATIVE=0 leaves the native part out, =1 makes a missing compiler an error. Without the variable a
+missing compiler gives a pure-Python install, which says so: its version ends in +pure, and `compacter-kernels info`
+has the reason. A compiler that is there and fails is always an error. CMAKE_ARGS goes to CMake as it is.
+"""
+
+import ast
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "compacter_kernels"
+SWITCH = "COMPACTER_KERNELS_NATIVE"
+COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def read_version() -> str:
+    """__version__ of the package, read without importing it (which would need torch)."""
+    for node in ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__version__":
+            return str(ast.literal_eval(node.value))
+    raise RuntimeError(f"{PACKAGE}/__init__.py sets no __version__")
+
+
+def missing_tools() -> list[str]:
+    """What the native build needs and this machine lacks."""
+    missing = []
+    if compiler := os.environ.get("CXX"):
+        if shutil.which(compiler.split()[0]) is None:
+            missing.append(f"the C++ compiler CXX={compiler}")
+    elif not any(map(shutil.which, COMPILERS)):
+        missing.append(f"a C++ compiler ({', '.join(COMPILERS)})")
+    if shutil.which("cmake") is None:
+        missing.append("cmake")
+    if not any(map(shutil.which, ("ninja", "ninja-build"))):
+        missing.append("ninja")
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    return missing
+
+
+def why_pure() -> str | None:
+    """Why this install has no native part, or None where it has one."""
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"{SWITCH}={switch} is not known; set it to 0 (no native part) or 1 (required), or unset it")
+    if switch == "0":
+        return f"left out by {SWITCH}=0"
+    missing = missing_tools()
+    if not missing:
+        return None
+    reason = f"not found when it was installed: {', '.join(missing)}"
+    if switch == "1":
+        raise SystemExit(f"{SWITCH}=1, but the native part cannot be built; {reason}")
+    return reason
+
+
+class BuildNative(build_ext):
+    """Runs CMake; one target gives the whole of compacter_kernels._C."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        for command in (configure, ["cmake", "--build", str(build)]):
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise SystemExit(
+                    f"the native part of {PACKAGE} did not build: {' '.join(command)} returned {error.returncode}. "
+                    f"To install without it, set {SWITCH}=0."
+                ) from error
+        if not target.is_file():
+            raise SystemExit(f"CMake built no {target}; is CMAKE_LIBRARY_OUTPUT_DIRECTORY ignored?")
+
+
+class BuildPython(build_py):
+    """Leaves a note where the native part is not built, and no native module or note of an earlier build beside it."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
+        for stale in (*package.glob("_C.*.so"), *package.glob("_C.*.pyd"), package / "_not_built.txt"):
+            stale.unlink(missing_ok=True)
+        if REASON is not None:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / "_not_built.txt").write_text(REASON + "\n", encoding="utf-8")
+
+
+REASON = why_pure()
+if REASON is not None:
+    print(f"{PACKAGE}: no native kernels, a pure-Python install. {REASON}", file=sys.stderr)
+
+setup(
+    version=read_version() + ("" if REASON is None else "+pure"),
+    ext_modules=[Extension(f"{PACKAGE}._C", sources=[])] if REASON is None else [],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)

@@ -1,0 +1,91 @@
+"""Several Python threads at once, and processes forked from one that has already used every core."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from oracle import BF16, IMPLS, Case, Tensors, assert_same_bits, run
+from torch.utils.data import DataLoader, Dataset
+
+CASES = [
+    Case(shape=(400,), width=96, bottleneck=24, n=8),
+    Case(shape=(300,), width=48, bottleneck=24, n=3, dtype=BF16, residual="other"),
+    Case("linear", shape=(400,), width=96, bottleneck=48, n=12),
+    Case("linear", shape=(7,), width=24, bottleneck=48, rank=3),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_four_threads_at_once(impl: str) -> None:
+    inputs = [case.tensors() for case in CASES]
+    expected = [run(case, tensors, impl) for case, tensors in zip(CASES, inputs, strict=True)]
+    start = threading.Barrier(len(CASES))
+    failures: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            start.wait()
+            for turn in range(3 * len(CASES)):
+                k = (i + turn) % len(CASES)
+                assert_same_bits(run(CASES[k], inputs[k], impl), expected[k])
+        except BaseException as failure:
+            failures.append(failure)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(CASES))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+class _Adapted(Dataset[Tensors]):
+    """Items that are computed by forward and backward, in the worker."""
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+        self.inputs = CASES[0].tensors()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensors:
+        return run(CASES[0], self.inputs, self.impl)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forked_data_loader_worker(impl: str) -> None:
+    data = _Adapted(impl)
+    expected = data[0]  # the parent has used its threads
+    items = list(DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60))
+    assert len(items) == len(data)
+    for item in items:
+        for name, tensor in item.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_fork_without_setting_the_thread_count() -> None:
+    """torch hangs here where it uses several threads; the fused kernels must not."""
+    if "cpu" not in [impl.values[0] for impl in IMPLS if not impl.marks[0].args[0]]:
+        pytest.skip("cpu is not built")
+    case = Case(shape=(64,), width=96, bottleneck=24, n=8)
+    tensors, grad = case.tensors(), case.grad_output()
+    run(CASES[0], CASES[0].tensors(), "cpu")
+
+    def child() -> None:
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        run(case, tensors, "cpu", grad)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung
+    assert process.exitcode == 0

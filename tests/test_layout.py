@@ -1,0 +1,167 @@
+"""The shape of the repository: the dependency arrow, file sizes, what the README promises, what files may name."""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compacter_kernels as ck
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "compacter_kernels"
+
+# The arrow of docs/design.md: a room imports from rooms of lower rank, and from itself.
+RANKS = (
+    ("activations", "weights"),
+    ("problem",),
+    ("impl",),
+    ("dispatch",),
+    ("ops",),
+    ("autograd",),
+    ("functional",),
+    ("nn",),
+    ("accuracy",),
+    ("options",),
+    ("bench", "train"),
+    ("compare", "info"),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+PUBLIC = RANK["nn"] + 1  # what `import compacter_kernels` itself needs lies below
+SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
+HOSTS = {"arxiv.org", "www.apache.org", "keepachangelog.com", "semver.org", "pytorch.org", "github.com"}
+
+
+def project_files() -> list[Path]:
+    """Every file that is, or would be, under version control."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of this package that a module imports, anywhere in its file."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            base = node.module or ""
+            found |= {full if (full := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return {name for name in found if name.split(".")[0] == PACKAGE}
+
+
+def room(module: str) -> str:
+    """compacter_kernels.impl.cpu -> impl; empty for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != PACKAGE])
+def test_nothing_imports_upward(module: str) -> None:
+    here = room(module)
+    assert here in RANK, f"{module}: give the room {here} its place in RANKS and in docs/design.md"
+    for imported in imports_of(module):
+        there = room(imported)
+        rank = RANK[there] if there else PUBLIC - 1
+        assert there == here or rank < RANK[here], f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(f"{PACKAGE}.impl.")])
+def test_implementations_never_import_one_another(module: str) -> None:
+    names = {name for name in MODULES if name.startswith(f"{PACKAGE}.impl.")} - {f"{PACKAGE}.impl.precision"}
+    own = ".".join(module.split(".")[:3])
+    assert not {name for name in imports_of(module) & names if not name.startswith(own)}
+
+
+def test_the_public_module_needs_no_room_above_nn() -> None:
+    assert all(RANK[room(name)] < PUBLIC for name in imports_of(PACKAGE))
+
+
+def test_files_stay_short() -> None:
+    lengths = {path: len(path.read_bytes().splitlines()) for path in project_files() if path.suffix in SOURCES}
+    assert not {str(path): length for path, length in lengths.items() if length > 400}
+    assert statistics.median(lengths.values()) < 150
+    assert sum(length <= 300 for length in lengths.values()) >= 0.9 * len(lengths)
+
+
+def test_files_name_no_machine_and_no_unknown_host() -> None:
+    path_of_a_machine = re.compile(r"(?<![\w.\-/}$)])/(?:home|opt|private|root|tmp|Users|work|workspace)/\w")
+    url = re.compile(r"(?:https?|ssh|git)://([^/\s\"'`)>]*)")
+    for path in project_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            assert not path_of_a_machine.search(line), where
+            assert set(url.findall(line)) <= HOSTS, where
+
+
+def run_code(document: str) -> dict[str, Any]:
+    """Run the Python blocks of a document, one after the other; the names they leave behind."""
+    names: dict[str, Any] = {"__name__": document}
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(code, document, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_links_and_code_of_a_document_work(document: str) -> None:
+    path = ROOT / document
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (path.parent / target).exists(), f"{document} points to {target}, which is not there"
+    run_code(document)
+
+
+def test_the_lines_that_the_readme_says_it_equals() -> None:
+    readme = run_code("README.md")
+    x = torch.randn(7, 32)
+    weights = ck.CompacterAdapter(32, reduction_factor=4, phm_rank=2, phm_init_range=1.0)
+    down, up = weights.down.weights(), weights.up.weights()
+    torch.testing.assert_close(readme["phm_linear"](x, *down), ck.phm_linear(x, down), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(readme["compacter_adapter"](x, down, up), weights(x), rtol=1e-5, atol=1e-5)
+
+
+def test_import_needs_torch_alone() -> None:
+    blocked = ("triton", "matplotlib", "sklearn", "tqdm", "numpy", "scipy")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+import compacter_kernels as ck, compacter_kernels.cli
+print(sorted(ck.available_impls()))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dense" in done.stdout
+
+
+def test_import_loads_no_optional_package() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import compacter_kernels
+print(*{name.partition('.')[0] for name in set(sys.modules) - before} & {'triton', 'matplotlib', 'sklearn', 'tqdm'})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
