@@ -180,9 +180,10 @@ def error(got: Tensor, exact: Tensor) -> float:
 def floor(dtype: torch.dtype, working: torch.dtype) -> float:
     """The error that rounding alone may cost a tensor of `dtype` computed in `working` (float32 or float64).
 
-    Writing the result rounds it by half a unit in its last place; one unit allows for a step of the working dtype across
-    a boundary. A sum of N rounded terms is expected to be off by sqrt(N)/2 units of the working dtype: 32 for the 4096
-    terms that an implementation may add up in one run before it should add partial sums. Neither depends on the shape.
+    Writing the result rounds it by half a unit in its last place; a whole unit allows for a value that the working
+    dtype puts on the other side of a boundary. A sum of N rounded terms is expected to be off by sqrt(N)/2 units of the
+    working dtype: 32 for the 4096 terms that an implementation may add up in one run before it should add partial sums.
+    Neither depends on the shape.
     """
     return max(torch.finfo(dtype).eps, 32 * torch.finfo(working).eps)
 

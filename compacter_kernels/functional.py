@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
 from compacter_kernels.autograd import AdapterFunction, LinearFunction
 from compacter_kernels.impl.precision import without_autocast
-from compacter_kernels.problem import Problem, adapter_problem, check_like, check_weights, linear_problem
+from compacter_kernels.problem import Problem, adapter_problem, check_like, check_scale, check_weights, linear_problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 
 _plans: dict[Any, dispatch.Plan] = {}
@@ -23,6 +24,7 @@ def _signature(weights: PHMWeights) -> tuple[Any, ...]:
     """All that the checks depend on, cheap enough to be taken in every call."""
     rule, left, right, bias = weights
     return (
+        weights.__class__,
         rule.shape,
         rule.dtype,
         rule.device,
@@ -34,8 +36,14 @@ def _signature(weights: PHMWeights) -> tuple[Any, ...]:
     )
 
 
-def _auto(impl: str) -> str:
-    return dispatch.auto_impl() if impl == "auto" else impl
+# os.environ raises and catches two exceptions for a variable that is not set, 8 us a call; its raw dict does not.
+_environ: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_variable = os.environ.encodekey(dispatch.ENVIRONMENT)
+
+
+def _auto(impl: str) -> Any:
+    """What "auto" means now, as part of a signature."""
+    return _environ.get(_variable) if impl == "auto" else None
 
 
 def _any_requires_grad(weights: PHMWeights) -> bool:
@@ -84,7 +92,7 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
         )
         return compiled
     try:
-        key = ("linear", x.shape[-1], x.dtype, x.device, *_signature(weights), impl, _auto(impl))
+        key = ("linear", x.shape[-1], x.dtype, x.device, x.layout, *_signature(weights), impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -130,16 +138,13 @@ def compacter_adapter(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit impl that cannot serve this call.
     """
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
-        up, scale = up.scaled(scale.reshape(())), 1.0
-    if residual is not None and residual is not x:
-        check_like(residual, "residual", x, x.shape)
+    if not isinstance(scale, float):
+        up, scale = _with_scale(up, scale)
     if torch.compiler.is_compiling():
         return _compiled_adapter(x, down, up, activation, residual, scale, out, impl)
     try:
-        key = (x.shape[-1], x.dtype, x.device, *_signature(down), *_signature(up), activation, impl, _auto(impl))
+        projections = (*_signature(down), *_signature(up))
+        key = (x.shape[-1], x.dtype, x.device, x.layout, *projections, activation, impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -147,6 +152,8 @@ def compacter_adapter(
         plan = dispatch.plan(adapter_problem(x, down, up, activation), impl)
         if isinstance(activation, str):
             _plans[key] = plan
+    if residual is not None and residual is not x:
+        check_like(residual, "residual", x, x.shape)
     if out is not None:
         return _adapter_into(out, plan, x, down, up, activation, residual, scale)
     if plan.kernel is None:
@@ -179,10 +186,35 @@ def explain(
 ) -> dispatch.Explanation:
     """The impl that `compacter_adapter(x, down, up, ...)`, or without `up` `phm_linear(x, down)`, takes, and why.
 
-    Takes the arguments of that call (residual, scale and out do not change the choice) and raises what it would raise.
+    Takes the arguments of that call (residual and out do not change the choice) and raises what it would raise.
     """
-    problem = linear_problem(x, down) if up is None else adapter_problem(x, down, up, activation)
-    return dispatch.explain(problem, impl)
+    if up is None:
+        return dispatch.explain(linear_problem(x, down), impl)
+    up, _ = _with_scale(up, scale)
+    explanation = dispatch.explain(adapter_problem(x, down, up, activation), impl)
+    _check_extras(x, down, up, residual, out)
+    return explanation
+
+
+def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
+    """A number as it is; a tensor as weights of up, where autograd differentiates it."""
+    if isinstance(scale, Tensor):
+        check_weights(up, "up")
+        check_scale(scale, up)
+        return up.scaled(scale.reshape(())), 1.0
+    if not isinstance(scale, (float, int)):
+        raise TypeError(f"scale must be a number or a tensor of one number, got {type(scale).__name__}")
+    return up, float(scale)
+
+
+def _check_extras(x: Tensor, down: PHMWeights, up: PHMWeights, residual: Tensor | None, out: Tensor | None) -> None:
+    """Raise for a residual or an out that does not fit an otherwise good call."""
+    if residual is not None and residual is not x:
+        check_like(residual, "residual", x, x.shape)
+    if out is not None:
+        check_like(out, "out", x, x.shape)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, x, residual, *down, *up)):
+            raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
 
 
 def _compiled_adapter(
@@ -197,6 +229,7 @@ def _compiled_adapter(
 ) -> Tensor:
     problem: Problem = adapter_problem(x, down, up, activation)
     name, _ = dispatch.choose(problem, impl)
+    _check_extras(x, down, up, residual, out)
     assert problem.activation is not None
     if name in dispatch.PLAIN:
         result: Tensor = dispatch.IMPLS[name].adapter(x, down, up, problem.activation, residual, scale)
@@ -220,13 +253,10 @@ def _adapter_into(
     scale: float,
 ) -> Tensor:
     """Write the result into `out`: directly where it is contiguous and apart from the inputs, else through a copy."""
-    check_like(out, "out", x, x.shape)
-    inputs = (x, residual, *down, *up)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
-        raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
+    _check_extras(x, down, up, residual, out)
     if plan.kernel is None:
         return out.copy_(plan.module.adapter(x, down, up, resolve(activation), residual, scale))
-    if out.is_contiguous() and not any(_shares_memory(out, t) for t in inputs):
+    if out.is_contiguous() and not any(_shares_memory(out, t) for t in (x, residual, *down, *up)):
         plan.kernel.forward(x, residual, scale, down, up, out)
         return out
     return out.copy_(plan.kernel.forward(x, residual, scale, down, up))

@@ -129,3 +129,12 @@ def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[in
         raise TypeError(f"{name} must have the dtype of x, {_name(x.dtype)}, got {_name(value.dtype)}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, x on {x.device}; move one of them")
+
+
+def check_scale(scale: Tensor, up: PHMWeights) -> None:
+    """Raise unless `scale` is a tensor of one number beside the weights of up."""
+    _check_tensor(scale, "scale")
+    if scale.numel() != 1:
+        raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
+    if scale.device != up.device:
+        raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")

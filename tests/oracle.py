@@ -1,4 +1,4 @@
-"""One call of the library as data: its inputs, its gradients, the float64 oracle of both, and the limits on the error."""
+"""One call of the library as data, the float64 oracle of its output and gradients, and the limits on the error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Case:
         return "-".join(parts) or "default"
 
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
-        """Leaves that require grad, the same numbers in every run: x, residual, rule, left, right, bias (of down, up)."""
+        """Leaves that require grad, the same numbers in every run: x, residual, and the weights of each projection."""
         rng = torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
 
         def leaf(shape: tuple[int, ...], std: float, kind: torch.dtype) -> Tensor:

@@ -129,7 +129,7 @@ def test_compiled_second_derivative_raises() -> None:
     tensors = CASES[1].tensors()
     compiled, _ = _compiled(lambda tensors: CASES[1].call(tensors))
     grads = torch.autograd.grad(compiled(tensors).square().sum(), list(tensors.values()), create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward|second derivative|does not support"):
+    with pytest.raises(RuntimeError, match="double backward"):
         grads[1].sum().backward()
 
 

@@ -45,15 +45,24 @@ WEIGHTS = [
     ("rule empty", _of_linear(rule=_ones(0, 0, 0)), ValueError, r"weights\.rule must have shape"),
     ("rule int", _of_linear(rule=_ones(4, 4, 4).int()), TypeError, r"weights\.rule must be float32.*got int32"),
     ("left None", _of_linear(left=None), TypeError, r"weights\.left must be a torch\.Tensor, got NoneType"),
-    ("left of other n", _of_linear(left=_ones(3, 8, 1)), ValueError, r"weights\.left must have shape \(4, in/4, rank\)"),
+    (
+        "left of other n",
+        _of_linear(left=_ones(3, 8, 1)),
+        ValueError,
+        r"weights\.left must have shape \(4, in/4, rank\)",
+    ),
     ("left empty", _of_linear(left=_ones(4, 6, 0)), ValueError, r"weights\.left must have shape"),
     ("left 4-d", _of_linear(left=_ones(4, 6, 1, 1)), ValueError, r"weights\.left must have 3 dimensions"),
     ("left complex", _of_linear(left=_ones(4, 6, 1) * 1j), TypeError, r"weights\.left must be float32.*got complex64"),
     ("left on meta", _of_linear(left=_ones(4, 6, 1, device="meta")), ValueError, r"weights\.left is on meta"),
-    ("right of other rank", _of_linear(right=_ones(4, 2, 3)), ValueError, r"weights\.right must have shape \(4, 1, out/4\)"),
+    (
+        "right of other rank",
+        _of_linear(right=_ones(4, 2, 3)),
+        ValueError,
+        r"weights\.right must have shape \(4, 1, out/4\)",
+    ),
     ("right empty", _of_linear(right=_ones(4, 1, 0)), ValueError, r"weights\.right must have shape"),
     ("right a number", _of_linear(right=1.0), TypeError, r"weights\.right must be a torch\.Tensor, got float"),
-    ("right sparse", _of_linear(right=_ones(4, 1, 3).to_sparse()), TypeError, r"weights\.right must be a dense"),
     ("bias too short", _of_linear(bias=_ones(11)), ValueError, r"weights\.bias must have shape \(12,\), got \(11,\)"),
     ("bias 2-d", _of_linear(bias=_ones(1, 12)), ValueError, r"weights\.bias must have 1 dimension"),
     ("bias bool", _of_linear(bias=_ones(12) > 0), TypeError, r"weights\.bias must be float32.*got bool"),
@@ -85,45 +94,57 @@ TABLE: list[Entry] = [
 ]
 
 
-def _options(function: Callable[..., object], name: str) -> list[Entry]:
-    def call(**options: Any) -> Callable[[], object]:
-        return lambda: function(x, function=function, **options) if False else adapter(function=function, **options)
-
-    x = _ones(5, 24)
-    return [
-        (f"{name}: impl unknown", call(impl="cuda9"), ValueError, r"impl='cuda9' is not known; choose one of auto, dense"),
-        (f"{name}: impl None", call(impl=None), ValueError, r"impl=None is not known"),
-        (f"{name}: impl a list", call(impl=[]), ValueError, r"impl=\[\] is not known"),
-        (f"{name}: activation unknown", call(activation="gelu9"), ValueError, r"activation='gelu9' is not known; choose one of"),
-        (f"{name}: activation a number", call(activation=3), TypeError, r"activation must be a name or a callable, got int"),
-        (f"{name}: activation a list", call(activation=[]), TypeError, r"activation must be a name or a callable, got list"),
-        (f"{name}: residual of another shape", call(residual=_ones(4, 24)), ValueError, r"residual must have shape \(5, 24\), got \(4, 24\)"),
-        (f"{name}: residual of another dtype", call(residual=x.to(BF16)), TypeError, r"residual must have the dtype of x, float32, got bfloat16"),
-        (f"{name}: residual a number", call(residual=1.0), TypeError, r"residual must be a torch\.Tensor, got float"),
-        (f"{name}: residual on meta", call(residual=x.to("meta")), ValueError, r"residual is on meta, x on cpu"),
-        (f"{name}: scale a string", call(scale="2"), TypeError, r"scale must be a number or a tensor of one number, got str"),
-        (f"{name}: scale None", call(scale=None), TypeError, r"scale must be a number or a tensor of one number, got NoneType"),
-        (f"{name}: scale complex", call(scale=2j), TypeError, r"scale must be a number or a tensor of one number, got complex"),
-        (f"{name}: scale of two numbers", call(scale=_ones(2)), ValueError, r"scale must be a number or a tensor of one number, got shape \(2,\)"),
-        (f"{name}: scale an empty tensor", call(scale=_ones(0)), ValueError, r"scale must be a number or a tensor of one number, got shape \(0,\)"),
-        (f"{name}: scale on meta", call(scale=_ones((), device="meta")), ValueError, r"scale is on meta, x on cpu"),
-        (f"{name}: scale tensor and bad up", call(scale=_ones(1), up=3), TypeError, r"up must be PHMWeights.* got int"),
-        (f"{name}: out of another shape", call(out=_ones(5, 23)), ValueError, r"out must have shape \(5, 24\), got \(5, 23\)"),
-        (f"{name}: out of another dtype", call(out=x.to(FP64)), TypeError, r"out must have the dtype of x, float32, got float64"),
-        (f"{name}: out a number", call(out=1), TypeError, r"out must be a torch\.Tensor, got int"),
-        (f"{name}: out requires grad", call(out=_ones(5, 24, requires_grad=True)), ValueError, r"out= records no gradient"),
-        (f"{name}: down no weights", call(down=None if False else 3), TypeError, r"down must be PHMWeights.* got int"),
-        (f"{name}: up no weights", call(up="up"), TypeError, r"up must be PHMWeights.* got str"),
-        (f"{name}: down bad", call(down=_of_linear(bias=_ones(5))), ValueError, r"down\.bias must have shape \(12,\), got \(5,\)"),
-        (f"{name}: up takes another width", call(up=_of_linear()), ValueError, r"up takes width 24, but down gives width 12"),
-        (f"{name}: up gives another width", call(up=_of_linear(left=_ones(4, 3, 1))), ValueError, r"up gives width 12, but x has width 24"),
-        (f"{name}: up on meta", call(up=ck.PHMWeights(*(_ones(*s, device="meta") for s in ((4, 4, 4), (4, 3, 1), (4, 1, 6))))), ValueError, r"x is on cpu, up on meta"),
+META = [_ones(*shape, device="meta") for shape in ((4, 4, 4), (4, 3, 1), (4, 1, 6))]
+SCALE = r"scale must be a number or a tensor of one number, got "
+OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("impl unknown", {"impl": "cuda9"}, ValueError, r"impl='cuda9' is not known; choose one of auto, dense"),
+    ("impl None", {"impl": None}, ValueError, r"impl=None is not known"),
+    ("impl a list", {"impl": []}, ValueError, r"impl=\[\] is not known"),
+    ("activation unknown", {"activation": "gelu9"}, ValueError, r"activation='gelu9' is not known; choose one of"),
+    ("activation a number", {"activation": 3}, TypeError, r"activation must be a name or a callable, got int"),
+    ("activation a list", {"activation": []}, TypeError, r"activation must be a name or a callable, got list"),
+    ("residual of another shape", {"residual": _ones(4, 24)}, ValueError, r"residual must have shape \(5, 24\), got"),
+    ("residual to broadcast", {"residual": _ones(24)}, ValueError, r"residual must have shape \(5, 24\), got \(24,\)"),
+    (
+        "residual of another dtype",
+        {"residual": _ones(5, 24).to(BF16)},
+        TypeError,
+        r"residual must .*float32, got bfloat16",
+    ),
+    ("residual a number", {"residual": 1.0}, TypeError, r"residual must be a torch\.Tensor, got float"),
+    ("residual on meta", {"residual": _ones(5, 24, device="meta")}, ValueError, r"residual is on meta, x on cpu"),
+    ("scale a string", {"scale": "2"}, TypeError, SCALE + "str"),
+    ("scale None", {"scale": None}, TypeError, SCALE + "NoneType"),
+    ("scale complex", {"scale": 2j}, TypeError, SCALE + "complex"),
+    ("scale of two numbers", {"scale": _ones(2)}, ValueError, SCALE + r"shape \(2,\)"),
+    ("scale of no number", {"scale": _ones(0)}, ValueError, SCALE + r"shape \(0,\)"),
+    ("scale an integer tensor", {"scale": torch.tensor(2)}, TypeError, r"scale must be float32.*got int64"),
+    ("scale on meta", {"scale": _ones(1, device="meta")}, ValueError, r"scale is on meta, up on cpu"),
+    ("scale a tensor, up bad", {"scale": _ones(1), "up": 3}, TypeError, r"up must be PHMWeights.* got int"),
+    ("out of another shape", {"out": _ones(5, 23)}, ValueError, r"out must have shape \(5, 24\), got \(5, 23\)"),
+    ("out of another dtype", {"out": _ones(5, 24).to(FP64)}, TypeError, r"out must have the dtype of x, float32, got"),
+    ("out a number", {"out": 1}, TypeError, r"out must be a torch\.Tensor, got int"),
+    ("out on meta", {"out": _ones(5, 24, device="meta")}, ValueError, r"out is on meta, x on cpu"),
+    ("out requires grad", {"out": _ones(5, 24, requires_grad=True)}, ValueError, r"out= records no gradient"),
+    ("down no weights", {"down": 3}, TypeError, r"down must be PHMWeights.* got int"),
+    ("up no weights", {"up": "up"}, TypeError, r"up must be PHMWeights.* got str"),
+    ("down bad", {"down": _of_linear(bias=_ones(5))}, ValueError, r"down\.bias must have shape \(12,\), got \(5,\)"),
+    ("up takes another width", {"up": _of_linear()}, ValueError, r"up takes width 24, but down gives width 12"),
+    ("up gives another width", {"up": _of_linear(left=_ones(4, 3, 1))}, ValueError, r"up gives width 12, but x has"),
+    ("up on meta", {"up": ck.PHMWeights(*META)}, ValueError, r"x is on cpu, up on meta"),
+]
+for function in (ck.compacter_adapter, ck.explain):
+    TABLE += [
+        (f"{function.__name__}: {name}", lambda f=function, o=options: adapter(function=f, **o), kind, match)
+        for name, options, kind, match in OPTIONS
     ]
-
-
-TABLE += _options(ck.compacter_adapter, "adapter") + _options(ck.explain, "explain")
 TABLE += [
-    ("phm_linear: impl unknown", lambda: linear(impl="gpu"), ValueError, r"impl='gpu' is not known; choose one of auto"),
+    (
+        "phm_linear: impl unknown",
+        lambda: linear(impl="gpu"),
+        ValueError,
+        r"impl='gpu' is not known; choose one of auto",
+    ),
     ("phm_linear: impl None", lambda: linear(impl=None), ValueError, r"impl=None is not known"),
     ("phm_linear: two positional", lambda: ck.phm_linear(_ones(3, 24)), TypeError, r"'weights'"),
 ]
@@ -141,3 +162,8 @@ def test_error_names_the_argument(
         adapter(residual=_ones(5, 24))
     with pytest.raises(kind, match=match):
         call()
+
+
+def test_sparse_weights() -> None:
+    with pytest.raises(TypeError, match=r"weights\.right must be a dense \(strided\) tensor"):
+        ck.phm_matrix(_of_linear(right=_ones(4, 1, 3).to_sparse()))

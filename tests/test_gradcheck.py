@@ -1,4 +1,4 @@
-"""The derivatives of the plain-torch impls against finite differences in float64, and the second derivative of factored."""
+"""The derivatives of the plain-torch impls against finite differences, and the second derivative of factored."""
 
 from __future__ import annotations
 

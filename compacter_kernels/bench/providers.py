@@ -24,7 +24,6 @@ class Provider(NamedTuple):
     """
 
     name: str
-    label: str
     bind: Callable[[Case], Call]
     directions: tuple[str, ...] = DIRECTIONS
     checked: bool = True
@@ -78,12 +77,12 @@ def providers() -> dict[str, Provider]:
     available = ck.available_impls()
     fused = [name for name in IMPLS if name not in PLAIN and available[name] is None]
     found = [
-        Provider("copy", "copy", _copy, checked=False),
-        Provider("dense", "dense", _through("dense")),
-        Provider("dense-cached", "dense cached", _dense_cached, (FORWARD,)),
-        Provider("factored", "factored", _through("factored")),
-        Provider("factored-compiled", "factored + torch.compile", _compiled),
-        *(Provider(name, f"{name} (fused)", _through(name)) for name in fused),
+        Provider("copy", _copy, checked=False),
+        Provider("dense", _through("dense")),
+        Provider("dense-cached", _dense_cached, (FORWARD,)),
+        Provider("factored", _through("factored")),
+        Provider("factored-compiled", _compiled),
+        *(Provider(name, _through(name)) for name in fused),
     ]
     return {provider.name: provider for provider in found}
 

@@ -11,7 +11,8 @@ from typing import Any
 from compacter_kernels.bench.cost import BOTH, FORWARD
 
 LEGEND = """\
-forward runs without grad, fwd+bwd gives the gradients of x and of all parameters; medians with 20-80 % quantiles
+forward  without grad; fwd+bwd: the output, and the gradients of x and of all parameters
+20-80 %  how far these quantiles are from the median, which is the time shown
 /clone   over one x.clone() of the same shape (forward: the copy that moves as many bytes)
 /copy    over the copy that moves as many bytes as a fused forward and backward: x.clone(), then dx = x + grad
 dense/   dense over this: how many times faster than building H in each call
@@ -36,7 +37,7 @@ def _number(value: float | None, pattern: str = "{:.2f}") -> str:
 
 
 def _spread(row: dict[str, Any]) -> str:
-    return f"{duration(row['ms_q20'])}-{duration(row['ms_q80'])}" if row else "-"
+    return f"{row['ms_q20'] / row['ms'] - 1:+.0%} {row['ms_q80'] / row['ms'] - 1:+.0%}" if row else "-"
 
 
 def _line(tokens: str, forward: dict[str, Any], both: dict[str, Any], name: str) -> list[str]:

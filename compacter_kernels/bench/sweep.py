@@ -58,7 +58,7 @@ def _first_line(error: Exception) -> str:
 
 
 class Prepared(NamedTuple):
-    """A cell before timing: the calls that passed the gate, what is known of each provider, and who is absent and why."""
+    """A cell before timing: the calls that passed the gate, what is known of their providers, who is absent and why."""
 
     timings: Timings
     known: dict[str, dict[str, Any]]
@@ -112,7 +112,7 @@ def derive(cell: Cell, itemsize: int, timings: Timings, sgemm: float) -> Iterato
             "ms_q80": high * 1e3,
             "over_clone": _ratio(median, timings, ("copy", cost.FORWARD)),
             "over_equal_copy": _ratio(median, timings, ("copy", direction)),
-            "dense_over_this": _ratio(median, timings, ("dense", direction), inverse=True),
+            "dense_over_this": _ratio(median, timings, ("dense", direction), inverse=True) if computes else None,
             "model_gb_per_s": cost.traffic(cell.shape, cell.tokens, direction, itemsize) / median / 1e9,
             "model_gflops": rate / 1e9 if computes else None,
             "share_of_sgemm": rate / sgemm if computes else None,

@@ -26,7 +26,7 @@ class Trainer:
         """One step on the batch; returns the loss before it, a tensor of one number."""
         loss = F.cross_entropy(self.model(batch.images), batch.labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         return loss.detach()
 
@@ -35,7 +35,8 @@ def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[Spl
     """Batches without end: each pass over the split in a new order, without an incomplete last batch."""
     while True:
         order = torch.randperm(len(split.labels), generator=generator)
-        for rows in order[: len(order) // size * size].split(size):
+        for start in range(0, len(order) - size + 1, size):
+            rows = order[start : start + size]
             yield Split(split.images[rows], split.labels[rows])
 
 

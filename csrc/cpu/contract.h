@@ -82,10 +82,10 @@ private:
     }
 
     template <int R, int G>
-    void tile(const float* rows, int64_t stride, int64_t first, float* z) const {
+    __attribute__((noinline)) void tile(const float* rows, int64_t stride, int64_t first, float* z) const {
         Vec sum[R][G] = {};
         const float* s = packed + first * quads * W;
-        const auto step = [&](int64_t quad, auto quad_of_row) {
+        const auto step = [&](int64_t quad, auto quad_of_row) COMPACTER_INLINE_LAMBDA {
             Vec basis[G];
 #pragma GCC unroll 4
             for (int j = 0; j < G; ++j) basis[j] = load(s + (j * quads + quad) * W);

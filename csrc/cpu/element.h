@@ -134,7 +134,7 @@ COMPACTER_INLINE void stream_fence() {
 template <int... Sizes, class Body>
 COMPACTER_INLINE void columns(int64_t width, const Body& body) {
     const int64_t whole = width / W;
-    tiles<Sizes...>(0, whole, [&](auto size, int64_t v) { body(size, v * W, std::false_type{}, 0); });
+    tiles<Sizes...>(0, whole, [&](auto size, int64_t v) COMPACTER_INLINE_LAMBDA { body(size, v * W, std::false_type{}, 0); });
     if (width % W) body(Int<1>{}, whole * W, std::true_type{}, width % W);
 }
 

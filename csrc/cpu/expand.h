@@ -15,65 +15,70 @@ struct Expansion {
     // Rows of `tokens` <= 16 tokens; residual may be null. Rows that are read here for the last time make room in the
     // caches: the rows `ahead` numbers behind them, of the next block, are fetched meanwhile (0: there are none).
     void operator()(const float* v, const T* residual, T* out, int64_t tokens, int64_t ahead) const {
-        constexpr int R = 4;
-        for (int64_t q = 0; q < n; ++q)
-            tiles<R, 1>(0, tokens, [&](auto size, int64_t token) {
-                const int64_t at = token * n * chunk + q * chunk;
-                const float* coef = v + q * m * lanes + token;
-                const auto run = [&](auto terms) {
-                    const auto body = [&](auto vectors, int64_t u, auto cut, int64_t count) {
-                        tile<decltype(size)::value, decltype(vectors)::value, decltype(terms)::value>(
-                            coef, u, bias ? bias + q * chunk + u : nullptr, residual ? residual + at + u : nullptr,
-                            out + at + u, ahead, cut, count);
-                    };
-                    if constexpr (many_registers)
-                        columns<4, 2, 1>(chunk, body);
-                    else
-                        columns<2, 1>(chunk, body);
-                };
-                if (m == 4)
-                    run(Int<4>{});
-                else if (m == 8)
-                    run(Int<8>{});
-                else if (m == 12)
-                    run(Int<12>{});
-                else
-                    run(Int<0>{});
-            });
+        if (m == 4)
+            blocks<4>(v, residual, out, tokens, ahead);
+        else if (m == 8)
+            blocks<8>(v, residual, out, tokens, ahead);
+        else if (m == 12)
+            blocks<12>(v, residual, out, tokens, ahead);
+        else
+            blocks<0>(v, residual, out, tokens, ahead);
     }
 
 private:
-    // R tokens by U vectors; M: the number of terms where it is known at compile time, else 0.
+    // M: the number of terms where it is known at compile time, else 0.
+    template <int M>
+    void blocks(const float* v, const T* residual, T* out, int64_t tokens, int64_t ahead) const {
+        for (int64_t q = 0; q < n; ++q)
+            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+                const int64_t at = token * n * chunk + q * chunk;
+                rows<decltype(size)::value, M>(v + q * m * lanes + token, bias ? bias + q * chunk : nullptr,
+                                               residual ? residual + at : nullptr, out + at, ahead);
+            });
+    }
+
+    // One chunk of R tokens.
+    template <int R, int M>
+    __attribute__((noinline)) void rows(const float* coef, const float* bias_here, const T* residual, T* out,
+                                        int64_t ahead) const {
+        constexpr int widest = many_registers ? 4 : 2;
+        columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+            tile<R, decltype(vectors)::value, M>(coef, bias_here, residual, out, ahead, u, cut, count);
+        });
+    }
+
     template <int R, int U, int M, bool Cut>
-    COMPACTER_INLINE void tile(const float* coef, int64_t u, const float* bias_here, const T* residual, T* out,
-                               int64_t ahead, std::bool_constant<Cut>, int64_t count) const {
+    COMPACTER_INLINE void tile(const float* coef, const float* bias_here, const T* residual, T* out, int64_t ahead,
+                               int64_t u, std::bool_constant<Cut>, int64_t count) const {
         const int64_t row = n * chunk;
-        const auto get = [&](auto p) { return Cut ? load(p, count) : load(p); };
+        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
         Vec sum[R][U];
 #pragma GCC unroll 4
         for (int k = 0; k < U; ++k) {
-            const Vec start = bias_here ? get(bias_here + k * W) : Vec{};
+            const Vec start = bias_here ? get(bias_here + u + k * W) : Vec{};
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
-        if (residual)
+        if (residual) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) {
-                    sum[r][k] += get(residual + r * row + k * W);
-                    if (ahead && (k * W * sizeof(T)) % 64 == 0) __builtin_prefetch(residual + ahead + r * row + k * W, 0, 2);
+                    const T* from = residual + r * row + u + k * W;
+                    sum[r][k] += get(from);
+                    if (ahead && (k * W * sizeof(T)) % 64 == 0) __builtin_prefetch(from + ahead, 0, 2);
                 }
-        const float* t = basis + u;
+        }
         const int64_t terms = M ? M : m;
+        const float* t = basis + u;
 #pragma GCC unroll 12
-        for (int64_t c = 0; c < terms; ++c, t += chunk, coef += lanes) {
+        for (int64_t c = 0; c < terms; ++c) {
             Vec value[U];
 #pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) value[k] = get(t + k * W);
+            for (int k = 0; k < U; ++k) value[k] = get(t + c * chunk + k * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(coef[r]);
+                const Vec weight = splat(coef[c * lanes + r]);
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
@@ -82,7 +87,7 @@ private:
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int k = 0; k < U; ++k) {
-                T* to = out + r * row + k * W;
+                T* to = out + r * row + u + k * W;
                 if constexpr (Cut)
                     store(to, sum[r][k], count);
                 else if (streaming)

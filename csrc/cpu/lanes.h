@@ -29,7 +29,7 @@ inline void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Co
                                 const float* init = nullptr) {
     constexpr int P = many_registers ? 1 : 2;  // vectors of tokens at a time
     for (int l = 0; l < lanes; l += P * W)
-        tiles<8 / P, 4 / P, 1>(0, n_out, [&](auto size, int64_t a) {
+        tiles<8 / P, 4 / P, 1>(0, n_out, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
             constexpr int A = decltype(size)::value;
             Vec sum[A][P];
             const float* weight = coef.data + a * coef.out_stride;
@@ -62,7 +62,7 @@ struct OuterShape {
 inline void lane_outer(float* gradient, int64_t row_stride, const float* left, const float* right, int64_t left_row,
                                  int64_t right_row, OuterShape shape) {
     constexpr int A = many_registers ? 4 : 2;
-    tiles<A, 1>(0, shape.left_rows, [&](auto size, int64_t a) {
+    tiles<A, 1>(0, shape.left_rows, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
         for (int64_t b = 0; b < shape.right_rows; b += 4) {
             constexpr int R = decltype(size)::value;
             const int64_t columns = shape.right_rows - b < 4 ? shape.right_rows - b : 4;

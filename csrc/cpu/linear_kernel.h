@@ -14,7 +14,7 @@ using cpu::Sums;
 
 // The next block is fetched early only where the work is too large for the caches, and if there is one.
 COMPACTER_INLINE int64_t ahead_of(bool streaming, int64_t token, int64_t end, int64_t row) {
-    return streaming && token + lanes < end ? lanes * row : 0;
+    return token + lanes < end ? lanes * row : 0;
 }
 
 COMPACTER_INLINE int64_t block_size(int64_t token, int64_t end) { return end - token < lanes ? end - token : lanes; }

@@ -12,6 +12,7 @@
 #endif
 
 #define COMPACTER_INLINE inline __attribute__((always_inline))
+#define COMPACTER_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace compacter::COMPACTER_ISA {
 

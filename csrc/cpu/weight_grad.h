@@ -14,9 +14,9 @@ struct WeightGradient {
     // Sums start at 0 in every block: two levels of summation keep the error of long sums small.
     void operator()(const float* v, const T* g, int64_t tokens, int64_t ahead) const {
         // Wide in u for the few rows that m leaves, so that each coefficient serves several vectors.
-        tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) {
+        tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) COMPACTER_INLINE_LAMBDA {
             constexpr int C = decltype(rows)::value;
-            columns<C <= 4 && many_registers ? 4 : 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
+            columns<C <= 4 && many_registers ? 4 : 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
                 constexpr int U = decltype(vectors)::value;
                 if (first == 0 && bias_sum)
                     tile<C, U, true>(v, g, tokens, ahead, first, u, cut, count);
@@ -33,8 +33,8 @@ private:
     COMPACTER_INLINE void tile(const float* v, const T* g, int64_t tokens, int64_t ahead, int64_t first, int64_t u,
                                std::bool_constant<Cut>, int64_t count) const {
         const int64_t row = n * chunk;
-        const auto get = [&](auto p) { return Cut ? load(p, count) : load(p); };
-        const auto add = [&](float* p, Vec value) {
+        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
+        const auto add = [&](float* p, Vec value) COMPACTER_INLINE_LAMBDA {
             if constexpr (Cut)
                 store(p, load(p, count) + value, count);
             else
