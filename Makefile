@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out
 PYTEST ?=
-BENCH ?= --shapes 768/24/4,768/48/12 --tokens 1,2048
+BENCH ?= --quick
 TRAIN ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)

@@ -111,7 +111,7 @@ if REASON is not None:
     print(f"{PACKAGE}: no native kernels, a pure-Python install. {REASON}", file=sys.stderr)
 
 setup(
-    version=read_version() + ("" if REASON is None else "+pure"),
+    version=read_version() + ("" if REASON is None or "sdist" in sys.argv else "+pure"),
     ext_modules=[Extension(f"{PACKAGE}._C", sources=[])] if REASON is None else [],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

@@ -30,7 +30,9 @@ class Timing:
     def calibrate(self) -> None:
         """Warm up, and find how many calls make a sample."""
         self.call()
-        self.estimate = min(self._once() for _ in range(3))
+        self.estimate = self._once()
+        if self.estimate < WARM_LIMIT:
+            self.estimate = min(self.estimate, *(self._once() for _ in range(2)))
         self.loops = max(1, round(MIN_SAMPLE / self.estimate))
 
     def _once(self) -> float:

@@ -32,7 +32,7 @@ def environment(page_faults: str, threads: int | None) -> dict[str, str]:
 
 
 def measure(settings: Settings, page_faults: str) -> dict[str, Any]:
-    """The table of one such process; RuntimeError where it fails."""
+    """The table of one such process; ChildProcessError where it fails."""
     if page_faults == "removed":
         print(f"page faults removed: a process with {' = '.join(VARIABLES)} = {THRESHOLD}", file=sys.stderr)
     else:
@@ -47,6 +47,8 @@ def measure(settings: Settings, page_faults: str) -> dict[str, Any]:
             check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"the measuring process ended with exit code {done.returncode}; its message is above")
+            raise ChildProcessError(
+                f"the measuring process ended with exit code {done.returncode}; its message is above"
+            )
         table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {"page_faults": page_faults, **table}

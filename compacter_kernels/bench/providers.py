@@ -15,6 +15,7 @@ from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.dispatch import IMPLS, PLAIN
 
 Call = Callable[[], Tensor]
+COMPILED = "factored-compiled"
 
 
 class Provider(NamedTuple):
@@ -81,7 +82,7 @@ def providers() -> dict[str, Provider]:
         Provider("dense", _through("dense")),
         Provider("dense-cached", _dense_cached, (FORWARD,)),
         Provider("factored", _through("factored")),
-        Provider("factored-compiled", _compiled),
+        Provider(COMPILED, _compiled),
         *(Provider(name, _through(name)) for name in fused),
     ]
     return {provider.name: provider for provider in found}

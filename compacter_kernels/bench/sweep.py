@@ -1,4 +1,4 @@
-"""The sweep over shapes and token counts in this process: gate, then time, then derive what the tables show."""
+"""The sweep over shapes and token counts in this process: gate, then time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compacter_kernels.accuracy import Case, Oracle, Shape, random_case
+from compacter_kernels.accuracy import Case, Oracle, random_case
 from compacter_kernels.bench import cost, rates
 from compacter_kernels.bench.machine import memory_bytes
 from compacter_kernels.bench.measure import Timing, interleave
-from compacter_kernels.bench.providers import Provider, missing, providers, timed
+from compacter_kernels.bench.providers import COMPILED, Provider, missing, providers, timed
+from compacter_kernels.bench.rows import Cell, Timings, derive
 from compacter_kernels.bench.saved import saved_bytes
 from compacter_kernels.bench.settings import Settings
 from compacter_kernels.options import DTYPES
@@ -23,19 +24,6 @@ from compacter_kernels.options import DTYPES
 GATE_ELEMENTS = 2**25  # of x: above, the gate checks as many tokens as have these, since its float64 copies take memory
 BUFFERS = 12  # like x: what dense, forward and backward, and the gate need at their widest
 MEMORY_SHARE = 0.8
-
-
-Timings = dict[tuple[str, str], Timing]  # by provider and direction
-
-
-class Cell(NamedTuple):
-    """One shape and token count of the sweep."""
-
-    shape: Shape
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} T={self.tokens}"
 
 
 def too_large(cell: Cell, itemsize: int) -> str | None:
@@ -89,47 +77,13 @@ def prepare(cell: Cell, case: Case, chosen: list[Provider], checked: Case) -> Pr
     return found
 
 
-def _ratio(seconds: float, timings: Timings, key: tuple[str, str], inverse: bool = False) -> Any:
-    if key not in timings:
-        return None
-    other = timings[key].quantiles()[1]
-    return other / seconds if inverse else seconds / other
-
-
-def derive(cell: Cell, itemsize: int, timings: Timings, sgemm: float) -> Iterator[dict[str, Any]]:
-    """One row for each timing. sgemm: operations per second, measured in the same rounds."""
-    for (name, direction), timing in timings.items():
-        low, median, high = timing.quantiles()
-        rate = cost.flops(cell.shape, cell.tokens, direction) / median
-        computes = name != "copy"
-        yield {
-            **cell.shape._asdict(),
-            "tokens": cell.tokens,
-            "provider": name,
-            "direction": direction,
-            "ms": median * 1e3,
-            "ms_q20": low * 1e3,
-            "ms_q80": high * 1e3,
-            "over_clone": _ratio(median, timings, ("copy", cost.FORWARD)),
-            "over_equal_copy": _ratio(median, timings, ("copy", direction)),
-            "dense_over_this": _ratio(median, timings, ("dense", direction), inverse=True) if computes else None,
-            "model_gb_per_s": cost.traffic(cell.shape, cell.tokens, direction, itemsize) / median / 1e9,
-            "model_gflops": rate / 1e9 if computes else None,
-            "share_of_sgemm": rate / sgemm if computes else None,
-            "samples": len(timing.samples),
-            "repeated": len(timing.disturbed),
-            "quiet": timing.quiet,
-            "calls_per_sample": timing.loops,
-            "page_faults_per_call": timing.faults / timing.calls,
-        }
-
-
 def measure_cell(
     cell: Cell, settings: Settings, chosen: list[Provider]
 ) -> tuple[list[dict[str, Any]], Prepared, float]:
     """The rows of a cell, what was prepared for it, and the sgemm rate of its rounds, operations per second."""
     dtype, threads = DTYPES[settings.dtype], torch.get_num_threads()
-    torch._dynamo.reset()  # the compiled provider specialises for each cell
+    if any(provider.name == COMPILED for provider in chosen):
+        torch.compiler.reset()  # it specialises for each cell
     case = random_case(cell.shape, cell.tokens, dtype=dtype)
     gated = min(cell.tokens, max(1, GATE_ELEMENTS // cell.shape.k))
     checked = case if gated == cell.tokens else random_case(cell.shape, gated, dtype=dtype)

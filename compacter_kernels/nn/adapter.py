@@ -75,10 +75,10 @@ class CompacterAdapter(nn.Module):
         bottleneck = _bottleneck(hidden_size, reduction_factor)
         check_phm_dim(phm_dim, phm_rank, hidden_size=hidden_size, bottleneck=bottleneck)
         resolve(activation)
-        if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):
+        if scale != "learned" and not (isinstance(scale, (float, int)) and math.isfinite(scale)):
             raise ValueError(f"scale must be a finite number or 'learned', got {scale!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
+        if not (isinstance(dropout, (float, int)) and 0.0 <= dropout < 1.0):
+            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
         self.hidden_size, self.bottleneck, self.reduction_factor = hidden_size, bottleneck, reduction_factor
         self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
         self.ln_before, self.ln_after, self.residual_before_ln = ln_before, ln_after, residual_before_ln

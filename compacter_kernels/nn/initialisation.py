@@ -20,8 +20,8 @@ def check_options(init: str, phm_c_init: str, phm_init_range: float) -> None:
         raise ValueError(f"init={init!r} is not known; choose one of {', '.join(STYLES)}")
     if phm_c_init not in RULE_DISTRIBUTIONS:
         raise ValueError(f"phm_c_init={phm_c_init!r} is not known; choose one of {', '.join(RULE_DISTRIBUTIONS)}")
-    if not phm_init_range >= 0:
-        raise ValueError(f"phm_init_range must be a number >= 0, got {phm_init_range}")
+    if not (isinstance(phm_init_range, (float, int)) and phm_init_range >= 0):
+        raise ValueError(f"phm_init_range must be a number >= 0, got {phm_init_range!r}")
 
 
 @torch.no_grad()

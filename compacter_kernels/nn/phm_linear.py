@@ -25,7 +25,7 @@ def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
     for name, width in widths.items():
         if not isinstance(phm_dim, int) or phm_dim < 1 or width % phm_dim:
             choices = divisors(*widths.values())
-            raise ValueError(f"phm_dim={phm_dim} does not divide {name}={width}; choose one of {choices}")
+            raise ValueError(f"phm_dim={phm_dim!r} does not divide {name}={width}; choose one of {choices}")
     if not isinstance(phm_rank, int) or phm_rank < 1:
         raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
 
@@ -151,7 +151,7 @@ class PHMLinear(nn.Module):
 
 
 def _given(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.Parameter]:
-    rules = [phm_rule] if isinstance(phm_rule, Tensor) else list(phm_rule)
+    rules = list(phm_rule) if isinstance(phm_rule, (tuple, list)) else [phm_rule]
     if len(rules) != len(shapes):
         raise ValueError(f"phm_rule must be {len(shapes)} tensor(s) of shapes {shapes}, got {len(rules)}")
     for rule, shape in zip(rules, shapes, strict=True):

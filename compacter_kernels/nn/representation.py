@@ -13,7 +13,7 @@ def arguments(module: nn.Module, *positional: str, names: dict[str, str], **valu
     """The constructor call's arguments that differ from the defaults.
 
     positional: attributes printed first, without a name. names: arguments printed as a bare name, since no literal can
-    stand for them. values: arguments whose value is no attribute of that name.
+    stand for them; a function is printed so too. values: arguments whose value is no attribute of that name.
     """
     parts = [repr(getattr(module, name)) for name in positional]
     parameter = next(module.parameters())
@@ -31,5 +31,6 @@ def arguments(module: nn.Module, *positional: str, names: dict[str, str], **valu
         elif name != "phm_rule":
             value = values[name] if name in values else getattr(module, name)
             if value != spec.default:
-                parts.append(f"{name}={value!r}")
+                text = getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
+                parts.append(f"{name}={text}")
     return ", ".join(parts)

@@ -16,9 +16,9 @@ from compacter_kernels.train.data import load_tasks
 from compacter_kernels.train.loop import BATCH
 from compacter_kernels.train.methods import METHODS
 
-STEPS, QUICK_STEPS = 150, 100
+STEPS, QUICK_STEPS = 300, 100
 SEEDS, QUICK_SEEDS = 3, 1
-PRETRAINING_STEPS, QUICK_PRETRAINING_STEPS = 600, 200
+PRETRAINING_STEPS, QUICK_PRETRAINING_STEPS = 400, 200
 ROUNDS, QUICK_ROUNDS = 40, 10
 
 EPILOG = f"""methods:

@@ -16,7 +16,7 @@ from compacter_kernels.train.model import VisionTransformer
 
 AGREEMENT_STEPS = 100
 AGREEMENT_LIMIT = 1e-4
-PRETRAINING_RATE = 1e-3
+PRETRAINING_RATE, PRETRAINING_BATCH = 1e-3, 64
 
 Advance = Callable[[], object]
 
@@ -30,7 +30,7 @@ class Settings:
     methods: tuple[str, ...]
     pretraining_steps: int
     rounds: int
-    search: bool = True  # without: the middle one of each method's learning rates
+    search: bool = True  # without: the first of each method's learning rates
 
     def work(self) -> int:
         """How many times `advance` is called in all."""
@@ -111,7 +111,16 @@ def _pretrain(task: Task, steps: int, advance: Advance) -> tuple[VisionTransform
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = VisionTransformer(len(task.digits))
-    fit(model, task.train, steps=steps, rate=PRETRAINING_RATE, seed=0, augment=True, advance=advance)
+    fit(
+        model,
+        task.train,
+        steps=steps,
+        rate=PRETRAINING_RATE,
+        seed=0,
+        batch=PRETRAINING_BATCH,
+        augment=True,
+        advance=advance,
+    )
     return model, evaluate(model, task.test)[0]
 
 
@@ -133,7 +142,7 @@ def _adapt(
     if method.recipe in rates:
         candidates: tuple[float, ...] = (rates[method.recipe],)
     else:
-        candidates = method.rates if settings.search else (method.rates[len(method.rates) // 2],)
+        candidates = method.rates if settings.search else method.rates[:1]
     attempts = {rate: trained(0, rate) for rate in candidates}
 
     def merit(rate: float) -> tuple[float, float]:

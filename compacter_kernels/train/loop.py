@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from compacter_kernels.train.data import Split, shifted
 
-BATCH = 32
+BATCH = 16
 WARM_UP = 0.1  # part of the steps
 
 

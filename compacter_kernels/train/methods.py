@@ -40,8 +40,9 @@ class BottleneckAdapter(nn.Module):
 class Method(NamedTuple):
     """A way to adapt a model.
 
-    name: on the command line. title: in the table. recipe: methods with the same one train at the same learning rate,
-    chosen among `rates`. prepare: takes a frozen model with a new head, adds modules and says what trains.
+    name: on the command line. title: in the table. prepare: takes a frozen model with a new head, adds modules and says
+    what trains. recipe: methods with the same one train at the same learning rate. rates: those to choose from; the
+    first where none is chosen.
     """
 
     name: str
@@ -96,28 +97,28 @@ REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which mu
 METHODS = {
     method.name: method
     for method in (
-        Method("probe", "linear probe", "probe", (1e-2, 3e-2, 1e-1), _nothing_more),
-        Method("full", "full fine-tuning", "full", (3e-4, 1e-3, 3e-3), _everything),
-        Method("adapter", "bottleneck adapter", "adapter", (1e-3, 3e-3, 1e-2), _bottleneck),
+        Method("probe", "linear probe", "probe", (1e-1, 3e-2, 3e-1), _nothing_more),
+        Method("full", "full fine-tuning", "full", (1e-3, 3e-4), _everything),
+        Method("adapter", "bottleneck adapter", "adapter", (1e-2, 3e-3), _bottleneck),
         Method(
             REFERENCE,
             "Compacter, dense",
             "compacter",
-            (3e-3, 1e-2, 3e-2),
+            (3e-2, 1e-2),
             partial(_compacter, impl="dense", after_attention=True),
         ),
         Method(
             FUSED,
             "Compacter, fused",
             "compacter",
-            (3e-3, 1e-2, 3e-2),
+            (3e-2, 1e-2),
             partial(_compacter, impl="auto", after_attention=True),
         ),
         Method(
             "compacter++",
             "Compacter++, fused",
             "compacter++",
-            (3e-3, 1e-2, 3e-2),
+            (3e-2, 1e-2),
             partial(_compacter, impl="auto", after_attention=False),
         ),
     )

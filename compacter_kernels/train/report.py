@@ -11,6 +11,7 @@ from typing import Any
 
 from compacter_kernels.train.data import Task
 from compacter_kernels.train.experiment import AGREEMENT_LIMIT, Outcome, Result, Settings
+from compacter_kernels.train.loop import BATCH
 
 _HEADER = ("method", "impl", "accuracy %", "trained", "% of all", "rate", "ms/step", "x base", "saved KiB")
 
@@ -90,13 +91,17 @@ def table(outcome: Outcome) -> str:
 
 def heading(outcome: Outcome, pretraining: Task, task: Task, settings: Settings, threads: int) -> str:
     """What was trained on what."""
-    chosen = "the learning rate chosen on" if settings.search else "default learning rates, not chosen on"
+    validation = len(task.validation.labels)
+    chosen = (
+        f"learning rates chosen on {validation}" if settings.search else f"learning rates fixed, {validation} unused"
+    )
+    seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds (mean ± standard deviation)"
     return (
         f"pretrained on digits {_span(pretraining)}: {outcome.pretrained:.1f} % of {len(pretraining.test.labels)} "
         f"held-out images right\n"
-        f"adapted to digits {_span(task)}: {settings.steps} steps on {len(task.train.labels)} images, {chosen} "
-        f"{len(task.validation.labels)}, accuracy on {len(task.test.labels)} others, "
-        f"{settings.seeds} {'seed' if settings.seeds == 1 else 'seeds (mean ± standard deviation)'}, {threads} threads"
+        f"adapted to digits {_span(task)}: {settings.steps} steps of {BATCH} out of {len(task.train.labels)} images, "
+        f"{chosen}, accuracy on {len(task.test.labels)} others\n"
+        f"{seeds}, {threads} {'thread' if threads == 1 else 'threads'}"
     )
 
 

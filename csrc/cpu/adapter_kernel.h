@@ -52,7 +52,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
         expand(scratch.v2, residual ? residual + token * up.out : nullptr, out + token * up.out, tokens,
-               ahead_of(job.streaming, token, end, up.out));
+               ahead_of(token, end, up.out));
     }
     if (streaming) stream_fence();
 }
@@ -76,7 +76,7 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        const int64_t ahead = ahead_of(job.streaming, token, end, k);
+        const int64_t ahead = ahead_of(token, end, k);
         const T *x_rows = x + token * k, *g_rows = g + token * k;
         contract_x(x_rows, tokens, rule.z());
         mix(down, rule.z(), scratch.v);

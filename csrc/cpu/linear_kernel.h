@@ -12,8 +12,8 @@ namespace compacter::COMPACTER_ISA {
 using cpu::LinearJob;
 using cpu::Sums;
 
-// The next block is fetched early only where the work is too large for the caches, and if there is one.
-COMPACTER_INLINE int64_t ahead_of(bool streaming, int64_t token, int64_t end, int64_t row) {
+// How far ahead the next block lies, in numbers; 0 after the last.
+COMPACTER_INLINE int64_t ahead_of(int64_t token, int64_t end, int64_t row) {
     return token + lanes < end ? lanes * row : 0;
 }
 
@@ -73,7 +73,7 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        const int64_t x_ahead = ahead_of(job.streaming, token, end, f.in), g_ahead = ahead_of(job.streaming, token, end, f.out);
+        const int64_t x_ahead = ahead_of(token, end, f.in), g_ahead = ahead_of(token, end, f.out);
         const T *x_rows = x + token * f.in, *g_rows = g + token * f.out;
         contract_x(x_rows, tokens, rule.z());
         mix(f, rule.z(), scratch.v);

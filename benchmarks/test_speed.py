@@ -1,0 +1,32 @@
+"""The providers of `compacter-kernels bench` under pytest-benchmark, to compare two revisions on one machine.
+
+Not part of the plain test run: `pytest benchmarks`. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from compacter_kernels.accuracy import Oracle, Shape, random_case
+from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
+from compacter_kernels.bench.providers import COMPILED, Provider, providers, timed
+from compacter_kernels.bench.sweep import gate
+
+CASES = [(Shape(768, 24, 4), 1), (Shape(768, 24, 4), 8192), (Shape(768, 48, 12), 2048), (Shape(4096, 128, 8), 2048)]
+PROVIDERS = [provider for provider in providers().values() if provider.name != COMPILED]  # which takes long
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
+@pytest.mark.parametrize(("shape", "tokens"), CASES, ids=str)
+def test_speed(benchmark: BenchmarkFixture, shape: Shape, tokens: int, provider: Provider, direction: str) -> None:
+    if direction not in provider.directions:
+        pytest.skip(f"{provider.name} has no {BOTH}")
+    case = random_case(shape, tokens)
+    if provider.checked:
+        assert gate(provider, Oracle(case, gradients=direction != FORWARD)) is None
+    benchmark.group = f"{shape} T={tokens} {direction}"
+    benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__)
+    benchmark(timed(provider, case, direction))

@@ -1,0 +1,174 @@
+// Runs every kernel of every instruction set that this processor has against plain fp64 loops, in exactly sized buffers
+// poisoned with NaN; meant to be built with the address and undefined-behaviour sanitizers.
+#include <cstdio>
+
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/launch.h"
+#include "cases.h"
+#include "reference.h"
+
+namespace compacter::check {
+namespace {
+
+int passed = 0, failed = 0;
+
+double rounding(DType dtype) {
+    return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 0x1p-24;
+}
+
+// Largest error over largest value, against the rounding of the dtype and that of a chain of fp32 sums.
+void expect(const std::string& name, const char* what, const Tensor& got, const Numbers& want) {
+    double error = 0., largest = 1e-30;
+    const Numbers values = got.values();
+    for (size_t j = 0; j < want.size(); ++j) {
+        largest = std::max(largest, std::abs(want[j]));
+        const double difference = std::abs(values[j] - want[j]);
+        if (!(difference <= error)) error = difference;  // NaN stays
+    }
+    if (error <= largest * (rounding(got.dtype) + 2e-5)) {
+        ++passed;
+    } else {
+        ++failed;
+        std::printf("FAILED %s %s: error %.3g of %.3g\n", name.c_str(), what, error, largest);
+    }
+}
+
+void expect(const std::string& name, const char* what, bool holds) {
+    holds ? ++passed : ++failed;
+    if (!holds) std::printf("FAILED %s %s\n", name.c_str(), what);
+}
+
+// One projection's parameters in memory, and poisoned gradients of the same shape.
+struct Stored {
+    int64_t n, rank, in, out;
+    Tensor rule, left, right, bias;
+
+    Stored(const Case& c, bool down)
+        : n(down ? c.n_down : c.n_up),
+          rank(down ? c.rank_down : c.rank_up),
+          in(down ? c.k : c.d),
+          out(down ? c.d : c.k),
+          rule(n * n * n, c.parameters),
+          left(in * rank, c.parameters, c.offset),
+          right(out * rank, c.parameters),
+          bias(c.bias ? out : 0, c.parameters, c.bias ? c.offset : 0) {}
+
+    void randomise(std::mt19937& random) {
+        rule.randomise(random, 0.5);
+        left.randomise(random, 1. / std::sqrt(double(in / n * rank)));
+        right.randomise(random, 0.7);
+        if (bias.count) bias.randomise(random, 0.3);
+    }
+
+    Parameters parameters() { return {rule.array(), left.array(), right.array(), bias.array()}; }
+    Projection projection() { return {n, rank, in, out, parameters()}; }
+    Weights values() const { return {n, rank, in, out, rule.values(), left.values(), right.values(), bias.values()}; }
+
+    bool same_bits(const Stored& other) const {
+        return rule.same_bits(other.rule) && left.same_bits(other.left) && right.same_bits(other.right) && bias.same_bits(other.bias);
+    }
+};
+
+void expect_gradients(const std::string& name, const Stored& got, const Weights& want) {
+    if (got.rule.count) expect(name, "rule", got.rule, want.rule);
+    if (got.left.count) expect(name, "left", got.left, want.left);
+    if (got.right.count) expect(name, "right", got.right, want.right);
+    if (got.bias.count) expect(name, "bias", got.bias, want.bias);
+}
+
+// Leaves out every other gradient.
+void drop_some(Stored& gradients) { gradients.rule = gradients.right = Tensor(); }
+
+void check_linear(const std::string& name, const Case& c, std::mt19937& random) {
+    Stored weights(c, true), grads(c, true), again(c, true);
+    weights.randomise(random);
+    Tensor x(c.tokens * c.k, c.x, c.offset), g(c.tokens * c.d, c.x, c.offset), out = g, dx = x;
+    x.randomise(random, 1.);
+    g.randomise(random, 1.);
+    if (c.some_gradients) drop_some(grads), drop_some(again), dx = Tensor();
+    const Linear linear{weights.projection(), c.x, c.tokens, x.data()};
+    cpu::forward(linear, out.data(), c.threads);
+    cpu::backward(linear, g.data(), dx.data(), grads.parameters(), c.threads);
+    cpu::backward(linear, g.data(), dx.data(), again.parameters(), c.threads);
+
+    const Weights w = weights.values();
+    const Numbers h = matrix(w);
+    Weights want;
+    expect(name, "out", out, project(w, h, x.values(), c.tokens));
+    const Numbers want_dx = project_backward(w, h, x.values(), g.values(), c.tokens, want);
+    if (!c.some_gradients) expect(name, "dx", dx, want_dx);
+    expect_gradients(name, grads, want);
+    expect(name, "repeats bitwise", grads.same_bits(again));
+}
+
+void check_adapter(const std::string& name, const Case& c, std::mt19937& random) {
+    Stored down(c, true), up(c, false), d_down(c, true), d_up(c, false);
+    down.randomise(random);
+    up.randomise(random);
+    Tensor x(c.tokens * c.k, c.x, c.offset), g = x, other = x, out = x, dx = x;
+    x.randomise(random, 1.);
+    g.randomise(random, 1.);
+    other.randomise(random, 1.);
+    if (c.some_gradients) drop_some(d_down), drop_some(d_up), dx = Tensor();
+    const Adapter adapter{down.projection(), up.projection(), c.activation, float(c.scale), c.x, c.tokens, x.data()};
+    const Tensor* residual = c.residual == Case::none ? nullptr : c.residual == Case::x_itself ? &x : &other;
+    cpu::forward(adapter, residual ? residual->data() : nullptr, out.data(), c.threads);
+    cpu::backward(adapter, g.data(), dx.data(), c.residual == Case::x_itself, d_down.parameters(), d_up.parameters(), c.threads);
+
+    const Weights w1 = down.values(), w2 = up.values();
+    const Numbers h1 = matrix(w1), h2 = matrix(w2);
+    const Numbers y = project(w1, h1, x.values(), c.tokens);
+    Numbers h = y, want_out, scaled = g.values();
+    for (double& value : h) value = activation(c.activation, value);
+    want_out = project(w2, h2, h, c.tokens);
+    for (size_t j = 0; j < want_out.size(); ++j)
+        want_out[j] = want_out[j] * adapter.scale + (residual ? residual->values()[j] : 0.);
+    expect(name, "out", out, want_out);
+
+    for (double& value : scaled) value *= adapter.scale;
+    Weights want_down, want_up;
+    Numbers dy = project_backward(w2, h2, h, scaled, c.tokens, want_up);
+    for (size_t j = 0; j < dy.size(); ++j) dy[j] *= activation_slope(c.activation, y[j]);
+    Numbers want_dx = project_backward(w1, h1, x.values(), dy, c.tokens, want_down);
+    if (c.residual == Case::x_itself)
+        for (size_t j = 0; j < want_dx.size(); ++j) want_dx[j] += g.values()[j];
+    if (!c.some_gradients) expect(name, "dx", dx, want_dx);
+    expect_gradients(name + " down", d_down, want_down);
+    expect_gradients(name + " up", d_up, want_up);
+}
+
+// A NaN in one token's x is NaN in that token's whole output row, and nowhere else.
+void check_nan(const std::string& name, Activation activation) {
+    Case c{48, 24, 4, 4, 1, 1, 21};
+    std::mt19937 random(7);
+    Stored down(c, true), up(c, false);
+    down.randomise(random);
+    up.randomise(random);
+    Tensor x(c.tokens * c.k, DType::f32), out = x;
+    const int64_t poisoned = 18;
+    x.fill([&](int64_t j) { return j == poisoned * c.k + 5 ? NAN : double(j % 7) - 3.; });
+    cpu::forward(Adapter{down.projection(), up.projection(), activation, 1.f, c.x, c.tokens, x.data()}, x.data(), out.data(), 1);
+    bool right = true;
+    const Numbers values = out.values();
+    for (int64_t j = 0; j < c.tokens * c.k; ++j) right &= std::isnan(values[j]) == (j / c.k == poisoned);
+    expect(name, "NaN", right);
+}
+
+}  // namespace
+}  // namespace compacter::check
+
+int main() {
+    using namespace compacter;
+    for (const std::string& isa : cpu::supported_isas()) {
+        cpu::set_isa(isa);
+        std::mt19937 random(1);
+        for (const check::Case& c : check::cases()) {
+            check::check_linear(isa + " linear " + c.name(), c, random);
+            check::check_adapter(isa + " adapter " + c.name(), c, random);
+        }
+        for (int code = 0; code <= static_cast<int>(Activation::quick_gelu); ++code)
+            check::check_nan(isa + " activation " + std::to_string(code), static_cast<Activation>(code));
+    }
+    std::printf("%d passed, %d failed\n", check::passed, check::failed);
+    return check::failed != 0;
+}

@@ -1,0 +1,99 @@
+"""The check of errors: it passes what is right, and catches a wrong number in the output and in every gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import compacter_kernels as ck
+from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Oracle, Shape, call, error, evaluate, floor, random_case
+
+SHAPE = Shape(24, 12, 4)
+AVAILABLE = [name for name, reason in ck.available_impls().items() if reason is None]
+NAMES = ["out", *random_case(SHAPE, 3, residual="other").tensors()]
+
+
+@pytest.mark.parametrize("impl", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("init", INITS)
+def test_every_impl_passes(impl: str, dtype: torch.dtype, init: str) -> None:
+    oracle = Oracle(random_case(SHAPE, 37, dtype=dtype, init=init, residual="other"))
+    assert [d for d in oracle.check(call(impl)) if not d.holds] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_number_is_caught(name: str) -> None:
+    oracle = Oracle(random_case(SHAPE, 37, residual="other"))
+    results = evaluate(oracle.case, call("dense"))
+    flat = results[name].view(-1)
+    flat[flat.abs().argmax()] *= 1 + 1e-4
+    assert [d.tensor for d in oracle.compare(results) if not d.holds] == [name]
+
+
+def test_a_gradient_that_autograd_sees_wrong_is_caught() -> None:
+    """A function with the right output, whose backward halves the gradient of the up rule."""
+
+    def function(case: Case) -> Tensor:
+        assert case.up is not None
+        rule = case.up.rule
+        return call("dense")(case._replace(up=case.up._replace(rule=rule.detach() + (rule - rule.detach()) / 2)))
+
+    deviations = Oracle(random_case(SHAPE, 5)).check(function)
+    assert [d.tensor for d in deviations if not d.holds] == ["up.rule"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_number_that_is_none_is_caught(wrong: float) -> None:
+    oracle = Oracle(random_case(SHAPE, 5))
+    results = evaluate(oracle.case, call("dense"))
+    results["x"][0, 0] = wrong
+    assert [(d.tensor, d.error) for d in oracle.compare(results) if not d.holds] == [("x", math.inf)]
+
+
+def test_error_is_relative_to_the_largest_number() -> None:
+    exact = torch.tensor([8.0, 0.0], dtype=torch.float64)
+    assert error(torch.tensor([8.0, 2.0]), exact) == 0.25
+    assert error(torch.zeros(3), exact) == math.inf
+    assert error(torch.ones(2), torch.zeros(2, dtype=torch.float64)) == 1.0
+    assert error(torch.empty(0), torch.empty(0, dtype=torch.float64)) == 0.0
+
+
+def test_floor_is_rounding() -> None:
+    assert floor(torch.float32, torch.float32) == 2.0**-18
+    assert floor(torch.bfloat16, torch.float32) == 2.0**-7
+    assert floor(torch.float64, torch.float64) == 2.0**-47
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_cases_repeat_and_differ_by_seed(residual: str) -> None:
+    first, again, other = (random_case(SHAPE, 3, residual=residual, seed=seed) for seed in (1, 1, 2))
+    names = list(first.tensors())
+    assert ("residual" in names) == (residual == "other")
+    assert (first.residual is first.x) == (residual == "x")
+    for name in names:
+        assert torch.equal(first.tensors()[name], again.tensors()[name])
+        assert not torch.equal(first.tensors()[name], other.tensors()[name])
+
+
+def test_paper_cases_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    case = random_case(SHAPE, 3, init="paper")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert case.up is not None and case.up.bias is not None
+    assert not case.up.bias.any()
+    assert case.down.rule.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: random_case(SHAPE, 3, operation="linear", rank=None), lambda: random_case(SHAPE, 3, rank=2)]
+)
+def test_results_are_named_as_the_tensors(make: Callable[[], Case]) -> None:
+    case = make()
+    results = evaluate(case, call("factored"))
+    assert list(results) == ["out", *case.tensors()]
+    assert all(results[name].shape == tensor.shape for name, tensor in case.tensors().items())
+    assert list(evaluate(case, call("dense"), gradients=False)) == ["out"]

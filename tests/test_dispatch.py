@@ -1,0 +1,188 @@
+"""Which impl runs: the order of auto, explicit choices, the environment variable, one line in the log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from oracle import BF16, FP64, FUSED, IMPLS, Case, weights
+from torch import Tensor
+from torch.nn import functional as F
+
+import compacter_kernels as ck
+from compacter_kernels import dispatch, functional
+
+LINEAR, ADAPTER = Case("linear"), Case()
+
+
+@pytest.fixture(autouse=True)
+def nothing_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(dispatch, "_announced", set())
+
+
+def _explain(case: Case, **options: Any) -> dispatch.Explanation:
+    tensors = case.tensors()
+    if case.operation == "linear":
+        return ck.explain(tensors["x"], weights(tensors), **options)
+    return ck.explain(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), **options)
+
+
+def test_available_impls() -> None:
+    impls = ck.available_impls()
+    assert list(impls) == ["dense", "factored", "cpu"]
+    assert impls["dense"] is impls["factored"] is None
+    assert impls["cpu"] is None or "not built" in impls["cpu"]
+
+
+@pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
+def test_auto_takes_the_first_that_serves(case: Case) -> None:
+    first = "factored" if ck.available_impls()["cpu"] else "cpu"
+    explanation = _explain(case)
+    assert explanation.impl == first
+    assert set(explanation.others) == set(ck.available_impls()) - {first}
+    assert all(explanation.others.values())
+    assert str(explanation).startswith(f"{first}: ")
+    assert "not dense: " in str(explanation)
+
+
+REFUSED = {
+    "float64": (Case(dtype=FP64), {}, "float64"),
+    "unfactorised": (Case(rank=None), {}, "not factorised"),
+    "any callable": (ADAPTER, {"activation": F.softplus}, "softplus is not fused"),
+}
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_fused_impl_refuses(name: str, impl: str) -> None:
+    """auto goes on to factored and says why; the explicit choice raises, says why, and names what would serve."""
+    case, options, why = REFUSED[name]
+    explanation = _explain(case, **options)
+    assert explanation.impl == "factored"
+    assert why in explanation.others[impl]
+    tensors = case.tensors()
+    expected = case.call(tensors, "factored", **options)
+    assert torch.equal(case.call(tensors, "auto", **options), expected)
+    for call in (lambda: case.call(tensors, impl, **options), lambda: _explain(case, impl=impl, **options)):
+        with pytest.raises(
+            RuntimeError, match=rf"impl='{impl}' cannot serve this adapter: .*{why}.*Try factored, dense"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_another_device_is_refused(impl: str) -> None:
+    x, rule, left, right = (torch.ones(s, device="meta") for s in ((3, 24), (4, 4, 4), (4, 6, 1), (4, 1, 3)))
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot serve this linear: x is on meta"):
+        ck.phm_linear(x, ck.PHMWeights(rule, left, right), impl=impl)
+    assert ck.phm_linear(x, ck.PHMWeights(rule, left, right)).shape == (3, 12)
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the impls that run from now on."""
+    seen: list[str] = []
+
+    def record(module: Any, name: str, attribute: str) -> None:
+        original = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, lambda *args: [seen.append(name), original(*args)][1])
+
+    for name, module in dispatch.IMPLS.items():
+        for attribute in ("linear", "adapter") if name in dispatch.PLAIN else ("prepare",):
+            record(module, name, attribute)
+    return seen
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
+def test_explicit_choice(case: Case, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _calls(monkeypatch)
+    case.call(case.tensors(), impl)
+    assert seen == [impl]
+    assert _explain(case, impl=impl).impl == impl
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_environment_sets_auto(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _calls(monkeypatch)
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
+    ADAPTER.call(ADAPTER.tensors())
+    assert seen == [impl]
+    assert "COMPACTER_KERNELS_IMPL" in _explain(ADAPTER).reason
+    LINEAR.call(LINEAR.tensors(), "dense")
+    assert seen == [impl, "dense"]
+
+
+def test_environment_may_change_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _calls(monkeypatch)
+    tensors = ADAPTER.tensors()
+    for impl in ("dense", "factored", "dense"):
+        monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
+        ADAPTER.call(tensors)
+    assert seen == ["dense", "factored", "dense"]
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_environment_without_a_choice(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _explain(ADAPTER)
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", value)
+    assert _explain(ADAPTER) == expected
+
+
+@pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
+def test_environment_with_an_unknown_name_raises(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.call(case.tensors())
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "gpu")
+    with pytest.raises(ValueError, match="COMPACTER_KERNELS_IMPL='gpu' is not known; choose one of auto, dense"):
+        case.call(case.tensors())
+    case.call(case.tensors(), "dense")
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_environment_that_cannot_serve_raises(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
+    case = Case(dtype=FP64)
+    with pytest.raises(RuntimeError, match=f"COMPACTER_KERNELS_IMPL='{impl}' cannot serve this adapter: x is float64"):
+        case.call(case.tensors())
+
+
+def test_an_impl_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.IMPLS["cpu"], "unavailable", lambda: "not built: no compiler")
+    assert ck.available_impls()["cpu"] == "not built: no compiler"
+    assert _explain(ADAPTER).impl == "factored"
+    with pytest.raises(
+        RuntimeError, match=r"impl='cpu' cannot serve this linear: not built: no compiler\. Try factored"
+    ):
+        LINEAR.call(LINEAR.tensors(), "cpu")
+
+
+def test_one_line_at_info_for_each_operation_and_impl(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="compacter_kernels")
+    for _ in range(2):
+        for case in (LINEAR, ADAPTER):
+            for impl in ("factored", "dense"):
+                for dtype in (torch.float32, BF16):
+                    other = Case(**{**vars(case), "dtype": dtype})
+                    other.call(other.tensors(), impl)
+    lines = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert len(lines) == 4
+    for line, (operation, impl) in zip(
+        lines, [(o, i) for o in ("linear", "adapter") for i in ("factored", "dense")], strict=True
+    ):
+        assert line == (
+            "compacter_kernels",
+            "INFO",
+            f"{operation} runs through impl {impl!r} (chosen by impl={impl!r})",
+        )
+
+
+def test_the_log_line_of_auto_gives_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="compacter_kernels")
+    case = Case(dtype=FP64)
+    out: Tensor = case.call(case.tensors())
+    assert out.dtype == FP64
+    (record,) = caplog.records
+    assert "adapter runs through impl 'factored'" in record.getMessage()
+    assert "cpu: " in record.getMessage()
