@@ -105,6 +105,15 @@ def test_second_derivative_of_a_fused_impl_raises(case: Case, impl: str) -> None
 
 
 @pytest.mark.parametrize("impl", FUSED)
+def test_second_derivative_through_the_operators_raises(impl: str) -> None:
+    tensors = LINEAR.tensors()
+    out = torch.ops.compacter_kernels.phm_linear(*tensors.values(), impl)
+    (grad,) = torch.autograd.grad(out.square().sum(), tensors["left"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='factored'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
 def test_first_derivative_with_create_graph(case: Case, impl: str) -> None:
     tensors = case.tensors()

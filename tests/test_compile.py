@@ -125,9 +125,10 @@ def test_inductor(impl: str) -> None:
         assert_same_bits(got, run(sized, tensors, impl))
 
 
-def test_compiled_second_derivative_raises() -> None:
+@pytest.mark.parametrize("impl", FUSED)
+def test_compiled_second_derivative_raises(impl: str) -> None:
     tensors = CASES[1].tensors()
-    compiled, _ = _compiled(lambda tensors: CASES[1].call(tensors))
+    compiled, _ = _compiled(lambda tensors: CASES[1].call(tensors, impl))
     grads = torch.autograd.grad(compiled(tensors).square().sum(), list(tensors.values()), create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grads[1].sum().backward()

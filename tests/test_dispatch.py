@@ -32,7 +32,7 @@ def _explain(case: Case, **options: Any) -> dispatch.Explanation:
 
 def test_available_impls() -> None:
     impls = ck.available_impls()
-    assert list(impls) == ["dense", "factored", "cpu"]
+    assert {"dense", "factored", "cpu"} <= set(impls)
     assert impls["dense"] is impls["factored"] is None
     assert impls["cpu"] is None or "not built" in impls["cpu"]
 

@@ -70,7 +70,7 @@ WEIGHTS = [
 ]
 INPUTS = [
     ("x no tensor", [1.0], TypeError, r"x must be a torch\.Tensor, got list"),
-    ("x None", "None", TypeError, r"x must be a torch\.Tensor, got str"),
+    ("x a string", "24", TypeError, r"x must be a torch\.Tensor, got str"),
     ("x of another width", _ones(3, 25), ValueError, r"x must have shape \(\.\.\., 24\).*got \(3, 25\)"),
     ("x a number", _ones(()), ValueError, r"x must have shape \(\.\.\., 24\).*got \(\)"),
     ("x int", _ones(3, 24).long(), TypeError, r"x must be float32.*got int64"),

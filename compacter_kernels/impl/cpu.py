@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ try:
     _C = importlib.import_module("compacter_kernels._C")
 except ImportError as error:
     _C = None
-    _MISSING = f"not built: {error}; reinstall where a C++17 compiler and CMake are found"
+    note = Path(__file__).parents[1] / "_not_built.txt"  # setup.py leaves it where it built none
+    _MISSING = "not built: " + (note.read_text(encoding="utf-8").strip() if note.is_file() else str(error))
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
 _get_num_threads = torch.get_num_threads
