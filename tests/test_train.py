@@ -16,6 +16,8 @@ import torch
 pytest.importorskip("sklearn")
 
 from compacter_kernels.cli import main
+from compacter_kernels.dispatch import ENVIRONMENT
+from compacter_kernels.impl import cpu
 from compacter_kernels.train import experiment, plot
 from compacter_kernels.train.cost import saved_bytes
 from compacter_kernels.train.data import Split, Task, load_tasks
@@ -253,6 +255,17 @@ def test_an_out_that_is_a_file_is_refused_before_training(tmp_path: Path, capsys
     assert main(["train", "--out", str(file)]) == 2
     error = capsys.readouterr().err
     assert str(file) in error
+    assert error.count("\n") == 1
+
+
+def test_an_impl_that_cannot_serve_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "not built here")
+    monkeypatch.setenv(ENVIRONMENT, "cpu")
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "not built here" in error
     assert error.count("\n") == 1
 
 

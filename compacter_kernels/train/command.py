@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from compacter_kernels.bench.machine import describe
 from compacter_kernels.train import experiment, plot, report
 from compacter_kernels.train.data import load_tasks
 from compacter_kernels.train.loop import BATCH
-from compacter_kernels.train.methods import METHODS
+from compacter_kernels.train.methods import METHODS, build, impl_of
+from compacter_kernels.train.model import VisionTransformer
 
 STEPS, QUICK_STEPS = 300, 100
 SEEDS, QUICK_SEEDS = 3, 1
 PRETRAINING_STEPS, QUICK_PRETRAINING_STEPS = 400, 200
 ROUNDS, QUICK_ROUNDS = 40, 10
+ONE_THREAD = "on layers this small, more gain little, and lose much where the machine has other work"
 
 EPILOG = f"""methods:
 {chr(10).join(f"  {name:<16} {method.title}" for name, method in METHODS.items())}
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretraining-steps", type=options.positive, metavar="STEPS", help=f"default {PRETRAINING_STEPS}")
     add("--seeds", type=options.positive, help=f"how many runs of each method, default {SEEDS}")
     add("--methods", type=_methods, default=tuple(METHODS), metavar="NAMES", help="see below; default all")
-    add("--threads", type=options.positive, help="default as torch has it")
+    add("--threads", type=options.positive, default=1, help=f"default 1: {ONE_THREAD}")
     add("--out", type=Path, default=Path("out/train"), metavar="FOLDER", help="default out/train")
     add("--quick", action="store_true", help="under a minute: fewer steps, one seed, learning rates not searched")
     add("--json", action="store_true", help="print train.json instead of the table")
@@ -69,18 +72,30 @@ def _settings(args: argparse.Namespace, images: int) -> experiment.Settings:
     )
 
 
+def _prepare(out: Path, methods: tuple[str, ...]) -> None:
+    """Raise before anything is trained where the results could not be written, or the asked-for impl cannot serve."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"--out {out} cannot be written to")
+    try:
+        for name in methods:
+            impl_of(build(METHODS[name], VisionTransformer(1, layers=1), classes=1, seed=0))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, print the table and write the files; 0 unless the two Compacter loss curves differ."""
     from tqdm import tqdm
 
     pretraining, task = load_tasks()
     settings = _settings(args, len(task.train.labels))
-    args.out.mkdir(parents=True, exist_ok=True)
+    _prepare(args.out, args.methods)
     no_plot = None if args.no_plot else plot.missing()
     if no_plot:
         print(no_plot, file=sys.stderr)
     threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
+    torch.set_num_threads(args.threads)
     try:
         with tqdm(total=settings.work(), unit="step", disable=not sys.stderr.isatty()) as bar:
             outcome = experiment.run(pretraining, task, settings, bar.update)

@@ -52,7 +52,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
         expand(scratch.v2, residual ? residual + token * up.out : nullptr, out + token * up.out, tokens,
-               ahead_of(token, end, up.out));
+               rows_after(x, token, end, down.in));
     }
     if (streaming) stream_fence();
 }
@@ -76,7 +76,6 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        const int64_t ahead = ahead_of(token, end, k);
         const T *x_rows = x + token * k, *g_rows = g + token * k;
         contract_x(x_rows, tokens, rule.z());
         mix(down, rule.z(), scratch.v);
@@ -98,10 +97,10 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         mix_transposed(down, rule.dv(), dz);
         rule.next();
 
-        if (down_sums.left) down_left(dz, x_rows, tokens, ahead);
-        if (up_sums.right) up_right(scratch.v2, g_rows, tokens, grad_x ? 0 : ahead);
+        if (down_sums.left) down_left(dz, x_rows, tokens, rows_after(x, token, end, k));
+        if (up_sums.right) up_right(scratch.v2, g_rows, tokens, Ahead());
         if (grad_x)
-            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, ahead);
+            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, rows_after(g, token, end, k));
     }
     rule.flush();
     rule2.flush();

@@ -1,6 +1,7 @@
 // From lanes to rows of tokens, the only write:   out[q,u] = residual[q,u] + bias[q,u] + sum_c V[q,c] t_c[u]
 #pragma once
 
+#include "ahead.h"
 #include "element.h"
 #include "lanes.h"
 
@@ -12,9 +13,8 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
 
-    // Rows of `tokens` <= 16 tokens; residual may be null. Rows that are read here for the last time make room in the
-    // caches: the rows `ahead` numbers behind them, of the next block, are fetched meanwhile (0: there are none).
-    void operator()(const float* v, const T* residual, T* out, int64_t tokens, int64_t ahead) const {
+    // Rows of `tokens` <= 16 tokens; residual may be null.
+    void operator()(const float* v, const T* residual, T* out, int64_t tokens, Ahead ahead) const {
         if (m == 4)
             blocks<4>(v, residual, out, tokens, ahead);
         else if (m == 8)
@@ -28,7 +28,7 @@ struct Expansion {
 private:
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
-    void blocks(const float* v, const T* residual, T* out, int64_t tokens, int64_t ahead) const {
+    void blocks(const float* v, const T* residual, T* out, int64_t tokens, Ahead ahead) const {
         for (int64_t q = 0; q < n; ++q)
             tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 const int64_t at = token * n * chunk + q * chunk;
@@ -40,17 +40,28 @@ private:
     // One chunk of R tokens.
     template <int R, int M>
     __attribute__((noinline)) void rows(const float* coef, const float* bias_here, const T* residual, T* out,
-                                        int64_t ahead) const {
+                                        Ahead& ahead) const {
+        Tokens<R> tokens;
+        for (int r = 0; r < R; ++r) {
+            tokens.residual[r] = residual ? residual + r * n * chunk : nullptr;
+            tokens.out[r] = out + r * n * chunk;
+        }
         constexpr int widest = many_registers ? 4 : 2;
         columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-            tile<R, decltype(vectors)::value, M>(coef, bias_here, residual, out, ahead, u, cut, count);
+            tile<R, decltype(vectors)::value, M>(coef, bias_here, tokens, u, cut, count);
+            ahead.template fetch<R * decltype(vectors)::value * W * int(sizeof(T))>();
         });
     }
 
+    template <int R>
+    struct Tokens {
+        const T* residual[R];
+        T* out[R];
+    };
+
     template <int R, int U, int M, bool Cut>
-    COMPACTER_INLINE void tile(const float* coef, const float* bias_here, const T* residual, T* out, int64_t ahead,
-                               int64_t u, std::bool_constant<Cut>, int64_t count) const {
-        const int64_t row = n * chunk;
+    COMPACTER_INLINE void tile(const float* coef, const float* bias_here, const Tokens<R>& tokens, int64_t u,
+                               std::bool_constant<Cut>, int64_t count) const {
         const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
         Vec sum[R][U];
 #pragma GCC unroll 4
@@ -59,23 +70,19 @@ private:
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
-        if (residual) {
+        if (tokens.residual[0]) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) {
-                    const T* from = residual + r * row + u + k * W;
-                    sum[r][k] += get(from);
-                    if (ahead && (k * W * sizeof(T)) % 64 == 0) __builtin_prefetch(from + ahead, 0, 2);
-                }
+                for (int k = 0; k < U; ++k) sum[r][k] += get(tokens.residual[r] + u + k * W);
         }
         const int64_t terms = M ? M : m;
         const float* t = basis + u;
 #pragma GCC unroll 12
-        for (int64_t c = 0; c < terms; ++c) {
+        for (int64_t c = 0; c < terms; ++c, t += chunk) {
             Vec value[U];
 #pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) value[k] = get(t + c * chunk + k * W);
+            for (int k = 0; k < U; ++k) value[k] = get(t + k * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Vec weight = splat(coef[c * lanes + r]);
@@ -83,18 +90,18 @@ private:
                 for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
         }
+        const auto put = [&](auto write) COMPACTER_INLINE_LAMBDA {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) {
-                T* to = out + r * row + u + k * W;
-                if constexpr (Cut)
-                    store(to, sum[r][k], count);
-                else if (streaming)
-                    stream(to, sum[r][k]);
-                else
-                    store(to, sum[r][k]);
-            }
+                for (int k = 0; k < U; ++k) write(tokens.out[r] + u + k * W, sum[r][k]);
+        };
+        if constexpr (Cut)
+            put([&](T* to, Vec v) COMPACTER_INLINE_LAMBDA { store(to, v, count); });
+        else if (streaming)
+            put([](T* to, Vec v) COMPACTER_INLINE_LAMBDA { stream(to, v); });
+        else
+            put([](T* to, Vec v) COMPACTER_INLINE_LAMBDA { store(to, v); });
     }
 };
 

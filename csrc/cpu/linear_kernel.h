@@ -12,9 +12,11 @@ namespace compacter::COMPACTER_ISA {
 using cpu::LinearJob;
 using cpu::Sums;
 
-// How far ahead the next block lies, in numbers; 0 after the last.
-COMPACTER_INLINE int64_t ahead_of(int64_t token, int64_t end, int64_t row) {
-    return token + lanes < end ? lanes * row : 0;
+// The rows that the next block will read.
+template <class T>
+COMPACTER_INLINE Ahead rows_after(const T* x, int64_t token, int64_t end, int64_t row) {
+    const int64_t next = token + lanes, left = end - next < lanes ? end - next : lanes;
+    return left > 0 ? Ahead(x + next * row, left * row * int64_t(sizeof(T))) : Ahead();
 }
 
 COMPACTER_INLINE int64_t block_size(int64_t token, int64_t end) { return end - token < lanes ? end - token : lanes; }
@@ -51,7 +53,7 @@ void linear_forward(const LinearJob& job, int64_t begin, int64_t end, float* mem
         const int64_t tokens = block_size(token, end);
         contract_x(x + token * f.in, tokens, scratch.z);
         mix(f, scratch.z, scratch.v);
-        expand(scratch.v, nullptr, out + token * f.out, tokens, 0);
+        expand(scratch.v, nullptr, out + token * f.out, tokens, rows_after(x, token, end, f.in));
     }
     if (streaming) stream_fence();
 }
@@ -73,16 +75,15 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        const int64_t x_ahead = ahead_of(token, end, f.in), g_ahead = ahead_of(token, end, f.out);
         const T *x_rows = x + token * f.in, *g_rows = g + token * f.out;
         contract_x(x_rows, tokens, rule.z());
         mix(f, rule.z(), scratch.v);
         contract_g(g_rows, tokens, rule.dv());
         mix_transposed(f, rule.dv(), scratch.z);
         rule.next();
-        if (sums.left) left_gradient(scratch.z, x_rows, tokens, x_ahead);
-        if (sums.right) right_gradient(scratch.v, g_rows, tokens, g_ahead);
-        if (grad_x) expand(scratch.z, nullptr, grad_x + token * f.in, tokens, 0);
+        if (sums.left) left_gradient(scratch.z, x_rows, tokens, rows_after(x, token, end, f.in));
+        if (sums.right) right_gradient(scratch.v, g_rows, tokens, rows_after(g, token, end, f.out));
+        if (grad_x) expand(scratch.z, nullptr, grad_x + token * f.in, tokens, Ahead());
     }
     rule.flush();
     if (streaming) stream_fence();

@@ -1,0 +1,44 @@
+"""Every instruction set that this processor can run, not only the one that is chosen for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from oracle import BF16, FP16, Case, assert_same_bits, reference, run
+
+_C = pytest.importorskip("compacter_kernels._C", reason="cpu is not built", exc_type=ImportError)
+
+CASES = [
+    Case(shape=(37,), width=768, bottleneck=24),
+    Case(shape=(19,), width=772, bottleneck=20, residual="other", rank=2),
+    Case(shape=(19,), width=96, bottleneck=24, n=12, dtype=BF16, activation="mish"),
+    Case(shape=(5,), width=72, bottleneck=24, n=8, up_n=3, up_rank=2, dtype=FP16, activation="tanh", residual="none"),
+    Case("linear", shape=(17,), width=30, bottleneck=42, n=6),
+    Case("linear", shape=(1000,), width=24, bottleneck=48, n=3, rank=3, dtype=BF16, params=BF16),
+]
+
+
+@pytest.fixture(params=_C.build_info()["isa"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    try:
+        _C.set_isa(request.param)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agreement(case: Case, isa: str) -> None:
+    assert _C.isa() == isa
+    tensors = case.tensors()
+    first = run(case, tensors, "cpu")
+    reference(case).check(first)
+    assert_same_bits(run(case, tensors, "cpu"), first)
+
+
+def test_unknown_name_raises() -> None:
+    with pytest.raises(ValueError, match='instruction set "mmx" is not supported here; choose one of'):
+        _C.set_isa("mmx")
