@@ -7,6 +7,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,15 @@ class Run(NamedTuple):
     code: int
     output: str
     folder: Path
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are small: a second thread mostly waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -292,11 +302,7 @@ def test_without_matplotlib_the_rest_is_written(
 
 
 def test_threads_are_given_back(tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        main(["train", *TINY, "--methods", "probe", "--out", str(tmp_path), "--threads", "1", "--no-plot"])
-        assert torch.get_num_threads() == 2
-        assert json.loads((tmp_path / "train.json").read_text())["machine"]["threads"] == 1
-    finally:
-        torch.set_num_threads(before)
+    arguments = ["train", *TINY, "--methods", "probe", "--out", str(tmp_path), "--threads", "2", "--no-plot"]
+    assert main(arguments) == 0
+    assert torch.get_num_threads() == 1
+    assert json.loads((tmp_path / "train.json").read_text())["machine"]["threads"] == 2

@@ -94,6 +94,7 @@ def _compacter(model: VisionTransformer, impl: str, after_attention: bool) -> No
 
 REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which must give the same loss curve
 
+# Three times the highest rate of full, adapter, compacter and compacter++ scores lower on the validation split.
 METHODS = {
     method.name: method
     for method in (

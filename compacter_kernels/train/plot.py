@@ -37,7 +37,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     by_name = {result.method.name: result for result in outcome.results}
     for name, result in by_name.items():
-        label = result.method.title if result.impl is None else f"{result.method.title} ({result.impl})"
+        label = result.method.title if result.impl in (None, "dense") else f"{result.method.title} ({result.impl})"
         dashed = name == FUSED and REFERENCE in by_name  # it lies on the reference
         left.plot(_smooth(result).tolist(), "k--" if dashed else "-", linewidth=1.2 if dashed else 2, label=label)
     left.set(yscale="log", xlabel="step", ylabel=f"training loss, mean of seeds and {SMOOTHING} steps")

@@ -98,7 +98,7 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         rule.next();
 
         if (down_sums.left) down_left(dz, x_rows, tokens, rows_after(x, token, end, k));
-        if (up_sums.right) up_right(scratch.v2, g_rows, tokens, Ahead());
+        if (up_sums.right) up_right(scratch.v2, g_rows, tokens, nullptr);
         if (grad_x)
             expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, rows_after(g, token, end, k));
     }

@@ -1,7 +1,8 @@
 // From rows of tokens to lanes, the first read of x (and of g):   Z[p,c] = sum_u x[p,u] s_c[u]
 //
-// A vector holds four u of each of W/4 rows c of s; four u of x are repeated in its quarters. So a sum is spread over four
-// numbers only, and one fold4 turns the sums of four tokens into four consecutive lanes for each c.
+// A vector holds `span` numbers u of each of `group` = W / span rows c of s, and `span` numbers of x repeated: the shorter
+// the span, the fewer sums have to be added up at the end (fold4: four tokens at once, straight into lanes), and the more
+// loads of x there are. Few rows take the longer span.
 #pragma once
 
 #include "element.h"
@@ -11,13 +12,10 @@ namespace compacter::COMPACTER_ISA {
 
 class Contraction {
 public:
-    static constexpr int rows_at_once = many_registers ? 8 : 4, groups_at_once = many_registers ? 3 : 2;
-    static constexpr int group = W / 4;  // rows of s in a vector
-
     // `basis` is s, [m][chunk]; `scratch` has size(m, chunk) floats.
     Contraction(int64_t n, int64_t m, int64_t chunk, const float* basis, float* scratch)
-        : n(n), m(m), chunk(chunk), quads((chunk + 3) / 4), packed(scratch), widened(scratch + packed_size(m, chunk)) {
-        pack(basis);
+        : n(n), m(m), chunk(chunk), packed(scratch), widened(scratch + packed_size(m, chunk)) {
+        with_span([&](auto span) { pack<decltype(span)::value>(basis); });
     }
 
     static int64_t size(int64_t m, int64_t chunk) {
@@ -34,32 +32,43 @@ public:
                 constexpr int R = decltype(size)::value;
                 int64_t stride = n * chunk;
                 const float* rows = as_float<R>(x + token * stride + p * chunk, stride);
-                if constexpr (groups_at_once == 3)
-                    tiles<3, 2, 1>(0, groups(m), [&](auto count, int64_t first) {
-                        tile<R, decltype(count)::value>(rows, stride, first, z + p * m * lanes + token);
-                    });
-                else
-                    tiles<2, 1>(0, groups(m), [&](auto count, int64_t first) {
-                        tile<R, decltype(count)::value>(rows, stride, first, z + p * m * lanes + token);
-                    });
+                float* to = z + p * m * lanes + token;
+                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, stride, to); });
             });
     }
 
 private:
-    static int64_t groups(int64_t m) { return (m + group - 1) / group; }
-    static int64_t packed_size(int64_t m, int64_t chunk) { return groups(m) * ((chunk + 3) / 4) * W; }
+    static constexpr int rows_at_once = many_registers ? 8 : 4;
 
-    // packed[group][quad][row in group][4], zeros where s has no number
+    static int span(int64_t m) { return many_registers && m <= 4 ? 8 : 4; }
+
+    template <class Body>
+    COMPACTER_INLINE void with_span(const Body& body) const {
+        if constexpr (many_registers)
+            if (span(m) == 8) return body(Int<8>{});
+        body(Int<4>{});
+    }
+
+    static int64_t groups(int64_t m, int span) { return (m * span + W - 1) / W; }
+    static int64_t packed_size(int64_t m, int64_t chunk) {
+        return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
+    }
+
+    // packed[group][u / span][row in group][span], zeros where s has no number
+    template <int Span>
     void pack(const float* basis) {
-        for (int64_t g = 0; g < groups(m); ++g)
-            for (int row = 0; row < group; ++row) {
-                const int64_t c = g * group + row;
-                float* to = packed + g * quads * W + row * 4;
-                for (int64_t u = 0; u < quads * 4; u += 4, to += W)
+        const int64_t padded = round_up(chunk, Span);
+        for (int64_t g = 0; g < groups(m, Span); ++g)
+            for (int row = 0; row < W / Span; ++row) {
+                const int64_t c = g * (W / Span) + row;
+                float* to = packed + g * padded / Span * W + row * Span;
+                for (int64_t u = 0; u < padded; u += 4) {
+                    float* four = to + u / Span * W + u % Span;
                     if (c < m && u + 4 <= chunk)
-                        store4(to, load4(basis + c * chunk + u));
+                        store4(four, load4(basis + c * chunk + u));
                     else
-                        for (int64_t k = 0; k < 4; ++k) to[k] = c < m && u + k < chunk ? basis[c * chunk + u + k] : 0.f;
+                        for (int64_t k = 0; k < 4; ++k) four[k] = c < m && u + k < chunk ? basis[c * chunk + u + k] : 0.f;
+                }
             }
     }
 
@@ -81,54 +90,69 @@ private:
         return widened;
     }
 
-    template <int R, int G>
+    template <int R, int Span>
+    void all_groups(const float* rows, int64_t stride, float* z) const {
+        const auto body = [&](auto count, int64_t first) {
+            tile<R, decltype(count)::value, Span>(rows, stride, first, z);
+        };
+        if constexpr (many_registers && Span == 4)
+            tiles<3, 2, 1>(0, groups(m, Span), body);
+        else
+            tiles<2, 1>(0, groups(m, Span), body);
+    }
+
+    // R tokens by G groups.
+    template <int R, int G, int Span>
     __attribute__((noinline)) void tile(const float* rows, int64_t stride, int64_t first, float* z) const {
+        const int64_t steps = (chunk + Span - 1) / Span;
+        const float* s = packed + first * steps * W;
         Vec sum[R][G] = {};
-        const float* s = packed + first * quads * W;
-        const auto step = [&](int64_t quad, auto quad_of_row) COMPACTER_INLINE_LAMBDA {
+        const auto step = [&](int64_t at, auto numbers_of) COMPACTER_INLINE_LAMBDA {
             Vec basis[G];
 #pragma GCC unroll 4
-            for (int j = 0; j < G; ++j) basis[j] = load(s + (j * quads + quad) * W);
+            for (int j = 0; j < G; ++j) basis[j] = load(s + (j * steps + at) * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec four = quad_of_row(rows + r * stride + quad * 4);
+                const Vec numbers = numbers_of(rows + r * stride + at * Span);
 #pragma GCC unroll 4
-                for (int j = 0; j < G; ++j) sum[r][j] += four * basis[j];
+                for (int j = 0; j < G; ++j) sum[r][j] += numbers * basis[j];
             }
         };
-        for (int64_t quad = 0; quad < chunk / 4; ++quad) step(quad, [](const float* row) { return load_quad(row); });
-        if (chunk % 4) step(chunk / 4, [&](const float* row) {
-            float four[4] = {};
-            for (int64_t k = 0; k < chunk % 4; ++k) four[k] = row[k];
-            return load_quad(four);
+        for (int64_t at = 0; at < chunk / Span; ++at) step(at, [](const float* row) { return load_repeated<Span>(row); });
+        if (chunk % Span) step(chunk / Span, [&](const float* row) {
+            float padded[Span] = {};
+            for (int64_t k = 0; k < chunk % Span; ++k) padded[k] = row[k];
+            return load_repeated<Span>(padded);
         });
+        constexpr int group = W / Span;
 #pragma GCC unroll 4
         for (int j = 0; j < G; ++j) {
             const int64_t c = (first + j) * group;
             const int64_t count = m - c < group ? m - c : group;
 #pragma GCC unroll 2
-            for (int r = 0; r < R; r += 4) put<R>(&sum[0][0] + r * G + j, G, z + c * lanes + r, count);
-        }
-    }
-
-    // Four tokens (one, when R is 1) of `count` rows c, from sums that lie `step` apart.
-    template <int R>
-    COMPACTER_INLINE static void put(const Vec* sum, int step, float* z, int64_t count) {
-        if constexpr (R == 1) {
-            const Vec total = fold4(sum[0], Vec{}, Vec{}, Vec{});
-            for (int64_t row = 0; row < count; ++row) z[row * lanes] = total[row * 4];
-        } else {
-            const Vec total = fold4(sum[0], sum[step], sum[2 * step], sum[3 * step]);
-            if (count == group) {
-#pragma GCC unroll 4
-                for (int row = 0; row < group; ++row) store4(z + row * lanes, quarter(total, row));
-            } else {
-                for (int row = 0; row < count; ++row) store4(z + row * lanes, quarter(total, row));
+            for (int r = 0; r < R; r += 4) {
+                const auto of = [&](int k) COMPACTER_INLINE_LAMBDA { return r + k < R ? sum[r + k < R ? r + k : 0][j] : Vec{}; };
+                put<R, Span>(fold4(of(0), of(1), of(2), of(3)), z + c * lanes + r, count);
             }
         }
     }
 
-    int64_t n, m, chunk, quads;
+    // Four tokens (one, when R is 1) of `count` rows c.
+    template <int R, int Span>
+    COMPACTER_INLINE static void put(Vec total, float* z, int64_t count) {
+#pragma GCC unroll 4
+        for (int row = 0; row < W / Span; ++row) {
+            if (row >= count) break;
+            Quad four = quarter(total, row * (Span / 4));
+            if constexpr (Span == 8) four += quarter(total, row * 2 + 1);
+            if constexpr (R == 1)
+                z[row * lanes] = four[0];
+            else
+                store4(z + row * lanes, four);
+        }
+    }
+
+    int64_t n, m, chunk;
     float *packed, *widened;
 };
 

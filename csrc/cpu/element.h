@@ -130,6 +130,10 @@ COMPACTER_INLINE void stream_fence() {
 #endif
 }
 
+// A prefetch brings 64 bytes.
+template <class T>
+constexpr int vectors_per_line = W * sizeof(T) >= 64 ? 1 : 64 / (W * sizeof(T));
+
 // Tiles of U vectors over [0, width), the last one cut: body(Int<U>, u, count), count = numbers in the last vector.
 template <int... Sizes, class Body>
 COMPACTER_INLINE void columns(int64_t width, const Body& body) {

@@ -1,7 +1,6 @@
 // From lanes to rows of tokens, the only write:   out[q,u] = residual[q,u] + bias[q,u] + sum_c V[q,c] t_c[u]
 #pragma once
 
-#include "ahead.h"
 #include "element.h"
 #include "lanes.h"
 
@@ -13,43 +12,43 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
 
-    // Rows of `tokens` <= 16 tokens; residual may be null.
-    void operator()(const float* v, const T* residual, T* out, int64_t tokens, Ahead ahead) const {
+    // Rows of `tokens` <= 16 tokens; residual may be null. `next`: rows of the next block, to be fetched meanwhile; may be null.
+    void operator()(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
-            blocks<4>(v, residual, out, tokens, ahead);
+            blocks<4>(v, residual, out, tokens, next);
         else if (m == 8)
-            blocks<8>(v, residual, out, tokens, ahead);
+            blocks<8>(v, residual, out, tokens, next);
         else if (m == 12)
-            blocks<12>(v, residual, out, tokens, ahead);
+            blocks<12>(v, residual, out, tokens, next);
         else
-            blocks<0>(v, residual, out, tokens, ahead);
+            blocks<0>(v, residual, out, tokens, next);
     }
 
 private:
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
-    void blocks(const float* v, const T* residual, T* out, int64_t tokens, Ahead ahead) const {
+    void blocks(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
         for (int64_t q = 0; q < n; ++q)
             tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 const int64_t at = token * n * chunk + q * chunk;
                 rows<decltype(size)::value, M>(v + q * m * lanes + token, bias ? bias + q * chunk : nullptr,
-                                               residual ? residual + at : nullptr, out + at, ahead);
+                                               residual ? residual + at : nullptr, out + at, next ? next + at : nullptr);
             });
     }
 
     // One chunk of R tokens.
     template <int R, int M>
     __attribute__((noinline)) void rows(const float* coef, const float* bias_here, const T* residual, T* out,
-                                        Ahead& ahead) const {
+                                        const T* next) const {
         Tokens<R> tokens;
         for (int r = 0; r < R; ++r) {
             tokens.residual[r] = residual ? residual + r * n * chunk : nullptr;
             tokens.out[r] = out + r * n * chunk;
+            tokens.next[r] = next ? next + r * n * chunk : nullptr;
         }
         constexpr int widest = many_registers ? 4 : 2;
         columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
             tile<R, decltype(vectors)::value, M>(coef, bias_here, tokens, u, cut, count);
-            ahead.template fetch<R * decltype(vectors)::value * W * int(sizeof(T))>();
         });
     }
 
@@ -57,6 +56,7 @@ private:
     struct Tokens {
         const T* residual[R];
         T* out[R];
+        const T* next[R];
     };
 
     template <int R, int U, int M, bool Cut>
@@ -75,6 +75,12 @@ private:
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[r][k] += get(tokens.residual[r] + u + k * W);
+        }
+        if (tokens.next[0]) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(tokens.next[r] + u + k * W, 0, 2);
         }
         const int64_t terms = M ? M : m;
         const float* t = basis + u;

@@ -12,11 +12,10 @@ namespace compacter::COMPACTER_ISA {
 using cpu::LinearJob;
 using cpu::Sums;
 
-// The rows that the next block will read.
+// The rows that the next block will read; null after the last whole block.
 template <class T>
-COMPACTER_INLINE Ahead rows_after(const T* x, int64_t token, int64_t end, int64_t row) {
-    const int64_t next = token + lanes, left = end - next < lanes ? end - next : lanes;
-    return left > 0 ? Ahead(x + next * row, left * row * int64_t(sizeof(T))) : Ahead();
+COMPACTER_INLINE const T* rows_after(const T* x, int64_t token, int64_t end, int64_t row) {
+    return token + 2 * lanes <= end ? x + (token + lanes) * row : nullptr;
 }
 
 COMPACTER_INLINE int64_t block_size(int64_t token, int64_t end) { return end - token < lanes ? end - token : lanes; }
@@ -53,7 +52,7 @@ void linear_forward(const LinearJob& job, int64_t begin, int64_t end, float* mem
         const int64_t tokens = block_size(token, end);
         contract_x(x + token * f.in, tokens, scratch.z);
         mix(f, scratch.z, scratch.v);
-        expand(scratch.v, nullptr, out + token * f.out, tokens, rows_after(x, token, end, f.in));
+        expand(scratch.v, nullptr, out + token * f.out, tokens, nullptr);
     }
     if (streaming) stream_fence();
 }
@@ -83,7 +82,7 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
         rule.next();
         if (sums.left) left_gradient(scratch.z, x_rows, tokens, rows_after(x, token, end, f.in));
         if (sums.right) right_gradient(scratch.v, g_rows, tokens, rows_after(g, token, end, f.out));
-        if (grad_x) expand(scratch.z, nullptr, grad_x + token * f.in, tokens, Ahead());
+        if (grad_x) expand(scratch.z, nullptr, grad_x + token * f.in, tokens, nullptr);
     }
     rule.flush();
     if (streaming) stream_fence();

@@ -37,12 +37,14 @@ COMPACTER_INLINE Vec splat(float value) { return value - Vec{}; }
 COMPACTER_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 COMPACTER_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
-// The same four floats in every 128-bit quarter.
-COMPACTER_INLINE Vec load_quad(const float* p) {
+// The same Span floats again and again: 4, or 8 where a vector has 16.
+template <int Span>
+COMPACTER_INLINE Vec load_repeated(const float* p) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<Vec>(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+    if constexpr (Span == 8) return (Vec)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return (Vec)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
 #elif defined(__AVX2__)
-    return reinterpret_cast<Vec>(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return (Vec)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
 #else
     return load(p);
 #endif

@@ -1,7 +1,6 @@
 // Gradients of the wide factors:   G_c[u] += sum_{token,q} V[q,c] g[q,u]        bias[q,u] += sum_token g[q,u]
 #pragma once
 
-#include "ahead.h"
 #include "element.h"
 #include "lanes.h"
 
@@ -13,16 +12,16 @@ struct WeightGradient {
     float *sum, *bias_sum;  // [m][chunk]; [n * chunk] or null
 
     // Sums start at 0 in every block: two levels of summation keep the error of long sums small.
-    void operator()(const float* v, const T* g, int64_t tokens, Ahead ahead) const {
+    void operator()(const float* v, const T* g, int64_t tokens, const T* next) const {
         // Wide in u for the few rows that m leaves, so that each coefficient serves several vectors.
         tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) COMPACTER_INLINE_LAMBDA {
             constexpr int C = decltype(rows)::value;
             columns<C <= 4 && many_registers ? 4 : 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
                 constexpr int U = decltype(vectors)::value;
                 if (first == 0 && bias_sum)
-                    tile<C, U, true>(v, g, tokens, ahead, first, u, cut, count);
+                    tile<C, U, true>(v, g, tokens, next, first, u, cut, count);
                 else
-                    tile<C, U, false>(v, g, tokens, ahead, first, u, cut, count);
+                    tile<C, U, false>(v, g, tokens, first ? nullptr : next, first, u, cut, count);
             });
         });
     }
@@ -31,7 +30,7 @@ private:
     static constexpr int largest = many_registers ? 8 : 4;
 
     template <int C, int U, bool WithBias, bool Cut>
-    COMPACTER_INLINE void tile(const float* v, const T* g, int64_t tokens, Ahead& ahead, int64_t first, int64_t u,
+    COMPACTER_INLINE void tile(const float* v, const T* g, int64_t tokens, const T* next, int64_t first, int64_t u,
                                std::bool_constant<Cut>, int64_t count) const {
         const int64_t row = n * chunk;
         const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
@@ -46,11 +45,11 @@ private:
             const float* coef = v + (q * m + first) * lanes;
             const T* source = g + q * chunk + u;
             Vec bias_total[U] = {};
-            ahead.fetch<lanes * U * W * int(sizeof(T))>();
             for (int64_t token = 0; token < tokens; ++token, ++coef, source += row) {
                 Vec value[U];
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) {
+                    if (next && k % vectors_per_line<T> == 0) __builtin_prefetch(source + (next - g) + k * W, 0, 2);
                     value[k] = get(source + k * W);
                     if constexpr (WithBias) bias_total[k] += value[k];
                 }
