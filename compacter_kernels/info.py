@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import compacter_kernels as ck
+from compacter_kernels import machine
 from compacter_kernels.accuracy import Oracle, Shape, call, random_case
-from compacter_kernels.bench import machine
 
 TYPICAL = Shape(768, 24, 4)
 TYPICAL_TOKENS = 2048

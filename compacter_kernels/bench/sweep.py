@@ -13,12 +13,12 @@ import torch
 
 from compacter_kernels.accuracy import Case, Oracle, random_case
 from compacter_kernels.bench import cost, rates
-from compacter_kernels.bench.machine import memory_bytes
 from compacter_kernels.bench.measure import Timing, interleave
 from compacter_kernels.bench.providers import COMPILED, Provider, missing, providers, timed
 from compacter_kernels.bench.rows import Cell, Timings, derive
 from compacter_kernels.bench.saved import saved_bytes
 from compacter_kernels.bench.settings import Settings
+from compacter_kernels.machine import memory_bytes
 from compacter_kernels.options import DTYPES
 
 GATE_ELEMENTS = 2**25  # of x: above, the gate checks as many tokens as have these, since its float64 copies take memory

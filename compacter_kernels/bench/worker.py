@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from compacter_kernels.bench import machine, sweep
+from compacter_kernels import machine
+from compacter_kernels.bench import sweep
 from compacter_kernels.bench.settings import Settings
 
 

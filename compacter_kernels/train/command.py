@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from compacter_kernels import options
-from compacter_kernels.bench.machine import describe
+from compacter_kernels.machine import describe
 from compacter_kernels.train import experiment, plot, report
 from compacter_kernels.train.data import load_tasks
 from compacter_kernels.train.loop import BATCH
