@@ -24,7 +24,11 @@ PRETRAINING_STEPS, QUICK_PRETRAINING_STEPS = 400, 200
 ROUNDS, QUICK_ROUNDS = 40, 10
 ONE_THREAD = "on layers this small, more gain little, and lose much where the machine has other work"
 
-EPILOG = f"""methods:
+EPILOG = f"""examples:
+  compacter-kernels train --quick
+  compacter-kernels train --methods probe,compacter-dense,compacter --seeds 5 --out results
+
+methods:
 {chr(10).join(f"  {name:<16} {method.title}" for name, method in METHODS.items())}
 
 A vision transformer is pretrained on the digits 0 to 4 that come with scikit-learn, then adapted to 5 to 9. The

@@ -12,8 +12,13 @@ struct ValueAndSlope {
     Vec value, slope;
 };
 
-// sigma(y) = 1 / (1 + e^-y)
+// sigma(y) = 1 / (1 + e^-y), and its slope sigma (1 - sigma) = e / (1 + e)^2 with e = exp(-|y|): 1 - sigma would cancel
 COMPACTER_INLINE Vec sigmoid(Vec y) { return 1.f / (1.f + exp(-y)); }
+
+COMPACTER_INLINE ValueAndSlope sigmoid_with_slope(Vec y) {
+    const Vec e = exp(-abs(y)), below = 1.f / (1.f + e);
+    return {y < 0.f ? e * below : below, e * below * below};
+}
 
 struct Identity {
     static COMPACTER_INLINE Vec value(Vec y) { return y; }
@@ -37,11 +42,7 @@ struct LeakyRelu {
 
 struct Sigmoid {
     static COMPACTER_INLINE Vec value(Vec y) { return sigmoid(y); }
-    // slope = e / (1 + e)^2 with e = exp(-|y|): no 1 - sigma, which cancels for large y
-    static COMPACTER_INLINE ValueAndSlope both(Vec y) {
-        const Vec e = exp(-abs(y)), below = 1.f / (1.f + e);
-        return {y < 0.f ? e * below : below, e * below * below};
-    }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return sigmoid_with_slope(y); }
 };
 
 // tanh: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|y|) elsewhere; slope = 4 e / (1 + e)^2
@@ -58,13 +59,13 @@ struct Tanh {
     }
 };
 
-// y sigma(c y), slope = sigma + c y sigma (1 - sigma)
+// y sigma(c y), slope = sigma + c y sigma'
 template <class Scale>
 struct Swish {
     static COMPACTER_INLINE Vec value(Vec y) { return y * sigmoid(y * Scale::c); }
     static COMPACTER_INLINE ValueAndSlope both(Vec y) {
-        const Vec s = sigmoid(y * Scale::c);
-        return {y * s, s + y * s * (1.f - s) * Scale::c};
+        const ValueAndSlope s = sigmoid_with_slope(y * Scale::c);
+        return {y * s.value, s.value + y * s.slope * Scale::c};
     }
 };
 struct One {
@@ -82,8 +83,9 @@ struct GeluNew {
         return y * sigmoid(c * (c * c * (a2 * b) + a2));
     }
     static COMPACTER_INLINE ValueAndSlope both(Vec y) {
-        const Vec c = clamp(y, -30.f, 30.f), c2 = c * c, s = sigmoid(c * (c2 * (a2 * b) + a2));
-        return {y * s, s + c * s * (1.f - s) * (c2 * (3.f * a2 * b) + a2)};
+        const Vec c = clamp(y, -30.f, 30.f), c2 = c * c;
+        const ValueAndSlope s = sigmoid_with_slope(c * (c2 * (a2 * b) + a2));
+        return {y * s.value, s.value + c * s.slope * (c2 * (3.f * a2 * b) + a2)};
     }
 };
 

@@ -1,17 +1,18 @@
 #include "caches.h"
 
-#ifdef __linux__
-#include <unistd.h>
-#endif
+#include <fstream>
+#include <string>
 
 namespace compacter::cpu {
 namespace {
 
+// What Linux says of the cache that this processor shares; sysconf adds up the caches of all cores on some machines.
 int64_t ask() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    if (const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
-#endif
-    return int64_t{16} << 20;
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t size = 0;
+    std::string unit;
+    if (!(file >> size >> unit) || size <= 0) return int64_t{16} << 20;
+    return unit == "M" ? size << 20 : size << 10;
 }
 
 }  // namespace

@@ -14,12 +14,12 @@ class Contraction {
 public:
     // `basis` is s, [m][chunk]; `scratch` has size(m, chunk) floats.
     Contraction(int64_t n, int64_t m, int64_t chunk, const float* basis, float* scratch)
-        : n(n), m(m), chunk(chunk), packed(scratch), widened(scratch + packed_size(m, chunk)) {
+        : n(n), m(m), chunk(chunk), packed(scratch) {
         with_span([&](auto span) { pack<decltype(span)::value>(basis); });
     }
 
     static int64_t size(int64_t m, int64_t chunk) {
-        return packed_size(m, chunk) + rows_at_once * round_up(chunk, W);
+        return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
     }
 
     // z[p,c][token] of `tokens` <= 16 rows of x, zero for the other lanes
@@ -30,10 +30,9 @@ public:
         for (int64_t p = 0; p < n; ++p)
             tiles<rows_at_once, 4, 1>(0, tokens, [&](auto size, int64_t token) {
                 constexpr int R = decltype(size)::value;
-                int64_t stride = n * chunk;
-                const float* rows = as_float<R>(x + token * stride + p * chunk, stride);
+                const T* rows = x + token * n * chunk + p * chunk;
                 float* to = z + p * m * lanes + token;
-                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, stride, to); });
+                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, to); });
             });
     }
 
@@ -50,9 +49,6 @@ private:
     }
 
     static int64_t groups(int64_t m, int span) { return (m * span + W - 1) / W; }
-    static int64_t packed_size(int64_t m, int64_t chunk) {
-        return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
-    }
 
     // packed[group][u / span][row in group][span], zeros where s has no number
     template <int Span>
@@ -72,28 +68,10 @@ private:
             }
     }
 
-    template <int R>
-    const float* as_float(const float* rows, int64_t&) const {
-        return rows;
-    }
-
-    // R rows of a chunk in fp32; `stride` becomes theirs.
-    template <int R, class T>
-    const float* as_float(const T* rows, int64_t& stride) const {
-        const int64_t padded = round_up(chunk, W);
-        for (int r = 0; r < R; ++r)
-            columns<1>(chunk, [&](auto, int64_t u, auto cut, int64_t count) {
-                const T* from = rows + r * stride + u;
-                store(widened + r * padded + u, cut ? load(from, count) : load(from));
-            });
-        stride = padded;
-        return widened;
-    }
-
-    template <int R, int Span>
-    void all_groups(const float* rows, int64_t stride, float* z) const {
+    template <int R, int Span, class T>
+    void all_groups(const T* rows, float* z) const {
         const auto body = [&](auto count, int64_t first) {
-            tile<R, decltype(count)::value, Span>(rows, stride, first, z);
+            tile<R, decltype(count)::value, Span>(rows, first, z);
         };
         if constexpr (many_registers && Span == 4)
             tiles<3, 2, 1>(0, groups(m, Span), body);
@@ -102,8 +80,9 @@ private:
     }
 
     // R tokens by G groups.
-    template <int R, int G, int Span>
-    __attribute__((noinline)) void tile(const float* rows, int64_t stride, int64_t first, float* z) const {
+    template <int R, int G, int Span, class T>
+    __attribute__((noinline)) void tile(const T* rows, int64_t first, float* z) const {
+        const int64_t stride = n * chunk;
         const int64_t steps = (chunk + Span - 1) / Span;
         const float* s = packed + first * steps * W;
         Vec sum[R][G] = {};
@@ -118,9 +97,9 @@ private:
                 for (int j = 0; j < G; ++j) sum[r][j] += numbers * basis[j];
             }
         };
-        for (int64_t at = 0; at < chunk / Span; ++at) step(at, [](const float* row) { return load_repeated<Span>(row); });
-        if (chunk % Span) step(chunk / Span, [&](const float* row) {
-            float padded[Span] = {};
+        for (int64_t at = 0; at < chunk / Span; ++at) step(at, [](const T* row) { return load_repeated<Span>(row); });
+        if (chunk % Span) step(chunk / Span, [&](const T* row) {
+            T padded[Span] = {};
             for (int64_t k = 0; k < chunk % Span; ++k) padded[k] = row[k];
             return load_repeated<Span>(padded);
         });
@@ -153,7 +132,7 @@ private:
     }
 
     int64_t n, m, chunk;
-    float *packed, *widened;
+    float* packed;
 };
 
 }  // namespace compacter::COMPACTER_ISA

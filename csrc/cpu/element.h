@@ -14,7 +14,15 @@ struct f16 {
 
 typedef uint16_t HalfBits __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
-COMPACTER_INLINE Vec from_bf16(HalfBits half) { return (Vec)(__builtin_convertvector(half, BitVec) << 16); }
+COMPACTER_INLINE BitVec widen(HalfBits half) {
+#if defined(__AVX512F__)
+    return (BitVec)_mm512_cvtepu16_epi32((__m256i)half);  // one instruction; GCC takes three for the line below
+#else
+    return __builtin_convertvector(half, BitVec);
+#endif
+}
+
+COMPACTER_INLINE Vec from_bf16(HalfBits half) { return (Vec)(widen(half) << 16); }
 
 COMPACTER_INLINE HalfBits to_bf16(Vec v) {
 #if defined(__AVX512BF16__)
@@ -33,7 +41,7 @@ COMPACTER_INLINE Vec from_f16(HalfBits half) {
 #elif defined(__AVX2__)
     return (Vec)_mm256_cvtph_ps((__m128i)half);
 #else
-    const BitVec bits = __builtin_convertvector(half, BitVec);
+    const BitVec bits = widen(half);
     const Vec scaled = (Vec)((bits & 0x7fffu) << 13) * splat(0x1p112f);  // also right for subnormals
     const BitVec magnitude = (bits & 0x7c00u) == 0x7c00u ? (BitVec)scaled | 0x7f800000u : (BitVec)scaled;
     return (Vec)(magnitude | (bits & 0x8000u) << 16);
@@ -60,6 +68,40 @@ COMPACTER_INLINE HalfBits to_f16(Vec v) {
 COMPACTER_INLINE HalfBits load_bits(const void* p) { return *static_cast<const HalfBits*>(p); }
 COMPACTER_INLINE Vec load(const bf16* p) { return from_bf16(load_bits(p)); }
 COMPACTER_INLINE Vec load(const f16* p) { return from_f16(load_bits(p)); }
+
+// The same Span numbers again and again.
+template <int Span>
+COMPACTER_INLINE HalfBits load_bits_repeated(const void* p) {
+#if defined(__AVX512F__)
+    if constexpr (Span == 8) return (HalfBits)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    return (HalfBits)_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (HalfBits)_mm_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)p));
+#else
+    return load_bits(p);
+#endif
+}
+
+// For bf16 one byte shuffle puts each number into the upper half of its fp32.
+template <int Span>
+COMPACTER_INLINE Vec load_repeated(const bf16* p) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_set4_epi32(0x07068080, 0x05048080, 0x03028080, 0x01008080);
+    if constexpr (Span == 8) {
+        const __m512i high = _mm512_set4_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080);
+        const __m512i eight = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+        return (Vec)_mm512_shuffle_epi8(eight, _mm512_mask_blend_epi64(0xcc, low, high));
+    }
+    return (Vec)_mm512_shuffle_epi8(_mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)p)), low);
+#else
+    return from_bf16(load_bits_repeated<Span>(p));
+#endif
+}
+template <int Span>
+COMPACTER_INLINE Vec load_repeated(const f16* p) {
+    return from_f16(load_bits_repeated<Span>(p));
+}
+
 COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
 COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
 

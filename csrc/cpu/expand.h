@@ -12,7 +12,8 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
 
-    // Rows of `tokens` <= 16 tokens; residual may be null. `next`: rows of the next block, to be fetched meanwhile; may be null.
+    // Rows of `tokens` <= 16 tokens; residual may be null. `next`: rows of the
+    // next block, which are fetched meanwhile, as is the room for its output; may be null.
     void operator()(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
             blocks<4>(v, residual, out, tokens, next);
@@ -80,7 +81,10 @@ private:
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(tokens.next[r] + u + k * W, 0, 2);
+                for (int k = 0; k < U; k += vectors_per_line<T>) {
+                    __builtin_prefetch(tokens.next[r] + u + k * W, 0, 2);
+                    if (!streaming) __builtin_prefetch(tokens.out[r] + lanes * n * chunk + u + k * W, 1, 2);
+                }
         }
         const int64_t terms = M ? M : m;
         const float* t = basis + u;

@@ -5,6 +5,7 @@
 #include "contract.h"
 #include "expand.h"
 #include "mix.h"
+#include "rule_grad.h"
 #include "weight_grad.h"
 
 namespace compacter::COMPACTER_ISA {

@@ -16,7 +16,8 @@ struct WeightGradient {
         // Wide in u for the few rows that m leaves, so that each coefficient serves several vectors.
         tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) COMPACTER_INLINE_LAMBDA {
             constexpr int C = decltype(rows)::value;
-            columns<C <= 4 && many_registers ? 4 : 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+            constexpr int widest = C <= 4 && many_registers ? 4 : 2;
+            columns<widest, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
                 constexpr int U = decltype(vectors)::value;
                 if (first == 0 && bias_sum)
                     tile<C, U, true>(v, g, tokens, next, first, u, cut, count);
