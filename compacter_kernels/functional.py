@@ -36,7 +36,7 @@ def _signature(weights: PHMWeights) -> tuple[Any, ...]:
     )
 
 
-# os.environ raises and catches two exceptions for a variable that is not set, 8 us a call; its raw dict does not.
+# os.environ raises and catches two exceptions for a variable that is not set, in every call; its raw dict does not.
 _environ: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _variable = os.environ.encodekey(dispatch.ENVIRONMENT)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import compacter_kernels as ck
-from compacter_kernels import accuracy, cli
+from compacter_kernels import accuracy, cli, dispatch
 from compacter_kernels.accuracy import Case
 
 SMALL = ["--shapes", "24/12/4", "--tokens", "5"]
@@ -91,6 +91,17 @@ def test_compare_prints_every_gradient(capsys: pytest.CaptureFixture[str]) -> No
     for name in ("out", "x", "residual", "down.rule", "down.left", "up.right", "up.bias"):
         assert f"  {name} " in out
     assert "every error is within its limit" in out
+
+
+def test_an_environment_that_cannot_serve_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch.cpu, "unavailable", lambda: "not built: no compiler")
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "cpu")
+    code, out, err = run(capsys, "info")
+    assert (code, out) == (2, "")
+    assert "COMPACTER_KERNELS_IMPL='cpu'" in err and "not built: no compiler" in err
+    assert err.count("\n") == 1
 
 
 def test_compare_json(capsys: pytest.CaptureFixture[str]) -> None:
