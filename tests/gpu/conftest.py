@@ -1,0 +1,23 @@
+"""These tests need a CUDA device; on other machines each is skipped and says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# cuBLAS warns without it in the deterministic mode that poisons memory, and a warning is an error here
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytest.register_assert_rewrite("on_device")
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(absent)
