@@ -45,7 +45,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        contract_x(x + token * down.in, tokens, scratch.z);
+        contract_x(x + token * down.in, tokens, scratch.z, streaming ? nullptr : out + token * down.in);
         mix(down, scratch.z, scratch.v);
         preactivation(down, scratch.v, scratch.h);
         activate(job.activation, scratch.h, down.out);

@@ -24,15 +24,16 @@ public:
 
     // z[p,c][token] of `tokens` <= 16 rows of x, zero for the other lanes
     template <class T>
-    void operator()(const T* x, int64_t tokens, float* z) const {
+    void operator()(const T* x, int64_t tokens, float* z, const T* fetched = nullptr) const {
         if (tokens < lanes)
             for (int64_t j = 0; j < n * m * lanes; ++j) z[j] = 0.f;
         for (int64_t p = 0; p < n; ++p)
             tiles<rows_at_once, 4, 1>(0, tokens, [&](auto size, int64_t token) {
                 constexpr int R = decltype(size)::value;
                 const T* rows = x + token * n * chunk + p * chunk;
+                const T* ahead = fetched ? fetched + (rows - x) : nullptr;
                 float* to = z + p * m * lanes + token;
-                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, to); });
+                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, ahead, to); });
             });
     }
 
@@ -69,9 +70,9 @@ private:
     }
 
     template <int R, int Span, class T>
-    void all_groups(const T* rows, float* z) const {
+    void all_groups(const T* rows, const T* ahead, float* z) const {
         const auto body = [&](auto count, int64_t first) {
-            tile<R, decltype(count)::value, Span>(rows, first, z);
+            tile<R, decltype(count)::value, Span>(rows, first ? nullptr : ahead, first, z);
         };
         if constexpr (many_registers && Span == 4)
             tiles<3, 2, 1>(0, groups(m, Span), body);
@@ -81,13 +82,17 @@ private:
 
     // R tokens by G groups.
     template <int R, int G, int Span, class T>
-    __attribute__((noinline)) void tile(const T* rows, int64_t first, float* z) const {
+    __attribute__((noinline)) void tile(const T* rows, const T* ahead, int64_t first, float* z) const {
         const int64_t stride = n * chunk;
         const int64_t steps = (chunk + Span - 1) / Span;
         const float* s = packed + first * steps * W;
         Vec sum[R][G] = {};
         const auto step = [&](int64_t at, auto numbers_of) COMPACTER_INLINE_LAMBDA {
             Vec basis[G];
+            if (ahead) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r += 2) __builtin_prefetch(ahead + (r + at % 2) * stride + at / 2 * 2 * Span, 1, 2);
+            }
 #pragma GCC unroll 4
             for (int j = 0; j < G; ++j) basis[j] = load(s + (j * steps + at) * W);
 #pragma GCC unroll 8

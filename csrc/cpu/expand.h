@@ -29,65 +29,106 @@ private:
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
     void blocks(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
-        for (int64_t q = 0; q < n; ++q)
-            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
-                const int64_t at = token * n * chunk + q * chunk;
-                rows<decltype(size)::value, M>(v + q * m * lanes + token, bias ? bias + q * chunk : nullptr,
-                                               residual ? residual + at : nullptr, out + at, next ? next + at : nullptr);
-            });
-    }
-
-    // One chunk of R tokens.
-    template <int R, int M>
-    __attribute__((noinline)) void rows(const float* coef, const float* bias_here, const T* residual, T* out,
-                                        const T* next) const {
-        Tokens<R> tokens;
-        for (int r = 0; r < R; ++r) {
-            tokens.residual[r] = residual ? residual + r * n * chunk : nullptr;
-            tokens.out[r] = out + r * n * chunk;
-            tokens.next[r] = next ? next + r * n * chunk : nullptr;
+        constexpr int U = many_registers && M == 4 ? 4 : 2;
+        for (int64_t q = 0; q < n; ++q) {
+            const auto tile = [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+                const int64_t at = q * chunk + u;
+                const Tile here{v + q * m * lanes, basis + u, bias ? bias + at : nullptr, residual ? residual + at : nullptr,
+                                out + at, next ? next + at : nullptr, tokens, count};
+                if constexpr (many_registers && M)
+                    basis_held<decltype(vectors)::value, M>(here, cut);
+                else
+                    tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+                        token_tile<decltype(size)::value, decltype(vectors)::value, M>(here, token, cut);
+                    });
+            };
+            columns<U, 2, 1>(chunk, tile);
         }
-        constexpr int widest = many_registers ? 4 : 2;
-        columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-            tile<R, decltype(vectors)::value, M>(coef, bias_here, tokens, u, cut, count);
-        });
     }
 
-    template <int R>
-    struct Tokens {
-        const T* residual[R];
-        T* out[R];
-        const T* next[R];
+    // Some columns of one chunk.
+    struct Tile {
+        const float *coef, *basis, *bias;
+        const T* residual;
+        T* out;
+        const T* next;
+        int64_t tokens, count;
     };
 
+    // The basis stays in registers while the tokens go by: few loads, and the stores come evenly.
+    template <int U, int M, bool Cut>
+    __attribute__((noinline)) void basis_held(const Tile& at, std::bool_constant<Cut>) const {
+        // Copies, as the compiler must take a store to the output for one to what `this` and `at` point to.
+        const int64_t row = n * chunk, count = at.count;
+        const bool streams = streaming;
+        const float* coef = at.coef;
+        const T *residual = at.residual, *next = at.next;
+        const auto get = [count](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
+        Vec t[M][U], start[U];
+#pragma GCC unroll 12
+        for (int c = 0; c < M; ++c)
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) t[c][k] = get(at.basis + c * chunk + k * W);
+#pragma GCC unroll 4
+        for (int k = 0; k < U; ++k) start[k] = at.bias ? get(at.bias + k * W) : Vec{};
+        T *out = at.out, *const end = out + at.tokens * row;
+        for (; out < end; out += row, ++coef) {
+            Vec sum[U];
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) sum[k] = start[k];
+            if (residual) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
+                residual += row;
+            }
+            if (!streams) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(out + k * W, 1, 3);
+            }
+            if (next) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(next + k * W, 0, 2);
+                next += row;
+            }
+#pragma GCC unroll 12
+            for (int c = 0; c < M; ++c) {
+                const Vec weight = splat(coef[c * lanes]);
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) sum[k] += weight * t[c][k];
+            }
+            put<U, Cut>(out, sum, count, streams);
+        }
+    }
+
+    // R tokens by U vectors; the basis comes from the first cache.
     template <int R, int U, int M, bool Cut>
-    COMPACTER_INLINE void tile(const float* coef, const float* bias_here, const Tokens<R>& tokens, int64_t u,
-                               std::bool_constant<Cut>, int64_t count) const {
-        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
+    COMPACTER_INLINE void token_tile(const Tile& at, int64_t token, std::bool_constant<Cut>) const {
+        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, at.count) : load(p); };
+        const int64_t row = n * chunk;
+        T* out = at.out + token * row;
         Vec sum[R][U];
 #pragma GCC unroll 4
         for (int k = 0; k < U; ++k) {
-            const Vec start = bias_here ? get(bias_here + u + k * W) : Vec{};
+            const Vec start = at.bias ? get(at.bias + k * W) : Vec{};
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
-        if (tokens.residual[0]) {
+        if (at.residual) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[r][k] += get(tokens.residual[r] + u + k * W);
+                for (int k = 0; k < U; ++k) sum[r][k] += get(at.residual + (token + r) * row + k * W);
         }
-        if (tokens.next[0]) {
+        if (at.next) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int k = 0; k < U; k += vectors_per_line<T>) {
-                    __builtin_prefetch(tokens.next[r] + u + k * W, 0, 2);
-                    if (!streaming) __builtin_prefetch(tokens.out[r] + lanes * n * chunk + u + k * W, 1, 2);
+                    __builtin_prefetch(at.next + (token + r) * row + k * W, 0, 2);
                 }
         }
         const int64_t terms = M ? M : m;
-        const float* t = basis + u;
+        const float* t = at.basis;
 #pragma GCC unroll 12
         for (int64_t c = 0; c < terms; ++c, t += chunk) {
             Vec value[U];
@@ -95,23 +136,27 @@ private:
             for (int k = 0; k < U; ++k) value[k] = get(t + k * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(coef[c * lanes + r]);
+                const Vec weight = splat(at.coef[c * lanes + token + r]);
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
         }
-        const auto put = [&](auto write) COMPACTER_INLINE_LAMBDA {
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) put<U, Cut>(out + r * row, sum[r], at.count, streaming);
+    }
+
+    template <int U, bool Cut>
+    COMPACTER_INLINE static void put(T* to, const Vec (&sum)[U], int64_t count, bool streams) {
+        const auto all = [&](auto write) COMPACTER_INLINE_LAMBDA {
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) write(tokens.out[r] + u + k * W, sum[r][k]);
+            for (int k = 0; k < U; ++k) write(to + k * W, sum[k]);
         };
         if constexpr (Cut)
-            put([&](T* to, Vec v) COMPACTER_INLINE_LAMBDA { store(to, v, count); });
-        else if (streaming)
-            put([](T* to, Vec v) COMPACTER_INLINE_LAMBDA { stream(to, v); });
+            all([&](T* p, Vec v) COMPACTER_INLINE_LAMBDA { store(p, v, count); });
+        else if (streams)
+            all([](T* p, Vec v) COMPACTER_INLINE_LAMBDA { stream(p, v); });
         else
-            put([](T* to, Vec v) COMPACTER_INLINE_LAMBDA { store(to, v); });
+            all([](T* p, Vec v) COMPACTER_INLINE_LAMBDA { store(p, v); });
     }
 };
 

@@ -10,10 +10,10 @@ namespace {
 
 int64_t work_per_token(const Projection& p) { return (p.in + p.out + p.n * p.n) * p.n * p.rank; }
 
-// Whether the caches will not keep what is written until somebody reads it: other work shares them, so a quarter.
+// Whether the caches will not keep what is written until somebody reads it: other work shares them, so half.
 bool exceeds_caches(int64_t tokens, int64_t numbers_per_token, DType dtype) {
     const int64_t size = dtype == DType::f32 ? 4 : 2;
-    return tokens * numbers_per_token * size > last_level_cache() / 4;
+    return tokens * numbers_per_token * size > last_level_cache() / 2;
 }
 
 void clear(float* floats, int64_t count) { std::fill_n(floats, count, 0.f); }

@@ -6,8 +6,12 @@
 namespace compacter::COMPACTER_ISA {
 
 COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#else
     x = x < splat(low) ? splat(low) : x;
     return x > splat(high) ? splat(high) : x;
+#endif
 }
 
 COMPACTER_INLINE Vec abs(Vec x) { return (Vec)((BitVec)x & 0x7fffffffu); }
@@ -25,6 +29,9 @@ COMPACTER_INLINE Vec exp(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.f;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#endif
     // 2^n in two factors, so that subnormal and infinite results come out right.
     const IntVec exponent = (IntVec)shifted - (IntVec)magic, half = exponent >> 1;
     return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
