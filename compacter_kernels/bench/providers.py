@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import compacter_kernels as ck
-from compacter_kernels.accuracy import Case
+from compacter_kernels.accuracy import Case, Shape, random_case
 from compacter_kernels.activations import resolve
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.dispatch import IMPLS, PLAIN
+from compacter_kernels.problem import adapter_problem
 
 Call = Callable[[], Tensor]
 COMPILED = "factored-compiled"
@@ -21,13 +22,16 @@ COMPILED = "factored-compiled"
 class Provider(NamedTuple):
     """bind(case) prepares what is not to be timed and returns the call that is; its output can be differentiated.
 
-    `checked` providers compute the adapter, so the correctness gate is for them.
+    `checked` providers compute the adapter, so the correctness gate is for them; a `loose` one computes in x's own
+    dtype, which is beyond the contract's error, and passes a gate of its own (`compacter_kernels.bench.rivals`).
     """
 
     name: str
     bind: Callable[[Case], Call]
     directions: tuple[str, ...] = DIRECTIONS
     checked: bool = True
+    loose: bool = False
+    compiled: bool = False
 
 
 def _copy(case: Case) -> Call:
@@ -73,24 +77,32 @@ def _compiled(case: Case) -> Call:
     return torch.compile(_through("factored")(case), fullgraph=True, dynamic=False)
 
 
-def providers() -> dict[str, Provider]:
-    """All of them by name; the fused impls are those that this process can run."""
+def _fused(device: str) -> dict[str, str | None]:
+    """Every fused impl, and why it does not serve that device in this process."""
+    case = random_case(Shape(24, 12, 4), 1)
+    assert case.up is not None
+    problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
     available = ck.available_impls()
-    fused = [name for name in IMPLS if name not in PLAIN and available[name] is None]
+    return {name: available[name] or IMPLS[name].refuses(problem) for name in IMPLS if name not in PLAIN}
+
+
+def providers(device: str = "cpu") -> dict[str, Provider]:
+    """All of them by name; the fused impls are those that this process can run."""
+    fused = [name for name, reason in _fused(device).items() if reason is None]
     found = [
         Provider("copy", _copy, checked=False),
         Provider("dense", _through("dense")),
         Provider("dense-cached", _dense_cached, (FORWARD,)),
         Provider("factored", _through("factored")),
-        Provider(COMPILED, _compiled),
+        *([] if device == "cuda" else [Provider(COMPILED, _compiled, compiled=True)]),
         *(Provider(name, _through(name)) for name in fused),
     ]
     return {provider.name: provider for provider in found}
 
 
-def missing() -> dict[str, str]:
-    """The fused impls that this process cannot run, and why."""
-    return {name: why for name, why in ck.available_impls().items() if name not in PLAIN and why is not None}
+def missing(device: str = "cpu") -> dict[str, str]:
+    """The fused impls that this process cannot run there, and why."""
+    return {name: why for name, why in _fused(device).items() if why is not None}
 
 
 def timed(provider: Provider, case: Case, direction: str) -> Callable[[], object]:

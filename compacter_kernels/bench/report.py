@@ -32,11 +32,13 @@ def duration(ms: float | None) -> str:
     raise AssertionError
 
 
-def _number(value: float | None, pattern: str = "{:.2f}") -> str:
+def number(value: float | None, pattern: str = "{:.2f}") -> str:
+    """The number by the pattern, "-" for None."""
     return "-" if value is None else pattern.format(value)
 
 
-def _spread(row: dict[str, Any]) -> str:
+def spread(row: dict[str, Any]) -> str:
+    """How far the quantiles of a row are from its median."""
     return f"{row['ms_q20'] / row['ms'] - 1:+.0%} {row['ms_q80'] / row['ms'] - 1:+.0%}" if row else "-"
 
 
@@ -46,16 +48,16 @@ def _line(tokens: str, forward: dict[str, Any], both: dict[str, Any], name: str)
         tokens,
         name + mark,
         duration(forward["ms"]),
-        _spread(forward),
-        _number(forward["over_clone"]),
-        _number(forward["dense_over_this"]),
-        _number(forward["share_of_sgemm"], "{:.0%}"),
+        spread(forward),
+        number(forward["over_clone"]),
+        number(forward["dense_over_this"]),
+        number(forward["share_of_sgemm"], "{:.0%}"),
         duration(both.get("ms")),
-        _spread(both),
-        _number(both.get("over_clone")),
-        _number(both.get("over_equal_copy")),
-        _number(both.get("dense_over_this")),
-        _number(forward["saved_bytes"], "{:,}"),
+        spread(both),
+        number(both.get("over_clone")),
+        number(both.get("over_equal_copy")),
+        number(both.get("dense_over_this")),
+        number(forward["saved_bytes"], "{:,}"),
     ]
 
 
@@ -76,7 +78,8 @@ _HEAD = [
 ]
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
+    """The cells of a table in columns; the second is flush left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(
@@ -92,7 +95,7 @@ def table_text(table: dict[str, Any], dtype: str) -> str:
     rates, machine = table["rates"], table["machine"]
     blocks.append(
         f"page faults {table['page_faults']}, {dtype}, {machine['threads']} threads, "
-        f"copy {rates['copy_gb_per_s']:.1f} GB/s, sgemm {_number(rates['sgemm_gflops'], '{:.0f}')} GFLOP/s"
+        f"copy {rates['copy_gb_per_s']:.1f} GB/s, sgemm {number(rates['sgemm_gflops'], '{:.0f}')} GFLOP/s"
     )
     for shape, rows in itertools.groupby(table["rows"], key=lambda row: (row["k"], row["d"], row["n"])):
         lines, last = [_HEAD], None
@@ -101,7 +104,7 @@ def table_text(table: dict[str, Any], dtype: str) -> str:
             shown = str(tokens) if tokens != last else ""
             lines.append(_line(shown, by_direction[FORWARD], by_direction.get(BOTH, {}), name))
             last = tokens
-        blocks.append("\n".join([f"{'/'.join(map(str, shape))} (k/d/n)", *_aligned(lines)]))
+        blocks.append("\n".join([f"{'/'.join(map(str, shape))} (k/d/n)", *aligned(lines)]))
     notes = [
         f"absent: {' '.join(filter(None, [a.get('cell'), a['provider']]))}: {a['reason']}" for a in table["absent"]
     ]

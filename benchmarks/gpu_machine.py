@@ -1,0 +1,36 @@
+"""Prints what a visit of gpu_run.sh ran on, and how its stages ended, as JSON: `gpu_machine.py STAGES`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import compacter_kernels as ck
+from compacter_kernels import machine
+from compacter_kernels.bench.cuda import device
+
+
+def nvcc() -> str | None:
+    """The release of nvcc on the path."""
+    try:
+        lines = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next((line.strip() for line in lines if "release" in line), None)
+
+
+def main() -> None:
+    """One JSON object on stdout."""
+    found = machine.describe()
+    found["revision"] = found["revision"] or os.environ.get("REVISION")
+    found |= {"nvcc": nvcc(), "impls": ck.available_impls(), "stages": json.loads(sys.argv[1])}
+    found["device"] = device.describe() if torch.cuda.is_available() else None
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
