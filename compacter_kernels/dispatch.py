@@ -7,12 +7,12 @@ import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from compacter_kernels.impl import cpu, dense, factored
+from compacter_kernels.impl import cpu, dense, factored, triton
 from compacter_kernels.problem import Problem
 
-IMPLS = {"dense": dense, "factored": factored, "cpu": cpu}
+IMPLS = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton}
 PLAIN = ("dense", "factored")  # plain torch: autograd and torch.compile see through them
-PREFERENCE = ("cpu", "factored", "dense")  # the order in which "auto" asks
+PREFERENCE = ("cpu", "triton", "factored", "dense")  # the order in which "auto" asks
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()

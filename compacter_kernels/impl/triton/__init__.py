@@ -1,0 +1,46 @@
+"""Fused Triton kernels for any GPU: one kernel forward; one kernel and a small second stage backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from compacter_kernels.impl.triton import sizes as _sizes
+from compacter_kernels.problem import Problem
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device"
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the kernels cannot serve this problem, or None."""
+    wanted = "cpu" if _interpreted() else "cuda"
+    if problem.device.type != wanted:
+        return f"x is on {problem.device.type}, not on {wanted}"
+    if problem.dtype == torch.float64:
+        return "x is float64; the kernels compute in float32"
+    if any(p.rank is None for p in problem.projections):
+        return "the weights are not factorised (right is None)"
+    if problem.activation is not None and problem.activation.code is None:
+        return f"the activation {problem.activation.name} is not fused"
+    return _sizes.too_large(_sizes.sizes(problem, 8))
+
+
+def prepare(problem: Problem) -> Any:
+    """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
+    from compacter_kernels.impl.triton.kernel import Adapter, Linear
+
+    return Linear(problem) if problem.operation == "linear" else Adapter(problem)

@@ -1,0 +1,33 @@
+"""Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from compacter_kernels.impl.triton.sizes import Sizes, power_of_two
+
+
+class Config(NamedTuple):
+    """How one kernel is cut.
+
+    tokens: in a tile (BT). columns: of a chunk of x or of the output that are worked on at once (BK).
+    stages: tiles on their way from memory. keep: whether x (and g) stay on chip between their two uses.
+    programs: for each multiprocessor.
+    """
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+    keep: bool
+    programs: int
+
+
+def forward_config(s: Sizes, itemsize: int) -> Config:
+    """For the forward kernel."""
+    return Config(16, min(64, power_of_two(s.K1, 16)), 4, 2, True, 3)
+
+
+def backward_config(s: Sizes, itemsize: int) -> Config:
+    """For the backward kernel."""
+    return Config(16, min(64, power_of_two(s.K1, 16)), 8, 2, True, 1)

@@ -1,0 +1,38 @@
+"""The second stage of the backward: the rows of partials are summed in a fixed order, and written in each dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def reduce_one(PART, OUT, block, rows, offset, SIZE, R, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr):
+    """OUT[o] = sum over rows and over r copies of PART[row, offset + copy * SIZE + o] for one block of o."""
+    o = block * BLOCK + tl.arange(0, BLOCK)
+    i_row = tl.arange(0, BR)
+    total = tl.zeros((BR, BLOCK), tl.float32)
+    for copy in range(R):
+        for first in range(0, rows, BR):
+            row = first + i_row
+            p = PART + row.to(tl.int64)[:, None] * ROW + (offset + copy * SIZE + o)[None, :]
+            total += tl.load(p, mask=(row < rows)[:, None] & (o < SIZE)[None, :], other=0.0)
+    tl.store(OUT + o, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=o < SIZE)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def reduce_rows(
+    PART, G0, G1, G2, G3, G4, G5, G6, G7, rows,
+    SIZES: tl.constexpr, COPIES: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One program for each block of each gradient, in the order of a row (partials.py); None where not wanted."""
+    grads = (G0, G1, G2, G3, G4, G5, G6, G7)
+    block = tl.program_id(0)
+    offset = 0
+    for i in tl.static_range(8):
+        if grads[i] is not None:
+            blocks = (SIZES[i] + BLOCK - 1) // BLOCK
+            if (block >= 0) & (block < blocks):
+                reduce_one(PART, grads[i], block, rows, offset, SIZES[i], COPIES[i], ROW, BLOCK, BR)
+            block -= blocks
+        offset += SIZES[i] * COPIES[i]

@@ -1,0 +1,113 @@
+"""What the kernels are made of: operands from the factors, the products with them, the mixes by the rule.
+
+A tile is BT tokens. Its rows r = (token, p) are those of x seen as [T*n, in/n], n padded to NP = 2^m, so BT * NP rows.
+Its columns c = (i, rho) run over slices and rank, padded to NI = 2^m. What is padded is zero.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# the interpreter multiplies bfloat16 matrices wrongly (seen on 3.6 and 3.9), so there all products are float32
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, summed in float32; PRECISION is that of float32 operands."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b, summed in float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
+    """[M, C] float32 as an operand of dtype LP; SPLIT: [M, 2 C], each column followed by what rounding took from it."""
+    if SPLIT:
+        high = a.to(LP)
+        low = (a - high.to(tl.float32)).to(LP)
+        return tl.reshape(tl.join(high, low), (a.shape[0], 2 * a.shape[1]))
+    else:
+        return a.to(LP)
+
+
+@triton.jit
+def merge(a, C: tl.constexpr, SPLIT: tl.constexpr):
+    """[M, 2 C] as `split` orders columns, summed to [M, C]."""
+    if SPLIT:
+        return tl.sum(tl.reshape(a, (a.shape[0], C, 2)), 2)
+    else:
+        return a
+
+
+@triton.jit
+def factor(W, u, c, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr):
+    """s_i[u] of left (n, K, r) or t_i[u] of right (n, r, K), i = c // r: float32, 0 outside; u and c broadcast."""
+    if LEFT:
+        p_w = W + (c // R) * (K * R) + u * R + c % R
+    else:
+        p_w = W + c * K + u
+    return tl.load(p_w, mask=(u < K) & (c < I), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def folded(
+    A, W, j, e, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, R: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr
+):
+    """The rule folded into the factor on the bottleneck's side, [J, DP] float32 for j = (p, c) down and e < n * D.
+
+    down (right, t): [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (left, s): [(q, c), (p, v)] = A_i[p, q] s_c[v].
+    """
+    c = j % NI
+    outer = j // NI
+    inner = e // D
+    if LEFT:
+        o_rule = (c // R) * (N * N) + inner * N + outer
+    else:
+        o_rule = (c // R) * (N * N) + outer * N + inner
+    m_rule = (outer < N) & (c < I) & (e < N * D)
+    a = tl.load(A + o_rule, mask=m_rule, other=0.0).to(tl.float32)
+    return a * factor(W, e % D, c, D, I, R, LEFT) * m_rule.to(tl.float32)
+
+
+@triton.jit
+def unfolded(A, N: tl.constexpr, NP: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, R: tl.constexpr):
+    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q)."""
+    c = tl.arange(0, NI)[:, None, None]
+    p = tl.arange(0, NP)[None, :, None]
+    q = tl.arange(0, NP)[None, None, :]
+    return tl.load(A + (c // R) * (N * N) + p * N + q, mask=(c < I) & (p < N) & (q < N), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def by_column(z, BT: tl.constexpr, NP: tl.constexpr):
+    """[BT * NP, NI] as [NI, BT, NP]."""
+    return tl.permute(tl.reshape(z, (BT, NP, z.shape[1])), (2, 0, 1))
+
+
+@triton.jit
+def mix(z, a, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr):
+    """V[(t, q), c] = sum_p Z[(t, p), c] a[c, p, q]: [BT * NP, NI] -> the same shape."""
+    v = product(by_column(z, BT, NP), a, PRECISION)
+    return tl.reshape(tl.permute(v, (1, 2, 0)), (BT * NP, z.shape[1]))
+
+
+@triton.jit
+def with_onehot(v, p, N: tl.constexpr, LP: tl.constexpr):
+    """[rows, 2 NI]: each column c of v followed by 1 where the row's p is c, which picks row c of the bias."""
+    c = tl.arange(0, v.shape[1])
+    onehot = (p[:, None] == c[None, :]) & (c < N)[None, :]
+    return tl.reshape(tl.join(v.to(LP), onehot.to(tl.float32).to(LP)), (v.shape[0], 2 * v.shape[1]))
