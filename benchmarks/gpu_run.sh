@@ -59,7 +59,7 @@ gpu_tests() {
         echo "torch finds no CUDA device: every test would be skipped"
         return 1
     fi
-    has pytest_timeout && options+=(--timeout=60 --timeout-method=thread)
+    has pytest_timeout && options+=(--timeout=100 --timeout-method=thread)
     has xdist && parallel=(-n "$WORKERS")
     # shellcheck disable=SC2086  # PYTEST is a list of options
     OMP_NUM_THREADS=2 timeout --kill-after=5 $((TESTS_SECONDS * 3 / 4)) "$PYTHON" "${options[@]}" "${parallel[@]}" \

@@ -17,7 +17,7 @@ from compacter_kernels import cli
 from compacter_kernels.accuracy import Shape, random_case
 from compacter_kernels.bench import cost, load, measure, page_faults, providers, report, sweep
 from compacter_kernels.bench.saved import saved_bytes
-from compacter_kernels.bench.settings import QUICK, Settings
+from compacter_kernels.bench.settings import CUDA, CUDA_QUICK, QUICK, Settings
 
 SHAPE = Shape(24, 12, 4)
 PLAIN = ("dense", "dense-cached", "factored")
@@ -198,7 +198,7 @@ def test_page_faults_are_an_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert removed["OMP_NUM_THREADS"] == "3" and kept["PATH"] == os.environ["PATH"]
 
 
-@pytest.mark.parametrize("settings", [Settings(), QUICK, SMALL])
+@pytest.mark.parametrize("settings", [Settings(), QUICK, SMALL, CUDA, CUDA_QUICK])
 def test_settings_survive_json(settings: Settings) -> None:
     assert Settings.from_json(settings.to_json()) == settings
     assert isinstance(Settings.from_json(settings.to_json()).shapes[0], Shape)

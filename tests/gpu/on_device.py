@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,18 +11,26 @@ from oracle import Case, Tensors, oracle, run, weights
 from torch import Tensor
 
 from compacter_kernels.dispatch import IMPLS, PLAIN
-from compacter_kernels.problem import adapter_problem
+from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 
 DEVICE = "cuda"
+
+
+def _problem(case: Case) -> Problem:
+    """The problem of the case on the device."""
+    tensors = case.tensors()
+    if case.operation == "linear":
+        found = linear_problem(tensors["x"], weights(tensors))
+    else:
+        found = adapter_problem(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), case.activation)
+    return found._replace(device=torch.device(DEVICE))
 
 
 def _serving() -> list[Any]:
     """Every fused impl that does not refuse the device, skipped with its reason where it cannot run."""
     if not torch.cuda.is_available():
         return [pytest.param("any", marks=pytest.mark.skip(reason="no CUDA device"))]
-    tensors = Case().tensors()
-    problem = adapter_problem(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), "gelu_new")
-    problem = problem._replace(device=torch.device(DEVICE))
+    problem = _problem(Case())
     found = []
     for name, module in IMPLS.items():
         if name not in PLAIN and module.refuses(problem) is None:
@@ -43,7 +52,15 @@ def inputs(case: Case) -> tuple[Tensors, Tensor]:
     return moved(case.tensors()), case.grad_output().to(DEVICE)
 
 
-def check(case: Case, impl: str) -> None:
-    """The output and all gradients of a call on the device, against the float64 oracle there."""
+def check(case: Case, impl: str, must_serve: bool = False) -> None:
+    """The output and all gradients of a call on the device, against the float64 oracle there.
+
+    Unless it must serve, an impl may refuse the sizes; then the call raises and says why.
+    """
     tensors, grad = inputs(case)
+    reason = IMPLS[impl].refuses(_problem(case))
+    if reason is not None and not must_serve:
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            case.call(tensors, impl)
+        pytest.skip(f"{impl}: {reason}")
     oracle(case, tensors, grad).check(run(case, tensors, impl, grad))

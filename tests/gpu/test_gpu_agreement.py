@@ -49,7 +49,7 @@ def test_linear(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_shapes_of_models(case: Case, impl: str) -> None:
-    check(case, impl)
+    check(case, impl, must_serve=True)
 
 
 @pytest.mark.parametrize("impl", SERVING)
