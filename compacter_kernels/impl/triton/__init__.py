@@ -36,7 +36,7 @@ def refuses(problem: Problem) -> str | None:
         return "the weights are not factorised (right is None)"
     if problem.activation is not None and problem.activation.code is None:
         return f"the activation {problem.activation.name} is not fused"
-    return _sizes.too_large(_sizes.sizes(problem, 8))
+    return _sizes.too_large(_sizes.sizes(problem))
 
 
 def prepare(problem: Problem) -> Any:

@@ -17,31 +17,32 @@ import triton.language as tl
 from compacter_kernels.impl.triton.forward import rows
 from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
 from compacter_kernels.impl.triton.partials import store_left, store_sums
-from compacter_kernels.impl.triton.tiles import dot, factor, merge, product, split, with_onehot
+from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, merge, product, s_operand, split, v_operand
 
 
 @triton.jit
-def in_operand(
-    W, u, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr
-):
-    """[NI, BK], or SPLIT [2 NI, BK] with each row twice: s_c[u], the partner of `split` in dx = dZ s1."""
-    if SPLIT:
-        c = tl.arange(0, 2 * NI)[:, None] // 2
-    else:
-        c = tl.arange(0, NI)[:, None]
-    return factor(W, u[None, :], c, K, I, R, True).to(LP)
+def sum_dz(d, NI: tl.constexpr):
+    """[BK, m NI] = x^T dz_operand, summed to [BK, NI]; of four columns two are the same as the others."""
+    if d.shape[1] == 4 * NI:
+        d = tl.where(tl.arange(0, d.shape[1])[None, :] % 2 == 0, d, 0.0)
+    return merge(d, NI)
 
 
 @triton.jit
-def store_out_side(P_T2, P_B2, d, u, scale, K: tl.constexpr, N: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """[BK, 2 NI] = g^T [V2 | one-hot], scaled: even columns are dt2, odd ones db2."""
+def store_out_side(
+    P_T2, P_B2, d, u, scale,
+    K: tl.constexpr, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """[BK, m NI] = g^T v_operand, scaled: even columns add up to dt2, the first odd one is db2."""
+    M: tl.constexpr = d.shape[1] // NI
     o = tl.arange(0, d.shape[1])[None, :]
-    c = o // 2
-    even = o % 2 == 0
+    c = tl.arange(0, NI)[None, :]
     inside = (u < K)[:, None]
-    tl.store(P_T2 + c * K + u[:, None], d * scale, mask=inside & even & (c < I))
+    d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), NI)
+    tl.store(P_T2 + c * K + u[:, None], d_t2 * scale, mask=inside & (c < I))
     if HAS_BIAS:
-        tl.store(P_B2 + c * K + u[:, None], d * scale, mask=inside & (o % 2 == 1) & (c < N))
+        d_b2 = merge(tl.where(o % M == 1, d, 0.0), NI)
+        tl.store(P_B2 + c * K + u[:, None], d_b2 * scale, mask=inside & (c < N))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -69,14 +70,14 @@ def backward(
     for b in tl.static_range(NB1):
         u = b * BK1 + tl.arange(0, BK1)
         s1 = s1 + (split(factor(S1, u[:, None], c1[None, :], K1, I1, R1, True), LP, SPLIT),)
-        s1_rows = s1_rows + (in_operand(S1, u, K1, I1, R1, NI1, LP, SPLIT),)
-        d_s1 = d_s1 + (tl.zeros((BK1, s1[0].shape[1]), tl.float32),)
+        s1_rows = s1_rows + (s_operand(S1, u, K1, I1, R1, NI1, LP, SPLIT),)
+        d_s1 = d_s1 + (tl.zeros((BK1, s1_rows[0].shape[0]), tl.float32),)
     t2 = ()
     d_out = ()
     for b in tl.static_range(NB2):
         u = b * BK2 + tl.arange(0, BK2)
         t2 = t2 + (split(factor(T2, u[:, None], c2[None, :], K2, I2, R2, False) * scale, LP, SPLIT),)
-        d_out = d_out + (tl.zeros((BK2, 2 * NI2), tl.float32),)
+        d_out = d_out + (tl.zeros((BK2, (4 if NI2 == 4 else 2) * NI2), tl.float32),)
     sums = zero_sums(ACTIVATION, FOLD, BT, DP, NI1, NP1, NI2, NP2)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
         p1, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
@@ -98,11 +99,11 @@ def backward(
             if KEEP:
                 gs = gs + (g,)
         dz, v2, sums = middle_backward(
-            merge(z, NI1, SPLIT), merge(dv, NI2, SPLIT), sums, A1, T1, B1, A2, S2,
+            merge(z, NI1), merge(dv, NI2), sums, A1, T1, B1, A2, S2,
             N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
         )  # fmt: skip
-        dz = split(dz, LP, SPLIT)
-        v = with_onehot(v2, p2, N2, LP)
+        dz = dz_operand(dz, LP, SPLIT)
+        v = v_operand(v2, p2, N2, LP)
         next_s1 = ()
         for b in tl.static_range(NB1):
             u = b * BK1 + tl.arange(0, BK1)
@@ -133,10 +134,10 @@ def backward(
     row = PART + tl.program_id(0).to(tl.int64) * ROW
     for b in tl.static_range(NB1):
         u = b * BK1 + tl.arange(0, BK1)
-        store_left(row, merge(d_s1[b], NI1, SPLIT), u[:, None], c1[None, :], K1, I1, R1)
+        store_left(row, sum_dz(d_s1[b], NI1), u[:, None], c1[None, :], K1, I1, R1)
     for b in tl.static_range(NB2):
         u = b * BK2 + tl.arange(0, BK2)
-        store_out_side(row + O_T2, row + O_B2, d_out[b], u, scale, K2, N2, I2, HAS_BIAS)
+        store_out_side(row + O_T2, row + O_B2, d_out[b], u, scale, K2, N2, I2, NI2, HAS_BIAS)
     store_sums(
         row, sums, A1, T1, A2, S2, O_A1, O_T1, O_B1, O_A2, O_S2,
         N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, MIDDLE_PRECISION,

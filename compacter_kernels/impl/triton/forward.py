@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.middle import middle
-from compacter_kernels.impl.triton.tiles import dot, factor, merge, product, split, with_onehot
+from compacter_kernels.impl.triton.tiles import dot, factor, merge, product, split, t_operand, v_operand
 
 
 @triton.jit
@@ -23,22 +23,6 @@ def rows(tile, T, BT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.con
     token = tile * BT + r // NP
     p = r % NP
     return p, token.to(tl.int64) * (N * K) + p * K, (token < T) & (p < N)
-
-
-@triton.jit
-def out_operand(
-    W, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr
-):
-    """[2 NI, BK]: rows scale t_c[u], each followed by row c of scale b; the partner of `with_onehot`."""
-    o = tl.arange(0, 2 * NI)[:, None]
-    c = o // 2
-    t = factor(W, u[None, :], c, K, I, 1, False)
-    if B is not None:
-        b = tl.load(B + c * K + u[None, :], mask=(c < N) & (u < K)[None, :], other=0.0).to(tl.float32)
-        t = tl.where(o % 2 == 0, t, b)
-    else:
-        t = tl.where(o % 2 == 0, t, 0.0)
-    return (t * scale).to(LP)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -62,7 +46,7 @@ def forward(
     t2 = ()
     for b in tl.static_range(NB2):
         u = b * BK2 + tl.arange(0, BK2)
-        t2 = t2 + (out_operand(T2, B2, scale, u, N2, N2 * R2, NI2, K2, LP),)
+        t2 = t2 + (t_operand(T2, B2, scale, u, N2, N2 * R2, NI2, K2, LP),)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
         p1, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
         z = tl.zeros((BT * NP1, s1[0].shape[1]), tl.float32)
@@ -74,11 +58,11 @@ def forward(
             if KEEP:
                 kept = kept + (x,)
         v2 = middle(
-            merge(z, NI1, SPLIT), A1, T1, B1, A2, S2,
+            merge(z, NI1), A1, T1, B1, A2, S2,
             N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
         )  # fmt: skip
         p2, o_out, m_out = rows(tile, T, BT, N2, NP2, K2)
-        v = with_onehot(v2, p2, N2, LP)
+        v = v_operand(v2, p2, N2, LP)
         for b in tl.static_range(NB2):
             u = b * BK2 + tl.arange(0, BK2)
             m = m_out[:, None] & (u < K2)[None, :]

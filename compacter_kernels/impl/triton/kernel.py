@@ -29,7 +29,7 @@ class _Kernel:
 
     def __init__(self, problem: Problem) -> None:
         lp, split = operand(problem.dtype)
-        self.sizes = s = sizes(problem, 8 if split else 16)
+        self.sizes = s = sizes(problem)
         self.device = problem.device.index or 0
         self.multiprocessors = 4
         if problem.device.type == "cuda":

@@ -70,8 +70,9 @@ class Sizes(NamedTuple):
         return found
 
 
-def sizes(problem: Problem, columns: int) -> Sizes:
-    """The sizes of a problem, with its columns (slices times rank) padded to at least `columns`."""
+def sizes(problem: Problem) -> Sizes:
+    """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16."""
+    columns = 4 if operand(problem.dtype)[1] else 16
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
     assert first.rank is not None

@@ -34,21 +34,34 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def interleave(a, b):
+    """[M, C] and [M, C] -> [M, 2 C]: each column of a followed by that of b."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def rounded(a, LP: tl.constexpr):
+    """a float32 as the sum of two numbers of dtype LP, the second what rounding took from it."""
+    high = a.to(LP)
+    return high, (a - high.to(tl.float32)).to(LP)
+
+
+@triton.jit
 def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """[M, C] float32 as an operand of dtype LP; SPLIT: [M, 2 C], each column followed by what rounding took from it."""
+    """[M, C] float32 as an operand of dtype LP; SPLIT: [M, 2 C], each column as the two numbers of `rounded`."""
     if SPLIT:
-        high = a.to(LP)
-        low = (a - high.to(tl.float32)).to(LP)
-        return tl.reshape(tl.join(high, low), (a.shape[0], 2 * a.shape[1]))
+        high, low = rounded(a, LP)
+        return interleave(high, low)
     else:
         return a.to(LP)
 
 
 @triton.jit
-def merge(a, C: tl.constexpr, SPLIT: tl.constexpr):
-    """[M, 2 C] as `split` orders columns, summed to [M, C]."""
-    if SPLIT:
-        return tl.sum(tl.reshape(a, (a.shape[0], C, 2)), 2)
+def merge(a, C: tl.constexpr):
+    """[M, m C], m columns for each of C, summed to [M, C]."""
+    M: tl.constexpr = a.shape[1] // C
+    if M > 1:
+        return tl.sum(tl.reshape(a, (a.shape[0], C, M)), 2)
     else:
         return a
 
@@ -106,8 +119,60 @@ def mix(z, a, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def with_onehot(v, p, N: tl.constexpr, LP: tl.constexpr):
-    """[rows, 2 NI]: each column c of v followed by 1 where the row's p is c, which picks row c of the bias."""
+def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
+    """[rows, NI] as [rows, m NI]: as it is, or each column as the two numbers of `rounded`; twice where NI is 4."""
+    a = split(dz, LP, SPLIT)
+    if SPLIT and dz.shape[1] == 4:
+        a = interleave(a, a)
+    return a
+
+
+@triton.jit
+def s_operand(
+    S, u, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr
+):
+    """[m NI, BK], the partner of `dz_operand` in dx = dZ s: s_c[u] rounded, and what rounding took where NI is 4."""
+    M: tl.constexpr = (4 if NI == 4 else 2) if SPLIT else 1
+    o = tl.arange(0, M * NI)[:, None]
+    s = factor(S, u[None, :], o // M, K, I, R, True)
+    high, low = rounded(s, LP)
+    if M == 4:
+        return tl.where(o % 2 == 0, high, low)
+    else:
+        return high
+
+
+@triton.jit
+def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
+    """[rows, m NI]: each column of V followed by 1 where the row's p is c, which picks row c of the bias.
+
+    m = 2, or 4 where NI is 4: V rounded, 1, what rounding took, 1.
+    """
     c = tl.arange(0, v.shape[1])
-    onehot = (p[:, None] == c[None, :]) & (c < N)[None, :]
-    return tl.reshape(tl.join(v.to(LP), onehot.to(tl.float32).to(LP)), (v.shape[0], 2 * v.shape[1]))
+    onehot = ((p[:, None] == c[None, :]) & (c < N)[None, :]).to(tl.float32).to(LP)
+    high, low = rounded(v, LP)
+    if v.shape[1] == 4:
+        return interleave(interleave(high, low), interleave(onehot, onehot))
+    else:
+        return interleave(high, onehot)
+
+
+@triton.jit
+def t_operand(
+    T, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr
+):
+    """[m NI, BK], the partner of `v_operand` in out = V t + b: rows scale t_c[u], and row c of scale b."""
+    M: tl.constexpr = 4 if NI == 4 else 2
+    o = tl.arange(0, M * NI)[:, None]
+    c = o // M
+    t = factor(T, u[None, :], c, K, I, 1, False)
+    if B is not None:
+        b = tl.load(B + c * K + u[None, :], mask=(c < N) & (u < K)[None, :], other=0.0).to(tl.float32)
+        t = tl.where(o % 2 == 0, t, b)
+    else:
+        t = tl.where(o % 2 == 0, t, 0.0)
+    high, low = rounded(t * scale, LP)
+    if M == 4:
+        return tl.where(o % 4 == 3, low, high)
+    else:
+        return high

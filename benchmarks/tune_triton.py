@@ -1,0 +1,193 @@
+"""Time the Triton kernels over candidate tile configurations on this GPU: what the table in config.py is made from.
+
+    python benchmarks/tune_triton.py OUT [--shapes 768/24/4,...] [--tokens 16384] [--dtype bf16] [--direction both]
+
+Each candidate is compiled in a pool of processes, checked against float32 `dense`, and timed as a replayed CUDA graph
+over enough copies of x that the L2 is cold. Writes OUT/tune.csv as it goes: one row for each candidate, fastest last in
+the printed table; `copy` is the copy that moves as many bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compacter_kernels.accuracy import Case, Shape, random_case
+from compacter_kernels.impl.triton.config import Config
+from compacter_kernels.options import DTYPES, shapes as parse_shapes
+from compacter_kernels.problem import adapter_problem
+
+SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "forward": {
+        "tokens": (16, 32),
+        "columns": (64, 128),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+        "keep": (True, False),
+        "programs": (1, 2, 4),
+    },
+    "backward": {
+        "tokens": (16, 32),
+        "columns": (64, 128),
+        "warps": (4, 8),
+        "stages": (1, 2),
+        "keep": (True, False),
+        "programs": (1, 2),
+    },
+}
+LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
+
+
+def candidates(direction: str, chunk: int) -> list[tuple[Config, str]]:
+    """All combinations that make sense, with the precision between the projections."""
+    space = SPACE[direction]
+    found = [Config(*values) for values in itertools.product(*space.values())]
+    found = [c for c in found if c.columns <= max(16, 2 ** (chunk - 1).bit_length()) and (c.keep or c.stages < 3)]
+    return [(c, p) for c in found for p in ("tf32", "tf32x3")]
+
+
+def bind(case: Case, config: Config, precision: str, direction: str) -> Callable[[Any, Any], Any]:
+    """The kernel of that configuration as a function of x and of the gradient."""
+    from compacter_kernels.impl.triton.kernel import Adapter
+
+    assert case.up is not None
+    up = case.up
+    kernel = Adapter(adapter_problem(case.x, case.down, case.up, case.activation))
+    kernel.precision["MIDDLE_PRECISION"] = precision
+    if direction == "forward":
+        kernel.forward_config = config
+        return lambda x, g: kernel.forward(x, x, 1.0, case.down, up)
+    kernel.backward_config = config
+    return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, up, (True,) * 9)
+
+
+def on_device(shape: Shape, tokens: int, dtype: str) -> Case:
+    """The case with all tensors on the GPU."""
+    return random_case(shape, tokens, dtype=DTYPES[dtype]).map(lambda t: t.cuda())
+
+
+def compile_one(job: tuple[Shape, str, Config, str, str]) -> tuple[Any, ...]:
+    """Compile and run once on few tokens; registers, spills, shared memory and the error, or what went wrong."""
+    shape, dtype, config, precision, direction = job
+    try:
+        case = on_device(shape, 100, dtype)
+        got = bind(case, config, precision, direction)(case.x, case.grad)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return (None, f"{type(error).__name__}: {error}"[:200])
+    try:
+        expected = reference(case, direction)
+        got = [got] if isinstance(got, torch.Tensor) else list(got)
+        error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected, strict=True))
+        return (error, "" if error <= LIMIT else "wrong")
+    except Exception as problem:
+        return (None, repr(problem)[:200])
+
+
+def reference(case: Case, direction: str) -> list[torch.Tensor]:
+    """What the kernel should give, in float64."""
+    from compacter_kernels.accuracy import call, evaluate
+
+    found = evaluate(case.map(lambda t: t.double()), call("dense"), direction == "backward")
+    if direction == "forward":
+        return [found["out"]]
+    return [found[name] for name in ("x", *(f"{s}.{f}" for s in ("down", "up") for f in ("rule", "left", "right", "bias")))]
+
+
+def graph_ms(call: Callable[[int], Any], copies: int, repeats: int = 5) -> float:
+    """Milliseconds per call, replayed as one graph that walks over all copies; the median of the replays."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(copies):
+            call(i)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / copies)
+    del graph
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Compile, check and time every candidate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shapes", type=parse_shapes, default=parse_shapes("768/24/4"))
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--direction", default="both", choices=("both", "forward", "backward"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each shape and direction, to time what compiled")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    directions = ("forward", "backward") if args.direction == "both" else (args.direction,)
+    jobs = [
+        (shape, args.dtype, config, precision, direction)
+        for shape in args.shapes
+        for direction in directions
+        for config, precision in candidates(direction, shape.k // shape.n)
+    ]
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        results = pool.map(compile_one, jobs, chunksize=4)
+    print(f"{len(jobs)} candidates compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
+    header = ["shape", "dtype", "direction", "precision", *Config._fields, "error", "note", "us", "copy_us", "of_copy"]
+    with (args.out / "tune.csv").open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for shape, direction in itertools.product(args.shapes, directions):
+            rows = time_all(shape, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[4]) == (shape, direction)])
+            writer.writerows(rows)
+            file.flush()
+            timed = sorted((row for row in rows if row[-3] is not None), key=lambda row: -row[-3])
+            print(*(" ".join(map(str, row)) for row in timed[-12:]), sep="\n", flush=True)
+            bad = [row for row in rows if row[-4]]
+            print(f"{len(bad)} not usable, e.g.", *(f"{row[3:10]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
+    return 0
+
+
+def time_all(shape: Shape, direction: str, args: argparse.Namespace, jobs: list[Any]) -> list[list[Any]]:
+    """A row for each candidate of one shape and direction."""
+    case = on_device(shape, args.tokens, args.dtype)
+    bytes_each = case.x.numel() * case.x.element_size()
+    copies = max(2, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // bytes_each))
+    xs, gs = [case.x.clone() for _ in range(copies)], [case.grad.clone() for _ in range(copies)]
+    out = torch.empty_like(case.x)
+    if direction == "forward":
+        copy = graph_ms(lambda i: out.copy_(xs[i]), copies)
+    else:
+        copy = graph_ms(lambda i: torch.add(xs[i], gs[i], out=out), copies)
+    rows, start = [], time.perf_counter()
+    for (_, dtype, config, precision, _), (error, note) in jobs:
+        ms = None
+        if not note and time.perf_counter() - start < args.seconds:
+            try:
+                run = bind(case, config, precision, direction)
+                ms = graph_ms(lambda i, run=run: run(xs[i], gs[i]), copies, 3)
+            except Exception as problem:
+                note = repr(problem)[:100]
+        us = None if ms is None else round(ms * 1e3, 2)
+        of_copy = None if ms is None else round(copy / ms, 3)
+        rows.append([shape, dtype, direction, precision, *config, error, note, us, round(copy * 1e3, 2), of_copy])
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
