@@ -1,6 +1,6 @@
 """Time the Triton kernels over candidate tile configurations on this GPU: what the table in config.py is made from.
 
-    python benchmarks/tune_triton.py OUT [--shapes 768/24/4,...] [--tokens 16384] [--dtype bf16] [--direction both]
+    python benchmarks/tune_triton.py OUT [--shapes 768/24/4,...] [--tokens 16384] [--dtype bfloat16] [--direction both]
 
 Each candidate is compiled in a pool of processes, checked against float32 `dense`, and timed as a replayed CUDA graph
 over enough copies of x that the L2 is cold. Writes OUT/tune.csv as it goes: one row for each candidate, fastest last in
@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", type=parse_shapes, default=parse_shapes("768/24/4"))
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--direction", default="both", choices=("both", "forward", "backward"))
     parser.add_argument("--seconds", type=float, default=60.0, help="for each shape and direction, to time what compiled")
     args = parser.parse_args()
