@@ -49,7 +49,7 @@ def store_out_side(
 def backward(
     X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T,
     N1: tl.constexpr, R1: tl.constexpr, K1: tl.constexpr, D1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr,
+    N2: tl.constexpr, R2: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     NI1: tl.constexpr, NI2: tl.constexpr, NP1: tl.constexpr, NP2: tl.constexpr, DP: tl.constexpr,
     ROW: tl.constexpr, O_T2: tl.constexpr, O_B2: tl.constexpr, O_A1: tl.constexpr, O_T1: tl.constexpr,
     O_B1: tl.constexpr, O_A2: tl.constexpr, O_S2: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -69,8 +69,9 @@ def backward(
     d_s1 = ()
     for b in tl.static_range(NB1):
         u = b * BK1 + tl.arange(0, BK1)
-        s1 = s1 + (split(factor(S1, u[:, None], c1[None, :], K1, I1, R1, True), LP, SPLIT),)
-        s1_rows = s1_rows + (s_operand(S1, u, K1, I1, R1, NI1, LP, SPLIT),)
+        s = factor(S1, u[:, None], c1[None, :], K1, I1, R1, True)
+        s1 = s1 + (split(s, LP, SPLIT),)
+        s1_rows = s1_rows + (s_operand(s, LP, SPLIT),)
         d_s1 = d_s1 + (tl.zeros((BK1, s1_rows[0].shape[0]), tl.float32),)
     t2 = ()
     d_out = ()
@@ -100,7 +101,7 @@ def backward(
                 gs = gs + (g,)
         dz, v2, sums = middle_backward(
             merge(z, NI1), merge(dv, NI2), sums, A1, T1, B1, A2, S2,
-            N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
+            N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
         )  # fmt: skip
         dz = dz_operand(dz, LP, SPLIT)
         v = v_operand(v2, p2, N2, LP)
@@ -140,5 +141,5 @@ def backward(
         store_out_side(row + O_T2, row + O_B2, d_out[b], u, scale, K2, N2, I2, NI2, HAS_BIAS)
     store_sums(
         row, sums, A1, T1, A2, S2, O_A1, O_T1, O_B1, O_A2, O_S2,
-        N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, MIDDLE_PRECISION,
+        N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, MIDDLE_PRECISION,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def rows(tile, T, BT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.con
 def forward(
     X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T,
     N1: tl.constexpr, R1: tl.constexpr, K1: tl.constexpr, D1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr,
+    N2: tl.constexpr, R2: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     NI1: tl.constexpr, NI2: tl.constexpr, NP1: tl.constexpr, NP2: tl.constexpr, DP: tl.constexpr,
     ACTIVATION: tl.constexpr, FOLD: tl.constexpr, KEEP: tl.constexpr,
     LP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, MIDDLE_PRECISION: tl.constexpr,
@@ -59,7 +59,7 @@ def forward(
                 kept = kept + (x,)
         v2 = middle(
             merge(z, NI1), A1, T1, B1, A2, S2,
-            N1, R1, NI1, NP1, D1, N2, R2, NI2, NP2, D2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
+            N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
         )  # fmt: skip
         p2, o_out, m_out = rows(tile, T, BT, N2, NP2, K2)
         v = v_operand(v2, p2, N2, LP)

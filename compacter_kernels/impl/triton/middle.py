@@ -14,12 +14,6 @@ from compacter_kernels.impl.triton.tiles import factor, folded, mix, product, un
 
 
 @triton.jit
-def same_column(j, NI: tl.constexpr):
-    """[J, J] float32: 1 where both have the same column c."""
-    return ((j % NI)[:, None] == (j % NI)[None, :]).to(tl.float32)
-
-
-@triton.jit
 def folded_rule(A, j, N: tl.constexpr, R: tl.constexpr, NI: tl.constexpr):
     """A_i[p, q] at ((p, c), (q, c)), 0 elsewhere: [J, J] float32."""
     p = (j // NI)[:, None]
@@ -32,8 +26,8 @@ def folded_rule(A, j, N: tl.constexpr, R: tl.constexpr, NI: tl.constexpr):
 @triton.jit
 def middle(
     z, A1, T1, B1, A2, S2,
-    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr,
+    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
+    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
     DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z [BT * NP1, NI1] -> V2 [BT * NP2, NI2], float32. ACTIVATION is None for a projection alone."""
@@ -46,15 +40,14 @@ def middle(
             v2 = mix(z, unfolded(A1, N1, NP1, N1 * R1, NI1, R1), BT, NP1, PRECISION)
     elif FOLD:
         e = tl.arange(0, DP)
-        j1 = tl.arange(0, NP1 * NI1)
-        j2 = tl.arange(0, NP2 * NI2)
-        c1 = folded(A1, T1, j1[:, None], e[None, :], N1, N1 * R1, NI1, R1, D1, False)
+        m = (e // E1 < N1) & (e % E1 < D1)
+        c1 = folded(A1, T1, N1, NP1, R1, NI1, D1, E1, DP, False)
+        c2 = folded(A2, S2, N2, NP2, R2, NI2, D2, E2, DP, True)
         y = product(tl.reshape(z, (BT, NP1 * NI1)), c1, PRECISION)
         if B1 is not None:
-            y += tl.load(B1 + e, mask=e < N1 * D1, other=0.0).to(tl.float32)[None, :]
-        h = tl.where((e < N1 * D1)[None, :], activate(y, ACTIVATION), 0.0)
-        c2 = folded(A2, S2, j2[None, :], e[:, None], N2, N2 * R2, NI2, R2, D2, True)
-        v2 = tl.reshape(product(h, c2, PRECISION), (BT * NP2, NI2))
+            y += tl.load(B1 + e // E1 * D1 + e % E1, mask=m, other=0.0).to(tl.float32)[None, :]
+        h = tl.where(m[None, :], activate(y, ACTIVATION), 0.0)
+        v2 = tl.reshape(product(h, tl.trans(c2), PRECISION), (BT * NP2, NI2))
     else:
         p = tl.arange(0, BT * NP1) % NP1
         v = tl.arange(0, DP)

@@ -53,8 +53,8 @@ def add_rule(a, z, dv, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constex
 @triton.jit
 def middle_backward(
     z, dv2, sums, A1, T1, B1, A2, S2,
-    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr,
+    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
+    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
     DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z [BT * NP1, NI1] and dV2 [BT * NP2, NI2] -> dZ, V2 in the same shapes, and the sums with this tile added."""
@@ -76,14 +76,15 @@ def middle_backward(
         J1: tl.constexpr = NP1 * NI1
         J2: tl.constexpr = NP2 * NI2
         e = tl.arange(0, DP)
-        c1 = folded(A1, T1, tl.arange(0, J1)[:, None], e[None, :], N1, N1 * R1, NI1, R1, D1, False)
-        c2 = folded(A2, S2, tl.arange(0, J2)[:, None], e[None, :], N2, N2 * R2, NI2, R2, D2, True)
+        inside = (e // E1 < N1) & (e % E1 < D1)
+        c1 = folded(A1, T1, N1, NP1, R1, NI1, D1, E1, DP, False)
+        c2 = folded(A2, S2, N2, NP2, R2, NI2, D2, E2, DP, True)
         zj = tl.reshape(z, (BT, J1))
         dvj = tl.reshape(dv2, (BT, J2))
-        m = (e < N1 * D1)[None, :]
+        m = inside[None, :]
         y = product(zj, c1, PRECISION)
         if B1 is not None:
-            y += tl.load(B1 + e, mask=e < N1 * D1, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(B1 + e // E1 * D1 + e % E1, mask=inside, other=0.0).to(tl.float32)[None, :]
         h = tl.where(m, activate(y, ACTIVATION), 0.0)
         dy = tl.where(m, product(dvj, c2, PRECISION) * derivative(y, ACTIVATION), 0.0)
         v2 = tl.reshape(product(h, tl.trans(c2), PRECISION), (BT * NP2, NI2))

@@ -31,6 +31,8 @@ class Sizes(NamedTuple):
     R2: int
     K2: int
     D2: int
+    E1: int
+    E2: int
     NI1: int
     NI2: int
     NP1: int
@@ -84,14 +86,18 @@ def sizes(problem: Problem) -> Sizes:
     ni1 = power_of_two(max(n1 * first.rank, n1), max(columns, 16 // np1))
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     fold = n1 <= 8 or n1 != n2
-    if fold:
+    e1, e2 = d1, d2
+    if fold and n1 == n2:
+        e1 = e2 = power_of_two(d1, 16 // np1)
+        dp = np1 * e1
+    elif fold:
         dp = power_of_two(n1 * d1, 16)
     else:
         dp = power_of_two(max(d1, d2), 16)
         np1 = np2 = max(np1, 16)
         ni1, ni2 = max(ni1, 16), max(ni2, 16)
     code = problem.activation.code if problem.activation is not None else None
-    return Sizes(n1, first.rank, chunk1, d1, n2, last.rank, chunk2, d2, ni1, ni2, np1, np2, dp, code, fold)
+    return Sizes(n1, first.rank, chunk1, d1, n2, last.rank, chunk2, d2, e1, e2, ni1, ni2, np1, np2, dp, code, fold)
 
 
 def too_large(s: Sizes) -> str | None:

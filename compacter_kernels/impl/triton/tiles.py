@@ -78,22 +78,36 @@ def factor(W, u, c, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, LEFT: tl.
 
 @triton.jit
 def folded(
-    A, W, j, e, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, R: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr
-):
-    """The rule folded into the factor on the bottleneck's side, [J, DP] float32 for j = (p, c) down and e < n * D.
+    A, W, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    DP: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """The rule folded into the factor on the bottleneck's side, [NP * NI, DP] float32.
 
     down (right, t): [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (left, s): [(q, c), (p, v)] = A_i[p, q] s_c[v].
+    A column e of the bottleneck is (e // E, e % E); E is D, or D padded so that DP = NP * E.
     """
-    c = j % NI
-    outer = j // NI
-    inner = e // D
+    if NP * E == DP:
+        outer = tl.arange(0, NP)[:, None, None]
+        c = tl.arange(0, NI)
+        inner = tl.arange(0, NP)[None, None, :]
+        a = rule_at(A, c[None, :, None], outer, inner, N, R, LEFT)
+        w = factor(W, tl.arange(0, E)[None, :], c[:, None], D, N * R, R, LEFT)
+        return tl.reshape(a[:, :, :, None] * w[None, :, None, :], (NP * NI, DP))
+    else:
+        j = tl.arange(0, NP * NI)[:, None]
+        e = tl.arange(0, DP)[None, :]
+        a = rule_at(A, j % NI, j // NI, e // E, N, R, LEFT)
+        return a * factor(W, e % E, j % NI, D, N * R, R, LEFT)
+
+
+@triton.jit
+def rule_at(A, c, outer, inner, N: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr):
+    """A_i[outer, inner], or LEFT A_i[inner, outer], i = c // R: float32, 0 outside; the indices broadcast."""
     if LEFT:
         o_rule = (c // R) * (N * N) + inner * N + outer
     else:
         o_rule = (c // R) * (N * N) + outer * N + inner
-    m_rule = (outer < N) & (c < I) & (e < N * D)
-    a = tl.load(A + o_rule, mask=m_rule, other=0.0).to(tl.float32)
-    return a * factor(W, e % D, c, D, I, R, LEFT) * m_rule.to(tl.float32)
+    return tl.load(A + o_rule, mask=(c < N * R) & (outer < N) & (inner < N), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -128,18 +142,15 @@ def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def s_operand(
-    S, u, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr
-):
-    """[m NI, BK], the partner of `dz_operand` in dx = dZ s: s_c[u] rounded, and what rounding took where NI is 4."""
-    M: tl.constexpr = (4 if NI == 4 else 2) if SPLIT else 1
-    o = tl.arange(0, M * NI)[:, None]
-    s = factor(S, u[None, :], o // M, K, I, R, True)
+def s_operand(s, LP: tl.constexpr, SPLIT: tl.constexpr):
+    """[BK, NI] -> [m NI, BK], the partner of `dz_operand` in dx = dZ s: rounded, and what rounding took where NI is 4."""
     high, low = rounded(s, LP)
-    if M == 4:
-        return tl.where(o % 2 == 0, high, low)
+    if SPLIT and s.shape[1] == 4:
+        return tl.trans(interleave(interleave(high, high), interleave(low, low)))
+    elif SPLIT:
+        return tl.trans(interleave(high, high))
     else:
-        return high
+        return tl.trans(high)
 
 
 @triton.jit
@@ -162,17 +173,14 @@ def t_operand(
     T, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr
 ):
     """[m NI, BK], the partner of `v_operand` in out = V t + b: rows scale t_c[u], and row c of scale b."""
-    M: tl.constexpr = 4 if NI == 4 else 2
-    o = tl.arange(0, M * NI)[:, None]
-    c = o // M
-    t = factor(T, u[None, :], c, K, I, 1, False)
+    c = tl.arange(0, NI)[None, :]
+    t = factor(T, u[:, None], c, K, I, 1, False) * scale
     if B is not None:
-        b = tl.load(B + c * K + u[None, :], mask=(c < N) & (u < K)[None, :], other=0.0).to(tl.float32)
-        t = tl.where(o % 2 == 0, t, b)
+        b = tl.load(B + c * K + u[:, None], mask=(c < N) & (u < K)[:, None], other=0.0).to(tl.float32) * scale
     else:
-        t = tl.where(o % 2 == 0, t, 0.0)
-    high, low = rounded(t * scale, LP)
-    if M == 4:
-        return tl.where(o % 4 == 3, low, high)
+        b = tl.zeros(t.shape, tl.float32)
+    if NI == 4:
+        b_high, b_low = rounded(b, LP)
+        return tl.trans(interleave(interleave(t.to(LP), t.to(LP)), interleave(b_high, b_low)))
     else:
-        return high
+        return tl.trans(interleave(t.to(LP), b.to(LP)))
