@@ -25,36 +25,48 @@ import torch
 
 from compacter_kernels.accuracy import Case, Shape, random_case
 from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.options import DTYPES, shapes as parse_shapes
+from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
 
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {
-        "tokens": (16, 32),
+        "tokens": (4, 8, 16, 32, 64),
         "columns": (64, 128),
-        "warps": (4, 8),
-        "stages": (1, 2, 3),
+        "warps": (1, 2, 4, 8),
+        "stages": (1, 2),
         "keep": (True, False),
-        "programs": (1, 2, 4),
+        "programs": (1, 2, 4, 8, 64),
     },
     "backward": {
         "tokens": (16, 32),
         "columns": (64, 128),
-        "warps": (4, 8),
+        "warps": (2, 4, 8),
         "stages": (1, 2),
         "keep": (True, False),
-        "programs": (1, 2),
+        "programs": (1, 2, 3),
     },
 }
+PRECISIONS = ("tf32",)
 LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
 
 
-def candidates(direction: str, chunk: int) -> list[tuple[Config, str]]:
+def candidates(direction: str, shape: Shape) -> list[tuple[Config, str]]:
     """All combinations that make sense, with the precision between the projections."""
-    space = SPACE[direction]
-    found = [Config(*values) for values in itertools.product(*space.values())]
-    found = [c for c in found if c.columns <= max(16, 2 ** (chunk - 1).bit_length()) and (c.keep or c.stages < 3)]
-    return [(c, p) for c in found for p in ("tf32", "tf32x3")]
+    found = [Config(*values) for values in itertools.product(*SPACE[direction].values())]
+    chunk = 2 ** (shape.k // shape.n - 1).bit_length()
+    rows = 2 ** (shape.n - 1).bit_length()
+
+    def sensible(c: Config) -> bool:
+        held = c.tokens * shape.k * 2  # bytes of a tile of x
+        return (
+            c.columns <= max(16, chunk)
+            and 16 <= c.tokens * rows // c.warps <= 64
+            and held <= 2**16
+            and (c.keep or c.stages == 1)
+            and not (c.programs == 64 and c.tokens >= 32)
+        )
+
+    return [(c, precision) for c in found if sensible(c) for precision in PRECISIONS]
 
 
 def bind(case: Case, config: Config, precision: str, direction: str) -> Callable[[Any, Any], Any]:
@@ -131,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", type=parse_shapes, default=parse_shapes("768/24/4"))
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=parse_tokens, default=[16384])
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--direction", default="both", choices=("both", "forward", "backward"))
     parser.add_argument("--seconds", type=float, default=60.0, help="for each shape and direction, to time what compiled")
@@ -142,30 +154,30 @@ def main() -> int:
         (shape, args.dtype, config, precision, direction)
         for shape in args.shapes
         for direction in directions
-        for config, precision in candidates(direction, shape.k // shape.n)
+        for config, precision in candidates(direction, shape)
     ]
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
         results = pool.map(compile_one, jobs, chunksize=4)
     print(f"{len(jobs)} candidates compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    header = ["shape", "dtype", "direction", "precision", *Config._fields, "error", "note", "us", "copy_us", "of_copy"]
+    header = ["shape", "T", "dtype", "direction", "precision", *Config._fields, "error", "note", "us", "copy_us", "of_copy"]
     with (args.out / "tune.csv").open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for shape, direction in itertools.product(args.shapes, directions):
-            rows = time_all(shape, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[4]) == (shape, direction)])
+        for shape, direction, tokens in itertools.product(args.shapes, directions, args.tokens):
+            rows = time_all(shape, tokens, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[4]) == (shape, direction)])
             writer.writerows(rows)
             file.flush()
             timed = sorted((row for row in rows if row[-3] is not None), key=lambda row: -row[-3])
             print(*(" ".join(map(str, row)) for row in timed[-12:]), sep="\n", flush=True)
             bad = [row for row in rows if row[-4]]
-            print(f"{len(bad)} not usable, e.g.", *(f"{row[3:10]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
+            print(f"{len(bad)} not usable, e.g.", *(f"{row[4:11]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
     return 0
 
 
-def time_all(shape: Shape, direction: str, args: argparse.Namespace, jobs: list[Any]) -> list[list[Any]]:
+def time_all(shape: Shape, tokens: int, direction: str, args: argparse.Namespace, jobs: list[Any]) -> list[list[Any]]:
     """A row for each candidate of one shape and direction."""
-    case = on_device(shape, args.tokens, args.dtype)
+    case = on_device(shape, tokens, args.dtype)
     bytes_each = case.x.numel() * case.x.element_size()
     copies = max(2, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // bytes_each))
     xs, gs = [case.x.clone() for _ in range(copies)], [case.grad.clone() for _ in range(copies)]
@@ -185,7 +197,7 @@ def time_all(shape: Shape, direction: str, args: argparse.Namespace, jobs: list[
                 note = repr(problem)[:100]
         us = None if ms is None else round(ms * 1e3, 2)
         of_copy = None if ms is None else round(copy / ms, 3)
-        rows.append([shape, dtype, direction, precision, *config, error, note, us, round(copy * 1e3, 2), of_copy])
+        rows.append([shape, tokens, dtype, direction, precision, *config, error, note, us, round(copy * 1e3, 2), of_copy])
     return rows
 
 
