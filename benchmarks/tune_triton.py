@@ -28,22 +28,23 @@ from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
 
+EACH = 2**20  # programs: one for each tile
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {
-        "tokens": (4, 8, 16, 32, 64),
+        "tokens": (8, 16, 32),
         "columns": (64, 128),
         "warps": (1, 2, 4, 8),
-        "stages": (1, 2),
+        "stages": (0, 1, 2),
         "keep": (True, False),
-        "programs": (1, 2, 4, 8, 64),
+        "programs": (2, 4, 8, EACH),
     },
     "backward": {
         "tokens": (16, 32),
         "columns": (64, 128),
-        "warps": (2, 4, 8),
-        "stages": (1, 2),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
         "keep": (True, False),
-        "programs": (1, 2, 3),
+        "programs": (1, 2),
     },
 }
 PRECISIONS = ("tf32",)
@@ -60,10 +61,10 @@ def candidates(direction: str, shape: Shape) -> list[tuple[Config, str]]:
         held = c.tokens * shape.k * 2  # bytes of a tile of x
         return (
             c.columns <= max(16, chunk)
-            and 16 <= c.tokens * rows // c.warps <= 64
-            and held <= 2**16
-            and (c.keep or c.stages == 1)
-            and not (c.programs == 64 and c.tokens >= 32)
+            and 8 <= c.tokens * rows // c.warps <= 64
+            and (held <= 2**16 or not c.keep)
+            and (c.keep or c.stages < 2)
+            and (c.stages == 0) == (c.programs == EACH)
         )
 
     return [(c, precision) for c in found if sensible(c) for precision in PRECISIONS]

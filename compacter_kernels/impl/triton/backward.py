@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compacter_kernels.impl.triton.forward import rows
+from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows
+from compacter_kernels.impl.triton.middle import middle_weights
 from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
 from compacter_kernels.impl.triton.partials import store_left, store_sums
 from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, merge, product, s_operand, split, v_operand
@@ -68,7 +69,7 @@ def backward(
     s1_rows = ()
     d_s1 = ()
     for b in tl.static_range(NB1):
-        u = b * BK1 + tl.arange(0, BK1)
+        u = block(b, BK1)
         s = factor(S1, u[:, None], c1[None, :], K1, I1, R1, True)
         s1 = s1 + (split(s, LP, SPLIT),)
         s1_rows = s1_rows + (s_operand(s, LP, SPLIT),)
@@ -76,38 +77,29 @@ def backward(
     t2 = ()
     d_out = ()
     for b in tl.static_range(NB2):
-        u = b * BK2 + tl.arange(0, BK2)
+        u = block(b, BK2)
         t2 = t2 + (split(factor(T2, u[:, None], c2[None, :], K2, I2, R2, False) * scale, LP, SPLIT),)
         d_out = d_out + (tl.zeros((BK2, (4 if NI2 == 4 else 2) * NI2), tl.float32),)
+    mid = middle_weights(
+        A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
+    )
     sums = zero_sums(ACTIVATION, FOLD, BT, DP, NI1, NP1, NI2, NP2)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
         p1, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
         p2, o_g, m_g = rows(tile, T, BT, N2, NP2, K2)
-        z = tl.zeros((BT * NP1, s1[0].shape[1]), tl.float32)
-        dv = tl.zeros((BT * NP2, t2[0].shape[1]), tl.float32)
-        xs = ()
-        gs = ()
-        for b in tl.static_range(NB1):
-            u = b * BK1 + tl.arange(0, BK1)
-            x = tl.load(X + o_x[:, None] + u[None, :], mask=m_x[:, None] & (u < K1)[None, :], other=0.0)
-            z = dot(x.to(LP), s1[b], z, PRECISION)
-            if KEEP:
-                xs = xs + (x,)
-        for b in tl.static_range(NB2):
-            u = b * BK2 + tl.arange(0, BK2)
-            g = tl.load(G + o_g[:, None] + u[None, :], mask=m_g[:, None] & (u < K2)[None, :], other=0.0)
-            dv = dot(g.to(LP), t2[b], dv, PRECISION)
-            if KEEP:
-                gs = gs + (g,)
+        xs = load_blocks(tile, X, T, N1, NP1, K1, BT, BK1, KEEP)
+        gs = load_blocks(tile, G, T, N2, NP2, K2, BT, BK2, KEEP)
+        z = contract(tile, xs, X, T, s1, N1, NP1, K1, LP, PRECISION, BT, BK1, KEEP)
+        dv = contract(tile, gs, G, T, t2, N2, NP2, K2, LP, PRECISION, BT, BK2, KEEP)
         dz, v2, sums = middle_backward(
-            merge(z, NI1), merge(dv, NI2), sums, A1, T1, B1, A2, S2,
-            N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION,
+            merge(z, NI1), merge(dv, NI2), sums, mid, N1, NI1, NP1, D1, E1, NI2, NP2, DP, ACTIVATION, FOLD, BT,
+            MIDDLE_PRECISION,
         )  # fmt: skip
         dz = dz_operand(dz, LP, SPLIT)
         v = v_operand(v2, p2, N2, LP)
         next_s1 = ()
         for b in tl.static_range(NB1):
-            u = b * BK1 + tl.arange(0, BK1)
+            u = block(b, BK1)
             m = m_x[:, None] & (u < K1)[None, :]
             if KEEP:
                 x = xs[b]
@@ -125,7 +117,7 @@ def backward(
         d_s1 = next_s1
         next_out = ()
         for b in tl.static_range(NB2):
-            u = b * BK2 + tl.arange(0, BK2)
+            u = block(b, BK2)
             if KEEP:
                 g = gs[b]
             else:
@@ -134,10 +126,10 @@ def backward(
         d_out = next_out
     row = PART + tl.program_id(0).to(tl.int64) * ROW
     for b in tl.static_range(NB1):
-        u = b * BK1 + tl.arange(0, BK1)
+        u = block(b, BK1)
         store_left(row, sum_dz(d_s1[b], NI1), u[:, None], c1[None, :], K1, I1, R1)
     for b in tl.static_range(NB2):
-        u = b * BK2 + tl.arange(0, BK2)
+        u = block(b, BK2)
         store_out_side(row + O_T2, row + O_B2, d_out[b], u, scale, K2, N2, I2, NI2, HAS_BIAS)
     store_sums(
         row, sums, A1, T1, A2, S2, O_A1, O_T1, O_B1, O_A2, O_S2,

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.functions import activate, derivative
-from compacter_kernels.impl.triton.middle import folded_rule
-from compacter_kernels.impl.triton.tiles import by_column, dot, factor, folded, mix, product, unfolded
+from compacter_kernels.impl.triton.middle import add_bias
+from compacter_kernels.impl.triton.tiles import by_column, dot, mix, product
 
 
 @triton.jit
@@ -52,39 +52,31 @@ def add_rule(a, z, dv, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def middle_backward(
-    z, dv2, sums, A1, T1, B1, A2, S2,
-    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
+    z, dv2, sums, weights,
+    N1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
+    NI2: tl.constexpr, NP2: tl.constexpr,
     DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z [BT * NP1, NI1] and dV2 [BT * NP2, NI2] -> dZ, V2 in the same shapes, and the sums with this tile added."""
     if ACTIVATION is None:
+        a = weights[0]
         if FOLD:
-            J: tl.constexpr = NP1 * NI1
-            m = folded_rule(A1, tl.arange(0, J), N1, R1, NI1)
-            zj = tl.reshape(z, (BT, J))
-            dvj = tl.reshape(dv2, (BT, J))
-            v2 = tl.reshape(product(zj, m, PRECISION), (BT * NP2, NI2))
-            dz = tl.reshape(product(dvj, tl.trans(m), PRECISION), (BT * NP1, NI1))
+            zj = tl.reshape(z, (BT, NP1 * NI1))
+            dvj = tl.reshape(dv2, (BT, NP2 * NI2))
+            v2 = tl.reshape(product(zj, a, PRECISION), (BT * NP2, NI2))
+            dz = tl.reshape(product(dvj, tl.trans(a), PRECISION), (BT * NP1, NI1))
             sums = (dot(tl.trans(zj), dvj, sums[0], PRECISION),)
         else:
-            a = unfolded(A1, N1, NP1, N1 * R1, NI1, R1)
             v2 = mix(z, a, BT, NP1, PRECISION)
             dz = mix(dv2, tl.permute(a, (0, 2, 1)), BT, NP1, PRECISION)
             sums = (add_rule(sums[0], z, dv2, BT, NP1, PRECISION),)
     elif FOLD:
-        J1: tl.constexpr = NP1 * NI1
-        J2: tl.constexpr = NP2 * NI2
+        c1, c2, b1 = weights
         e = tl.arange(0, DP)
-        inside = (e // E1 < N1) & (e % E1 < D1)
-        c1 = folded(A1, T1, N1, NP1, R1, NI1, D1, E1, DP, False)
-        c2 = folded(A2, S2, N2, NP2, R2, NI2, D2, E2, DP, True)
-        zj = tl.reshape(z, (BT, J1))
-        dvj = tl.reshape(dv2, (BT, J2))
-        m = inside[None, :]
-        y = product(zj, c1, PRECISION)
-        if B1 is not None:
-            y += tl.load(B1 + e // E1 * D1 + e % E1, mask=inside, other=0.0).to(tl.float32)[None, :]
+        m = ((e // E1 < N1) & (e % E1 < D1))[None, :]
+        zj = tl.reshape(z, (BT, NP1 * NI1))
+        dvj = tl.reshape(dv2, (BT, NP2 * NI2))
+        y = product(zj, c1, PRECISION) + b1[None, :]
         h = tl.where(m, activate(y, ACTIVATION), 0.0)
         dy = tl.where(m, product(dvj, c2, PRECISION) * derivative(y, ACTIVATION), 0.0)
         v2 = tl.reshape(product(h, tl.trans(c2), PRECISION), (BT * NP2, NI2))
@@ -93,19 +85,11 @@ def middle_backward(
         sum2 = dot(tl.trans(dvj), h, sums[1], PRECISION)
         sums = (sum1, sum2, sums[2] + dy)
     else:
+        a1, a2, t1, s2, b1 = weights
         p = tl.arange(0, BT * NP1) % NP1
-        v = tl.arange(0, DP)
-        i1 = tl.arange(0, NI1)
-        i2 = tl.arange(0, NI2)
-        m = (p < N1)[:, None] & (v < D1)[None, :]
-        a1 = unfolded(A1, N1, NP1, N1 * R1, NI1, R1)
-        a2 = unfolded(A2, N2, NP2, N2 * R2, NI2, R2)
-        t1 = factor(T1, v[None, :], i1[:, None], D1, N1 * R1, R1, False)
-        s2 = factor(S2, v[None, :], i2[:, None], D2, N2 * R2, R2, True)
+        m = (p < N1)[:, None] & (tl.arange(0, DP) < D1)[None, :]
         v1 = mix(z, a1, BT, NP1, PRECISION)
-        y = product(v1, t1, PRECISION)
-        if B1 is not None:
-            y += tl.load(B1 + p[:, None] * D1 + v[None, :], mask=m, other=0.0).to(tl.float32)
+        y = add_bias(product(v1, t1, PRECISION), b1, BT)
         h = tl.where(m, activate(y, ACTIVATION), 0.0)
         dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), BT, NP2, PRECISION)
         dy = tl.where(m, product(dz2, s2, PRECISION) * derivative(y, ACTIVATION), 0.0)
