@@ -17,33 +17,8 @@ import triton.language as tl
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows
 from compacter_kernels.impl.triton.middle import middle_weights
 from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
-from compacter_kernels.impl.triton.partials import store_left, store_sums
+from compacter_kernels.impl.triton.partials import store_left, store_out_side, store_sums, sum_dz
 from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, merge, product, s_operand, split, v_operand
-
-
-@triton.jit
-def sum_dz(d, NI: tl.constexpr):
-    """[BK, m NI] = x^T dz_operand, summed to [BK, NI]; of four columns two are the same as the others."""
-    if d.shape[1] == 4 * NI:
-        d = tl.where(tl.arange(0, d.shape[1])[None, :] % 2 == 0, d, 0.0)
-    return merge(d, NI)
-
-
-@triton.jit
-def store_out_side(
-    P_T2, P_B2, d, u, scale,
-    K: tl.constexpr, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """[BK, m NI] = g^T v_operand, scaled: even columns add up to dt2, the first odd one is db2."""
-    M: tl.constexpr = d.shape[1] // NI
-    o = tl.arange(0, d.shape[1])[None, :]
-    c = tl.arange(0, NI)[None, :]
-    inside = (u < K)[:, None]
-    d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), NI)
-    tl.store(P_T2 + c * K + u[:, None], d_t2 * scale, mask=inside & (c < I))
-    if HAS_BIAS:
-        d_b2 = merge(tl.where(o % M == 1, d, 0.0), NI)
-        tl.store(P_B2 + c * K + u[:, None], d_b2 * scale, mask=inside & (c < N))
 
 
 @triton.jit(do_not_specialize=["T"])

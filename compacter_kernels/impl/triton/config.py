@@ -23,11 +23,21 @@ class Config(NamedTuple):
     programs: int
 
 
+class TwoPhase(NamedTuple):
+    """A backward in two phases; for `columns`, Config.tokens are rows (token, p) and programs are for all blocks."""
+
+    tokens: Config
+    columns: Config
+
+
 def forward_config(s: Sizes, itemsize: int) -> Config:
     """For the forward kernel."""
     return Config(16, min(64, power_of_two(s.K1, 16)), 4, 2, True, 3)
 
 
-def backward_config(s: Sizes, itemsize: int) -> Config:
+def backward_config(s: Sizes, itemsize: int) -> Config | TwoPhase:
     """For the backward kernel."""
-    return Config(16, min(64, power_of_two(s.K1, 16)), 8, 2, True, 1)
+    columns = min(64, power_of_two(s.K1, 16))
+    if s.K1 > 256 or not s.FOLD:
+        return TwoPhase(Config(16, columns, 8, 2, False, 2), Config(128, columns, 4, 2, False, 8))
+    return Config(16, columns, 8, 3, True, 1)

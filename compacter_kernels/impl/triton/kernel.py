@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.impl import Gradients
+from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
-from compacter_kernels.impl.triton.config import Config, backward_config, forward_config
+from compacter_kernels.impl.triton.config import Config, TwoPhase, backward_config, forward_config
 from compacter_kernels.impl.triton.forward import forward
 from compacter_kernels.impl.triton.launch import Launch
 from compacter_kernels.impl.triton.reduce import reduce_rows
@@ -17,7 +18,7 @@ from compacter_kernels.impl.triton.sizes import arguments, operand, sizes
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
-REDUCE = {"BLOCK": 64, "BR": 32}
+REDUCE = {"BLOCK": 16, "BR": 512}
 
 
 def _dense(weights: PHMWeights) -> list[Tensor | None]:
@@ -50,6 +51,7 @@ class _Kernel:
         if launch is None:
             tiles = {"BT": config.tokens, "BK1": config.columns, "BK2": config.columns, "STAGES": config.stages}
             constants = {**arguments(self.sizes, tuple(kernel.arg_names)), **self.precision, **tiles, **options}
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             launch = self.launches[key] = Launch(kernel, constants, config.warps)
         return launch
 
@@ -66,27 +68,54 @@ class _Kernel:
         residual: bool, grads: list[Tensor | None],
     ) -> None:  # fmt: skip
         """params as the kernel takes them; grads in the order of a row of partials."""
-        config, s = self.backward_config, self.sizes
-        tokens = x.numel() // (s.N1 * s.K1)
-        programs = self._programs(config, tokens)
-        row = s.offsets["ROW"]
-        part = x.new_empty((programs, row), dtype=torch.float32)
+        config, row = self.backward_config, self.sizes.offsets["ROW"]
+        tokens = x.numel() // (self.sizes.N1 * self.sizes.K1)
         has_bias = grads[2] is not None
-        launch = self._launch(backward, config, KEEP=config.keep and self.square, RESIDUAL=residual, HAS_BIAS=has_bias)
-        launch(programs, self.device, (x, g, dx, part, *params), scale, tokens)
+        if isinstance(config, TwoPhase):
+            part, wide_rows, count = self._two_phase(config, x, g, dx, params, scale, residual, has_bias, tokens)
+        else:
+            wide_rows = count = self._programs(config, tokens)
+            part = x.new_empty((count, row), dtype=torch.float32)
+            keep = config.keep and self.square
+            launch = self._launch(backward, config, KEEP=keep, RESIDUAL=residual, HAS_BIAS=has_bias)
+            launch(count, self.device, (x, g, dx, part, *params), scale, tokens)
         if any(grad is not None for grad in grads):
-            self._reduce(part, grads, programs, row)
+            self._reduce(part, grads, wide_rows, count, row)
 
-    def _reduce(self, part: Tensor, grads: list[Tensor | None], programs: int, row: int) -> None:
+    def _two_phase(
+        self, config: TwoPhase, x: Tensor, g: Tensor, dx: Tensor | None, params: tuple[Tensor | None, ...],
+        scale: float, residual: bool, has_bias: bool, tokens: int,
+    ) -> tuple[Tensor, int, int]:  # fmt: skip
+        """The partials, and how many rows of them the wide gradients and the others have."""
+        s = self.sizes
+        count = self._programs(config.tokens, tokens)
+        blocks, limit = -(-max(s.K1, s.K2) // config.columns.columns), config.columns.programs * self.multiprocessors
+        wide_rows = max(1, min(-(-tokens * max(s.N1, s.N2) // config.columns.tokens), limit // blocks))
+        part = x.new_empty((max(count, wide_rows), s.offsets["ROW"]), dtype=torch.float32)
+        dz = x.new_empty((tokens * s.N1, s.N1 * s.R1), dtype=torch.float32)
+        v2 = x.new_empty((tokens * s.N2, s.N2 * s.R2), dtype=torch.float32)
+        self._launch(two_phase.tokens, config.tokens)(count, self.device, (x, g, dz, v2, part, *params), scale, tokens)
+        sides = [(True, True)] if self.square else [(True, False), (False, True)]
+        for in_side, out_side in sides:
+            k, n = (s.K1, s.N1) if in_side else (s.K2, s.N2)
+            launch = self._launch(
+                two_phase.columns, config.columns, RESIDUAL=residual, HAS_BIAS=has_bias, IN_SIDE=in_side,
+                OUT_SIDE=out_side, BR=config.columns.tokens, BK=config.columns.columns,
+            )  # fmt: skip
+            grid = (-(-k // config.columns.columns), wide_rows)
+            launch(grid, self.device, (x, g, dx, dz, v2, part, params[1]), scale, tokens * n)
+        return part, wide_rows, count
+
+    def _reduce(self, part: Tensor, grads: list[Tensor | None], wide_rows: int, rows: int, row: int) -> None:
         elements = tuple(e for e, _ in self.sizes.gradients)
         copies = tuple(c for _, c in self.sizes.gradients)
         key = ("reduce", *[g is None for g in grads])
         launch = self.launches.get(key)
         if launch is None:
             constants = {"SIZES": elements, "COPIES": copies, "ROW": row, **REDUCE}
-            launch = self.launches[key] = Launch(reduce_rows, constants, 4)
+            launch = self.launches[key] = Launch(reduce_rows, constants, 8)
         blocks = sum(-(-e // REDUCE["BLOCK"]) for e, g in zip(elements, grads, strict=True) if g is not None)
-        launch(blocks, self.device, (part, *grads), programs)
+        launch(blocks, self.device, (part, *grads), wide_rows, rows)
 
 
 def _gradients(tensors: list[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:

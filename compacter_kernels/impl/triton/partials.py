@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compacter_kernels.impl.triton.tiles import factor, product, rule_at
+from compacter_kernels.impl.triton.tiles import factor, merge, product, rule_at
 
 
 @triton.jit
@@ -22,6 +22,31 @@ def store_left(P, d, u, c, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr):
 def store_right(P, d, u, c, K: tl.constexpr, I: tl.constexpr):
     """d at (u, c), broadcast, as right (n, r, K)."""
     tl.store(P + c * K + u, d, mask=(u < K) & (c < I))
+
+
+@triton.jit
+def sum_dz(d, NI: tl.constexpr):
+    """[BK, m NI] = x^T dz_operand, summed to [BK, NI]; of four columns two are the same as the others."""
+    if d.shape[1] == 4 * NI:
+        d = tl.where(tl.arange(0, d.shape[1])[None, :] % 2 == 0, d, 0.0)
+    return merge(d, NI)
+
+
+@triton.jit
+def store_out_side(
+    P_T2, P_B2, d, u, scale,
+    K: tl.constexpr, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """[BK, m NI] = g^T v_operand, scaled: even columns add up to dt2, the first odd one is db2."""
+    M: tl.constexpr = d.shape[1] // NI
+    o = tl.arange(0, d.shape[1])[None, :]
+    c = tl.arange(0, NI)[None, :]
+    inside = (u < K)[:, None]
+    d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), NI)
+    tl.store(P_T2 + c * K + u[:, None], d_t2 * scale, mask=inside & (c < I))
+    if HAS_BIAS:
+        d_b2 = merge(tl.where(o % M == 1, d, 0.0), NI)
+        tl.store(P_B2 + c * K + u[:, None], d_b2 * scale, mask=inside & (c < N))
 
 
 @triton.jit

@@ -7,12 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def reduce_one(PART, OUT, block, rows, offset, SIZE, R, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr):
-    """OUT[o] = sum over rows and over r copies of PART[row, offset + copy * SIZE + o] for one block of o."""
+def reduce_one(PART, OUT, block, rows, offset, SIZE, COPIES, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr):
+    """OUT[o] = sum over rows and copies of PART[row, offset + copy * SIZE + o] for one block of o."""
     o = block * BLOCK + tl.arange(0, BLOCK)
     i_row = tl.arange(0, BR)
     total = tl.zeros((BR, BLOCK), tl.float32)
-    for copy in range(R):
+    for copy in range(COPIES):
         for first in range(0, rows, BR):
             row = first + i_row
             p = PART + row.to(tl.int64)[:, None] * ROW + (offset + copy * SIZE + o)[None, :]
@@ -20,12 +20,15 @@ def reduce_one(PART, OUT, block, rows, offset, SIZE, R, ROW: tl.constexpr, BLOCK
     tl.store(OUT + o, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=o < SIZE)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["wide_rows", "rows"])
 def reduce_rows(
-    PART, G0, G1, G2, G3, G4, G5, G6, G7, rows,
+    PART, G0, G1, G2, G3, G4, G5, G6, G7, wide_rows, rows,
     SIZES: tl.constexpr, COPIES: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program for each block of each gradient, in the order of a row (partials.py); None where not wanted."""
+    """One program for each block of each gradient, in the order of a row (partials.py); None where not wanted.
+
+    The first three, whose length is that of x or of the output, have wide_rows rows, the others rows.
+    """
     grads = (G0, G1, G2, G3, G4, G5, G6, G7)
     block = tl.program_id(0)
     offset = 0
@@ -33,6 +36,7 @@ def reduce_rows(
         if grads[i] is not None:
             blocks = (SIZES[i] + BLOCK - 1) // BLOCK
             if (block >= 0) & (block < blocks):
-                reduce_one(PART, grads[i], block, rows, offset, SIZES[i], COPIES[i], ROW, BLOCK, BR)
+                count = wide_rows if i < 3 else rows
+                reduce_one(PART, grads[i], block, count, offset, SIZES[i], COPIES[i], ROW, BLOCK, BR)
             block -= blocks
         offset += SIZES[i] * COPIES[i]

@@ -16,21 +16,35 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, summed in float32; PRECISION is that of float32 operands."""
+def operands(a, b, PRECISION: tl.constexpr):
+    """Both as the products take them: PRECISION is that of float32 operands, "bf16" rounds them."""
+    if PRECISION == "bf16":
+        a = a.to(tl.bfloat16)
+        b = b.to(tl.bfloat16)
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return a, b
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, summed in float32."""
+    a, b = operands(a, b, PRECISION)
+    if PRECISION == "bf16":
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    a, b = operands(a, b, PRECISION)
+    if PRECISION == "bf16":
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -41,9 +55,13 @@ def interleave(a, b):
 
 @triton.jit
 def rounded(a, LP: tl.constexpr):
-    """a float32 as the sum of two numbers of dtype LP, the second what rounding took from it."""
-    high = a.to(LP)
-    return high, (a - high.to(tl.float32)).to(LP)
+    """a as the sum of two numbers that LP holds (the second nearly so), still float32.
+
+    The conversion to LP comes last, after every reshape: a reshape right before a product makes Triton 3.6 fail on
+    8 warps (`Illegal shared layout`).
+    """
+    high = a.to(LP).to(tl.float32)
+    return high, a - high
 
 
 @triton.jit
@@ -51,7 +69,7 @@ def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
     """[M, C] float32 as an operand of dtype LP; SPLIT: [M, 2 C], each column as the two numbers of `rounded`."""
     if SPLIT:
         high, low = rounded(a, LP)
-        return interleave(high, low)
+        return interleave(high, low).to(LP)
     else:
         return a.to(LP)
 
@@ -135,10 +153,11 @@ def mix(z, a, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
     """[rows, NI] as [rows, m NI]: as it is, or each column as the two numbers of `rounded`; twice where NI is 4."""
-    a = split(dz, LP, SPLIT)
     if SPLIT and dz.shape[1] == 4:
-        a = interleave(a, a)
-    return a
+        high, low = rounded(dz, LP)
+        return interleave(interleave(high, low), interleave(high, low)).to(LP)
+    else:
+        return split(dz, LP, SPLIT)
 
 
 @triton.jit
@@ -146,11 +165,11 @@ def s_operand(s, LP: tl.constexpr, SPLIT: tl.constexpr):
     """[BK, NI] -> [m NI, BK], the partner of `dz_operand` in dx = dZ s: rounded, and what rounding took where NI is 4."""
     high, low = rounded(s, LP)
     if SPLIT and s.shape[1] == 4:
-        return tl.trans(interleave(interleave(high, high), interleave(low, low)))
+        return tl.trans(interleave(interleave(high, high), interleave(low, low)).to(LP))
     elif SPLIT:
-        return tl.trans(interleave(high, high))
+        return tl.trans(interleave(high, high).to(LP))
     else:
-        return tl.trans(high)
+        return tl.trans(high.to(LP))
 
 
 @triton.jit
@@ -160,12 +179,12 @@ def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
     m = 2, or 4 where NI is 4: V rounded, 1, what rounding took, 1.
     """
     c = tl.arange(0, v.shape[1])
-    onehot = ((p[:, None] == c[None, :]) & (c < N)[None, :]).to(tl.float32).to(LP)
+    onehot = ((p[:, None] == c[None, :]) & (c < N)[None, :]).to(tl.float32)
     high, low = rounded(v, LP)
     if v.shape[1] == 4:
-        return interleave(interleave(high, low), interleave(onehot, onehot))
+        return interleave(interleave(high, low), interleave(onehot, onehot)).to(LP)
     else:
-        return interleave(high, onehot)
+        return interleave(high, onehot).to(LP)
 
 
 @triton.jit
@@ -181,6 +200,6 @@ def t_operand(
         b = tl.zeros(t.shape, tl.float32)
     if NI == 4:
         b_high, b_low = rounded(b, LP)
-        return tl.trans(interleave(interleave(t.to(LP), t.to(LP)), interleave(b_high, b_low)))
+        return tl.trans(interleave(interleave(t, t), interleave(b_high, b_low)).to(LP))
     else:
-        return tl.trans(interleave(t.to(LP), b.to(LP)))
+        return tl.trans(interleave(t, b).to(LP))
