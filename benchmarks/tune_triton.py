@@ -19,69 +19,68 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from compacter_kernels.accuracy import Case, Shape, random_case
-from compacter_kernels.impl.triton.config import Config
+from compacter_kernels.impl.triton.config import Config, TwoPhase
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
 
 EACH = 2**20  # programs: one for each tile
-SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "forward": {
-        "tokens": (8, 16, 32),
-        "columns": (64, 128),
-        "warps": (1, 2, 4, 8),
-        "stages": (0, 1, 2),
-        "keep": (True, False),
-        "programs": (2, 4, 8, EACH),
-    },
-    "backward": {
-        "tokens": (16, 32),
-        "columns": (64, 128),
-        "warps": (4, 8),
-        "stages": (1, 2, 3),
-        "keep": (True, False),
-        "programs": (1, 2),
-    },
-}
-PRECISIONS = ("tf32",)
 LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
 
 
-def candidates(direction: str, shape: Shape) -> list[tuple[Config, str]]:
-    """All combinations that make sense, with the precision between the projections."""
-    found = [Config(*values) for values in itertools.product(*SPACE[direction].values())]
-    chunk = 2 ** (shape.k // shape.n - 1).bit_length()
-    rows = 2 ** (shape.n - 1).bit_length()
+class Candidate(NamedTuple):
+    """A configuration, the precision between the projections, and whether the rule is folded there."""
 
-    def sensible(c: Config) -> bool:
-        held = c.tokens * shape.k * 2  # bytes of a tile of x
-        return (
-            c.columns <= max(16, chunk)
-            and 8 <= c.tokens * rows // c.warps <= 64
-            and (held <= 2**16 or not c.keep)
-            and (c.keep or c.stages < 2)
-            and (c.stages == 0) == (c.programs == EACH)
-        )
-
-    return [(c, precision) for c in found if sensible(c) for precision in PRECISIONS]
+    config: Config | TwoPhase
+    precision: str
+    fold: bool
 
 
-def bind(case: Case, config: Config, precision: str, direction: str) -> Callable[[Any, Any], Any]:
+def grid(*values: tuple[Any, ...]) -> list[Config]:
+    """All combinations, as configurations."""
+    return [Config(*choice) for choice in itertools.product(*values)]
+
+
+def candidates(direction: str, shape: Shape) -> list[Candidate]:
+    """All combinations that make sense."""
+    chunk = min(64, 2 ** (shape.k // shape.n - 1).bit_length())
+    wide = tuple(sorted({chunk, min(128, 2 * chunk)})) if shape.k // shape.n > 64 else (chunk,)
+    keep = (True,) if shape.k <= 1024 else (False,)
+    middles = [("tf32", True), ("bf16", True)] if shape.n <= 8 else [("bf16", True), ("tf32", False)]
+    found: list[Config | TwoPhase] = []
+    if direction == "forward":
+        found += grid((8,), (chunk,), (1, 2), (1, 2), keep, (8, 12, 16))
+        found += grid((16,), (chunk,), (2, 4, 8), (1, 2, 3), keep, (2, 4, 6))
+        found += grid((16,), (chunk,), (4, 8), (0,), keep, (EACH,))
+    elif shape.k <= 1024 and shape.n <= 8:
+        found += grid((16, 32), wide, (4, 8, 16), (2, 3), (True,), (1, 2))
+    else:
+        columns = Config(128, wide[-1], 4, 2, False, 8)
+        found += [TwoPhase(c, columns) for c in grid((16, 32), wide, (4, 8, 16), (2, 4), (False,), (1, 2))]
+        tokens = Config(16, wide[-1], 8, 2, False, 2)
+        found += [TwoPhase(tokens, c) for c in grid((64, 128), wide, (4, 8), (2, 3), (False,), (4, 8))]
+    return [Candidate(c, *middle) for c in found for middle in middles]
+
+
+def bind(case: Case, candidate: Candidate, direction: str) -> Callable[[Any, Any], Any]:
     """The kernel of that configuration as a function of x and of the gradient."""
+    from compacter_kernels.impl.triton import sizes
     from compacter_kernels.impl.triton.kernel import Adapter
 
     assert case.up is not None
     up = case.up
-    kernel = Adapter(adapter_problem(case.x, case.down, case.up, case.activation))
-    kernel.precision["MIDDLE_PRECISION"] = precision
+    problem = adapter_problem(case.x, case.down, case.up, case.activation)
+    kernel = Adapter(problem)
+    kernel.sizes = sizes.sizes(problem, candidate.fold)
+    kernel.precision["MIDDLE_PRECISION"] = candidate.precision
     if direction == "forward":
-        kernel.forward_config = config
+        kernel.forward_config = candidate.config
         return lambda x, g: kernel.forward(x, x, 1.0, case.down, up)
-    kernel.backward_config = config
+    kernel.backward_config = candidate.config
     return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, up, (True,) * 9)
 
 
@@ -90,12 +89,12 @@ def on_device(shape: Shape, tokens: int, dtype: str) -> Case:
     return random_case(shape, tokens, dtype=DTYPES[dtype]).map(lambda t: t.cuda())
 
 
-def compile_one(job: tuple[Shape, str, Config, str, str]) -> tuple[Any, ...]:
+def compile_one(job: tuple[Shape, str, Candidate, str]) -> tuple[Any, ...]:
     """Compile and run once on few tokens; registers, spills, shared memory and the error, or what went wrong."""
-    shape, dtype, config, precision, direction = job
+    shape, dtype, candidate, direction = job
     try:
         case = on_device(shape, 100, dtype)
-        got = bind(case, config, precision, direction)(case.x, case.grad)
+        got = bind(case, candidate, direction)(case.x, case.grad)
         torch.cuda.synchronize()
     except Exception as error:
         return (None, f"{type(error).__name__}: {error}"[:200])
@@ -152,27 +151,27 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     directions = ("forward", "backward") if args.direction == "both" else (args.direction,)
     jobs = [
-        (shape, args.dtype, config, precision, direction)
+        (shape, args.dtype, candidate, direction)
         for shape in args.shapes
         for direction in directions
-        for config, precision in candidates(direction, shape)
+        for candidate in candidates(direction, shape)
     ]
     start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        results = pool.map(compile_one, jobs, chunksize=4)
+    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1), maxtasksperchild=12) as pool:
+        results = pool.map(compile_one, jobs, chunksize=1)
     print(f"{len(jobs)} candidates compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    header = ["shape", "T", "dtype", "direction", "precision", *Config._fields, "error", "note", "us", "copy_us", "of_copy"]
+    header = ["shape", "T", "dtype", "direction", "precision", "fold", "config", "error", "note", "us", "copy_us", "of_copy"]
     with (args.out / "tune.csv").open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for shape, direction, tokens in itertools.product(args.shapes, directions, args.tokens):
-            rows = time_all(shape, tokens, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[4]) == (shape, direction)])
+            rows = time_all(shape, tokens, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[3]) == (shape, direction)])
             writer.writerows(rows)
             file.flush()
             timed = sorted((row for row in rows if row[-3] is not None), key=lambda row: -row[-3])
             print(*(" ".join(map(str, row)) for row in timed[-12:]), sep="\n", flush=True)
             bad = [row for row in rows if row[-4]]
-            print(f"{len(bad)} not usable, e.g.", *(f"{row[4:11]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
+            print(f"{len(bad)} not usable, e.g.", *(f"{row[4:7]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
     return 0
 
 
@@ -188,17 +187,18 @@ def time_all(shape: Shape, tokens: int, direction: str, args: argparse.Namespace
     else:
         copy = graph_ms(lambda i: torch.add(xs[i], gs[i], out=out), copies)
     rows, start = [], time.perf_counter()
-    for (_, dtype, config, precision, _), (error, note) in jobs:
+    for (_, dtype, candidate, _), (error, note) in jobs:
         ms = None
         if not note and time.perf_counter() - start < args.seconds:
             try:
-                run = bind(case, config, precision, direction)
+                run = bind(case, candidate, direction)
                 ms = graph_ms(lambda i, run=run: run(xs[i], gs[i]), copies, 3)
             except Exception as problem:
                 note = repr(problem)[:100]
         us = None if ms is None else round(ms * 1e3, 2)
         of_copy = None if ms is None else round(copy / ms, 3)
-        rows.append([shape, tokens, dtype, direction, precision, *config, error, note, us, round(copy * 1e3, 2), of_copy])
+        config = str(candidate.config).replace("Config", "").replace(", ", " ")
+        rows.append([shape, tokens, dtype, direction, candidate.precision, candidate.fold, config, error, note, us, round(copy * 1e3, 2), of_copy])
     return rows
 
 

@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
         return found
 
 
-def sizes(problem: Problem) -> Sizes:
+def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16."""
     columns = 4 if operand(problem.dtype)[1] else 16
     first, last = problem.projections[0], problem.projections[-1]
@@ -85,7 +85,8 @@ def sizes(problem: Problem) -> Sizes:
     np1, np2 = power_of_two(n1), power_of_two(n2)
     ni1 = power_of_two(max(n1 * first.rank, n1), max(columns, 16 // np1))
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
-    fold = n1 <= 8 or n1 != n2
+    if fold is None:
+        fold = n1 <= 8 or n1 != n2
     e1, e2 = d1, d2
     if fold and n1 == n2:
         e1 = e2 = power_of_two(d1, 16 // np1)
