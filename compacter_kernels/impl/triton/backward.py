@@ -18,7 +18,7 @@ from compacter_kernels.impl.triton.columns import block, contract, load_blocks, 
 from compacter_kernels.impl.triton.middle import middle_weights
 from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
 from compacter_kernels.impl.triton.partials import store_left, store_out_side, store_sums, sum_dz
-from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, merge, product, s_operand, split, v_operand
+from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand, wide_split
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -29,11 +29,11 @@ def backward(
     NI1: tl.constexpr, NI2: tl.constexpr, NP1: tl.constexpr, NP2: tl.constexpr, DP: tl.constexpr,
     ROW: tl.constexpr, O_T2: tl.constexpr, O_B2: tl.constexpr, O_A1: tl.constexpr, O_T1: tl.constexpr,
     O_B1: tl.constexpr, O_A2: tl.constexpr, O_S2: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, FOLD: tl.constexpr, KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr, FOLD: tl.constexpr, SQUARE: tl.constexpr,
     LP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, MIDDLE_PRECISION: tl.constexpr,
     BT: tl.constexpr, BK1: tl.constexpr, BK2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs walk over tiles of BT tokens. KEEP: x and g stay on chip between their two uses."""
+    """Programs walk over tiles of BT tokens, whose x and g stay on chip. SQUARE: both have the same rows."""
     NB1: tl.constexpr = (K1 + BK1 - 1) // BK1
     NB2: tl.constexpr = (K2 + BK2 - 1) // BK2
     I1: tl.constexpr = N1 * R1
@@ -46,14 +46,14 @@ def backward(
     for b in tl.static_range(NB1):
         u = block(b, BK1)
         s = factor(S1, u[:, None], c1[None, :], K1, I1, R1, True)
-        s1 = s1 + (split(s, LP, SPLIT),)
+        s1 = s1 + (wide_split(s, LP, SPLIT),)
         s1_rows = s1_rows + (s_operand(s, LP, SPLIT),)
         d_s1 = d_s1 + (tl.zeros((BK1, s1_rows[0].shape[0]), tl.float32),)
     t2 = ()
     d_out = ()
     for b in tl.static_range(NB2):
         u = block(b, BK2)
-        t2 = t2 + (split(factor(T2, u[:, None], c2[None, :], K2, I2, R2, False) * scale, LP, SPLIT),)
+        t2 = t2 + (wide_split(factor(T2, u[:, None], c2[None, :], K2, I2, R2, False) * scale, LP, SPLIT),)
         d_out = d_out + (tl.zeros((BK2, (4 if NI2 == 4 else 2) * NI2), tl.float32),)
     mid = middle_weights(
         A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
@@ -62,12 +62,12 @@ def backward(
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
         p1, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
         p2, o_g, m_g = rows(tile, T, BT, N2, NP2, K2)
-        xs = load_blocks(tile, X, T, N1, NP1, K1, BT, BK1, KEEP)
-        gs = load_blocks(tile, G, T, N2, NP2, K2, BT, BK2, KEEP)
-        z = contract(tile, xs, X, T, s1, N1, NP1, K1, LP, PRECISION, BT, BK1, KEEP)
-        dv = contract(tile, gs, G, T, t2, N2, NP2, K2, LP, PRECISION, BT, BK2, KEEP)
+        xs = load_blocks(tile, X, T, N1, NP1, K1, BT, BK1)
+        gs = load_blocks(tile, G, T, N2, NP2, K2, BT, BK2)
+        z = contract(xs, s1, NI1, NB1, LP, PRECISION)
+        dv = contract(gs, t2, NI2, NB2, LP, PRECISION)
         dz, v2, sums = middle_backward(
-            merge(z, NI1), merge(dv, NI2), sums, mid, N1, NI1, NP1, D1, E1, NI2, NP2, DP, ACTIVATION, FOLD, BT,
+            z, dv, sums, mid, N1, NI1, NP1, D1, E1, NI2, NP2, DP, ACTIVATION, FOLD, BT,
             MIDDLE_PRECISION,
         )  # fmt: skip
         dz = dz_operand(dz, LP, SPLIT)
@@ -76,15 +76,11 @@ def backward(
         for b in tl.static_range(NB1):
             u = block(b, BK1)
             m = m_x[:, None] & (u < K1)[None, :]
-            if KEEP:
-                x = xs[b]
-            else:
-                x = tl.load(X + o_x[:, None] + u[None, :], mask=m, other=0.0)
-            next_s1 = next_s1 + (dot(tl.trans(x.to(LP)), dz, d_s1[b], PRECISION),)
+            next_s1 = next_s1 + (dot(tl.trans(xs[b].to(LP)), dz, d_s1[b], PRECISION),)
             if DX is not None:
                 dx = product(dz, s1_rows[b], PRECISION)
                 if RESIDUAL:
-                    if KEEP:
+                    if SQUARE:
                         dx += gs[b].to(tl.float32)
                     else:
                         dx += tl.load(G + o_x[:, None] + u[None, :], mask=m, other=0.0).to(tl.float32)
@@ -92,12 +88,7 @@ def backward(
         d_s1 = next_s1
         next_out = ()
         for b in tl.static_range(NB2):
-            u = block(b, BK2)
-            if KEEP:
-                g = gs[b]
-            else:
-                g = tl.load(G + o_g[:, None] + u[None, :], mask=m_g[:, None] & (u < K2)[None, :], other=0.0)
-            next_out = next_out + (dot(tl.trans(g.to(LP)), v, d_out[b], PRECISION),)
+            next_out = next_out + (dot(tl.trans(gs[b].to(LP)), v, d_out[b], PRECISION),)
         d_out = next_out
     row = PART + tl.program_id(0).to(tl.int64) * ROW
     for b in tl.static_range(NB1):

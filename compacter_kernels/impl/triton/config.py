@@ -11,7 +11,8 @@ class Config(NamedTuple):
     """How one kernel is cut.
 
     tokens: in a tile (BT). columns: of a chunk of x or of the output that are worked on at once (BK).
-    stages: tiles on their way from memory. keep: whether x (and g) stay on chip between their two uses.
+    stages: tiles, or column blocks of a streamed row, on their way from memory; 0: one tile for each program.
+    keep: whether the rows of x stay on chip between their two uses, or are streamed twice.
     programs: for each multiprocessor.
     """
 
@@ -32,7 +33,10 @@ class TwoPhase(NamedTuple):
 
 def forward_config(s: Sizes, itemsize: int) -> Config:
     """For the forward kernel."""
-    return Config(16, min(64, power_of_two(s.K1, 16)), 4, 2, True, 3)
+    columns = min(64, power_of_two(s.K1, 16))
+    if s.K1 > 256:
+        return Config(16, columns, 8, 3, False, 2)
+    return Config(16, columns, 4, 3, True, 4)
 
 
 def backward_config(s: Sizes, itemsize: int) -> Config | TwoPhase:

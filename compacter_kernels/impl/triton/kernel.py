@@ -11,7 +11,7 @@ from compacter_kernels.impl import Gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, TwoPhase, backward_config, forward_config
-from compacter_kernels.impl.triton.forward import forward
+from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.impl.triton.sizes import arguments, operand, sizes
@@ -59,8 +59,10 @@ class _Kernel:
         config, s = self.forward_config, self.sizes
         tokens = x.numel() // (s.N1 * s.K1)
         if tokens:
-            keep = config.keep and residual is x and self.square
-            launch = self._launch(forward, config, KEEP=keep)
+            if config.keep:
+                launch = self._launch(forward, config, SAME=residual is x and self.square)
+            else:
+                launch = self._launch(forward_streamed, config)
             launch(self._programs(config, tokens), self.device, (x, residual, out, *params), scale, tokens)
 
     def _backward(
@@ -76,8 +78,7 @@ class _Kernel:
         else:
             wide_rows = count = self._programs(config, tokens)
             part = x.new_empty((count, row), dtype=torch.float32)
-            keep = config.keep and self.square
-            launch = self._launch(backward, config, KEEP=keep, RESIDUAL=residual, HAS_BIAS=has_bias)
+            launch = self._launch(backward, config, SQUARE=self.square, RESIDUAL=residual, HAS_BIAS=has_bias)
             launch(count, self.device, (x, g, dx, part, *params), scale, tokens)
         if any(grad is not None for grad in grads):
             self._reduce(part, grads, wide_rows, count, row)

@@ -75,6 +75,17 @@ def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def wide_split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
+    """`split`, of four columns where C is 4 (the last is 0): 16 columns are the least that warp-group products take."""
+    if SPLIT and a.shape[1] == 4:
+        high, low = rounded(a, LP)
+        middle, low = rounded(low, LP)
+        return interleave(interleave(high, low), interleave(middle, tl.zeros(a.shape, tl.float32))).to(LP)
+    else:
+        return split(a, LP, SPLIT)
+
+
+@triton.jit
 def merge(a, C: tl.constexpr):
     """[M, m C], m columns for each of C, summed to [M, C]."""
     M: tl.constexpr = a.shape[1] // C

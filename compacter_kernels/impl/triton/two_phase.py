@@ -13,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compacter_kernels.impl.triton.columns import block, rows
+from compacter_kernels.impl.triton.columns import block, rows, stream
 from compacter_kernels.impl.triton.middle import middle_weights
 from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
 from compacter_kernels.impl.triton.partials import store_left, store_out_side, store_sums, sum_dz
-from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, merge, product, s_operand, split, v_operand
+from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand
 
 
 @triton.jit
@@ -56,24 +56,6 @@ def tokens(
         PART + tl.program_id(0).to(tl.int64) * ROW, sums, A1, T1, A2, S2, O_A1, O_T1, O_B1, O_A2, O_S2,
         N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, MIDDLE_PRECISION,
     )  # fmt: skip
-
-
-@triton.jit
-def stream(
-    tile, X, T, W, scale, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, NI: tl.constexpr,
-    LEFT: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """sum_u x[(t, p), u] scale w_c[u]: [BT * NP, NI] float32, in a loop over column blocks, w read along with x."""
-    _, o_x, m_x = rows(tile, T, BT, N, NP, K)
-    c = tl.arange(0, NI)
-    z = tl.zeros((BT * NP, 2 * NI if SPLIT else NI), tl.float32)
-    for b in tl.range(0, (K + BK - 1) // BK, num_stages=STAGES):
-        u = block(b, BK)
-        x = tl.load(X + o_x[:, None] + u[None, :], mask=m_x[:, None] & (u < K)[None, :], other=0.0)
-        w = factor(W, u[:, None], c[None, :], K, N * R, R, LEFT) * scale
-        z = dot(x.to(LP), split(w, LP, SPLIT), z, PRECISION)
-    return merge(z, NI)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
