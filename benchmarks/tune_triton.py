@@ -48,21 +48,23 @@ def grid(*values: tuple[Any, ...]) -> list[Config]:
 def candidates(direction: str, shape: Shape) -> list[Candidate]:
     """All combinations that make sense."""
     chunk = min(64, 2 ** (shape.k // shape.n - 1).bit_length())
-    wide = tuple(sorted({chunk, min(128, 2 * chunk)})) if shape.k // shape.n > 64 else (chunk,)
-    keep = (True,) if shape.k <= 1024 else (False,)
-    middles = [("tf32", True), ("bf16", True)] if shape.n <= 8 else [("bf16", True), ("tf32", False)]
+    wide = (chunk, 128) if shape.k // shape.n > 128 else (chunk,)
+    held = shape.k <= 1024
+    middles = [("tf32", True), ("bf16", True)] if shape.n <= 8 else [("bf16", True)]
     found: list[Config | TwoPhase] = []
-    if direction == "forward":
-        found += grid((8,), (chunk,), (1, 2), (1, 2), keep, (8, 12, 16))
-        found += grid((16,), (chunk,), (2, 4, 8), (1, 2, 3), keep, (2, 4, 6))
-        found += grid((16,), (chunk,), (4, 8), (0,), keep, (EACH,))
-    elif shape.k <= 1024 and shape.n <= 8:
-        found += grid((16, 32), wide, (4, 8, 16), (2, 3), (True,), (1, 2))
+    if direction == "forward" and held:
+        found += grid((16, 32), (chunk,), (4, 8), (2, 3, 4), (True,), (1, 2, 3, 4, 6))
+        found += grid((8, 16), (chunk,), (1, 2), (1, 2), (True,), (8, 12))
+        found += grid((16, 32), (chunk,), (4, 8), (0,), (True,), (EACH,))
+    elif direction == "forward":
+        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (False,), (1, 2, 4))
+    elif held and shape.n <= 8:
+        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (True,), (1, 2))
     else:
         columns = Config(128, wide[-1], 4, 2, False, 8)
-        found += [TwoPhase(c, columns) for c in grid((16, 32), wide, (4, 8, 16), (2, 4), (False,), (1, 2))]
-        tokens = Config(16, wide[-1], 8, 2, False, 2)
-        found += [TwoPhase(tokens, c) for c in grid((64, 128), wide, (4, 8), (2, 3), (False,), (4, 8))]
+        found += [TwoPhase(c, columns) for c in grid((16, 32), wide[-1:], (8, 16), (2, 3, 4), (False,), (1, 2))]
+        tokens = Config(16, wide[-1], 8, 3, False, 1)
+        found += [TwoPhase(tokens, c) for c in grid((64, 128, 256), wide, (4, 8), (2, 3), (False,), (4, 8, 12))]
     return [Candidate(c, *middle) for c in found for middle in middles]
 
 
