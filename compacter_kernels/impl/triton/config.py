@@ -1,8 +1,13 @@
-"""Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time."""
+"""Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time.
+
+For each class the configurations stand in the order of their speed (measured on sm_90 by benchmarks/tune_triton.py);
+the first whose shared memory the device has is taken. `EXACT` overrides it where compiling ahead of time
+(benchmarks/aot_report.py) found that an architecture needs another one.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compacter_kernels.impl.triton.sizes import Sizes, power_of_two
 
@@ -10,38 +15,56 @@ from compacter_kernels.impl.triton.sizes import Sizes, power_of_two
 class Config(NamedTuple):
     """How one kernel is cut.
 
-    tokens: in a tile (BT). columns: of a chunk of x or of the output that are worked on at once (BK).
+    tokens: in a tile; rows (token, p) in the second phase of a backward.
+    columns: of a chunk of x or of the output that are worked on at once.
     stages: tiles, or column blocks of a streamed row, on their way from memory; 0: one tile for each program.
-    keep: whether the rows of x stay on chip between their two uses, or are streamed twice.
-    programs: for each multiprocessor.
+    programs: at most, for each multiprocessor.
     """
 
     tokens: int
     columns: int
     warps: int
     stages: int
-    keep: bool
     programs: int
 
 
-class TwoPhase(NamedTuple):
-    """A backward in two phases; for `columns`, Config.tokens are rows (token, p) and programs are for all blocks."""
+class Configurations(NamedTuple):
+    """All of one problem, best first. held: a row of x stays on chip. backward is empty where it has two phases."""
 
-    tokens: Config
-    columns: Config
-
-
-def forward_config(s: Sizes, itemsize: int) -> Config:
-    """For the forward kernel."""
-    columns = min(64, power_of_two(s.K1, 16))
-    if s.K1 > 256:
-        return Config(16, columns, 8, 3, False, 2)
-    return Config(16, columns, 4, 3, True, 4)
+    held: bool
+    forward: tuple[Config, ...]
+    backward: tuple[Config, ...]
+    tokens: tuple[Config, ...]
+    columns: tuple[Config, ...]
 
 
-def backward_config(s: Sizes, itemsize: int) -> Config | TwoPhase:
-    """For the backward kernel."""
-    columns = min(64, power_of_two(s.K1, 16))
-    if s.K1 > 256 or not s.FOLD:
-        return TwoPhase(Config(16, columns, 8, 2, False, 2), Config(128, columns, 4, 2, False, 8))
-    return Config(16, columns, 8, 3, True, 1)
+HELD_COLUMNS = 256  # of a chunk of x; a longer one is streamed
+HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
+
+
+def architecture_of(properties: Any) -> str:
+    """"sm_90", "gfx942": the name of a torch device's architecture."""
+    name = getattr(properties, "gcnArchName", "")
+    return name.split(":")[0] if name else f"sm_{properties.major}{properties.minor}"
+
+
+def configurations(s: Sizes, itemsize: int, architecture: str) -> Configurations:
+    """The configurations of a problem, x having itemsize bytes a number."""
+    c = min(64, power_of_two(max(s.K1, s.K2), 16))
+    wide = min(128, power_of_two(max(s.K1, s.K2), 16))
+    inner = s.NP1 * s.NI1
+    held = max(s.K1, s.K2) <= HELD_COLUMNS
+    if not held:
+        forward = (Config(16, c, 4, 4, 2), Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, 32, 8, 1, 1))
+    elif s.FOLD and inner <= 16:
+        forward = (Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2))
+    elif s.FOLD and inner <= 64:
+        forward = (Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2))
+    else:
+        forward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))
+    backward: tuple[Config, ...] = ()
+    if held and s.FOLD and inner <= 64 and max(s.N1 * s.K1, s.N2 * s.K2) * itemsize <= HELD_BYTES:
+        backward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))
+    tokens = (Config(16, wide, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 16, 1, 1), Config(16, 16, 16, 1, 1))
+    columns = (Config(128, wide, 4, 2, 8), Config(64, c, 4, 2, 8), Config(64, 32, 4, 1, 8), Config(32, 32, 4, 1, 8))
+    return Configurations(held, forward, backward, tokens, columns)

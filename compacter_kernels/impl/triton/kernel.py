@@ -10,15 +10,15 @@ from torch import Tensor
 from compacter_kernels.impl import Gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
-from compacter_kernels.impl.triton.config import Config, TwoPhase, backward_config, forward_config
+from compacter_kernels.impl.triton.config import Config, architecture_of, configurations
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
-from compacter_kernels.impl.triton.launch import Launch
+from compacter_kernels.impl.triton.launch import Launch, first_that_fits
 from compacter_kernels.impl.triton.reduce import reduce_rows
-from compacter_kernels.impl.triton.sizes import arguments, operand, sizes
+from compacter_kernels.impl.triton.sizes import precision, sizes
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
-REDUCE = {"BLOCK": 16, "BR": 512}
+REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
 
 
 def _dense(weights: PHMWeights) -> list[Tensor | None]:
@@ -29,94 +29,103 @@ class _Kernel:
     """What both operations share: sizes, configurations, launches."""
 
     def __init__(self, problem: Problem) -> None:
-        lp, split = operand(problem.dtype)
         self.sizes = s = sizes(problem)
         self.device = problem.device.index or 0
-        self.multiprocessors = 4
+        self.multiprocessors, architecture = 4, "interpreter"
         if problem.device.type == "cuda":
-            self.multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
-        itemsize = problem.dtype.itemsize
-        self.forward_config, self.backward_config = forward_config(s, itemsize), backward_config(s, itemsize)
-        precision = "tf32x3" if problem.dtype == torch.float32 else "tf32"
-        self.precision = {"LP": lp, "SPLIT": split, "PRECISION": precision, "MIDDLE_PRECISION": "tf32x3"}
-        self.launches: dict[Any, Launch] = {}
+            properties = torch.cuda.get_device_properties(problem.device)
+            self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
+        self.configs = configurations(s, problem.dtype.itemsize, architecture)
+        self.precision = precision(s, problem.dtype)
+        self.launches: dict[Any, tuple[Launch, Config]] = {}
         self.square = (s.N1, s.K1) == (s.N2, s.K2)
 
     def _programs(self, config: Config, tokens: int) -> int:
         return max(1, min(-(-tokens // config.tokens), config.programs * self.multiprocessors))
 
-    def _launch(self, kernel: Any, config: Config, **options: Any) -> Launch:
+    def _launch(
+        self, kernel: Any, configs: tuple[Config, ...], tensors: tuple[Tensor | None, ...], **options: Any
+    ) -> tuple[Launch, Config]:
+        """The kernel with the first configuration that fits the device, compiled; found once."""
         key = (kernel, *options.values())
-        launch = self.launches.get(key)
-        if launch is None:
-            tiles = {"BT": config.tokens, "BK1": config.columns, "BK2": config.columns, "STAGES": config.stages}
-            constants = {**arguments(self.sizes, tuple(kernel.arg_names)), **self.precision, **tiles, **options}
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            launch = self.launches[key] = Launch(kernel, constants, config.warps)
-        return launch
+        found = self.launches.get(key)
+        if found is None:
+            found = self.launches[key] = first_that_fits(
+                kernel, self.sizes, configs, {**self.precision, **options}, self.device, tensors
+            )
+        return found
 
-    def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: tuple[Tensor | None, ...], scale: float) -> None:
-        config, s = self.forward_config, self.sizes
-        tokens = x.numel() // (s.N1 * s.K1)
+    def _forward(
+        self, x: Tensor, residual: Tensor | None, out: Tensor, params: tuple[Tensor | None, ...], scale: float
+    ) -> None:
+        tokens = x.numel() // (self.sizes.N1 * self.sizes.K1)
         if tokens:
-            if config.keep:
-                launch = self._launch(forward, config, SAME=residual is x and self.square)
+            tensors = (x, residual, out, *params)
+            if self.configs.held:
+                same = residual is x and self.square
+                launch, config = self._launch(forward, self.configs.forward, tensors, SAME=same)
             else:
-                launch = self._launch(forward_streamed, config)
-            launch(self._programs(config, tokens), self.device, (x, residual, out, *params), scale, tokens)
+                launch, config = self._launch(forward_streamed, self.configs.forward, tensors)
+            launch(self._programs(config, tokens), self.device, tensors, scale, tokens)
 
     def _backward(
         self, x: Tensor, g: Tensor, dx: Tensor | None, params: tuple[Tensor | None, ...], scale: float,
         residual: bool, grads: list[Tensor | None],
     ) -> None:  # fmt: skip
         """params as the kernel takes them; grads in the order of a row of partials."""
-        config, row = self.backward_config, self.sizes.offsets["ROW"]
         tokens = x.numel() // (self.sizes.N1 * self.sizes.K1)
         has_bias = grads[2] is not None
-        if isinstance(config, TwoPhase):
-            part, wide_rows, count = self._two_phase(config, x, g, dx, params, scale, residual, has_bias, tokens)
-        else:
+        if self.configs.backward:
+            part = x.new_empty((self.multiprocessors * self.configs.backward[0].programs, self.sizes.offsets["ROW"]), dtype=torch.float32)
+            tensors = (x, g, dx, part, *params)
+            options = {"SQUARE": self.square, "RESIDUAL": residual, "HAS_BIAS": has_bias}
+            launch, config = self._launch(backward, self.configs.backward, tensors, **options)
             wide_rows = count = self._programs(config, tokens)
-            part = x.new_empty((count, row), dtype=torch.float32)
-            launch = self._launch(backward, config, SQUARE=self.square, RESIDUAL=residual, HAS_BIAS=has_bias)
-            launch(count, self.device, (x, g, dx, part, *params), scale, tokens)
+            launch(count, self.device, tensors, scale, tokens)
+        else:
+            part, wide_rows, count = self._two_phase(x, g, dx, params, scale, residual, has_bias, tokens)
         if any(grad is not None for grad in grads):
-            self._reduce(part, grads, wide_rows, count, row)
+            self._reduce(part, grads, wide_rows, count)
 
     def _two_phase(
-        self, config: TwoPhase, x: Tensor, g: Tensor, dx: Tensor | None, params: tuple[Tensor | None, ...],
+        self, x: Tensor, g: Tensor, dx: Tensor | None, params: tuple[Tensor | None, ...],
         scale: float, residual: bool, has_bias: bool, tokens: int,
     ) -> tuple[Tensor, int, int]:  # fmt: skip
         """The partials, and how many rows of them the wide gradients and the others have."""
-        s = self.sizes
-        count = self._programs(config.tokens, tokens)
-        blocks, limit = -(-max(s.K1, s.K2) // config.columns.columns), config.columns.programs * self.multiprocessors
-        wide_rows = max(1, min(-(-tokens * max(s.N1, s.N2) // config.columns.tokens), limit // blocks))
-        part = x.new_empty((max(count, wide_rows), s.offsets["ROW"]), dtype=torch.float32)
+        s, configs = self.sizes, self.configs
+        most = self.multiprocessors * max(configs.tokens[0].programs, configs.columns[0].programs)
+        part = x.new_empty((most, s.offsets["ROW"]), dtype=torch.float32)
         dz = x.new_empty((tokens * s.N1, s.N1 * s.R1), dtype=torch.float32)
         v2 = x.new_empty((tokens * s.N2, s.N2 * s.R2), dtype=torch.float32)
-        self._launch(two_phase.tokens, config.tokens)(count, self.device, (x, g, dz, v2, part, *params), scale, tokens)
-        sides = [(True, True)] if self.square else [(True, False), (False, True)]
-        for in_side, out_side in sides:
+        tensors = (x, g, dz, v2, part, *params)
+        launch, config = self._launch(two_phase.tokens, configs.tokens, tensors)
+        count = self._programs(config, tokens)
+        launch(count, self.device, tensors, scale, tokens)
+        tensors = (x, g, dx, dz, v2, part, params[1])
+        wide_rows = 0
+        for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
             k, n = (s.K1, s.N1) if in_side else (s.K2, s.N2)
-            launch = self._launch(
-                two_phase.columns, config.columns, RESIDUAL=residual, HAS_BIAS=has_bias, IN_SIDE=in_side,
-                OUT_SIDE=out_side, BR=config.columns.tokens, BK=config.columns.columns,
-            )  # fmt: skip
-            grid = (-(-k // config.columns.columns), wide_rows)
-            launch(grid, self.device, (x, g, dx, dz, v2, part, params[1]), scale, tokens * n)
+            options = {"RESIDUAL": residual, "HAS_BIAS": has_bias, "IN_SIDE": in_side, "OUT_SIDE": out_side}
+            launch, config = self._launch(two_phase.columns, configs.columns, tensors, **options)
+            blocks = -(-max(s.K1, s.K2) // config.columns)
+            if not wide_rows:
+                tiles = -(-tokens * max(s.N1, s.N2) // config.tokens)
+                wide_rows = max(1, min(tiles, config.programs * self.multiprocessors // blocks))
+            launch((-(-k // config.columns), wide_rows), self.device, tensors, scale, tokens * n)
         return part, wide_rows, count
 
-    def _reduce(self, part: Tensor, grads: list[Tensor | None], wide_rows: int, rows: int, row: int) -> None:
+    def _reduce(self, part: Tensor, grads: list[Tensor | None], wide_rows: int, rows: int) -> None:
         elements = tuple(e for e, _ in self.sizes.gradients)
-        copies = tuple(c for _, c in self.sizes.gradients)
+        tensors = (part, *grads)
         key = ("reduce", *[g is None for g in grads])
-        launch = self.launches.get(key)
-        if launch is None:
-            constants = {"SIZES": elements, "COPIES": copies, "ROW": row, **REDUCE}
-            launch = self.launches[key] = Launch(reduce_rows, constants, 8)
+        found = self.launches.get(key)
+        if found is None:
+            constants = {
+                "SIZES": elements, "COPIES": tuple(c for _, c in self.sizes.gradients), "ROW": part.shape[1], **REDUCE
+            }  # fmt: skip
+            found = self.launches[key] = Launch(reduce_rows, constants, REDUCE_WARPS), self.configs.forward[0]
         blocks = sum(-(-e // REDUCE["BLOCK"]) for e, g in zip(elements, grads, strict=True) if g is not None)
-        launch(blocks, self.device, (part, *grads), wide_rows, rows)
+        found[0](blocks, self.device, tensors, wide_rows, rows)
 
 
 def _gradients(tensors: list[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from compacter_kernels.impl.triton.config import Config
+from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 
 _LP = {"bfloat16": tl.bfloat16, "float32": tl.float32}
@@ -24,7 +26,15 @@ class Launch:
         self.tail = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
         self.compiled: dict[Any, Any] = {}
 
-    def __call__(self, programs: int | tuple[int, int], device: int, tensors: tuple[Tensor | None, ...], *scalars: float) -> None:
+    def compile(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """The compiled kernel for tensors of these dtypes and alignments; its scalars are a float and integers."""
+        names = self.kernel.arg_names[len(tensors) :]
+        scalars = [1.0 if name == "scale" else 2 for name in names if name not in self.constants]
+        return self.kernel.warmup(*tensors, *scalars, **self.constants, num_warps=self.warps, grid=(1,))
+
+    def __call__(
+        self, programs: int | tuple[int, int], device: int, tensors: tuple[Tensor | None, ...], *scalars: float
+    ) -> None:
         """Launch on the current stream of the device, which must be the current device."""
         grid = programs if isinstance(programs, tuple) else (programs, 1)
         if INTERPRETED.value:
@@ -34,12 +44,46 @@ class Launch:
         key = tuple([a is None or a % 16 == 0 for a in addresses])
         compiled = self.compiled.get((device, key))
         if compiled is None:
-            compiled = self.kernel.warmup(
-                *tensors, *scalars, **self.constants, num_warps=self.warps, grid=grid
-            )
-            compiled.function  # noqa: B018
-            self.compiled[device, key] = compiled
+            compiled = self.compiled[device, key] = self.compile(tensors)
+            compiled._init_handles()
         compiled.run(
             *grid, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata, None,
             knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *addresses, *scalars, *self.tail,
         )  # fmt: skip
+
+
+def constants_of(kernel: Any, s: Sizes, config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """The compile-time arguments of a kernel: sizes, tiles and options, as far as it takes them."""
+    tiles = {
+        "BT": config.tokens,
+        "BR": config.tokens,
+        "BK": config.columns,
+        "BK1": config.columns,
+        "BK2": config.columns,
+        "STAGES": config.stages,
+    }
+    values = {**s._asdict(), **s.offsets, **tiles, **options}
+    return {name: value for name, value in values.items() if name in kernel.arg_names}
+
+
+def first_that_fits(
+    kernel: Any,
+    s: Sizes,
+    configs: tuple[Config, ...],
+    options: dict[str, Any],
+    device: int,
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Launch, Config]:
+    """The first configuration whose shared memory the device has.
+
+    Raises:
+        RuntimeError: none has.
+    """
+    for config in configs:
+        launch = Launch(kernel, constants_of(kernel, s, config, options), config.warps)
+        if INTERPRETED.value:
+            return launch, config
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if launch.compile(tensors).metadata.shared <= limit:
+            return launch, config
+    raise RuntimeError(f"no configuration of {kernel.__name__} fits the {limit} bytes of shared memory of this device")

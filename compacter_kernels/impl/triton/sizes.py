@@ -86,7 +86,8 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     ni1 = power_of_two(max(n1 * first.rank, n1), max(columns, 16 // np1))
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     if fold is None:
-        fold = n1 <= 8 or n1 != n2
+        held = np1 * max(ni1, 16) * np1 * power_of_two(d1)
+        fold = n1 <= 8 or n1 != n2 or (operand(problem.dtype)[1] and held <= FOLD_LIMIT)
     e1, e2 = d1, d2
     if fold and n1 == n2:
         e1 = e2 = power_of_two(d1, 16 // np1)
@@ -122,6 +123,14 @@ def operand(dtype: torch.dtype) -> tuple[str, bool]:
     return {torch.bfloat16: ("bfloat16", True)}.get(dtype, ("float32", False))
 
 
-def arguments(s: Sizes, names: tuple[str, ...]) -> dict[str, Any]:
-    """The compile-time arguments of these names."""
-    return {name: value for name, value in {**s._asdict(), **s.offsets}.items() if name in names}
+def precision(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments that say how the products beside x of this dtype are rounded.
+
+    Between the projections a bfloat16 x is served with tf32 products, and from n = 8 on, where they would cost more than
+    they are worth beside the rounding of x itself, with bfloat16 ones.
+    """
+    lp, split = operand(dtype)
+    if dtype == torch.float32:
+        return {"LP": lp, "SPLIT": split, "PRECISION": "tf32x3", "MIDDLE_PRECISION": "tf32x3"}
+    coarse = dtype == torch.bfloat16 and s.N1 >= 8
+    return {"LP": lp, "SPLIT": split, "PRECISION": "tf32", "MIDDLE_PRECISION": "bf16" if coarse else "tf32"}
