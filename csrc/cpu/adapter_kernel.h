@@ -45,14 +45,16 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        contract_x(x + token * down.in, tokens, scratch.z, streaming ? nullptr : out + token * down.in);
+        // In cache the room for the output takes as long to come as x.
+        T* out_rows = out + token * up.out;
+        const T* x_next = rows_after(x, token, end, down.in);
+        contract_x(x + token * down.in, tokens, scratch.z, streaming ? x_next : out_rows);
         mix(down, scratch.z, scratch.v);
         preactivation(down, scratch.v, scratch.h);
         activate(job.activation, scratch.h, down.out);
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
-        expand(scratch.v2, residual ? residual + token * up.out : nullptr, out + token * up.out, tokens,
-               rows_after(x, token, end, down.in));
+        expand(scratch.v2, residual ? residual + token * up.out : nullptr, out_rows, tokens, streaming ? nullptr : x_next);
     }
     if (streaming) stream_fence();
 }
@@ -77,14 +79,14 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const T *x_rows = x + token * k, *g_rows = g + token * k;
-        contract_x(x_rows, tokens, rule.z());
+        contract_x(x_rows, tokens, rule.z(), rows_after(x, token, end, k));
         mix(down, rule.z(), scratch.v);
         preactivation(down, scratch.v, scratch.h);
         activate_with_slope(job.activation, scratch.h, scratch.slope, down.out);
         contract_bottleneck(up, scratch.h, rule2.z());
         mix(up, rule2.z(), scratch.v2);
 
-        contract_g(g_rows, tokens, rule2.dv());
+        contract_g(g_rows, tokens, rule2.dv(), rows_after(g, token, end, k));
         float* dz2 = scratch.z2;
         mix_transposed(up, rule2.dv(), dz2);
         rule2.next();
@@ -97,10 +99,10 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         mix_transposed(down, rule.dv(), dz);
         rule.next();
 
-        if (down_sums.left) down_left(dz, x_rows, tokens, rows_after(x, token, end, k));
+        if (down_sums.left) down_left(dz, x_rows, tokens, nullptr);
         if (up_sums.right) up_right(scratch.v2, g_rows, tokens, nullptr);
         if (grad_x)
-            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, rows_after(g, token, end, k));
+            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, nullptr);
     }
     rule.flush();
     rule2.flush();

@@ -22,16 +22,17 @@ public:
         return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
     }
 
-    // z[p,c][token] of `tokens` <= 16 rows of x, zero for the other lanes
+    // z[p,c][token] of `tokens` <= 16 rows of x, zero for the other lanes. `next`: as many rows that will be read or
+    // written soon, fetched meanwhile, as this is the phase that stores next to nothing; may be null.
     template <class T>
-    void operator()(const T* x, int64_t tokens, float* z, const T* fetched = nullptr) const {
+    void operator()(const T* x, int64_t tokens, float* z, const T* next = nullptr) const {
         if (tokens < lanes)
             for (int64_t j = 0; j < n * m * lanes; ++j) z[j] = 0.f;
         for (int64_t p = 0; p < n; ++p)
             tiles<rows_at_once, 4, 1>(0, tokens, [&](auto size, int64_t token) {
                 constexpr int R = decltype(size)::value;
                 const T* rows = x + token * n * chunk + p * chunk;
-                const T* ahead = fetched ? fetched + (rows - x) : nullptr;
+                const T* ahead = next ? next + (rows - x) : nullptr;
                 float* to = z + p * m * lanes + token;
                 with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, ahead, to); });
             });
@@ -80,7 +81,7 @@ private:
             tiles<2, 1>(0, groups(m, Span), body);
     }
 
-    // R tokens by G groups.
+    // R tokens by G groups. A step prefetches in every other row, the next one in the rows between.
     template <int R, int G, int Span, class T>
     __attribute__((noinline)) void tile(const T* rows, const T* ahead, int64_t first, float* z) const {
         const int64_t stride = n * chunk;

@@ -13,7 +13,7 @@ struct Expansion {
     bool streaming;
 
     // Rows of `tokens` <= 16 tokens; residual may be null. `next`: rows of the
-    // next block, which are fetched meanwhile, as is the room for its output; may be null.
+    // next block, which are fetched meanwhile; may be null.
     void operator()(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
             blocks<4>(v, residual, out, tokens, next);
@@ -26,52 +26,52 @@ struct Expansion {
     }
 
 private:
+    static constexpr int64_t page = 4096;  // bytes; in wider rows each step from token to token would meet a new one
+
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
     void blocks(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
-        constexpr int U = many_registers && M == 4 ? 4 : 2;
         for (int64_t q = 0; q < n; ++q) {
-            const auto tile = [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-                const int64_t at = q * chunk + u;
-                const Tile here{v + q * m * lanes, basis + u, bias ? bias + at : nullptr, residual ? residual + at : nullptr,
-                                out + at, next ? next + at : nullptr, tokens, count};
-                if constexpr (many_registers && M)
-                    basis_held<decltype(vectors)::value, M>(here, cut);
-                else
-                    tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
-                        token_tile<decltype(size)::value, decltype(vectors)::value, M>(here, token, cut);
+            const int64_t at = q * chunk;
+            const Chunk here{v + q * m * lanes, bias ? bias + at : nullptr, residual ? residual + at : nullptr,
+                             out + at, next ? next + at : nullptr};
+            if constexpr (many_registers && M)
+                if (n * chunk * static_cast<int64_t>(sizeof(T)) <= page) {
+                    columns<M == 4 ? 4 : 2, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
+                        basis_held<decltype(vectors)::value, M>(here, u, tokens, cut, count);
                     });
-            };
-            columns<U, 2, 1>(chunk, tile);
+                    continue;
+                }
+            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) { rows<decltype(size)::value, M>(here, token); });
         }
     }
 
-    // Some columns of one chunk.
-    struct Tile {
-        const float *coef, *basis, *bias;
+    // One chunk of a block: pointers to its first number.
+    struct Chunk {
+        const float *coef, *bias;
         const T* residual;
         T* out;
         const T* next;
-        int64_t tokens, count;
     };
 
     // The basis stays in registers while the tokens go by: few loads, and the stores come evenly.
     template <int U, int M, bool Cut>
-    __attribute__((noinline)) void basis_held(const Tile& at, std::bool_constant<Cut>) const {
+    __attribute__((noinline)) void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
+                                              int64_t count) const {
         // Copies, as the compiler must take a store to the output for one to what `this` and `at` point to.
-        const int64_t row = n * chunk, count = at.count;
+        const int64_t row = n * chunk;
         const bool streams = streaming;
         const float* coef = at.coef;
-        const T *residual = at.residual, *next = at.next;
+        const T *residual = at.residual ? at.residual + u : nullptr, *next = at.next ? at.next + u : nullptr;
         const auto get = [count](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
         Vec t[M][U], start[U];
 #pragma GCC unroll 12
         for (int c = 0; c < M; ++c)
 #pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) t[c][k] = get(at.basis + c * chunk + k * W);
+            for (int k = 0; k < U; ++k) t[c][k] = get(basis + c * chunk + u + k * W);
 #pragma GCC unroll 4
-        for (int k = 0; k < U; ++k) start[k] = at.bias ? get(at.bias + k * W) : Vec{};
-        T *out = at.out, *const end = out + at.tokens * row;
+        for (int k = 0; k < U; ++k) start[k] = at.bias ? get(at.bias + u + k * W) : Vec{};
+        T *out = at.out + u, *const end = out + tokens * row;
         for (; out < end; out += row, ++coef) {
             Vec sum[U];
 #pragma GCC unroll 4
@@ -81,7 +81,7 @@ private:
                 for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
                 residual += row;
             }
-            if (!streams) {
+            if (!streams) {  // the line is there when the products are
 #pragma GCC unroll 4
                 for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(out + k * W, 1, 3);
             }
@@ -100,16 +100,25 @@ private:
         }
     }
 
+    // R rows of one chunk.
+    template <int R, int M>
+    __attribute__((noinline)) void rows(const Chunk& at, int64_t token) const {
+        constexpr int widest = many_registers ? 4 : 2;
+        columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+            token_tile<R, decltype(vectors)::value, M>(at, token, u, cut, count);
+        });
+    }
+
     // R tokens by U vectors; the basis comes from the first cache.
     template <int R, int U, int M, bool Cut>
-    COMPACTER_INLINE void token_tile(const Tile& at, int64_t token, std::bool_constant<Cut>) const {
-        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, at.count) : load(p); };
-        const int64_t row = n * chunk;
-        T* out = at.out + token * row;
+    COMPACTER_INLINE void token_tile(const Chunk& at, int64_t token, int64_t u, std::bool_constant<Cut>, int64_t count) const {
+        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
+        const int64_t row = n * chunk, offset = token * row + u;
+        T* out = at.out + offset;
         Vec sum[R][U];
 #pragma GCC unroll 4
         for (int k = 0; k < U; ++k) {
-            const Vec start = at.bias ? get(at.bias + k * W) : Vec{};
+            const Vec start = at.bias ? get(at.bias + u + k * W) : Vec{};
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
@@ -117,18 +126,16 @@ private:
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[r][k] += get(at.residual + (token + r) * row + k * W);
+                for (int k = 0; k < U; ++k) sum[r][k] += get(at.residual + offset + r * row + k * W);
         }
         if (at.next) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) {
-                    __builtin_prefetch(at.next + (token + r) * row + k * W, 0, 2);
-                }
+                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(at.next + offset + r * row + k * W, 0, 2);
         }
         const int64_t terms = M ? M : m;
-        const float* t = at.basis;
+        const float* t = basis + u;
 #pragma GCC unroll 12
         for (int64_t c = 0; c < terms; ++c, t += chunk) {
             Vec value[U];
@@ -142,7 +149,7 @@ private:
             }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) put<U, Cut>(out + r * row, sum[r], at.count, streaming);
+        for (int r = 0; r < R; ++r) put<U, Cut>(out + r * row, sum[r], count, streaming);
     }
 
     template <int U, bool Cut>

@@ -6,7 +6,7 @@
 namespace compacter::COMPACTER_ISA {
 
 COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__)  // of a NaN and a number these take the second operand
     return (Vec)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
 #else
     x = x < splat(low) ? splat(low) : x;
@@ -31,10 +31,11 @@ COMPACTER_INLINE Vec exp(Vec x) {
     p = p * (r * r) + r + 1.f;
 #if defined(__AVX512F__)
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#endif
+#else
     // 2^n in two factors, so that subnormal and infinite results come out right.
     const IntVec exponent = (IntVec)shifted - (IntVec)magic, half = exponent >> 1;
     return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+#endif
 }
 
 // erfc(z) for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2) (Chebyshev fit, relative error 1.2e-7; Numerical Recipes 6.2.2).
