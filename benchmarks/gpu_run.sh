@@ -54,7 +54,7 @@ describe() {
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 gpu_tests() {
-    local options=(-m pytest -ra --tb=short --durations=10 -p no:cacheprovider) parallel=() first second
+    local options=(-m pytest -ra --tb=short --durations=10 -p no:cacheprovider -p no:benchmark) parallel=() first second
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "torch finds no CUDA device: every test would be skipped"
         return 1

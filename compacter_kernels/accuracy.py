@@ -1,7 +1,8 @@
 """How far an impl is from the function's definition: `dense` evaluated in float64, for the output and every gradient.
 
 The contract, the same on every machine and for every shape: no tensor is further off than twice what `dense` is in the
-same dtypes, or than `floor`, whichever is larger.
+same dtypes, or than `floor`, whichever is larger. Where an impl multiplies operands of x's own dtype (`coarse`), the
+floor is that of x's dtype for the gradients of wider parameters too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.activations import resolve
+from compacter_kernels.dispatch import IMPLS
 from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.nn.initialisation import reset_factors, reset_rule
 from compacter_kernels.weights import PHMWeights
@@ -188,6 +190,11 @@ def floor(dtype: torch.dtype, working: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, 32 * torch.finfo(working).eps)
 
 
+def coarse(impl: str) -> bool:
+    """Whether this impl rounds the operands of its products to the dtype of x; False for a name that is no impl."""
+    return getattr(IMPLS.get(impl), "OPERANDS_LIKE_X", False)
+
+
 class Deviation(NamedTuple):
     """The error of one tensor, and what the contract allows."""
 
@@ -213,11 +220,13 @@ class Oracle:
         dense = evaluate(case, call("dense"), gradients)
         working = torch.float64 if case.x.dtype == torch.float64 else torch.float32
         self.limits = {name: max(2 * error(t, self.exact[name]), floor(t.dtype, working)) for name, t in dense.items()}
+        self.floor = floor(case.x.dtype, working)
 
-    def check(self, function: Function, gradients: bool = True) -> list[Deviation]:
-        """How far `function` is off in each tensor; of the output alone without gradients."""
-        return self.compare(evaluate(self.case, function, gradients and self.gradients))
+    def check(self, function: Function, gradients: bool = True, impl: str = "") -> list[Deviation]:
+        """How far `function`, which goes through `impl`, is off in each tensor; in the output alone without gradients."""
+        return self.compare(evaluate(self.case, function, gradients and self.gradients), impl)
 
-    def compare(self, got: Mapping[str, Tensor]) -> list[Deviation]:
-        """How far these results, named as by `evaluate`, are off."""
-        return [Deviation(name, error(t, self.exact[name]), self.limits[name]) for name, t in got.items()]
+    def compare(self, got: Mapping[str, Tensor], impl: str = "") -> list[Deviation]:
+        """How far these results of `impl`, named as by `evaluate`, are off."""
+        least = self.floor if coarse(impl) else 0.0
+        return [Deviation(name, error(t, self.exact[name]), max(self.limits[name], least)) for name, t in got.items()]

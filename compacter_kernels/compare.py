@@ -63,7 +63,7 @@ def _compare(
     for impl in impls or IMPLS:
         reason = _refusal(impl, case)
         if reason is None:
-            found[impl] = oracle.check(call(impl))
+            found[impl] = oracle.check(call(impl), impl=impl)
         elif impls:
             raise ValueError(reason)
         else:

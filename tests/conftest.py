@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +22,24 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _nearest_bfloat16(convert: Any) -> Any:
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to the nearest."""
+
+    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if str(source) == "fp32" and str(target) == "bf16":
+            found = torch.from_numpy(np.ascontiguousarray(data)).view(torch.float32).to(torch.bfloat16)
+            return found.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+        return convert(data, source, target, rounding)
+
+    return convert_float
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    interpreter._convert_float = _nearest_bfloat16(interpreter._convert_float)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ MIXED = [
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", SIZES + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
 def test_adapter(case: Case, impl: str) -> None:
-    reference(case).check(run(case, case.tensors(), impl))
+    reference(case).check(run(case, case.tensors(), impl), impl)
 
 
 LINEAR = [
@@ -71,7 +71,7 @@ LINEAR_OPTIONS = [
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", LINEAR + LINEAR_OPTIONS, ids=str)
 def test_linear(case: Case, impl: str) -> None:
-    reference(case).check(run(case, case.tensors(), impl))
+    reference(case).check(run(case, case.tensors(), impl), impl)
 
 
 @pytest.mark.parametrize("case", [Case("linear", rank=None, bottleneck=20), Case(rank=None, residual="other")], ids=str)

@@ -63,4 +63,4 @@ def check(case: Case, impl: str, must_serve: bool = False) -> None:
         with pytest.raises(RuntimeError, match=re.escape(reason)):
             case.call(tensors, impl)
         pytest.skip(f"{impl}: {reason}")
-    oracle(case, tensors, grad).check(run(case, tensors, impl, grad))
+    oracle(case, tensors, grad).check(run(case, tensors, impl, grad), impl)

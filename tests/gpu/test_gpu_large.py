@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from on_device import DEVICE, SERVING, inputs
-from oracle import BF16, Case, assert_same_bits, copies, run
+from oracle import BF16, FP32, Case, assert_same_bits, copies, run
 
-from compacter_kernels.accuracy import error
+from compacter_kernels.accuracy import error, floor
 
 TOKENS, WIDTH = 2_900_000, 768  # 2.2e9 elements, beyond 2^31
 NEED = 26 * 2**30  # x, its gradient, the output, and the gradient that backward starts from, each 4.5 GB
@@ -54,7 +54,7 @@ def test_more_than_2_to_the_31_elements(impl: str) -> None:
         found = run(case, {**tensors, "x": chunk}, impl, grad[start : start + step])
         for name in names:
             sums[name] += found[name]
-    assert {name: off for name in names if not (off := error(whole[name], sums[name])) < 1e-4} == {}
+    assert {name: off for name in names if not (off := error(whole[name], sums[name])) < floor(BF16, FP32)} == {}
 
 
 def _limit_memory(spare: int) -> None:

@@ -24,7 +24,7 @@ def judge(provider: Provider, oracle: Oracle) -> Verdict:
     """The provider on the oracle's case."""
     if not provider.checked:
         return Verdict(None, None, None)
-    found = oracle.check(lambda case: provider.bind(case)(), gradients=BOTH in provider.directions)
+    found = oracle.check(lambda case: provider.bind(case)(), gradients=BOTH in provider.directions, impl=provider.name)
     limit = loose_limit(oracle.case.x.dtype) if provider.loose else 0.0
     wrong = [str(deviation) for deviation in found if not (deviation.holds or deviation.error <= limit)]
     worst = max(deviation.error / deviation.limit for deviation in found)

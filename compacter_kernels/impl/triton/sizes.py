@@ -86,8 +86,9 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     ni1 = power_of_two(max(n1 * first.rank, n1), max(columns, 16 // np1))
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     if fold is None:
-        held = np1 * max(ni1, 16) * np1 * power_of_two(d1)
-        fold = n1 <= 8 or n1 != n2 or (operand(problem.dtype)[1] and held <= FOLD_LIMIT)
+        width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
+        small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
+        fold = n1 != n2 or (small and (n1 <= 8 or (adapter and operand(problem.dtype)[1])))
     e1, e2 = d1, d2
     if fold and n1 == n2:
         e1 = e2 = power_of_two(d1, 16 // np1)
