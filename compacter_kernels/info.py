@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import machine
-from compacter_kernels.accuracy import Oracle, Shape, call, random_case
+from compacter_kernels.accuracy import Case, Oracle, Shape, call, random_case
 
 TYPICAL = Shape(768, 24, 4)
 TYPICAL_TOKENS = 2048
@@ -31,34 +32,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def _devices() -> list[str]:
+    """Where the self-test runs: the CPU, and the current CUDA device where there is one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def self_test() -> list[dict[str, Any]]:
-    """The adapter and the linear, forward and backward, through each impl of this process, against the oracle."""
+    """The adapter and the linear, forward and backward, through each impl of each device, against the oracle."""
     rows = []
-    available = [name for name, reason in ck.available_impls().items() if reason is None]
-    for dtype in SELF_TEST_DTYPES:
-        for operation in ("adapter", "linear"):
-            oracle = Oracle(random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype))
-            for impl in available:
-                row: dict[str, Any] = {"impl": impl, "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
-                try:
-                    worst = max(oracle.check(call(impl), impl=impl), key=lambda deviation: deviation.error / deviation.limit)
-                    row |= {"holds": worst.holds, "worst": str(worst)}
-                except RuntimeError as error:
-                    row |= {"holds": False, "worst": str(error)}
-                rows.append(row)
+    for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
+        case = random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).map(lambda t: t.to(device))
+        oracle = Oracle(case)
+        for impl in serving(case):
+            row: dict[str, Any] = {"impl": impl, "device": device, "operation": operation}
+            row["dtype"] = str(dtype).removeprefix("torch.")
+            try:
+                worst = max(
+                    oracle.check(call(impl), impl=impl), key=lambda deviation: deviation.error / deviation.limit
+                )
+                row |= {"holds": worst.holds, "worst": str(worst)}
+            except RuntimeError as error:
+                row |= {"holds": False, "worst": str(error)}
+            rows.append(row)
     return rows
+
+
+def serving(case: Case) -> list[str]:
+    """The impls that can run in this process and serve this case."""
+    others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
+    return [name for name in ck.available_impls() if name not in others or others[name].startswith("can serve")]
 
 
 def collect() -> dict[str, Any]:
     """All that `info` says, as JSON takes it."""
-    x = torch.empty(TYPICAL_TOKENS, TYPICAL.k)
-    case = random_case(TYPICAL, 1)
+    device = _devices()[-1]
+    x = torch.empty(TYPICAL_TOKENS, TYPICAL.k, device=device)
+    case = random_case(TYPICAL, 1).map(lambda t: t.to(device))
     choice = ck.explain(x, case.down, case.up, residual=x)
     return {
         **machine.describe(),
         "impls": ck.available_impls(),
         "typical_call": {
-            "call": f"compacter_adapter {TYPICAL}, T={TYPICAL_TOKENS}, float32",
+            "call": f"compacter_adapter {TYPICAL}, T={TYPICAL_TOKENS}, float32, {device}",
             "impl": choice.impl,
             "reason": choice.reason,
             "others": choice.others,
@@ -91,7 +106,9 @@ def _text(found: dict[str, Any]) -> str:
     ]
     for row in found["self_test"]:
         verdict = "ok  " if row["holds"] else "FAIL"
-        lines.append(f"  {verdict} {row['impl']:<10} {row['operation']:<8} {row['dtype']:<9} {row['worst']}")
+        lines.append(
+            f"  {verdict} {row['impl']:<10} {row['device']:<5} {row['operation']:<8} {row['dtype']:<9} {row['worst']}"
+        )
     return "\n".join(lines)
 
 
