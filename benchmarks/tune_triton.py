@@ -116,7 +116,9 @@ def reference(case: Case, direction: str) -> list[torch.Tensor]:
     found = evaluate(case.map(lambda t: t.double()), call("dense"), direction == "backward")
     if direction == "forward":
         return [found["out"]]
-    return [found[name] for name in ("x", *(f"{s}.{f}" for s in ("down", "up") for f in ("rule", "left", "right", "bias")))]
+    return [
+        found[name] for name in ("x", *(f"{s}.{f}" for s in ("down", "up") for f in ("rule", "left", "right", "bias")))
+    ]
 
 
 def graph_ms(call: Callable[[int], Any], copies: int, repeats: int = 5) -> float:
@@ -148,7 +150,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=parse_tokens, default=[16384])
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--direction", default="both", choices=("both", "forward", "backward"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each shape and direction, to time what compiled")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each shape and direction, to time what compiled"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     directions = ("forward", "backward") if args.direction == "both" else (args.direction,)
@@ -162,18 +166,42 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1), maxtasksperchild=12) as pool:
         results = pool.map(compile_one, jobs, chunksize=1)
     print(f"{len(jobs)} candidates compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    header = ["shape", "T", "dtype", "direction", "precision", "fold", "config", "error", "note", "us", "copy_us", "of_copy"]
+    header = [
+        "shape",
+        "T",
+        "dtype",
+        "direction",
+        "precision",
+        "fold",
+        "config",
+        "error",
+        "note",
+        "us",
+        "copy_us",
+        "of_copy",
+    ]
     with (args.out / "tune.csv").open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for shape, direction, tokens in itertools.product(args.shapes, directions, args.tokens):
-            rows = time_all(shape, tokens, direction, args, [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[3]) == (shape, direction)])
+            rows = time_all(
+                shape,
+                tokens,
+                direction,
+                args,
+                [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[3]) == (shape, direction)],
+            )
             writer.writerows(rows)
             file.flush()
             timed = sorted((row for row in rows if row[-3] is not None), key=lambda row: -row[-3])
             print(*(" ".join(map(str, row)) for row in timed[-12:]), sep="\n", flush=True)
             bad = [row for row in rows if row[-4]]
-            print(f"{len(bad)} not usable, e.g.", *(f"{row[4:7]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]), sep="\n", flush=True)
+            print(
+                f"{len(bad)} not usable, e.g.",
+                *(f"{row[4:7]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]),
+                sep="\n",
+                flush=True,
+            )
     return 0
 
 
@@ -200,7 +228,22 @@ def time_all(shape: Shape, tokens: int, direction: str, args: argparse.Namespace
         us = None if ms is None else round(ms * 1e3, 2)
         of_copy = None if ms is None else round(copy / ms, 3)
         config = str(candidate.config).replace("Config", "").replace(", ", " ")
-        rows.append([shape, tokens, dtype, direction, candidate.precision, candidate.fold, config, error, note, us, round(copy * 1e3, 2), of_copy])
+        rows.append(
+            [
+                shape,
+                tokens,
+                dtype,
+                direction,
+                candidate.precision,
+                candidate.fold,
+                config,
+                error,
+                note,
+                us,
+                round(copy * 1e3, 2),
+                of_copy,
+            ]
+        )
     return rows
 
 

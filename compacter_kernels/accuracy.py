@@ -223,7 +223,7 @@ class Oracle:
         self.floor = floor(case.x.dtype, working)
 
     def check(self, function: Function, gradients: bool = True, impl: str = "") -> list[Deviation]:
-        """How far `function`, which goes through `impl`, is off in each tensor; in the output alone without gradients."""
+        """How far `function`, which goes through `impl`, is off in each tensor; without gradients, in the output."""
         return self.compare(evaluate(self.case, function, gradients and self.gradients), impl)
 
     def compare(self, got: Mapping[str, Tensor], impl: str = "") -> list[Deviation]:

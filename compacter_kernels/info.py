@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from typing import Any
@@ -41,7 +42,8 @@ def self_test() -> list[dict[str, Any]]:
     """The adapter and the linear, forward and backward, through each impl of each device, against the oracle."""
     rows = []
     for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
-        case = random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).map(lambda t: t.to(device))
+        case = random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype)
+        case = case.map(functools.partial(torch.Tensor.to, device=device))
         oracle = Oracle(case)
         for impl in serving(case):
             row: dict[str, Any] = {"impl": impl, "device": device, "operation": operation}

@@ -36,7 +36,9 @@ def too_large(cell: Cell, itemsize: int) -> str | None:
 
 def gate(provider: Provider, oracle: Oracle) -> str | None:
     """What is wrong with the provider's results, or None; RuntimeError where it cannot run at all."""
-    deviations = oracle.check(lambda case: provider.bind(case)(), gradients=cost.BOTH in provider.directions, impl=provider.name)
+    deviations = oracle.check(
+        lambda case: provider.bind(case)(), gradients=cost.BOTH in provider.directions, impl=provider.name
+    )
     wrong = [str(deviation) for deviation in deviations if not deviation.holds]
     return "; ".join(wrong) or None
 

@@ -11,7 +11,6 @@ import torch
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
-
 OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are 16-bit numbers, or pairs of them
 
 

@@ -55,13 +55,11 @@ def backward(
         u = block(b, BK2)
         t2 = t2 + (wide_split(factor(T2, u[:, None], c2[None, :], K2, I2, R2, False) * scale, LP, SPLIT),)
         d_out = d_out + (tl.zeros((BK2, (4 if NI2 == 4 else 2) * NI2), tl.float32),)
-    mid = middle_weights(
-        A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
-    )
+    mid = middle_weights(A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD)
     sums = zero_sums(ACTIVATION, FOLD, BT, DP, NI1, NP1, NI2, NP2)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
-        p1, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
-        p2, o_g, m_g = rows(tile, T, BT, N2, NP2, K2)
+        _, o_x, m_x = rows(tile, T, BT, N1, NP1, K1)
+        p2, _, _ = rows(tile, T, BT, N2, NP2, K2)
         xs = load_blocks(tile, X, T, N1, NP1, K1, BT, BK1)
         gs = load_blocks(tile, G, T, N2, NP2, K2, BT, BK2)
         z = contract(xs, s1, NI1, NB1, LP, PRECISION)

@@ -24,9 +24,7 @@ def rows(tile, T, BT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.con
 
 
 @triton.jit
-def load_blocks(
-    tile, X, T, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
-):
+def load_blocks(tile, X, T, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """All column blocks of a tile, each [BT * NP, BK], as a tuple."""
     xs = ()
     _, o_x, m_x = rows(tile, T, BT, N, NP, K)
@@ -37,9 +35,7 @@ def load_blocks(
 
 
 @triton.jit
-def contract(
-    xs, weights, NI: tl.constexpr, BLOCKS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr
-):
+def contract(xs, weights, NI: tl.constexpr, BLOCKS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
     """sum_u x[(t, p), u] w[u, c] over the blocks of `load_blocks`: [BT * NP, NI] float32."""
     z = tl.zeros((xs[0].shape[0], weights[0].shape[1]), tl.float32)
     for b in tl.static_range(BLOCKS):

@@ -43,7 +43,7 @@ HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
 
 
 def architecture_of(properties: Any) -> str:
-    """"sm_90", "gfx942": the name of a torch device's architecture."""
+    """The name of a torch device's architecture: "sm_90", "gfx942"."""
     name = getattr(properties, "gcnArchName", "")
     return name.split(":")[0] if name else f"sm_{properties.major}{properties.minor}"
 
@@ -66,5 +66,10 @@ def configurations(s: Sizes, itemsize: int, architecture: str) -> Configurations
     if held and s.FOLD and inner <= 64 and max(s.N1 * s.K1, s.N2 * s.K2) * itemsize <= HELD_BYTES:
         backward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))
     tokens = (Config(16, wide, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 16, 1, 1), Config(16, 16, 16, 1, 1))
-    columns = (Config(128, wide, 4, 2, 8), Config(64, c, 4, 2, 8), Config(64, 32, 4, 1, 8), Config(32, 32, 4, 1, 8))
+    columns = (
+        Config(128, wide, 4, 2, 8) if wide > 64 else Config(64, c, 4, 2, 4),
+        Config(64, c, 4, 2, 8),
+        Config(64, 32, 4, 1, 8),
+        Config(32, 32, 4, 1, 8),
+    )
     return Configurations(held, forward, backward, tokens, columns)

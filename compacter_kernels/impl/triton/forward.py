@@ -1,10 +1,10 @@
 """The forward kernel: x is read once, the output is written once, and between them a token is n^2 r numbers.
 
-    Z[p, i] = sum_u x[p, u] s1_i[u]
-    adapter:  V[q, i] = sum_p A1_i[p, q] Z[p, i],  y[q, v] = sum_i V[q, i] t1_i[v] + b1,  h = act(y),
-              Z2[p, i] = sum_v h[p, v] s2_i[v],    V2[q, i] = sum_p A2_i[p, q] Z2[p, i]
-    linear:   V2[q, i] = sum_p A1_i[p, q] Z[p, i]
-    out[q, u] = residual[q, u] + scale (sum_i V2[q, i] t2_i[u] + b2[q, u])
+Z[p, i] = sum_u x[p, u] s1_i[u]
+adapter:  V[q, i] = sum_p A1_i[p, q] Z[p, i],  y[q, v] = sum_i V[q, i] t1_i[v] + b1,  h = act(y),
+          Z2[p, i] = sum_v h[p, v] s2_i[v],    V2[q, i] = sum_p A2_i[p, q] Z2[p, i]
+linear:   V2[q, i] = sum_p A1_i[p, q] Z[p, i]
+out[q, u] = residual[q, u] + scale (sum_i V2[q, i] t2_i[u] + b2[q, u])
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def forward_weights(
     t2 = ()
     for b in tl.static_range((K2 + BK2 - 1) // BK2):
         t2 = t2 + (t_operand(T2, B2, scale, block(b, BK2), N2, N2 * R2, NI2, K2, LP),)
-    mid = middle_weights(
-        A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
-    )
+    mid = middle_weights(A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD)
     return s1, t2, mid
 
 
@@ -54,9 +52,7 @@ def forward_tile(
     """One tile; xs are its blocks of x, and SAME the residual too."""
     s1, t2, mid = weights
     z = contract(xs, s1, NI1, (K1 + BK1 - 1) // BK1, LP, PRECISION)
-    v2 = middle(
-        z, mid, N1, NI1, NP1, D1, E1, N2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION
-    )
+    v2 = middle(z, mid, N1, NI1, NP1, D1, E1, N2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION)
     p, o_out, m_out = rows(tile, T, BT, N2, NP2, K2)
     v = v_operand(v2, p, N2, LP)
     for b in tl.static_range((K2 + BK2 - 1) // BK2):
@@ -119,9 +115,7 @@ def forward_streamed(
     BT: tl.constexpr, BK1: tl.constexpr, BK2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """For rows too long to be held: column blocks in two loops, whose second read of x comes from the cache."""
-    mid = middle_weights(
-        A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
-    )
+    mid = middle_weights(A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, N1, NP1, K1, R1, NI1, True, LP, SPLIT, PRECISION, BT, BK1, STAGES)
         v2 = middle(z, mid, N1, NI1, NP1, D1, E1, N2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD, BT, MIDDLE_PRECISION)

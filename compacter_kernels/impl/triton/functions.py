@@ -7,10 +7,9 @@ import triton.language as tl
 
 from compacter_kernels.activations import FUSED
 
-IDENTITY, RELU, GELU, GELU_NEW, SILU, TANH, SIGMOID, LEAKYRELU, MISH, RELU2, QUICK_GELU = (
-    tl.constexpr(FUSED[name].code)
-    for name in "identity relu gelu gelu_new silu tanh sigmoid leakyrelu mish relu2 quick_gelu".split()
-)
+_NAMES = ("identity", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leakyrelu", "mish", "relu2", "quick_gelu")
+_CODES = (tl.constexpr(FUSED[name].code) for name in _NAMES)
+IDENTITY, RELU, GELU, GELU_NEW, SILU, TANH, SIGMOID, LEAKYRELU, MISH, RELU2, QUICK_GELU = _CODES
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)

@@ -36,7 +36,7 @@ class _Kernel:
             properties = torch.cuda.get_device_properties(problem.device)
             self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
         self.configs = configurations(s, problem.dtype.itemsize, architecture)
-        self.precision = precision(s, problem.dtype)
+        self.precision = precision(s, problem.dtype, architecture)
         self.launches: dict[Any, tuple[Launch, Config]] = {}
         self.square = (s.N1, s.K1) == (s.N2, s.K2)
 
@@ -76,7 +76,10 @@ class _Kernel:
         tokens = x.numel() // (self.sizes.N1 * self.sizes.K1)
         has_bias = grads[2] is not None
         if self.configs.backward:
-            part = x.new_empty((self.multiprocessors * self.configs.backward[0].programs, self.sizes.offsets["ROW"]), dtype=torch.float32)
+            part = x.new_empty(
+                (self.multiprocessors * self.configs.backward[0].programs, self.sizes.offsets["ROW"]),
+                dtype=torch.float32,
+            )
             tensors = (x, g, dx, part, *params)
             options = {"SQUARE": self.square, "RESIDUAL": residual, "HAS_BIAS": has_bias}
             launch, config = self._launch(backward, self.configs.backward, tensors, **options)
@@ -152,7 +155,9 @@ class Linear(_Kernel):
         dx, d_rule, d_left, d_right, d_bias = results
         rule, left, right, _ = params
         kernel_params = (rule, left, None, None, None, None, right)
-        self._backward(x, grad, dx, kernel_params, 1.0, False, [d_left, d_right, d_bias, d_rule, None, None, None, None])
+        self._backward(
+            x, grad, dx, kernel_params, 1.0, False, [d_left, d_right, d_bias, d_rule, None, None, None, None]
+        )
         return tuple(results)
 
 

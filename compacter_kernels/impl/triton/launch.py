@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.impl.triton.sizes import Sizes
@@ -35,10 +35,14 @@ class Launch:
     def __call__(
         self, programs: int | tuple[int, int], device: int, tensors: tuple[Tensor | None, ...], *scalars: float
     ) -> None:
-        """Launch on the current stream of the device, which must be the current device."""
+        """Launch on the current stream of the device."""
         grid = programs if isinstance(programs, tuple) else (programs, 1)
         if INTERPRETED.value:
             self.kernel[grid](*tensors, *scalars, **self.constants)
+            return
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(grid, device, tensors, *scalars)
             return
         addresses = [None if t is None else t.data_ptr() for t in tensors]
         key = tuple([a is None or a % 16 == 0 for a in addresses])
@@ -83,7 +87,9 @@ def first_that_fits(
         launch = Launch(kernel, constants_of(kernel, s, config, options), config.warps)
         if INTERPRETED.value:
             return launch, config
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if launch.compile(tensors).metadata.shared <= limit:
+        with torch.cuda.device(device):
+            shared = launch.compile(tensors).metadata.shared
+            limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+        if shared <= limit:
             return launch, config
     raise RuntimeError(f"no configuration of {kernel.__name__} fits the {limit} bytes of shared memory of this device")

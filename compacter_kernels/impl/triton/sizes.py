@@ -1,4 +1,4 @@
-"""The sizes of one problem as the kernels take them: padded widths, and where each gradient lies in a row of partials."""
+"""The sizes of one problem as the kernels take them, and where each gradient lies in a row of partials."""
 
 from __future__ import annotations
 
@@ -124,14 +124,15 @@ def operand(dtype: torch.dtype) -> tuple[str, bool]:
     return {torch.bfloat16: ("bfloat16", True)}.get(dtype, ("float32", False))
 
 
-def precision(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+def precision(s: Sizes, dtype: torch.dtype, architecture: str) -> dict[str, Any]:
     """The compile-time arguments that say how the products beside x of this dtype are rounded.
 
-    Between the projections a bfloat16 x is served with tf32 products, and from n = 8 on, where they would cost more than
-    they are worth beside the rounding of x itself, with bfloat16 ones.
+    Between the projections a bfloat16 x is served with tf32 products, and from n = 8 on, where those would slow it down
+    and the rounding of x itself weighs as much, with bfloat16 ones.
     """
     lp, split = operand(dtype)
-    if dtype == torch.float32:
-        return {"LP": lp, "SPLIT": split, "PRECISION": "tf32x3", "MIDDLE_PRECISION": "tf32x3"}
-    coarse = dtype == torch.bfloat16 and s.N1 >= 8
-    return {"LP": lp, "SPLIT": split, "PRECISION": "tf32", "MIDDLE_PRECISION": "bf16" if coarse else "tf32"}
+    products = "tf32x3" if dtype == torch.float32 else "tf32"
+    if architecture.startswith("gfx"):
+        products = "ieee"  # AMD's matrix units take float32 as it is
+    middle = "bf16" if dtype == torch.bfloat16 and s.N1 >= 8 else products
+    return {"LP": lp, "SPLIT": split, "PRECISION": products, "MIDDLE_PRECISION": middle}

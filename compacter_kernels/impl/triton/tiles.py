@@ -173,7 +173,7 @@ def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def s_operand(s, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """[BK, NI] -> [m NI, BK], the partner of `dz_operand` in dx = dZ s: rounded, and what rounding took where NI is 4."""
+    """[BK, NI] -> [m NI, BK], the partner of `dz_operand` in dx = dZ s, with what rounding took where NI is 4."""
     high, low = rounded(s, LP)
     if SPLIT and s.shape[1] == 4:
         return tl.trans(interleave(interleave(high, high), interleave(low, low)).to(LP))
@@ -199,9 +199,7 @@ def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
 
 
 @triton.jit
-def t_operand(
-    T, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr
-):
+def t_operand(T, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr):
     """[m NI, BK], the partner of `v_operand` in out = V t + b: rows scale t_c[u], and row c of scale b."""
     c = tl.arange(0, NI)[None, :]
     t = factor(T, u[:, None], c, K, I, 1, False) * scale

@@ -40,9 +40,7 @@ def tokens(
     BT: tl.constexpr, BK1: tl.constexpr, BK2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Phase 1: programs walk over tiles of BT tokens, and sum the gradients of the middle."""
-    mid = middle_weights(
-        A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD
-    )
+    mid = middle_weights(A1, T1, B1, A2, S2, N1, R1, NI1, NP1, D1, E1, N2, R2, NI2, NP2, D2, E2, DP, ACTIVATION, FOLD)
     sums = zero_sums(ACTIVATION, FOLD, BT, DP, NI1, NP1, NI2, NP2)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, N1, NP1, K1, R1, NI1, True, LP, SPLIT, PRECISION, BT, BK1, STAGES)

@@ -1,0 +1,250 @@
+"""What the compiler makes of every configuration in use, on every architecture, without a GPU.
+
+    python benchmarks/aot_report.py [--arch sm_90,gfx942] [--json] [--jobs 2]
+
+Compiles each kernel ahead of time as the product would launch it (impl/triton/config.py) and prints registers, spills,
+shared memory, matrix instructions, and how much of the access to x, g, out and dx is 128 bits wide. Exits 1 on a
+spill, on shared memory beyond the architecture's, on a kernel without matrix instructions, and on narrow accesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import compacter_kernels.impl.triton as package
+from compacter_kernels.accuracy import Shape, random_case
+from compacter_kernels.impl.triton import two_phase
+from compacter_kernels.impl.triton.backward import backward
+from compacter_kernels.impl.triton.config import Config, configurations
+from compacter_kernels.impl.triton.forward import forward, forward_streamed
+from compacter_kernels.impl.triton.launch import constants_of
+from compacter_kernels.impl.triton.sizes import precision, sizes
+from compacter_kernels.problem import adapter_problem
+
+KIB = 1024
+LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
+SHAPES = [
+    Shape(*sizes_)
+    for sizes_ in (
+        (768, 24, 4), (768, 48, 8), (768, 48, 12), (1024, 64, 4), (1024, 64, 8), (1024, 128, 8), (3072, 96, 12),
+        (4096, 64, 4), (4096, 128, 8),
+    )
+]  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
+SCALARS = {"scale": "fp32", "T": "i32", "ROWS": "i32"}
+OPTIONS = {"SAME": True, "SQUARE": True, "RESIDUAL": True, "HAS_BIAS": True, "IN_SIDE": True, "OUT_SIDE": True}
+MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
+ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|(?:global|buffer)_(?:load|store)_)(\S*)[^\n]*")
+
+
+class Job(NamedTuple):
+    """One kernel of one shape, dtype and architecture."""
+
+    kernel: str
+    shape: Shape
+    dtype: str
+    arch: str
+
+
+def target(arch: str) -> GPUTarget:
+    """What Triton compiles for."""
+    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+
+
+def plans(job: Job) -> tuple[Any, Any, tuple[Config, ...], dict[str, Any]]:
+    """The kernel, its sizes, its configurations and options; no configuration where this shape does not use it."""
+    x_dtype = DTYPES[job.dtype]
+    case = random_case(job.shape, 1, dtype=x_dtype)
+    assert case.up is not None
+    s = sizes(adapter_problem(case.x, case.down, case.up, case.activation))
+    found = configurations(s, x_dtype.itemsize, job.arch)
+    kernels = {
+        "forward": (forward if found.held else forward_streamed, found.forward),
+        "backward": (backward, found.backward),
+        "tokens": (two_phase.tokens, () if found.backward else found.tokens),
+        "columns": (two_phase.columns, () if found.backward else found.columns),
+    }
+    kernel, configs = kernels[job.kernel]
+    return kernel, s, configs, {**precision(s, x_dtype, job.arch), **OPTIONS}
+
+
+def compiled(kernel: Any, s: Any, config: Config, options: dict[str, Any], job: Job) -> Any:
+    """The kernel for aligned pointers and float32 parameters."""
+    import triton.language as tl
+
+    names = list(kernel.arg_names)
+    constants = constants_of(kernel, s, config, options)
+    constants["LP"] = getattr(tl, constants["LP"])
+    signature = dict.fromkeys(names, "constexpr")
+    attributes = {}
+    for i, name in enumerate(names):
+        if name in constants and not (name == "RESIDUAL" and kernel.__name__.startswith("forward")):
+            continue
+        constants.pop(name, None)
+        if name in SCALARS:
+            signature[name] = SCALARS[name]
+        else:
+            signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(names.index(name),): v for name, v in constants.items()}, attributes)
+    return triton.compile(source, target=target(job.arch), options={"num_warps": config.warps})
+
+
+def wide_lines() -> set[tuple[str, int]]:
+    """(file name, line) of every access to the wide side in the kernels' source."""
+    access = re.compile(rf"tl\.(load|store)\(({'|'.join(WIDE)}) \+")
+    found = set()
+    for path in Path(package.__file__).parent.glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found |= {(path.name, number) for number, line in enumerate(lines, 1) if access.search(line)}
+    return found
+
+
+def wide_access_share(assembly: str, lines: set[tuple[str, int]]) -> float | None:
+    """The share of 128-bit instructions among those that come from these lines, by the assembly's line directives."""
+    files, here, wide, all_ = {}, None, 0, 0
+    for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', assembly, re.M):
+        files[number] = Path(name).name
+    for line in assembly.splitlines():
+        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            here = files.get(location[1]), int(location[2])
+        elif here in lines and (access := ACCESS.search(line)):
+            all_ += 1
+            wide += bool(re.search(r"v4\.[bfu]32|v2\.[bfu]64|v8\.[bf]16|dwordx4|b128|, 0x10\b|, 16\b", access[0]))
+    return round(wide / all_, 3) if all_ else None
+
+
+def resources(found: Any, arch: str) -> tuple[int, int]:
+    """Registers of a thread and spilled bytes of a thread."""
+    if not arch.startswith("sm_"):
+        text = found.asm["amdgcn"]
+        number = {
+            key: int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        return number["vgpr_count"], 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[0]
+    return int(registers), int(stack)
+
+
+def row(job: Job) -> dict[str, Any] | None:
+    """What the compiler made of the configuration in use: the first whose shared memory the architecture has."""
+    kernel, s, configs, options = plans(job)
+    limit, found, error = LIMITS[job.arch], None, ""
+    for config in configs:
+        try:
+            found = compiled(kernel, s, config, options, job)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {str(problem)[:200]}"
+            continue
+        if found.metadata.shared <= limit:
+            break
+    if not configs:
+        return None
+    k, d, n = job.shape
+    head = {
+        "kernel": job.kernel,
+        "k": k,
+        "d": d,
+        "n": n,
+        "r": 1,
+        "dtype": job.dtype,
+        "arch": job.arch,
+        "triton": triton.__version__,
+    }
+    if found is None:
+        return {**head, "error": error}
+    registers, spilled = resources(found, job.arch)
+    assembly = found.asm["ptx"] if job.arch.startswith("sm_") else found.asm["amdgcn"]
+    return {
+        **head,
+        "config": list(config),
+        "registers": registers,
+        "spill_bytes": spilled,
+        "shared_bytes": found.metadata.shared,
+        "shared_limit": limit,
+        "mma": len(MATRIX.findall(assembly)),
+        "wide_access_share": wide_access_share(assembly, wide_lines()),
+    }
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What is wrong with a row."""
+    if "error" in found:
+        return [found["error"]]
+    return [
+        text
+        for wrong, text in (
+            (found["spill_bytes"] > 0, f"{found['spill_bytes']} bytes spilled"),
+            (found["shared_bytes"] > found["shared_limit"], "too much shared memory"),
+            (found["mma"] == 0, "no matrix instructions"),
+            (found["wide_access_share"] != 1.0, f"only {found['wide_access_share']} of the accesses are 128 bits wide"),
+        )
+        if wrong
+    ]
+
+
+def main() -> int:
+    """Compile all, print the table; 0 when nothing is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)}; default all")
+    parser.add_argument("--shapes", default="", help="k/d/n,... of the table's; default all")
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    args = parser.parse_args()
+    archs = args.arch.split(",")
+    if unknown := [arch for arch in archs if arch not in LIMITS]:
+        parser.error(f"--arch {unknown[0]} is not known; choose of {', '.join(LIMITS)}")
+    shapes = [shape for shape in SHAPES if not args.shapes or str(shape) in args.shapes.split(",")]
+    jobs = [
+        Job(kernel, shape, dtype, arch)
+        for arch in archs
+        for shape in shapes
+        for dtype in DTYPES
+        for kernel in ("forward", "backward", "tokens", "columns")
+    ]
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = [found for found in pool.map(row, jobs) if found is not None]
+    wrong = sum(bool(faults(found)) for found in rows)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for found in rows:
+            shape = f"{found['k']}/{found['d']}/{found['n']}"
+            cells = "" if "error" in found else (
+                f"{found['registers']:>4} reg {found['spill_bytes']:>5} spilled {found['shared_bytes']:>7} of "
+                f"{found['shared_limit']:>6} shared {found['mma']:>4} mma, "
+                f"wide {found['wide_access_share']} {found['config']}"
+            )  # fmt: skip
+            print(
+                f"{found['arch']:<7} {found['kernel']:<9} {shape:<11} {found['dtype']} {cells}",
+                *faults(found),
+                sep="  ",
+            )
+        print(f"{len(rows)} kernels, {wrong} with a fault, Triton {triton.__version__}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
