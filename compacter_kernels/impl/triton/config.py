@@ -1,8 +1,7 @@
 """Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time.
 
 For each class the configurations stand in the order of their speed (measured on sm_90 by benchmarks/tune_triton.py);
-the first whose shared memory the device has is taken. `EXACT` overrides it where compiling ahead of time
-(benchmarks/aot_report.py) found that an architecture needs another one.
+the first whose shared memory the device has is taken. benchmarks/aot_report.py shows what the compiler makes of each.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class Configurations(NamedTuple):
 
 HELD_COLUMNS = 256  # of a chunk of x; a longer one is streamed
 HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
+HELD_SUMS = 4096  # of the gradient of a folded matrix, likewise
 
 
 def architecture_of(properties: Any) -> str:
@@ -53,23 +53,29 @@ def configurations(s: Sizes, itemsize: int, architecture: str) -> Configurations
     c = min(64, power_of_two(max(s.K1, s.K2), 16))
     wide = min(128, power_of_two(max(s.K1, s.K2), 16))
     inner = s.NP1 * s.NI1
-    held = max(s.K1, s.K2) <= HELD_COLUMNS
+    narrow = itemsize == 2
+    held = narrow and s.FOLD and max(s.K1, s.K2) <= HELD_COLUMNS
+    forward: tuple[Config, ...]
     if not held:
-        forward = (Config(16, c, 4, 4, 2), Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, 32, 8, 1, 1))
-    elif s.FOLD and inner <= 16:
+        forward = (Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, min(32, c), 8, 1, 2))
+        if narrow and s.FOLD and inner <= 64:
+            forward = (Config(16, c, 4, 4, 2), *forward)
+    elif inner <= 16 and s.DP <= 32:
         forward = (Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2))
-    elif s.FOLD and inner <= 64:
+    elif inner <= 64:
         forward = (Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2))
     else:
         forward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))
     backward: tuple[Config, ...] = ()
-    if held and s.FOLD and inner <= 64 and max(s.N1 * s.K1, s.N2 * s.K2) * itemsize <= HELD_BYTES:
+    row = max(s.N1 * s.K1, s.N2 * s.K2) * itemsize
+    if held and inner <= 64 and inner * s.DP <= HELD_SUMS and row <= HELD_BYTES:
         backward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))
-    tokens = (Config(16, wide, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 16, 1, 1), Config(16, 16, 16, 1, 1))
-    columns = (
-        Config(128, wide, 4, 2, 8) if wide > 64 else Config(64, c, 4, 2, 4),
-        Config(64, c, 4, 2, 8),
-        Config(64, 32, 4, 1, 8),
-        Config(32, 32, 4, 1, 8),
-    )
-    return Configurations(held, forward, backward, tokens, columns)
+    tokens: tuple[Config, ...] = (Config(16, wide, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, min(32, c), 8, 1, 1))
+    columns: tuple[Config, ...] = (Config(128, wide, 4, 2, 8) if wide > 64 else Config(64, c, 4, 2, 4),)
+    if not narrow:
+        tokens = (Config(16, min(32, c), 8, 3, 1), Config(16, min(32, c), 16, 1, 1))
+        columns = (Config(32, c, 4, 2, 8),)
+    elif not s.FOLD:
+        tokens = (Config(16, min(32, c), 16, 1, 1),)
+    small = (Config(64, c, 4, 2, 8), Config(32, min(32, c), 4, 1, 8))
+    return Configurations(held, forward, backward, (*tokens, Config(16, 16, 16, 1, 1)), (*columns, *small))

@@ -15,45 +15,83 @@ from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 
 _LP = {"bfloat16": tl.bfloat16, "float32": tl.float32}
+_interpreted = INTERPRETED.value
+# torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def compile_options(warps: int) -> dict[str, Any]:
+    """What the compiler is told beside the kernel's arguments; nothing is left to Triton's environment variables."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 class Launch:
-    """One kernel with its compile-time arguments; compiled once for each pattern of 16-byte aligned pointers."""
+    """One kernel with its compile-time arguments on one device.
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], warps: int) -> None:
-        self.kernel, self.warps = kernel, warps
+    Compiled once for each pattern of absent tensors and of addresses beyond a multiple of 16 bytes.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
+        self.kernel, self.warps, self.device = kernel, warps, device
         self.constants = {k: _LP.get(v, v) if k == "LP" else v for k, v in constants.items()}
         self.tail = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
-        self.compiled: dict[Any, Any] = {}
+        self.compiled: dict[tuple[int | None, ...], Any] = {}
 
     def compile(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """The compiled kernel for tensors of these dtypes and alignments; its scalars are a float and integers."""
         names = self.kernel.arg_names[len(tensors) :]
         scalars = [1.0 if name == "scale" else 2 for name in names if name not in self.constants]
-        return self.kernel.warmup(*tensors, *scalars, **self.constants, num_warps=self.warps, grid=(1,))
+        return self.kernel.warmup(*tensors, *scalars, **self.constants, **compile_options(self.warps), grid=(1,))
 
-    def __call__(
-        self, programs: int | tuple[int, int], device: int, tensors: tuple[Tensor | None, ...], *scalars: float
-    ) -> None:
-        """Launch on the current stream of the device."""
-        grid = programs if isinstance(programs, tuple) else (programs, 1)
-        if INTERPRETED.value:
-            self.kernel[grid](*tensors, *scalars, **self.constants)
+    def __call__(self, columns: int, rows: int, tensors: tuple[Tensor | None, ...], *scalars: float) -> None:
+        """Launch columns x rows programs on the current stream of the device, which is that of the tensors."""
+        if _interpreted:
+            self.kernel[columns, rows](*tensors, *scalars, **self.constants)
             return
-        if device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self(grid, device, tensors, *scalars)
+        if self.device != _current_device():  # type: ignore[misc]
+            with torch.cuda.device(self.device):
+                self(columns, rows, tensors, *scalars)
             return
         addresses = [None if t is None else t.data_ptr() for t in tensors]
-        key = tuple([a is None or a % 16 == 0 for a in addresses])
-        compiled = self.compiled.get((device, key))
+        key = tuple([a and a % 16 for a in addresses])
+        compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.compiled[device, key] = self.compile(tensors)
+            compiled = self.compile(tensors)
             compiled._init_handles()
+            self.compiled[key] = compiled
+        stream = _current_stream(self.device)  # type: ignore[misc]
+        arguments = (*addresses, *scalars, *self.tail)
+        metadata, enter, leave = None, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if enter.calls or leave.calls:  # a profiler
+            metadata = compiled.launch_metadata((columns, rows, 1), stream, *arguments)
+        else:
+            enter = leave = None
         compiled.run(
-            *grid, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata, None,
-            knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *addresses, *scalars, *self.tail,
-        )  # fmt: skip
+            columns, rows, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
+        )
+
+
+class Tiled(Launch):
+    """A launch whose programs share the tiles of a configuration."""
+
+    def __init__(
+        self, kernel: Any, s: Sizes, config: Config, options: dict[str, Any], device: int, multiprocessors: int
+    ) -> None:
+        super().__init__(kernel, constants_of(kernel, s, config, options), config.warps, device)
+        self.config, self.most = config, config.programs * multiprocessors
+
+    def programs(self, count: int) -> int:
+        """How many for so many tokens (rows in the second phase of a backward): one for each tile, up to the most."""
+        return min(-(-count // self.config.tokens), self.most)
+
+    def fits(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether the device has the shared memory that this takes."""
+        if _interpreted:
+            return True
+        with torch.cuda.device(self.device):
+            limit = driver.active.utils.get_device_properties(self.device)["max_shared_mem"]
+            return bool(self.compile(tensors).metadata.shared <= limit)
 
 
 def constants_of(kernel: Any, s: Sizes, config: Config, options: dict[str, Any]) -> dict[str, Any]:
@@ -76,20 +114,16 @@ def first_that_fits(
     configs: tuple[Config, ...],
     options: dict[str, Any],
     device: int,
+    multiprocessors: int,
     tensors: tuple[Tensor | None, ...],
-) -> tuple[Launch, Config]:
-    """The first configuration whose shared memory the device has.
+) -> Tiled:
+    """The launch with the first configuration whose shared memory the device has.
 
     Raises:
         RuntimeError: none has.
     """
     for config in configs:
-        launch = Launch(kernel, constants_of(kernel, s, config, options), config.warps)
-        if INTERPRETED.value:
-            return launch, config
-        with torch.cuda.device(device):
-            shared = launch.compile(tensors).metadata.shared
-            limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
-        if shared <= limit:
-            return launch, config
-    raise RuntimeError(f"no configuration of {kernel.__name__} fits the {limit} bytes of shared memory of this device")
+        launch = Tiled(kernel, s, config, options, device, multiprocessors)
+        if launch.fits(tensors):
+            return launch
+    raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")

@@ -135,4 +135,6 @@ def precision(s: Sizes, dtype: torch.dtype, architecture: str) -> dict[str, Any]
     if architecture.startswith("gfx"):
         products = "ieee"  # AMD's matrix units take float32 as it is
     middle = "bf16" if dtype == torch.bfloat16 and s.N1 >= 8 else products
+    if not s.FOLD and middle == "tf32x3":
+        middle = "ieee"  # the three parts of each operand would not fit the shared memory
     return {"LP": lp, "SPLIT": split, "PRECISION": products, "MIDDLE_PRECISION": middle}

@@ -1,0 +1,139 @@
+"""Host microseconds of one call: what Python spends before the device can start.
+
+    python benchmarks/host_time.py OUT [--device cuda] [--rounds 60]
+
+One token, so that an impl of plain torch does little else. The launch of a Triton kernel itself is replaced by a call
+that does nothing, so that the rest is measured on a machine without a GPU too; on a GPU it is measured with the launch
+as well. Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import compacter_kernels as ck
+from compacter_kernels import functional, machine
+from compacter_kernels.accuracy import Case, Shape, random_case
+from compacter_kernels.impl import triton as package
+
+SHAPE = Shape(768, 24, 4)
+COLUMNS = ("operation", "impl", "launch", "what", "device", "dtype", "us", "us_20", "us_80")
+BACKWARD = "forward+backward"
+
+
+@contextmanager
+def replaced_launch() -> Iterator[None]:
+    """Triton's kernels serve any device, are not compiled, and do nothing."""
+    from compacter_kernels.impl.triton import launch
+
+    nothing = SimpleNamespace(
+        run=lambda *_: None, function=0, packed_metadata=None, metadata=None, _init_handles=lambda: None
+    )
+    with (
+        mock.patch.object(package, "unavailable", lambda: None),
+        mock.patch.object(package, "refuses", lambda problem: None),
+        mock.patch.object(launch.Launch, "compile", lambda self, tensors: nothing),
+        mock.patch.object(launch.Tiled, "fits", lambda self, tensors: True),
+        mock.patch.object(launch, "_current_device", launch._current_device or (lambda: 0)),
+        mock.patch.object(launch, "_current_stream", launch._current_stream or (lambda device: 0)),
+        mock.patch.object(functional, "_plans", {}),  # no plan of a launch that is none is kept
+    ):
+        yield
+
+
+def call_of(case: Case, impl: str) -> Callable[[], torch.Tensor]:
+    """The public function, with as little around it as a call has."""
+    x, down, up = case.x, case.down, case.up
+    if up is None:
+        return lambda: ck.phm_linear(x, down, impl=impl)
+    return lambda: ck.compacter_adapter(x, down, up, residual=x, impl=impl)
+
+
+def calls(case: Case, impl: str) -> dict[str, Callable[[], Any]]:
+    """What is measured."""
+    leaves = case.map(lambda t: t.detach().clone().requires_grad_())
+    plain, recording = call_of(case, impl), call_of(leaves, impl)
+    wanted = list(leaves.tensors().values())
+    return {
+        "forward": plain,
+        "forward with grad": recording,
+        BACKWARD: lambda: torch.autograd.grad(recording(), wanted, leaves.grad),
+    }
+
+
+def sample(call: Callable[[], Any], count: int, synchronize: Callable[[], None]) -> float:
+    """Microseconds of one call, over so many; the device may be behind."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = time.perf_counter() - start
+    synchronize()
+    return elapsed / count * 1e6
+
+
+def measure(case: Case, impls: list[str], rounds: int, launch: str) -> list[dict[str, Any]]:
+    """A row for each impl and each of `calls`."""
+    cuda = case.x.is_cuda
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    found: dict[tuple[str, str], list[float]] = {}
+    bound = [(impl, what, call) for impl in impls for what, call in calls(case, impl).items()]
+    for _ in range(rounds + 1):  # the first warms up
+        for impl, what, call in bound:
+            found.setdefault((impl, what), []).append(sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize))
+    rows = []
+    for (impl, what), times in found.items():
+        quantiles = statistics.quantiles(times[1:], n=5)
+        median = statistics.median(times[1:])
+        operation = "phm_linear" if case.up is None else "compacter_adapter"
+        how = launch if impl == "triton" else "real"
+        device, dtype = case.x.device.type, str(case.x.dtype).removeprefix("torch.")
+        values = (operation, impl, how, what, device, dtype, *(round(t, 2) for t in (median, quantiles[0], quantiles[3])))
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for operation in ("adapter", "linear"):
+        case = random_case(SHAPE, 1, operation=operation).map(lambda t: t.to(args.device))
+        plain = [impl for impl in ("cpu", "factored") if impl == "factored" or args.device == "cpu"]
+        plain = [impl for impl in plain if ck.available_impls()[impl] is None]
+        with replaced_launch():
+            rows += measure(case, ["triton", *plain], args.rounds, "replaced")
+        if args.device == "cuda":
+            rows += measure(case, ["triton"], args.rounds, "real")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "host_time.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    report = {"machine": machine.describe(), "shape": SHAPE._asdict(), "tokens": 1, "rows": rows}
+    (args.out / "host_time.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(*(f"{row[name]!s:<18}" for name in COLUMNS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
