@@ -6,12 +6,15 @@ OUT ?= out
 PYTEST ?=
 BENCH ?= --quick
 TRAIN ?=
+TRITON ?= 3.9.0
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)
 
-.PHONY: demo test lint native-check clean
+INTERPRETER := build/triton-$(TRITON)
+
+.PHONY: demo test interpret lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks (setup.py): 0 without, 1 required, unset if possible
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
@@ -30,6 +33,12 @@ demo: $(READY)
 
 test: $(READY)
 	python -m pytest $(PYTEST)
+
+# the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton"
+interpret: $(READY)
+	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
+	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore -rN -k 'triton and not 1000' \
+		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py
 
 lint: $(READY)
 	ruff check .

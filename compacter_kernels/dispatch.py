@@ -58,6 +58,12 @@ def _why_not(name: str, problem: Problem) -> str | None:
     return reason
 
 
+def _why_not_auto(name: str, problem: Problem) -> str | None:
+    """Why "auto" passes this impl over: it cannot serve, or nobody has measured it on such a call."""
+    unmeasured = getattr(IMPLS[name], "unmeasured", None)
+    return _why_not(name, problem) or (unmeasured(problem) if unmeasured is not None else None)
+
+
 def check_name(impl: object, source: str = "impl") -> str:
     """Raise ValueError unless this is "auto" or the name of an impl."""
     if impl not in ("auto", *IMPLS):
@@ -76,8 +82,8 @@ def choose(problem: Problem, impl: str) -> tuple[str, str]:
     if check_name(impl) == "auto":
         impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
-        name = next(name for name in PREFERENCE if _why_not(name, problem) is None)
-        before = [f"{n}: {_why_not(n, problem)}" for n in PREFERENCE[: PREFERENCE.index(name)]]
+        name = next(name for name in PREFERENCE if _why_not_auto(name, problem) is None)
+        before = [f"{n}: {_why_not_auto(n, problem)}" for n in PREFERENCE[: PREFERENCE.index(name)]]
         return name, "; ".join(["the first of auto's order that serves this call", *before])
     reason = _why_not(impl, problem)
     if reason is not None:
@@ -105,5 +111,6 @@ def explain(problem: Problem, impl: str = "auto") -> Explanation:
     others = {}
     for other in IMPLS:
         if other != name:
-            others[other] = _why_not(other, problem) or f"can serve this call, but {name} was {reason.split(';')[0]}"
+            but = _why_not_auto(other, problem) or f"{name} was {reason.split(';')[0]}"
+            others[other] = _why_not(other, problem) or f"can serve this call, but {but}"
     return Explanation(name, reason, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ import compacter_kernels as ck
 from compacter_kernels.accuracy import coarse, error, floor
 from compacter_kernels.activations import resolve
 from compacter_kernels.dispatch import IMPLS as MODULES, PLAIN
-from compacter_kernels.problem import Problem, Projection
+from compacter_kernels.problem import Problem, Projection, adapter_problem, linear_problem
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 Tensors = dict[str, Tensor]
@@ -25,8 +26,8 @@ Tensors = dict[str, Tensor]
 def _why_not(name: str) -> str | None:
     """Why the impl cannot serve a plain call on the CPU in this process, or None."""
     module, sizes = MODULES[name], Projection(1, 1, 2, 2, (FP32,) * 4)
-    problem = Problem("adapter", torch.device("cpu"), FP32, (sizes, sizes), resolve("relu"))
-    return ck.available_impls()[name] or module.refuses(problem)
+    plain = Problem("adapter", torch.device("cpu"), FP32, (sizes, sizes), resolve("relu"))
+    return ck.available_impls()[name] or module.refuses(plain)
 
 
 def _param(name: str) -> Any:
@@ -144,6 +145,26 @@ def assert_same_bits(got: Tensors, expected: Tensors) -> None:
     assert got.keys() == expected.keys()
     different = [name for name in got if not torch.equal(bits(got[name]), bits(expected[name]))]
     assert not different
+
+
+def problem(case: Case, device: str = "cpu") -> Problem:
+    """What the case asks for on that device."""
+    tensors = case.tensors()
+    if case.operation == "linear":
+        found = linear_problem(tensors["x"], weights(tensors))
+    else:
+        found = adapter_problem(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), case.activation)
+    return found._replace(device=torch.device(device))
+
+
+def skip_if_refused(case: Case, tensors: Tensors, impl: str) -> None:
+    """An impl may refuse sizes: then the call says why, and the test ends here."""
+    device = tensors["x"].device.type
+    reason = MODULES[impl].refuses(problem(case, device))
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            case.call(tensors, impl)
+        pytest.skip(f"{impl}: {reason}")
 
 
 class Oracle(NamedTuple):

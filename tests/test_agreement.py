@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from oracle import BF16, FP16, FP32, FP64, NOT_DENSE, Case, reference, run
+from oracle import BF16, FP16, FP32, FP64, NOT_DENSE, Case, reference, run, skip_if_refused
 
 from compacter_kernels.activations import FUSED as ACTIVATIONS
 
@@ -52,6 +52,7 @@ MIXED = [
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", SIZES + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
 def test_adapter(case: Case, impl: str) -> None:
+    skip_if_refused(case, case.tensors(), impl)
     reference(case).check(run(case, case.tensors(), impl), impl)
 
 

@@ -1,7 +1,8 @@
 """The implementations. Each is a module of its own, light to import; none imports another.
 
-Every impl module has `unavailable()` and `refuses(problem)`. Plain-torch impls then have `linear` and `adapter`, which
-autograd differentiates by itself; fused ones have `prepare(problem)`, which returns a `Kernel`.
+Every impl module has `unavailable()` and `refuses(problem)`; with `unmeasured(problem)` one says what "auto" leaves to
+others. Plain-torch impls then have `linear` and `adapter`, which autograd differentiates by itself; fused ones have
+`prepare(problem)`, which returns a `Kernel`.
 """
 
 from __future__ import annotations

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from oracle import Case, Tensors, oracle, run, weights
+from oracle import Case, Tensors, oracle, problem, run, skip_if_refused
 from torch import Tensor
 
 from compacter_kernels.dispatch import IMPLS, PLAIN
-from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 
 DEVICE = "cuda"
-
-
-def _problem(case: Case) -> Problem:
-    """The problem of the case on the device."""
-    tensors = case.tensors()
-    if case.operation == "linear":
-        found = linear_problem(tensors["x"], weights(tensors))
-    else:
-        found = adapter_problem(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), case.activation)
-    return found._replace(device=torch.device(DEVICE))
 
 
 def _serving() -> list[Any]:
     """Every fused impl that does not refuse the device, skipped with its reason where it cannot run."""
     if not torch.cuda.is_available():
         return [pytest.param("any", marks=pytest.mark.skip(reason="no CUDA device"))]
-    problem = _problem(Case())
+    plain = problem(Case(), DEVICE)
     found = []
     for name, module in IMPLS.items():
-        if name not in PLAIN and module.refuses(problem) is None:
+        if name not in PLAIN and module.refuses(plain) is None:
             reason = module.unavailable()
             found.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
     return found
@@ -58,9 +46,6 @@ def check(case: Case, impl: str, must_serve: bool = False) -> None:
     Unless it must serve, an impl may refuse the sizes; then the call raises and says why.
     """
     tensors, grad = inputs(case)
-    reason = IMPLS[impl].refuses(_problem(case))
-    if reason is not None and not must_serve:
-        with pytest.raises(RuntimeError, match=re.escape(reason)):
-            case.call(tensors, impl)
-        pytest.skip(f"{impl}: {reason}")
+    if not must_serve:
+        skip_if_refused(case, tensors, impl)
     oracle(case, tensors, grad).check(run(case, tensors, impl, grad), impl)

@@ -26,12 +26,7 @@ REAL = [
 
 def test_a_fused_impl_serves_the_device() -> None:
     """Else every other test of this folder would be skipped in silence."""
-    tensors, _ = inputs(Case())
-    weights = [
-        ck.PHMWeights(*(tensors[f"{side}.{field}"] for field in ck.PHMWeights._fields)) for side in ("down", "up")
-    ]
-    choice = ck.explain(tensors["x"], *weights)
-    assert choice.impl not in PLAIN, str(choice)
+    assert [name for name in ck.available_impls() if name in {param.values[0] for param in SERVING} - set(PLAIN)]
 
 
 @pytest.mark.parametrize("impl", SERVING)

@@ -38,7 +38,27 @@ def refuses(problem: Problem) -> str | None:
         return "the weights are not factorised (right is None)"
     if problem.activation is not None and problem.activation.code is None:
         return f"the activation {problem.activation.name} is not fused"
-    return _sizes.too_large(_sizes.sizes(problem))
+    found = _sizes.sizes(problem)
+    return _sizes.too_large(found) or _too_little_shared(problem.device, found)
+
+
+def _too_little_shared(device: torch.device, found: _sizes.Sizes) -> str | None:
+    """Why this device cannot hold the rule unfolded, or None."""
+    if found.FOLD or device.type != "cuda":
+        return None
+    has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _sizes.UNFOLDED_BYTES)
+    if has < _sizes.UNFOLDED_BYTES:
+        return f"phm_dim={found.N1} needs {_sizes.UNFOLDED_BYTES} bytes of shared memory, this device has {has}"
+    return None
+
+
+def unmeasured(problem: Problem) -> str | None:
+    """Why "auto" leaves this problem to another impl though the kernels could serve it, or None."""
+    if problem.device.type != "cuda" or problem.dtype != torch.bfloat16:
+        return f"not measured yet on {problem.device.type} in {str(problem.dtype).removeprefix('torch.')}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(problem.device) != (9, 0):
+        return "measured on sm_90 alone so far"
+    return None
 
 
 def prepare(problem: Problem) -> Any:

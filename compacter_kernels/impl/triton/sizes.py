@@ -10,6 +10,7 @@ from compacter_kernels.problem import Problem
 
 FOLD_LIMIT = 16384  # elements of a folded matrix that a program holds
 MIX_LIMIT = 16384  # elements of an unfolded rule
+UNFOLDED_BYTES = 184320  # of shared memory, for a backward with an unfolded rule
 
 
 def power_of_two(value: int, least: int = 1) -> int:
