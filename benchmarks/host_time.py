@@ -43,10 +43,10 @@ def replaced_launch() -> Iterator[None]:
         run=lambda *_: None, function=0, packed_metadata=None, metadata=None, _init_handles=lambda: None
     )
     with (
-        mock.patch.object(package, "unavailable", lambda: None),
-        mock.patch.object(package, "refuses", lambda problem: None),
-        mock.patch.object(launch.Launch, "compile", lambda self, tensors: nothing),
-        mock.patch.object(launch.Tiled, "fits", lambda self, tensors: True),
+        mock.patch.object(package, "unavailable", return_value=None),
+        mock.patch.object(package, "refuses", return_value=None),
+        mock.patch.object(launch.Launch, "compile", return_value=nothing),
+        mock.patch.object(launch.Tiled, "fits", return_value=True),
         mock.patch.object(launch, "_current_device", launch._current_device or (lambda: 0)),
         mock.patch.object(launch, "_current_stream", launch._current_stream or (lambda device: 0)),
         mock.patch.object(functional, "_plans", {}),  # no plan of a launch that is none is kept
@@ -93,7 +93,9 @@ def measure(case: Case, impls: list[str], rounds: int, launch: str) -> list[dict
     bound = [(impl, what, call) for impl in impls for what, call in calls(case, impl).items()]
     for _ in range(rounds + 1):  # the first warms up
         for impl, what, call in bound:
-            found.setdefault((impl, what), []).append(sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize))
+            found.setdefault((impl, what), []).append(
+                sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize)
+            )
     rows = []
     for (impl, what), times in found.items():
         quantiles = statistics.quantiles(times[1:], n=5)
@@ -101,7 +103,15 @@ def measure(case: Case, impls: list[str], rounds: int, launch: str) -> list[dict
         operation = "phm_linear" if case.up is None else "compacter_adapter"
         how = launch if impl == "triton" else "real"
         device, dtype = case.x.device.type, str(case.x.dtype).removeprefix("torch.")
-        values = (operation, impl, how, what, device, dtype, *(round(t, 2) for t in (median, quantiles[0], quantiles[3])))
+        values = (
+            operation,
+            impl,
+            how,
+            what,
+            device,
+            dtype,
+            *(round(t, 2) for t in (median, quantiles[0], quantiles[3])),
+        )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 

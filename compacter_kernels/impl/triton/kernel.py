@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,12 +27,22 @@ _fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch
 def tf32_allowed() -> bool:
     """Whether the user lets float32 products be tf32: torch.backends.cuda.matmul.fp32_precision, or allow_tf32."""
     if _fp32_precision is None:
-        return torch.backends.cuda.matmul.allow_tf32
+        return bool(torch.backends.cuda.matmul.allow_tf32)
     return bool(_fp32_precision("cuda", "matmul") == "tf32")
 
 
-def _dense(weights: PHMWeights) -> list[Tensor | None]:
-    return [w if w is None or w.is_contiguous() else w.contiguous() for w in weights]
+# for each kernel the options that its launches differ in, and the field of Configurations that it takes
+KERNELS = {
+    "forward": (forward, ("SAME",), "forward"),
+    "forward_streamed": (forward_streamed, (), "forward"),
+    "backward": (backward, ("SQUARE", "RESIDUAL", "HAS_BIAS"), "backward"),
+    "tokens": (two_phase.tokens, (), "tokens"),
+    "columns": (two_phase.columns, ("RESIDUAL", "HAS_BIAS", "IN_SIDE", "OUT_SIDE"), "columns"),
+}
+
+
+def _dense(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 class _Kernel:
@@ -51,19 +62,18 @@ class _Kernel:
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
-    def _launch(self, kernel: Any, configs: tuple[Config, ...], tensors: Optionals, **options: bool) -> Tiled:
-        """The kernel with the first configuration that fits the device; found once."""
+    def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
+        """The kernel with the first configuration that fits the device; found once for each choice of its options."""
         tf32 = self.adjustable and tf32_allowed()
-        key = (kernel, tf32, *options.values())
-        found = self.launches.get(key)
+        found = self.launches.get((name, tf32, options))
         if found is None:
-            constants = {**self.precision, **options}
+            kernel, names, configs = KERNELS[name]
+            constants = {**self.precision, **dict(zip(names, options, strict=True))}
             if tf32:
                 constants |= {"PRECISION": "tf32", "MIDDLE_PRECISION": "tf32"}
-            found = first_that_fits(
-                kernel, self.sizes, configs, constants, self.device, self.multiprocessors, tensors
-            )
-            self.launches[key] = found
+            place = (self.device, self.multiprocessors)
+            found = first_that_fits(kernel, self.sizes, getattr(self.configs, configs), constants, place, tensors)
+            self.launches[name, tf32, options] = found
         return found
 
     def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: Optionals, scale: float) -> None:
@@ -71,9 +81,9 @@ class _Kernel:
         if tokens:
             tensors = (x, residual, out, *params)
             if self.configs.held:
-                launch = self._launch(forward, self.configs.forward, tensors, SAME=residual is x and self.square)
+                launch = self._launch("forward", tensors, residual is x and self.square)
             else:
-                launch = self._launch(forward_streamed, self.configs.forward, tensors)
+                launch = self._launch("forward_streamed", tensors)
             launch(launch.programs(tokens), 1, tensors, scale, tokens)
 
     def _backward(
@@ -90,8 +100,7 @@ class _Kernel:
         if self.configs.backward:
             part = self._partials(x, self.configs.backward)
             tensors = (x, g, dx, part, *params)
-            options = {"SQUARE": self.square, "RESIDUAL": residual, "HAS_BIAS": has_bias}
-            launch = self._launch(backward, self.configs.backward, tensors, **options)
+            launch = self._launch("backward", tensors, self.square, residual, has_bias)
             wide_rows = rows = launch.programs(tokens)
             launch(rows, 1, tensors, scale, tokens)
         else:
@@ -111,15 +120,14 @@ class _Kernel:
         dz = x.new_empty((tokens * s.N1, s.N1 * s.R1), dtype=torch.float32)
         v2 = x.new_empty((tokens * s.N2, s.N2 * s.R2), dtype=torch.float32)
         tensors = (x, g, dz, v2, part, *params)
-        launch = self._launch(two_phase.tokens, configs.tokens, tensors)
+        launch = self._launch("tokens", tensors)
         rows = launch.programs(tokens)
         launch(rows, 1, tensors, scale, tokens)
         tensors = (x, g, dx, dz, v2, part, params[1])
         wide_rows = 0
         for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
             k, n = (s.K1, s.N1) if in_side else (s.K2, s.N2)
-            options = {"RESIDUAL": residual, "HAS_BIAS": has_bias, "IN_SIDE": in_side, "OUT_SIDE": out_side}
-            launch = self._launch(two_phase.columns, configs.columns, tensors, **options)
+            launch = self._launch("columns", tensors, residual, has_bias, in_side, out_side)
             blocks = -(-max(s.K1, s.K2) // launch.config.columns)
             if not wide_rows:
                 wide_rows = max(1, min(launch.programs(tokens * max(s.N1, s.N2)), launch.most // blocks))
@@ -191,7 +199,7 @@ class Adapter(_Kernel):
             residual = residual.contiguous()
         if out is None:
             out = torch.empty_like(x)
-        self._forward(x, residual, out, (*_dense(down), *_dense(up)), scale)
+        self._forward(x, residual, out, tuple(_dense((*down, *up))), scale)
         return out
 
     def backward(
@@ -204,7 +212,7 @@ class Adapter(_Kernel):
         up: PHMWeights,
         wanted: tuple[bool, ...],
     ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), _dense(down) + _dense(up)
+        x, grad, params = x.contiguous(), grad.contiguous(), _dense((*down, *up))
         results = _gradients([x, *params], wanted)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
         grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)

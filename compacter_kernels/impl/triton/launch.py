@@ -15,7 +15,7 @@ from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 
 _LP = {"bfloat16": tl.bfloat16, "float32": tl.float32}
-_interpreted = INTERPRETED.value
+_interpreted, _runtime = INTERPRETED.value, knobs.runtime
 # torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -57,19 +57,18 @@ class Launch:
         key = tuple([a and a % 16 for a in addresses])
         compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.compile(tensors)
-            compiled._init_handles()
-            self.compiled[key] = compiled
+            kernel = self.compile(tensors)
+            kernel._init_handles()
+            compiled = self.compiled[key] = (kernel, kernel.run, kernel.function, kernel.packed_metadata)
         stream = _current_stream(self.device)  # type: ignore[misc]
-        arguments = (*addresses, *scalars, *self.tail)
-        metadata, enter, leave = None, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        run, function, packed = compiled[1:]
+        enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
         if enter.calls or leave.calls:  # a profiler
-            metadata = compiled.launch_metadata((columns, rows, 1), stream, *arguments)
+            arguments = (*addresses, *scalars, *self.tail)
+            metadata = compiled[0].launch_metadata((columns, rows, 1), stream, *arguments)
+            run(columns, rows, 1, stream, function, packed, metadata, enter, leave, *arguments)
         else:
-            enter = leave = None
-        compiled.run(
-            columns, rows, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
-        )
+            run(columns, rows, 1, stream, function, packed, None, None, None, *addresses, *scalars, *self.tail)
 
 
 class Tiled(Launch):
@@ -113,17 +112,16 @@ def first_that_fits(
     s: Sizes,
     configs: tuple[Config, ...],
     options: dict[str, Any],
-    device: int,
-    multiprocessors: int,
+    place: tuple[int, int],
     tensors: tuple[Tensor | None, ...],
 ) -> Tiled:
-    """The launch with the first configuration whose shared memory the device has.
+    """The launch with the first configuration whose shared memory the device has; place: device, multiprocessors.
 
     Raises:
         RuntimeError: none has.
     """
     for config in configs:
-        launch = Tiled(kernel, s, config, options, device, multiprocessors)
+        launch = Tiled(kernel, s, config, options, *place)
         if launch.fits(tensors):
             return launch
     raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")
