@@ -1,10 +1,11 @@
 """Host microseconds of one call: what Python spends before the device can start.
 
-    python benchmarks/host_time.py OUT [--device cuda] [--rounds 60]
+    python benchmarks/host_time.py OUT [--device cuda] [--rounds 60] [--seconds 60]
 
 One token, so that an impl of plain torch does little else. The launch of a Triton kernel itself is replaced by a call
 that does nothing, so that the rest is measured on a machine without a GPU too; on a GPU it is measured with the launch
-as well. Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved rounds.
+as well. Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved rounds;
+`quiet` is false where other load disturbed too many of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import statistics
 import sys
 import time
@@ -27,11 +29,13 @@ import torch
 import compacter_kernels as ck
 from compacter_kernels import functional, machine
 from compacter_kernels.accuracy import Case, Shape, random_case
+from compacter_kernels.bench import load
 from compacter_kernels.impl import triton as package
 
 SHAPE = Shape(768, 24, 4)
-COLUMNS = ("operation", "impl", "launch", "what", "device", "dtype", "us", "us_20", "us_80")
+COLUMNS = ("operation", "impl", "launch", "what", "device", "dtype", "us", "us_20", "us_80", "quiet")
 BACKWARD = "forward+backward"
+WINDOW = 0.25  # seconds between two looks at the load of the machine
 
 
 @contextmanager
@@ -85,33 +89,49 @@ def sample(call: Callable[[], Any], count: int, synchronize: Callable[[], None])
     return elapsed / count * 1e6
 
 
-def measure(case: Case, impls: list[str], rounds: int, launch: str) -> list[dict[str, Any]]:
+def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], rounds: int, seconds: float) -> bool:
+    """Take rounds, and drop those beside other load, until there are enough; False, and all kept, if time runs out.
+
+    Two cores must be free: a neighbour on the other half of the same core slows a call by a half and more.
+    """
+    one_round()  # warms up
+    kept: dict[Any, list[float]] = {name: [] for name in times}
+    dropped: dict[Any, list[float]] = {name: [] for name in times}
+    start, cores = time.perf_counter(), os.cpu_count() or 1
+    while len(next(iter(kept.values()))) < rounds and time.perf_counter() - start < seconds:
+        for taken in times.values():
+            taken.clear()
+        before = load.Moment.now()
+        while time.perf_counter() - before.wall < WINDOW:
+            one_round()
+        place = dropped if before.crowded(load.Moment.now(), 2, cores) else kept
+        for name, taken in times.items():
+            place[name] += taken
+    quiet = len(next(iter(kept.values()))) >= rounds
+    for name, taken in times.items():
+        taken[:] = kept[name] if quiet else kept[name] + dropped[name]
+    return quiet
+
+
+def measure(case: Case, impls: list[str], args: argparse.Namespace, launch: str) -> list[dict[str, Any]]:
     """A row for each impl and each of `calls`."""
-    cuda = case.x.is_cuda
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    found: dict[tuple[str, str], list[float]] = {}
-    bound = [(impl, what, call) for impl in impls for what, call in calls(case, impl).items()]
-    for _ in range(rounds + 1):  # the first warms up
-        for impl, what, call in bound:
-            found.setdefault((impl, what), []).append(
-                sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize)
-            )
+    synchronize = torch.cuda.synchronize if case.x.is_cuda else lambda: None
+    bound = {(impl, what): call for impl in impls for what, call in calls(case, impl).items()}
+    found: dict[tuple[str, str], list[float]] = {name: [] for name in bound}
+
+    def one_round() -> None:
+        for (impl, what), call in bound.items():
+            found[impl, what].append(sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize))
+
+    quiet = undisturbed(one_round, found, args.rounds, args.seconds)
     rows = []
     for (impl, what), times in found.items():
-        quantiles = statistics.quantiles(times[1:], n=5)
-        median = statistics.median(times[1:])
+        low, *_, high = statistics.quantiles(times, n=5)
         operation = "phm_linear" if case.up is None else "compacter_adapter"
         how = launch if impl == "triton" else "real"
         device, dtype = case.x.device.type, str(case.x.dtype).removeprefix("torch.")
-        values = (
-            operation,
-            impl,
-            how,
-            what,
-            device,
-            dtype,
-            *(round(t, 2) for t in (median, quantiles[0], quantiles[3])),
-        )
+        us = (round(t, 2) for t in (statistics.median(times), low, high))
+        values = (operation, impl, how, what, device, dtype, *us, quiet)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
@@ -121,7 +141,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=60, help="undisturbed ones")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each operation, to wait for a quiet machine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -130,9 +151,9 @@ def main() -> int:
         plain = [impl for impl in ("cpu", "factored") if impl == "factored" or args.device == "cpu"]
         plain = [impl for impl in plain if ck.available_impls()[impl] is None]
         with replaced_launch():
-            rows += measure(case, ["triton", *plain], args.rounds, "replaced")
+            rows += measure(case, ["triton", *plain], args, "replaced")
         if args.device == "cuda":
-            rows += measure(case, ["triton"], args.rounds, "real")
+            rows += measure(case, ["triton"], args, "real")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "host_time.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
