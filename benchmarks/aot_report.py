@@ -31,7 +31,7 @@ from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, configurations
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
-from compacter_kernels.impl.triton.launch import constants_of
+from compacter_kernels.impl.triton.launch import compile_options, constants_of
 from compacter_kernels.impl.triton.sizes import precision, sizes
 from compacter_kernels.problem import adapter_problem
 
@@ -103,7 +103,7 @@ def compiled(kernel: Any, s: Any, config: Config, options: dict[str, Any], job: 
             signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(name),): v for name, v in constants.items()}, attributes)
-    return triton.compile(source, target=target(job.arch), options={"num_warps": config.warps})
+    return triton.compile(source, target=target(job.arch), options=compile_options(config.warps))
 
 
 def wide_lines() -> set[tuple[str, int]]:

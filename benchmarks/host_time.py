@@ -5,7 +5,7 @@
 One token, so that an impl of plain torch does little else. The launch of a Triton kernel itself is replaced by a call
 that does nothing, so that the rest is measured on a machine without a GPU too; on a GPU it is measured with the launch
 as well. Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved rounds;
-`quiet` is false where other load disturbed too many of them.
+`quiet` is false where the machine was slowed in too many of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import statistics
 import sys
 import time
@@ -29,13 +28,13 @@ import torch
 import compacter_kernels as ck
 from compacter_kernels import functional, machine
 from compacter_kernels.accuracy import Case, Shape, random_case
-from compacter_kernels.bench import load
 from compacter_kernels.impl import triton as package
 
 SHAPE = Shape(768, 24, 4)
 COLUMNS = ("operation", "impl", "launch", "what", "device", "dtype", "us", "us_20", "us_80", "quiet")
 BACKWARD = "forward+backward"
-WINDOW = 0.25  # seconds between two looks at the load of the machine
+CALLS = 100  # in a row
+SLOWED = 1.2  # times its best, of a fixed piece of Python before or after a round
 
 
 @contextmanager
@@ -89,28 +88,39 @@ def sample(call: Callable[[], Any], count: int, synchronize: Callable[[], None])
     return elapsed / count * 1e6
 
 
-def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], rounds: int, seconds: float) -> bool:
-    """Take rounds, and drop those beside other load, until there are enough; False, and all kept, if time runs out.
+def yardstick() -> float:
+    """Seconds of a fixed piece of Python."""
+    start = time.perf_counter()
+    for _ in range(5):
+        sum(map(abs, range(2000)))
+    return time.perf_counter() - start
 
-    Two cores must be free: a neighbour on the other half of the same core slows a call by a half and more.
+
+def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], rounds: int, seconds: float) -> bool:
+    """Take rounds, and drop those on a slowed machine, until there are enough; False, and all kept, if time runs out.
+
+    A neighbour on the other half of the same core, seen by no counter of a virtual machine, slows a call to half.
     """
     one_round()  # warms up
     kept: dict[Any, list[float]] = {name: [] for name in times}
     dropped: dict[Any, list[float]] = {name: [] for name in times}
-    start, cores = time.perf_counter(), os.cpu_count() or 1
-    while len(next(iter(kept.values()))) < rounds and time.perf_counter() - start < seconds:
+    start, best, count = time.perf_counter(), min(yardstick() for _ in range(20)), 0
+    while count < rounds and time.perf_counter() - start < seconds:
         for taken in times.values():
             taken.clear()
-        before = load.Moment.now()
-        while time.perf_counter() - before.wall < WINDOW:
-            one_round()
-        place = dropped if before.crowded(load.Moment.now(), 2, cores) else kept
+        before = yardstick()
+        one_round()
+        around = (before, yardstick())
+        if min(around) < 0.9 * best:  # all before was slowed
+            kept, count = {name: [] for name in times}, 0
+        best = min(best, *around)
+        slow = max(around) > SLOWED * best
+        count += not slow
         for name, taken in times.items():
-            place[name] += taken
-    quiet = len(next(iter(kept.values()))) >= rounds
+            (dropped if slow else kept)[name].extend(taken)
     for name, taken in times.items():
-        taken[:] = kept[name] if quiet else kept[name] + dropped[name]
-    return quiet
+        taken[:] = kept[name] if count >= rounds else kept[name] + dropped[name]
+    return count >= rounds
 
 
 def measure(case: Case, impls: list[str], args: argparse.Namespace, launch: str) -> list[dict[str, Any]]:
@@ -121,7 +131,8 @@ def measure(case: Case, impls: list[str], args: argparse.Namespace, launch: str)
 
     def one_round() -> None:
         for (impl, what), call in bound.items():
-            found[impl, what].append(sample(call, 50 if impl in ("cpu", "triton") else 10, synchronize))
+            call()
+            found[impl, what].append(sample(call, CALLS, synchronize))
 
     quiet = undisturbed(one_round, found, args.rounds, args.seconds)
     rows = []
