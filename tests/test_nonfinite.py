@@ -52,6 +52,15 @@ def test_other_tokens_are_untouched(case: Case, impl: str) -> None:
         assert torch.equal(bits(spoiled[name][others]), bits(clean[name][others]))
 
 
+def assert_same_nans(got: Tensors, expected: Tensors, impl: str) -> None:
+    """NaN where dense has it. triton's products by 0 and 1 (docs/design.md) may spread one of a parameter or gradient."""
+    found, wanted = _masks(got), _masks(expected)
+    if impl != "triton":
+        assert found == wanted
+    for name, mask in wanted.items():
+        assert all(here for here, there in zip(found[name], mask, strict=True) if there), name
+
+
 PARAMETERS = [(case, name) for case in (LINEAR, Case(shape=SHAPE, rank=2)) for name in case.tensors() if name != "x"]
 
 
@@ -59,7 +68,7 @@ PARAMETERS = [(case, name) for case in (LINEAR, Case(shape=SHAPE, rank=2)) for n
 @pytest.mark.parametrize(("case", "name"), PARAMETERS, ids=[f"{case.operation}-{name}" for case, name in PARAMETERS])
 def test_nan_in_a_parameter(case: Case, name: str, impl: str) -> None:
     tensors = _spoiled(case, name, NAN)
-    assert _masks(run(case, tensors, impl)) == _masks(run(case, tensors, "dense"))
+    assert_same_nans(run(case, tensors, impl), run(case, tensors, "dense"), impl)
 
 
 @pytest.mark.parametrize("impl", NOT_DENSE)
@@ -68,7 +77,7 @@ def test_nan_in_grad_output(case: Case, impl: str) -> None:
     tensors, grad = case.tensors(), case.grad_output()
     grad[TOKEN, COLUMN] = NAN
     got = run(case, tensors, impl, grad)
-    assert _masks(got) == _masks(run(case, copies(tensors), "dense", grad))
+    assert_same_nans(got, run(case, copies(tensors), "dense", grad), impl)
     assert got["x"].isnan().any(1).nonzero().flatten().tolist() == [TOKEN]
 
 
