@@ -53,7 +53,7 @@ def test_other_tokens_are_untouched(case: Case, impl: str) -> None:
 
 
 def assert_same_nans(got: Tensors, expected: Tensors, impl: str) -> None:
-    """NaN where dense has it; triton may spread that of a parameter or gradient, by products with 0 (docs/design.md)."""
+    """NaN where dense has it; triton may spread one of a parameter or gradient, by products with 0 (docs)."""
     found, wanted = _masks(got), _masks(expected)
     if impl != "triton":
         assert found == wanted
