@@ -47,7 +47,13 @@ def _auto(impl: str) -> Any:
 
 
 def _any_requires_grad(weights: PHMWeights) -> bool:
-    return any([w is not None and w.requires_grad for w in weights])
+    rule, left, right, bias = weights
+    return (
+        rule.requires_grad
+        or left.requires_grad
+        or (right is not None and right.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 def phm_matrix(weights: PHMWeights) -> Tensor:

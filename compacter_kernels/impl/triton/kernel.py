@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
 REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
-Optionals = tuple[Tensor | None, ...]
+Optionals = Sequence[Tensor | None]
 _fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch < 2.9 has none
 
 
@@ -79,7 +79,7 @@ class _Kernel:
     def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: Optionals, scale: float) -> None:
         tokens = x.numel() // self.width
         if tokens:
-            tensors = (x, residual, out, *params)
+            tensors = [x, residual, out, *params]
             if self.configs.held:
                 launch = self._launch("forward", tensors, residual is x and self.square)
             else:
@@ -199,7 +199,7 @@ class Adapter(_Kernel):
             residual = residual.contiguous()
         if out is None:
             out = torch.empty_like(x)
-        self._forward(x, residual, out, tuple(_dense((*down, *up))), scale)
+        self._forward(x, residual, out, _dense((*down, *up)), scale)
         return out
 
     def backward(
@@ -216,5 +216,5 @@ class Adapter(_Kernel):
         results = _gradients([x, *params], wanted)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
         grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
-        self._backward(x, grad, dx, tuple(params[:7]), scale, residual_is_x, grads)
+        self._backward(x, grad, dx, params[:7], scale, residual_is_x, grads)
         return tuple(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ class Launch:
         self.tail = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
         self.compiled: dict[tuple[int | None, ...], Any] = {}
 
-    def compile(self, tensors: tuple[Tensor | None, ...]) -> Any:
+    def compile(self, tensors: Sequence[Tensor | None]) -> Any:
         """The compiled kernel for tensors of these dtypes and alignments; its scalars are a float and integers."""
         names = self.kernel.arg_names[len(tensors) :]
         scalars = [1.0 if name == "scale" else 2 for name in names if name not in self.constants]
         return self.kernel.warmup(*tensors, *scalars, **self.constants, **compile_options(self.warps), grid=(1,))
 
-    def __call__(self, columns: int, rows: int, tensors: tuple[Tensor | None, ...], *scalars: float) -> None:
+    def __call__(self, columns: int, rows: int, tensors: Sequence[Tensor | None], *scalars: float) -> None:
         """Launch columns x rows programs on the current stream of the device, which is that of the tensors."""
         if _interpreted:
             self.kernel[columns, rows](*tensors, *scalars, **self.constants)
@@ -59,13 +60,13 @@ class Launch:
         if compiled is None:
             kernel = self.compile(tensors)
             kernel._init_handles()
-            compiled = self.compiled[key] = (kernel, kernel.run, kernel.function, kernel.packed_metadata)
+            compiled = self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata, kernel)
         stream = _current_stream(self.device)  # type: ignore[misc]
-        run, function, packed = compiled[1:]
+        run, function, packed, kernel = compiled
         enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
         if enter.calls or leave.calls:  # a profiler
             arguments = (*addresses, *scalars, *self.tail)
-            metadata = compiled[0].launch_metadata((columns, rows, 1), stream, *arguments)
+            metadata = kernel.launch_metadata((columns, rows, 1), stream, *arguments)
             run(columns, rows, 1, stream, function, packed, metadata, enter, leave, *arguments)
         else:
             run(columns, rows, 1, stream, function, packed, None, None, None, *addresses, *scalars, *self.tail)
@@ -84,7 +85,7 @@ class Tiled(Launch):
         """How many for so many tokens (rows in the second phase of a backward): one for each tile, up to the most."""
         return min(-(-count // self.config.tokens), self.most)
 
-    def fits(self, tensors: tuple[Tensor | None, ...]) -> bool:
+    def fits(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the device has the shared memory that this takes."""
         if _interpreted:
             return True
@@ -113,7 +114,7 @@ def first_that_fits(
     configs: tuple[Config, ...],
     options: dict[str, Any],
     place: tuple[int, int],
-    tensors: tuple[Tensor | None, ...],
+    tensors: Sequence[Tensor | None],
 ) -> Tiled:
     """The launch with the first configuration whose shared memory the device has; place: device, multiprocessors.
 
