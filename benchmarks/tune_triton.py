@@ -24,12 +24,19 @@ from typing import Any, NamedTuple
 import torch
 
 from compacter_kernels.accuracy import Case, Shape, random_case
-from compacter_kernels.impl.triton.config import Config, TwoPhase
+from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
 
 EACH = 2**20  # programs: one for each tile
 LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
+
+
+class TwoPhase(NamedTuple):
+    """A backward in two phases."""
+
+    tokens: Config
+    columns: Config
 
 
 class Candidate(NamedTuple):
@@ -53,18 +60,18 @@ def candidates(direction: str, shape: Shape) -> list[Candidate]:
     middles = [("tf32", True), ("bf16", True)] if shape.n <= 8 else [("bf16", True)]
     found: list[Config | TwoPhase] = []
     if direction == "forward" and held:
-        found += grid((16, 32), (chunk,), (4, 8), (2, 3, 4), (True,), (1, 2, 3, 4, 6))
-        found += grid((8, 16), (chunk,), (1, 2), (1, 2), (True,), (8, 12))
-        found += grid((16, 32), (chunk,), (4, 8), (0,), (True,), (EACH,))
+        found += grid((16, 32), (chunk,), (4, 8), (2, 3, 4), (1, 2, 3, 4, 6))
+        found += grid((8, 16), (chunk,), (1, 2), (1, 2), (8, 12))
+        found += grid((16, 32), (chunk,), (4, 8), (0,), (EACH,))
     elif direction == "forward":
-        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (False,), (1, 2, 4))
+        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (1, 2, 4))
     elif held and shape.n <= 8:
-        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (True,), (1, 2))
+        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (1, 2))
     else:
-        columns = Config(128, wide[-1], 4, 2, False, 8)
-        found += [TwoPhase(c, columns) for c in grid((16, 32), wide[-1:], (8, 16), (2, 3, 4), (False,), (1, 2))]
-        tokens = Config(16, wide[-1], 8, 3, False, 1)
-        found += [TwoPhase(tokens, c) for c in grid((64, 128, 256), wide, (4, 8), (2, 3), (False,), (4, 8, 12))]
+        columns = Config(128, wide[-1], 4, 2, 8)
+        found += [TwoPhase(c, columns) for c in grid((16, 32), wide[-1:], (8, 16), (2, 3, 4), (1, 2))]
+        tokens = Config(16, wide[-1], 8, 3, 1)
+        found += [TwoPhase(tokens, c) for c in grid((64, 128, 256), wide, (4, 8), (2, 3), (4, 8, 12))]
     return [Candidate(c, *middle) for c in found for middle in middles]
 
 
@@ -79,10 +86,14 @@ def bind(case: Case, candidate: Candidate, direction: str) -> Callable[[Any, Any
     kernel = Adapter(problem)
     kernel.sizes = sizes.sizes(problem, candidate.fold)
     kernel.precision["MIDDLE_PRECISION"] = candidate.precision
+    config = candidate.config
     if direction == "forward":
-        kernel.forward_config = candidate.config
+        kernel.configs = kernel.configs._replace(forward=(config,))
         return lambda x, g: kernel.forward(x, x, 1.0, case.down, up)
-    kernel.backward_config = candidate.config
+    if isinstance(config, TwoPhase):
+        kernel.configs = kernel.configs._replace(backward=(), tokens=(config.tokens,), columns=(config.columns,))
+    else:
+        kernel.configs = kernel.configs._replace(backward=(config,))
     return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, up, (True,) * 9)
 
 
