@@ -2,15 +2,18 @@
 
 Every impl module has `unavailable()` and `refuses(problem)`; with `unmeasured(problem)` one says what "auto" leaves to
 others. Plain-torch impls then have `linear` and `adapter`, which autograd differentiates by itself; fused ones have
-`prepare(problem)`, which returns a `Kernel`.
+`prepare(problem)`, which returns a `Kernel`, and share the functions at the end of this page.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
 Gradients = tuple[Tensor | None, ...]
@@ -49,3 +52,27 @@ class AdapterKernel(Protocol):
         wanted: tuple[bool, ...],
     ) -> Gradients:
         """Gradients of x, then rule, left, right, bias of down and of up; None where not wanted."""
+
+
+def not_fused(problem: Problem) -> str | None:
+    """Why no fused kernel serves this problem on any device, or None."""
+    if problem.dtype == torch.float64:
+        return "x is float64; the kernels compute in float32"
+    if any(p.rank is None for p in problem.projections):
+        return "the weights are not factorised (right is None)"
+    if problem.activation is not None and problem.activation.code is None:
+        return f"the activation {problem.activation.name} is not fused"
+    return None
+
+
+def contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Each tensor itself where it is contiguous, else a contiguous copy."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def empty_gradients(tensors: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """An uninitialised contiguous tensor for each gradient that is wanted."""
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]

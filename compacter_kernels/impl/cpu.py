@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Gradients
+from compacter_kernels.impl import Gradients, contiguous, empty_gradients, not_fused
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -34,13 +34,7 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernels cannot serve this problem, or None."""
     if problem.device.type != "cpu":
         return f"x is on {problem.device.type}, not on the CPU"
-    if problem.dtype == torch.float64:
-        return "x is float64; the kernels compute in float32"
-    if any(p.rank is None for p in problem.projections):
-        return "the weights are not factorised (right is None)"
-    if problem.activation is not None and problem.activation.code is None:
-        return f"the activation {problem.activation.name} is not fused"
-    return None
+    return not_fused(problem)
 
 
 def prepare(problem: Problem) -> Any:
@@ -54,19 +48,8 @@ def _sizes(problem: Problem) -> tuple[list[tuple[Any, ...]], tuple[int, ...]]:
     return shapes, tuple(_DTYPES[d or torch.float32] for p in problem.projections for d in p.dtypes)
 
 
-def _dense(weights: PHMWeights) -> list[Tensor | None]:
-    return [w if w is None or w.is_contiguous() else w.contiguous() for w in weights]
-
-
 def _addresses(tensors: list[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _gradients(tensors: list[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
-        for t, want in zip(tensors, wanted, strict=True)
-    ]
 
 
 class _Linear:
@@ -77,7 +60,7 @@ class _Linear:
         self.out_features = problem.projections[0].out_features
 
     def forward(self, x: Tensor, weights: PHMWeights, out: Tensor | None = None) -> Tensor:
-        x, params = x.contiguous(), _dense(weights)
+        x, params = x.contiguous(), contiguous(weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.in_features
@@ -85,8 +68,8 @@ class _Linear:
         return out
 
     def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), _dense(weights)
-        results = _gradients([x, *params], wanted)
+        x, grad, params = x.contiguous(), grad.contiguous(), contiguous(weights)
+        results = empty_gradients([x, *params], wanted)
         grad_x, *grads = _addresses(results)
         tokens = x.numel() // self.in_features
         self.native.backward(
@@ -111,7 +94,7 @@ class _Adapter:
         up: PHMWeights,
         out: Tensor | None = None,
     ) -> Tensor:
-        same, x, params = residual is x, x.contiguous(), _dense(down) + _dense(up)
+        same, x, params = residual is x, x.contiguous(), contiguous((*down, *up))
         if same:
             residual = x
         elif residual is not None:
@@ -139,8 +122,8 @@ class _Adapter:
         up: PHMWeights,
         wanted: tuple[bool, ...],
     ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), _dense(down) + _dense(up)
-        results = _gradients([x, *params], wanted)
+        x, grad, params = x.contiguous(), grad.contiguous(), contiguous((*down, *up))
+        results = empty_gradients([x, *params], wanted)
         grad_x, *grads = _addresses(results)
         self.native.backward(
             x.data_ptr(),

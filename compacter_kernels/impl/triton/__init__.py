@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compacter_kernels.impl import not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
@@ -32,12 +33,8 @@ def refuses(problem: Problem) -> str | None:
     wanted = "cpu" if _interpreted() else "cuda"
     if problem.device.type != wanted:
         return f"x is on {problem.device.type}, not on {wanted}"
-    if problem.dtype == torch.float64:
-        return "x is float64; the kernels compute in float32"
-    if any(p.rank is None for p in problem.projections):
-        return "the weights are not factorised (right is None)"
-    if problem.activation is not None and problem.activation.code is None:
-        return f"the activation {problem.activation.name} is not fused"
+    if reason := not_fused(problem):
+        return reason
     found = _sizes.sizes(problem)
     return _sizes.too_large(found) or _too_little_shared(problem.device, found)
 

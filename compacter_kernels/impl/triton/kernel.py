@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Gradients
+from compacter_kernels.impl import Gradients, contiguous, empty_gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, architecture_of, configurations
@@ -39,10 +39,6 @@ KERNELS = {
     "tokens": (two_phase.tokens, (), "tokens"),
     "columns": (two_phase.columns, ("RESIDUAL", "HAS_BIAS", "IN_SIDE", "OUT_SIDE"), "columns"),
 }
-
-
-def _dense(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 class _Kernel:
@@ -148,13 +144,6 @@ class _Kernel:
         return self.reductions[wanted]
 
 
-def _gradients(tensors: list[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
-        for t, want in zip(tensors, wanted, strict=True)
-    ]
-
-
 class Linear(_Kernel):
     """phm_linear."""
 
@@ -164,15 +153,15 @@ class Linear(_Kernel):
 
     def forward(self, x: Tensor, weights: PHMWeights, out: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        rule, left, right, bias = _dense(weights)
+        rule, left, right, bias = contiguous(weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
         self._forward(x, None, out, (rule, left, None, None, None, None, right, bias), 1.0)
         return out
 
     def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), _dense(weights)
-        results = _gradients([x, *params], wanted)
+        x, grad, params = x.contiguous(), grad.contiguous(), contiguous(weights)
+        results = empty_gradients([x, *params], wanted)
         dx, d_rule, d_left, d_right, d_bias = results
         rule, left, right, _ = params
         grads = (d_left, d_right, d_bias, d_rule, None, None, None, None)
@@ -199,7 +188,7 @@ class Adapter(_Kernel):
             residual = residual.contiguous()
         if out is None:
             out = torch.empty_like(x)
-        self._forward(x, residual, out, _dense((*down, *up)), scale)
+        self._forward(x, residual, out, contiguous((*down, *up)), scale)
         return out
 
     def backward(
@@ -212,8 +201,8 @@ class Adapter(_Kernel):
         up: PHMWeights,
         wanted: tuple[bool, ...],
     ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), _dense((*down, *up))
-        results = _gradients([x, *params], wanted)
+        x, grad, params = x.contiguous(), grad.contiguous(), contiguous((*down, *up))
+        results = empty_gradients([x, *params], wanted)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
         grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
         self._backward(x, grad, dx, params[:7], scale, residual_is_x, grads)
