@@ -11,7 +11,8 @@ from compacter_kernels.bench import load
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS
 
 MIN_SAMPLE = 1e-3  # seconds; a faster call is repeated within a sample
-WARM_LIMIT = 20e-3  # seconds; a faster call is preceded by an untimed one, so that it finds its own data in the caches
+WARM_TIME = 10e-3  # seconds of untimed calls before a sample: a call finds its own data in the caches, not its rivals'
+WARM_CALLS = 8  # at most; after a call that fills the caches with other data, the time was seen to fall for six calls
 MAX_REPEATS = 3  # disturbed samples are repeated, until there are this many times as many samples as were asked for
 
 
@@ -31,9 +32,14 @@ class Timing:
         """Warm up, and find how many calls make a sample."""
         self.call()
         self.estimate = self._once()
-        if self.estimate < WARM_LIMIT:
+        if self.warm_ups:
             self.estimate = min(self.estimate, *(self._once() for _ in range(2)))
         self.loops = max(1, round(MIN_SAMPLE / self.estimate))
+
+    @property
+    def warm_ups(self) -> int:
+        """Untimed calls before a sample; none for a call so long that it brings its own data with it."""
+        return min(WARM_CALLS, round(WARM_TIME / self.estimate))
 
     def _once(self) -> float:
         start = time.perf_counter()
@@ -43,7 +49,7 @@ class Timing:
     def sample(self) -> tuple[float, bool]:
         """Seconds per call, and whether another process took a core meanwhile."""
         call = self.call
-        if self.estimate < WARM_LIMIT:
+        for _ in range(self.warm_ups):
             call()
         faults, switches = load.page_faults(), load.involuntary_switches()
         start = time.perf_counter()
@@ -73,8 +79,7 @@ def interleave(timings: Sequence[Timing], rounds: int | None, seconds: float, th
     """Take `rounds` undisturbed samples of each, or as many as fit into `seconds`; the disturbed ones are repeated."""
     for timing in timings:
         timing.calibrate()
-    warm = sum(t.estimate for t in timings if t.estimate < WARM_LIMIT)
-    one_round = warm + sum(t.estimate * t.loops for t in timings)
+    one_round = sum(t.estimate * (t.warm_ups + t.loops) for t in timings)
     if rounds is None:
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
     together = min(rounds, 1 + int(load.WINDOW / one_round))  # rounds in a window of the load meter
