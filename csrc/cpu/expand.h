@@ -31,7 +31,8 @@ private:
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
     void blocks(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
-        for (int64_t q = 0; q < n; ++q) {
+        // Backwards: what was read last, the end of x's rows, is still in the first cache.
+        for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
             const Chunk here{v + q * m * lanes, bias ? bias + at : nullptr, residual ? residual + at : nullptr,
                              out + at, next ? next + at : nullptr};
