@@ -31,8 +31,9 @@ from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, configurations
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
-from compacter_kernels.impl.triton.launch import compile_options, constants_of
-from compacter_kernels.impl.triton.sizes import precision, sizes
+from compacter_kernels.impl.triton.launch import compile_options
+from compacter_kernels.impl.triton.plan import Options, plan, precision
+from compacter_kernels.impl.triton.sizes import sizes
 from compacter_kernels.problem import adapter_problem
 
 KIB = 1024
@@ -47,8 +48,8 @@ SHAPES = [
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
-SCALARS = {"scale": "fp32", "T": "i32", "ROWS": "i32"}
-OPTIONS = {"SAME": True, "SQUARE": True, "RESIDUAL": True, "HAS_BIAS": True, "IN_SIDE": True, "OUT_SIDE": True}
+SCALARS = {"scale": "fp32", "T": "i32"}
+OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|(?:global|buffer)_(?:load|store)_)(\S*)[^\n]*")
 
@@ -67,8 +68,8 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def plans(job: Job) -> tuple[Any, Any, tuple[Config, ...], dict[str, Any]]:
-    """The kernel, its sizes, its configurations and options; no configuration where this shape does not use it."""
+def choices(job: Job) -> tuple[Any, Any, tuple[Config, ...], Any]:
+    """The kernel, its sizes, its configurations and precision; no configuration where this shape does not use it."""
     x_dtype = DTYPES[job.dtype]
     case = random_case(job.shape, 1, dtype=x_dtype)
     assert case.up is not None
@@ -81,28 +82,23 @@ def plans(job: Job) -> tuple[Any, Any, tuple[Config, ...], dict[str, Any]]:
         "columns": (two_phase.columns, () if found.backward else found.columns),
     }
     kernel, configs = kernels[job.kernel]
-    return kernel, s, configs, {**precision(s, x_dtype, job.arch), **OPTIONS}
+    return kernel, s, configs, precision(s, x_dtype, job.arch)
 
 
-def compiled(kernel: Any, s: Any, config: Config, options: dict[str, Any], job: Job) -> Any:
+def compiled(kernel: Any, s: Any, config: Config, rounding: Any, job: Job) -> Any:
     """The kernel for aligned pointers and float32 parameters."""
-    import triton.language as tl
-
     names = list(kernel.arg_names)
-    constants = constants_of(kernel, s, config, options)
-    constants["LP"] = getattr(tl, constants["LP"])
-    signature = dict.fromkeys(names, "constexpr")
-    attributes = {}
+    signature, attributes = {}, {}
     for i, name in enumerate(names):
-        if name in constants and not (name == "RESIDUAL" and kernel.__name__.startswith("forward")):
-            continue
-        constants.pop(name, None)
-        if name in SCALARS:
+        if name == "P":
+            signature[name] = "constexpr"
+        elif name in SCALARS:
             signature[name] = SCALARS[name]
         else:
             signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {(names.index(name),): v for name, v in constants.items()}, attributes)
+    constants = {(names.index("P"),): plan(s, config, rounding, OPTIONS)}
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target(job.arch), options=compile_options(config.warps))
 
 
@@ -150,11 +146,11 @@ def resources(found: Any, arch: str) -> tuple[int, int]:
 
 def row(job: Job) -> dict[str, Any] | None:
     """What the compiler made of the configuration in use: the first whose shared memory the architecture has."""
-    kernel, s, configs, options = plans(job)
+    kernel, s, configs, rounding = choices(job)
     limit, found, error = LIMITS[job.arch], None, ""
     for config in configs:
         try:
-            found = compiled(kernel, s, config, options, job)
+            found = compiled(kernel, s, config, rounding, job)
         except Exception as problem:
             error = f"{type(problem).__name__}: {str(problem)[:200]}"
             continue

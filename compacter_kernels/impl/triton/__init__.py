@@ -45,7 +45,7 @@ def _too_little_shared(device: torch.device, found: _sizes.Sizes) -> str | None:
         return None
     has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _sizes.UNFOLDED_BYTES)
     if has < _sizes.UNFOLDED_BYTES:
-        return f"phm_dim={found.N1} needs {_sizes.UNFOLDED_BYTES} bytes of shared memory, this device has {has}"
+        return f"phm_dim={found.IN.N} needs {_sizes.UNFOLDED_BYTES} bytes of shared memory, this device has {has}"
     return None
 
 

@@ -15,47 +15,48 @@ def block(b, BK: tl.constexpr):
 
 
 @triton.jit
-def rows(tile, T, BT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr):
-    """For each row (token, p) of a tile: p, its offset in elements (int64), and whether it exists."""
-    r = tl.arange(0, BT * NP)
-    token = tile * BT + r // NP
-    p = r % NP
-    return p, token.to(tl.int64) * (N * K) + p * K, (token < T) & (p < N)
+def rows(tile, T, width, side: tl.constexpr, P: tl.constexpr):
+    """The rows (token, p) of a tile, each `width` numbers long: p, the tile's offset (int64), theirs in it, and which exist."""
+    r = tl.arange(0, P.BT * side.NP)
+    token = r // side.NP
+    p = r % side.NP
+    first = tl.full((), P.BT * side.N * width, tl.int64) * tile
+    return p, first, token * (side.N * width) + p * width, (token < T - tile * P.BT) & (p < side.N)
 
 
 @triton.jit
-def load_blocks(tile, X, T, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def load_blocks(tile, X, T, side: tl.constexpr, P: tl.constexpr):
     """All column blocks of a tile, each [BT * NP, BK], as a tuple."""
     xs = ()
-    _, o_x, m_x = rows(tile, T, BT, N, NP, K)
-    for b in tl.static_range((K + BK - 1) // BK):
-        u = block(b, BK)
-        xs = xs + (tl.load(X + o_x[:, None] + u[None, :], mask=m_x[:, None] & (u < K)[None, :], other=0.0),)
+    _, first, o_x, m_x = rows(tile, T, side.K, side, P)
+    for b in tl.static_range((side.K + P.BK - 1) // P.BK):
+        u = block(b, P.BK)
+        m = m_x[:, None] & (u < side.K)[None, :]
+        xs = xs + (tl.load(X + first + (o_x[:, None] + u[None, :]), mask=m, other=0.0),)
     return xs
 
 
 @triton.jit
-def contract(xs, weights, NI: tl.constexpr, BLOCKS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
+def contract(xs, weights, side: tl.constexpr, P: tl.constexpr):
     """sum_u x[(t, p), u] w[u, c] over the blocks of `load_blocks`: [BT * NP, NI] float32."""
-    z = tl.zeros((xs[0].shape[0], weights[0].shape[1]), tl.float32)
-    for b in tl.static_range(BLOCKS):
-        z = dot(xs[b].to(LP), weights[b], z, PRECISION)
-    return merge(z, NI)
+    z = tl.zeros((P.BT * side.NP, weights[0].shape[1]), tl.float32)
+    for b in tl.static_range((side.K + P.BK - 1) // P.BK):
+        z = dot(xs[b].to(P.PRECISION.LP), weights[b], z, P.PRECISION.WIDE)
+    return merge(z, side.NI)
 
 
 @triton.jit
-def stream(
-    tile, X, T, W, scale, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, NI: tl.constexpr,
-    LEFT: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def stream(tile, X, T, W, scale, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
     """The same of a row too long to be held, sum_u x[(t, p), u] scale w_c[u]: a loop that reads the factor too."""
-    _, o_x, m_x = rows(tile, T, BT, N, NP, K)
-    c = tl.arange(0, NI)
-    z = tl.zeros((BT * NP, (4 if NI == 4 else 2) * NI if SPLIT else NI), tl.float32)
-    for b in tl.range(0, (K + BK - 1) // BK, num_stages=STAGES):
-        u = block(b, BK)
-        x = tl.load(X + o_x[:, None] + u[None, :], mask=m_x[:, None] & (u < K)[None, :], other=0.0)
-        w = factor(W, u[:, None], c[None, :], K, N * R, R, LEFT) * scale
-        z = dot(x.to(LP), wide_split(w, LP, SPLIT), z, PRECISION)
-    return merge(z, NI)
+    LP: tl.constexpr = P.PRECISION.LP
+    SPLIT: tl.constexpr = P.PRECISION.SPLIT
+    _, first, o_x, m_x = rows(tile, T, side.K, side, P)
+    c = tl.arange(0, side.NI)
+    z = tl.zeros((P.BT * side.NP, (4 if side.NI == 4 else 2) * side.NI if SPLIT else side.NI), tl.float32)
+    for b in tl.range(0, (side.K + P.BK - 1) // P.BK, num_stages=P.STAGES):
+        u = block(b, P.BK)
+        m = m_x[:, None] & (u < side.K)[None, :]
+        x = tl.load(X + first + (o_x[:, None] + u[None, :]), mask=m, other=0.0)
+        w = factor(W, u[:, None], c[None, :], side.K, side, LEFT) * scale
+        z = dot(x.to(LP), wide_split(w, LP, SPLIT), z, P.PRECISION.WIDE)
+    return merge(z, side.NI)

@@ -18,6 +18,8 @@ class Config(NamedTuple):
     columns: of a chunk of x or of the output that are worked on at once.
     stages: tiles, or column blocks of a streamed row, on their way from memory; 0: one tile for each program.
     programs: at most, for each multiprocessor.
+    bottleneck: columns of the bottleneck that are worked on at once; 0: all.
+    keep: what stands between the projections stays in registers for all tiles, and is not read again for each.
     """
 
     tokens: int
@@ -25,6 +27,8 @@ class Config(NamedTuple):
     warps: int
     stages: int
     programs: int
+    bottleneck: int = 0
+    keep: bool = True
 
 
 class Configurations(NamedTuple):
@@ -50,11 +54,11 @@ def architecture_of(properties: Any) -> str:
 
 def configurations(s: Sizes, itemsize: int, architecture: str) -> Configurations:
     """The configurations of a problem, x having itemsize bytes a number."""
-    c = min(64, power_of_two(max(s.K1, s.K2), 16))
-    wide = min(128, power_of_two(max(s.K1, s.K2), 16))
-    inner = s.NP1 * s.NI1
+    c = min(64, power_of_two(max(s.IN.K, s.OUT.K), 16))
+    wide = min(128, power_of_two(max(s.IN.K, s.OUT.K), 16))
+    inner = s.inner
     narrow = itemsize == 2
-    held = narrow and s.FOLD and max(s.K1, s.K2) <= HELD_COLUMNS
+    held = narrow and s.FOLD and max(s.IN.K, s.OUT.K) <= HELD_COLUMNS
     forward: tuple[Config, ...]
     if not held:
         forward = (Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, min(32, c), 8, 1, 2))
@@ -67,7 +71,7 @@ def configurations(s: Sizes, itemsize: int, architecture: str) -> Configurations
     else:
         forward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))
     backward: tuple[Config, ...] = ()
-    row = max(s.N1 * s.K1, s.N2 * s.K2) * itemsize
+    row = max(s.IN.N * s.IN.K, s.OUT.N * s.OUT.K) * itemsize
     if held and inner <= 64 and inner * s.DP <= HELD_SUMS and row <= HELD_BYTES:
         backward = (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))
     tokens: tuple[Config, ...] = (Config(16, wide, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, min(32, c), 8, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, architecture_of, configurations
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
+from compacter_kernels.impl.triton.plan import Options, precision
 from compacter_kernels.impl.triton.reduce import reduce_rows
-from compacter_kernels.impl.triton.sizes import precision, sizes
+from compacter_kernels.impl.triton.sizes import sizes
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -31,13 +33,13 @@ def tf32_allowed() -> bool:
     return bool(_fp32_precision("cuda", "matmul") == "tf32")
 
 
-# for each kernel the options that its launches differ in, and the field of Configurations that it takes
+# each kernel, and the field of Configurations that it takes
 KERNELS = {
-    "forward": (forward, ("SAME",), "forward"),
-    "forward_streamed": (forward_streamed, (), "forward"),
-    "backward": (backward, ("SQUARE", "RESIDUAL", "HAS_BIAS"), "backward"),
-    "tokens": (two_phase.tokens, (), "tokens"),
-    "columns": (two_phase.columns, ("RESIDUAL", "HAS_BIAS", "IN_SIDE", "OUT_SIDE"), "columns"),
+    "forward": (forward, "forward"),
+    "forward_streamed": (forward_streamed, "forward"),
+    "backward": (backward, "backward"),
+    "tokens": (two_phase.tokens, "tokens"),
+    "columns": (two_phase.columns, "columns"),
 }
 
 
@@ -46,7 +48,7 @@ class _Kernel:
 
     def __init__(self, problem: Problem) -> None:
         self.sizes = s = sizes(problem)
-        self.width, self.square = s.N1 * s.K1, (s.N1, s.K1) == (s.N2, s.K2)
+        self.width, self.square = s.IN.N * s.IN.K, s.square
         self.device = problem.device.index or 0
         self.multiprocessors, architecture = 4, "interpreter"
         if problem.device.type == "cuda":
@@ -54,21 +56,20 @@ class _Kernel:
             self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
         self.configs = configurations(s, problem.dtype.itemsize, architecture)
         self.precision = precision(s, problem.dtype, architecture)
-        self.adjustable = self.precision["PRECISION"] == "tf32x3"  # the user may ask for plain tf32
+        self.adjustable = self.precision.WIDE == "tf32x3"  # the user may ask for plain tf32
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
-        """The kernel with the first configuration that fits the device; found once for each choice of its options."""
+        """The kernel with the first configuration that fits the device; found once for each choice of `Options`."""
         tf32 = self.adjustable and tf32_allowed()
         found = self.launches.get((name, tf32, options))
         if found is None:
-            kernel, names, configs = KERNELS[name]
-            constants = {**self.precision, **dict(zip(names, options, strict=True))}
-            if tf32:
-                constants |= {"PRECISION": "tf32", "MIDDLE_PRECISION": "tf32"}
+            kernel, configs = KERNELS[name]
+            rounding = replace(self.precision, WIDE="tf32", MIDDLE="tf32") if tf32 else self.precision
             place = (self.device, self.multiprocessors)
-            found = first_that_fits(kernel, self.sizes, getattr(self.configs, configs), constants, place, tensors)
+            candidates = getattr(self.configs, configs)
+            found = first_that_fits(kernel, self.sizes, candidates, rounding, Options(*options), place, tensors)
             self.launches[name, tf32, options] = found
         return found
 
@@ -96,7 +97,7 @@ class _Kernel:
         if self.configs.backward:
             part = self._partials(x, self.configs.backward)
             tensors = (x, g, dx, part, *params)
-            launch = self._launch("backward", tensors, self.square, residual, has_bias)
+            launch = self._launch("backward", tensors, False, residual, has_bias)
             wide_rows = rows = launch.programs(tokens)
             launch(rows, 1, tensors, scale, tokens)
         else:
@@ -113,8 +114,8 @@ class _Kernel:
         """The partials, and how many rows of them the wide gradients and the others have."""
         s, configs = self.sizes, self.configs
         part = self._partials(x, configs.tokens + configs.columns)
-        dz = x.new_empty((tokens * s.N1, s.N1 * s.R1), dtype=torch.float32)
-        v2 = x.new_empty((tokens * s.N2, s.N2 * s.R2), dtype=torch.float32)
+        dz = x.new_empty((tokens * s.IN.N, s.IN.C), dtype=torch.float32)
+        v2 = x.new_empty((tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
         tensors = (x, g, dz, v2, part, *params)
         launch = self._launch("tokens", tensors)
         rows = launch.programs(tokens)
@@ -122,23 +123,23 @@ class _Kernel:
         tensors = (x, g, dx, dz, v2, part, params[1])
         wide_rows = 0
         for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
-            k, n = (s.K1, s.N1) if in_side else (s.K2, s.N2)
-            launch = self._launch("columns", tensors, residual, has_bias, in_side, out_side)
-            blocks = -(-max(s.K1, s.K2) // launch.config.columns)
+            side = s.IN if in_side else s.OUT
+            launch = self._launch("columns", tensors, False, residual, has_bias, in_side, out_side)
+            blocks = -(-max(s.IN.K, s.OUT.K) // launch.config.columns)
             if not wide_rows:
-                wide_rows = max(1, min(launch.programs(tokens * max(s.N1, s.N2)), launch.most // blocks))
-            launch(-(-k // launch.config.columns), wide_rows, tensors, scale, tokens * n)
+                wide_rows = max(1, min(launch.programs(tokens * max(s.IN.N, s.OUT.N)), launch.most // blocks))
+            launch(-(-side.K // launch.config.columns), wide_rows, tensors, scale, tokens)
         return part, wide_rows, rows
 
     def _partials(self, x: Tensor, configs: tuple[Config, ...]) -> Tensor:
         """A row for each program of any of these configurations."""
         rows = self.multiprocessors * max([config.programs for config in configs])
-        return x.new_empty((rows, self.sizes.offsets["ROW"]), dtype=torch.float32)
+        return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
 
     def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
         """The second stage for these gradients, and its number of programs; found once."""
         sizes, copies = zip(*self.sizes.gradients, strict=True)
-        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.sizes.offsets["ROW"], **REDUCE}
+        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.sizes.offsets.ROW, **REDUCE}
         blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(sizes, wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         return self.reductions[wanted]

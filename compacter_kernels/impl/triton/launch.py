@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
 from compacter_kernels.impl.triton.config import Config
+from compacter_kernels.impl.triton.plan import Options, Precision, plan
 from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 
-_LP = {"bfloat16": tl.bfloat16, "float32": tl.float32}
 _interpreted, _runtime = INTERPRETED.value, knobs.runtime
 # torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -35,8 +34,8 @@ class Launch:
 
     def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
         self.kernel, self.warps, self.device = kernel, warps, device
-        self.constants = {k: _LP.get(v, v) if k == "LP" else v for k, v in constants.items()}
-        self.tail = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
+        self.constants = constants
+        self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.compiled: dict[tuple[int | None, ...], Any] = {}
 
     def compile(self, tensors: Sequence[Tensor | None]) -> Any:
@@ -76,9 +75,10 @@ class Tiled(Launch):
     """A launch whose programs share the tiles of a configuration."""
 
     def __init__(
-        self, kernel: Any, s: Sizes, config: Config, options: dict[str, Any], device: int, multiprocessors: int
-    ) -> None:
-        super().__init__(kernel, constants_of(kernel, s, config, options), config.warps, device)
+        self, kernel: Any, s: Sizes, config: Config, precision: Precision, options: Options, device: int,
+        multiprocessors: int,
+    ) -> None:  # fmt: skip
+        super().__init__(kernel, {"P": plan(s, config, precision, options)}, config.warps, device)
         self.config, self.most = config, config.programs * multiprocessors
 
     def programs(self, count: int) -> int:
@@ -94,25 +94,12 @@ class Tiled(Launch):
             return bool(self.compile(tensors).metadata.shared <= limit)
 
 
-def constants_of(kernel: Any, s: Sizes, config: Config, options: dict[str, Any]) -> dict[str, Any]:
-    """The compile-time arguments of a kernel: sizes, tiles and options, as far as it takes them."""
-    tiles = {
-        "BT": config.tokens,
-        "BR": config.tokens,
-        "BK": config.columns,
-        "BK1": config.columns,
-        "BK2": config.columns,
-        "STAGES": config.stages,
-    }
-    values = {**s._asdict(), **s.offsets, **tiles, **options}
-    return {name: value for name, value in values.items() if name in kernel.arg_names}
-
-
 def first_that_fits(
     kernel: Any,
     s: Sizes,
     configs: tuple[Config, ...],
-    options: dict[str, Any],
+    precision: Precision,
+    options: Options,
     place: tuple[int, int],
     tensors: Sequence[Tensor | None],
 ) -> Tiled:
@@ -122,7 +109,7 @@ def first_that_fits(
         RuntimeError: none has.
     """
     for config in configs:
-        launch = Tiled(kernel, s, config, options, *place)
+        launch = Tiled(kernel, s, config, precision, options, *place)
         if launch.fits(tensors):
             return launch
     raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")

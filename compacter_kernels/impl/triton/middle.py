@@ -1,7 +1,7 @@
 """From Z to V2, the n^2 r numbers of a token between x and the output.
 
-FOLD: the rule is folded into the factor beside it, two products of [BT, n^2 r] with one small matrix each (n <= 8).
-Otherwise the mixes by the rule stay apart, n^3 r operations each (n = 12).
+FOLD: the rule is folded into the factor beside it, two products of [BT, n^2 r] with one small matrix each (n <= 8), a
+block of EB columns of the bottleneck at a time. Otherwise the mixes by the rule stay apart, n^3 r operations each (n = 12).
 """
 
 from __future__ import annotations
@@ -10,89 +10,151 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.functions import activate
-from compacter_kernels.impl.triton.tiles import factor, folded, mix, product, unfolded
+from compacter_kernels.impl.triton.tiles import dot, factor, folded, mix, product, unfolded
 
 
 @triton.jit
-def folded_rule(A, j, N: tl.constexpr, R: tl.constexpr, NI: tl.constexpr):
+def again(tile, T):
+    """0, as the compiler cannot know: what is read at this offset is read for every tile, and not kept in registers."""
+    return tile * (tl.minimum(T, 0) * 16)
+
+
+@triton.jit
+def folded_rule(A, side: tl.constexpr):
     """A_i[p, q] at ((p, c), (q, c)), 0 elsewhere: [J, J] float32."""
-    p = (j // NI)[:, None]
-    q = (j // NI)[None, :]
-    c = (j % NI)[:, None]
-    m = (p < N) & (q < N) & (c < N * R) & ((j % NI)[None, :] == c)
-    return tl.load(A + (c // R) * (N * N) + p * N + q, mask=m, other=0.0).to(tl.float32)
+    j = tl.arange(0, side.NP * side.NI)
+    p = (j // side.NI)[:, None]
+    q = (j // side.NI)[None, :]
+    c = (j % side.NI)[:, None]
+    m = (p < side.N) & (q < side.N) & (c < side.C) & ((j % side.NI)[None, :] == c)
+    return tl.load(A + (c // side.R) * (side.N * side.N) + p * side.N + q, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def middle_weights(
-    A1, T1, B1, A2, S2,
-    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
-    DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """What `middle` multiplies with, float32: linear (A1,), folded (C1, C2, b1), else (A1, A2, t1, s2, b1)."""
-    if ACTIVATION is None:
-        if FOLD:
-            found = (folded_rule(A1, tl.arange(0, NP1 * NI1), N1, R1, NI1),)
-        else:
-            found = (unfolded(A1, N1, NP1, N1 * R1, NI1, R1),)
-    elif FOLD:
-        c1 = folded(A1, T1, N1, NP1, R1, NI1, D1, E1, DP, False)
-        c2 = folded(A2, S2, N2, NP2, R2, NI2, D2, E2, DP, True)
-        if B1 is not None:
-            e = tl.arange(0, DP)
-            m = (e // E1 < N1) & (e % E1 < D1)
-            b1 = tl.load(B1 + e // E1 * D1 + e % E1, mask=m, other=0.0).to(tl.float32)
-        else:
-            b1 = tl.zeros((DP,), tl.float32)
-        found = (c1, c2, b1)
+def inside(e, side: tl.constexpr):
+    """Whether a column of the bottleneck is no padding."""
+    return (e // side.E < side.N) & (e % side.E < side.D)
+
+
+@triton.jit
+def folded_weights(b, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """Block b of C1, C2 and b1."""
+    c1 = folded(A1, T1, b, P.IN, P, False)
+    c2 = folded(A2, S2, b, P.OUT, P, True)
+    e = b * P.EB + tl.arange(0, P.EB)
+    if B1 is not None:
+        o_bias = e // P.IN.E * P.IN.D + e % P.IN.E
+        b1 = tl.load(B1 + o_bias, mask=inside(e, P.IN), other=0.0).to(tl.float32)
     else:
-        v = tl.arange(0, DP)
-        p = tl.arange(0, NP1)
-        a1 = unfolded(A1, N1, NP1, N1 * R1, NI1, R1)
-        a2 = unfolded(A2, N2, NP2, N2 * R2, NI2, R2)
-        t1 = factor(T1, v[None, :], tl.arange(0, NI1)[:, None], D1, N1 * R1, R1, False)
-        s2 = factor(S2, v[None, :], tl.arange(0, NI2)[:, None], D2, N2 * R2, R2, True)
-        if B1 is not None:
-            m = (p < N1)[:, None] & (v < D1)[None, :]
-            b1 = tl.load(B1 + p[:, None] * D1 + v[None, :], mask=m, other=0.0).to(tl.float32)
+        b1 = tl.zeros((P.EB,), tl.float32)
+    return c1, c2, b1
+
+
+@triton.jit
+def unfolded_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
+    """A1, A2, t1, s2 and b1."""
+    v = tl.arange(0, P.DP)
+    a1 = unfolded(A1, P.IN)
+    a2 = unfolded(A2, P.OUT)
+    t1 = factor(T1, v[None, :], tl.arange(0, P.IN.NI)[:, None], P.IN.D, P.IN, False)
+    s2 = factor(S2, v[None, :], tl.arange(0, P.OUT.NI)[:, None], P.OUT.D, P.OUT, True)
+    if B1 is not None:
+        p = tl.arange(0, P.IN.NP)
+        m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
+        b1 = tl.load(B1 + p[:, None] * P.IN.D + v[None, :], mask=m, other=0.0).to(tl.float32)
+    else:
+        b1 = tl.zeros((P.IN.NP, P.DP), tl.float32)
+    return a1, a2, t1, s2, b1
+
+
+@triton.jit
+def middle_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
+    """All that `middle` multiplies with, float32, as one tuple."""
+    if P.ACTIVATION is None:
+        if P.FOLD:
+            found = (folded_rule(A1, P.IN),)
         else:
-            b1 = tl.zeros((NP1, DP), tl.float32)
-        found = (a1, a2, t1, s2, b1)
+            found = (unfolded(A1, P.IN),)
+    elif P.FOLD:
+        found = ()
+        for b in tl.static_range(P.DP // P.EB):
+            found = found + folded_weights(b, A1, T1, B1, A2, S2, P)
+    else:
+        found = unfolded_weights(A1, T1, B1, A2, S2, P)
     return found
 
 
 @triton.jit
-def add_bias(y, b1, BT: tl.constexpr):
-    """y [BT * NP, DP] + b1 [NP, DP] of each token."""
-    y3 = tl.reshape(y, (BT, b1.shape[0], b1.shape[1])) + b1[None, :, :]
-    return tl.reshape(y3, (BT * b1.shape[0], b1.shape[1]))
+def kept_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
+    """The same where they are kept in registers for all tiles, otherwise nothing."""
+    if P.KEEP:
+        return middle_weights(A1, T1, B1, A2, S2, P)
+    else:
+        return ()
 
 
 @triton.jit
-def middle(
-    z, weights,
-    N1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
-    N2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
-    DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Z [BT * NP1, NI1] -> V2 [BT * NP2, NI2], float32. ACTIVATION is None for a projection alone."""
-    if ACTIVATION is None:
-        if FOLD:
-            v2 = tl.reshape(product(tl.reshape(z, (BT, NP1 * NI1)), weights[0], PRECISION), (BT * NP2, NI2))
-        else:
-            v2 = mix(z, weights[0], BT, NP1, PRECISION)
-    elif FOLD:
-        c1, c2, b1 = weights
-        e = tl.arange(0, DP)
-        y = product(tl.reshape(z, (BT, NP1 * NI1)), c1, PRECISION) + b1[None, :]
-        h = tl.where(((e // E1 < N1) & (e % E1 < D1))[None, :], activate(y, ACTIVATION), 0.0)
-        v2 = tl.reshape(product(h, tl.trans(c2), PRECISION), (BT * NP2, NI2))
+def block_weights(b, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """Block b of the folded weights: those kept, or read now."""
+    if P.KEEP:
+        return kept[3 * b], kept[3 * b + 1], kept[3 * b + 2]
+    elif B1 is not None:
+        return folded_weights(b, A1 + zero, T1 + zero, B1 + zero, A2 + zero, S2 + zero, P)
     else:
-        a1, a2, t1, s2, b1 = weights
-        p = tl.arange(0, BT * NP1) % NP1
-        m = (p < N1)[:, None] & (tl.arange(0, DP) < D1)[None, :]
-        y = add_bias(product(mix(z, a1, BT, NP1, PRECISION), t1, PRECISION), b1, BT)
-        h = tl.where(m, activate(y, ACTIVATION), 0.0)
-        v2 = mix(product(h, tl.trans(s2), PRECISION), a2, BT, NP2, PRECISION)
+        return folded_weights(b, A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
+
+
+@triton.jit
+def whole_weights(kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """The weights of a middle that has no blocks: those kept, or read now."""
+    if P.KEEP:
+        return kept
+    elif P.ACTIVATION is None:
+        return middle_weights(A1 + zero, T1, B1, A2, S2, P)
+    elif B1 is not None:
+        return middle_weights(A1 + zero, T1 + zero, B1 + zero, A2 + zero, S2 + zero, P)
+    else:
+        return middle_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
+
+
+@triton.jit
+def add_bias(y, b1, P: tl.constexpr):
+    """y [BT * NP, DP] + b1 [NP, DP] of each token."""
+    y3 = tl.reshape(y, (P.BT, P.IN.NP, P.DP)) + b1[None, :, :]
+    return tl.reshape(y3, (P.BT * P.IN.NP, P.DP))
+
+
+@triton.jit
+def unpadded(P: tl.constexpr):
+    """Which numbers of the unfolded bottleneck [BT * NP, DP] are no padding."""
+    p = tl.arange(0, P.BT * P.IN.NP) % P.IN.NP
+    return (p < P.IN.N)[:, None] & (tl.arange(0, P.DP) < P.IN.D)[None, :]
+
+
+@triton.jit
+def middle(z, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """Z [BT * NP, NI] of x's side -> V2 [BT * NP, NI] of the output's, float32."""
+    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
+    if P.ACTIVATION is None:
+        a = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)[0]
+        if P.FOLD:
+            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+            v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
+        else:
+            v2 = mix(z, a, P.IN, P)
+    elif P.FOLD:
+        zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+        v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
+        for b in tl.static_range(P.DP // P.EB):
+            c1, c2, b1 = block_weights(b, kept, zero, A1, T1, B1, A2, S2, P)
+            y = product(zj, c1, PRECISION) + b1[None, :]
+            m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)
+            h = tl.where(m[None, :], activate(y, P.ACTIVATION), 0.0)
+            v2 = dot(h, tl.trans(c2), v2, PRECISION)
+        v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
+    else:
+        a1, a2, t1, s2, b1 = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)
+        y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
+        h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
+        v2 = mix(product(h, tl.trans(s2), PRECISION), a2, P.OUT, P)
     return v2

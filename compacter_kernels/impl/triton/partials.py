@@ -13,15 +13,15 @@ from compacter_kernels.impl.triton.tiles import factor, merge, product, rule_at
 
 
 @triton.jit
-def store_left(P, d, u, c, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr):
+def store_left(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
     """d [., .] at (u, c), broadcast, as left (n, K, r)."""
-    tl.store(P + (c // R) * (K * R) + u * R + c % R, d, mask=(u < K) & (c < I))
+    tl.store(TO + (c // side.R) * (K * side.R) + u * side.R + c % side.R, d, mask=(u < K) & (c < side.C))
 
 
 @triton.jit
-def store_right(P, d, u, c, K: tl.constexpr, I: tl.constexpr):
+def store_right(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
     """d at (u, c), broadcast, as right (n, r, K)."""
-    tl.store(P + c * K + u, d, mask=(u < K) & (c < I))
+    tl.store(TO + c * K + u, d, mask=(u < K) & (c < side.C))
 
 
 @triton.jit
@@ -33,109 +33,115 @@ def sum_dz(d, NI: tl.constexpr):
 
 
 @triton.jit
-def store_out_side(
-    P_T2, P_B2, d, u, scale,
-    K: tl.constexpr, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+def store_out_side(row, d, u, scale, P: tl.constexpr):
     """[BK, m NI] = g^T v_operand, scaled: even columns add up to dt2, the first odd one is db2."""
-    M: tl.constexpr = d.shape[1] // NI
+    M: tl.constexpr = d.shape[1] // P.OUT.NI
     o = tl.arange(0, d.shape[1])[None, :]
-    c = tl.arange(0, NI)[None, :]
-    inside = (u < K)[:, None]
-    d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), NI)
-    tl.store(P_T2 + c * K + u[:, None], d_t2 * scale, mask=inside & (c < I))
-    if HAS_BIAS:
-        d_b2 = merge(tl.where(o % M == 1, d, 0.0), NI)
-        tl.store(P_B2 + c * K + u[:, None], d_b2 * scale, mask=inside & (c < N))
+    c = tl.arange(0, P.OUT.NI)[None, :]
+    d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), P.OUT.NI)
+    store_right(row + P.O.T2, d_t2 * scale, u[:, None], c, P.OUT.K, P.OUT)
+    if P.OPTIONS.HAS_BIAS:
+        d_b2 = merge(tl.where(o % M == 1, d, 0.0), P.OUT.NI)
+        m = (u < P.OUT.K)[:, None] & (c < P.OUT.N)
+        tl.store(row + P.O.B2 + c * P.OUT.K + u[:, None], d_b2 * scale, mask=m)
 
 
 @triton.jit
-def store_rule(P, d, c, outer, inner, N: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr):
+def store_rule(TO, d, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
     """d at (c, outer, inner), broadcast, as r rules (n, n, n); LEFT swaps outer and inner."""
+    N: tl.constexpr = side.N
     if LEFT:
         o_rule = inner * N + outer
     else:
         o_rule = outer * N + inner
-    o_rule += (c % R) * (N * N * N) + (c // R) * (N * N)
-    tl.store(P + o_rule, d, mask=(c < N * R) & (outer < N) & (inner < N))
+    o_rule += (c % side.R) * (N * N * N) + (c // side.R) * (N * N)
+    tl.store(TO + o_rule, d, mask=(c < side.C) & (outer < N) & (inner < N))
 
 
 @triton.jit
-def store_folded(
-    P_RULE, P_FACTOR, d, A, W, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, DP: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dC [NP * NI, DP] as the gradients of the rule and of the factor that `folded` multiplied.
+def store_factor(TO, d, v, c, side: tl.constexpr, LEFT: tl.constexpr):
+    """d at (c, v), broadcast, as the factor on the bottleneck's side: left (up) or right (down)."""
+    if LEFT:
+        store_left(TO, d, v, c, side.D, side)
+    else:
+        store_right(TO, d, v, c, side.D, side)
+
+
+@triton.jit
+def store_folded(D_RULE, D_FACTOR, sums, first: tl.constexpr, A, W, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
+    """dC [NP * NI, DP], every third of `sums` from `first` on, as the gradients of the rule and of the factor in it.
 
     down: dA_i[p, q] = sum_v dC[(p, i), (q, v)] t_i[v],    dt_i[v] = sum_{p, q} dC[(p, i), (q, v)] A_i[p, q];
     up (LEFT) has (q, i), (p, v) and s instead.
     """
-    if NP * E == DP:
-        outer = tl.arange(0, NP)[:, None, None]
-        c = tl.arange(0, NI)
-        inner = tl.arange(0, NP)[None, None, :]
-        v = tl.arange(0, E)
-        d = tl.reshape(d, (NP, NI, NP, E))
-        w = factor(W, v[None, :], c[:, None], D, N * R, R, LEFT)
-        a = rule_at(A, c[None, :, None], outer, inner, N, R, LEFT)
-        d_rule = tl.sum(d * w[None, :, None, :], 3)
-        d_factor = tl.sum(tl.sum(d * a[:, :, :, None], 2), 0)
-        store_rule(P_RULE, d_rule, c[None, :, None], outer, inner, N, R, LEFT)
+    if side.NP * side.E == P.DP:
+        Q: tl.constexpr = P.EB // side.E  # chunks of the bottleneck in a block
+        outer = tl.arange(0, side.NP)[:, None, None]
+        c = tl.arange(0, side.NI)
+        v = tl.arange(0, side.E)
+        d_factor = tl.zeros((side.NI, side.E), tl.float32)
+        for b in tl.static_range(P.DP // P.EB):
+            inner = b * Q + tl.arange(0, Q)[None, None, :]
+            d = tl.reshape(sums[3 * b + first], (side.NP, side.NI, Q, side.E))
+            w = factor(W, v[None, :], c[:, None], side.D, side, LEFT)
+            a = rule_at(A, c[None, :, None], outer, inner, side, LEFT)
+            store_rule(D_RULE, tl.sum(d * w[None, :, None, :], 3), c[None, :, None], outer, inner, side, LEFT)
+            d_factor += tl.sum(tl.sum(d * a[:, :, :, None], 2), 0)
+        store_factor(D_FACTOR, d_factor, v[None, :], c[:, None], side, LEFT)
     else:
         # sums over a part of e, which is no axis here, are products with one-hot matrices
-        NQ: tl.constexpr = NP if NP > 16 else 16
-        j = tl.arange(0, NP * NI)[:, None]
-        e = tl.arange(0, DP)
+        NQ: tl.constexpr = side.NP if side.NP > 16 else 16
+        MIDDLE: tl.constexpr = P.PRECISION.MIDDLE
+        d = sums[first]
+        j = tl.arange(0, side.NP * side.NI)[:, None]
+        e = tl.arange(0, P.DP)
         inner = tl.arange(0, NQ)[None, :]
-        v = tl.arange(0, DP)
-        w = factor(W, (e % E)[None, :], j % NI, D, N * R, R, LEFT)
-        a = rule_at(A, j % NI, j // NI, (e // E)[None, :], N, R, LEFT)
-        d_rule = product(d * w, ((e // E)[:, None] == inner).to(tl.float32), PRECISION)
-        d_factor = product(d * a, ((e % E)[:, None] == v[None, :]).to(tl.float32), PRECISION)
-        d_factor = tl.sum(tl.reshape(d_factor, (NP, NI, DP)), 0)
-        store_rule(P_RULE, d_rule, j % NI, j // NI, inner, N, R, LEFT)
-        c = tl.arange(0, NI)
-    if LEFT:
-        store_left(P_FACTOR, d_factor, v[None, :], c[:, None], D, N * R, R)
-    else:
-        store_right(P_FACTOR, d_factor, v[None, :], c[:, None], D, N * R)
+        v = tl.arange(0, P.DP)
+        w = factor(W, (e % side.E)[None, :], j % side.NI, side.D, side, LEFT)
+        a = rule_at(A, j % side.NI, j // side.NI, (e // side.E)[None, :], side, LEFT)
+        d_rule = product(d * w, ((e // side.E)[:, None] == inner).to(tl.float32), MIDDLE)
+        d_factor = product(d * a, ((e % side.E)[:, None] == v[None, :]).to(tl.float32), MIDDLE)
+        store_rule(D_RULE, d_rule, j % side.NI, j // side.NI, inner, side, LEFT)
+        d_factor = tl.sum(tl.reshape(d_factor, (side.NP, side.NI, P.DP)), 0)
+        store_factor(D_FACTOR, d_factor, v[None, :], tl.arange(0, side.NI)[:, None], side, LEFT)
 
 
 @triton.jit
-def store_sums(
-    PART, sums, A1, T1, A2, S2,
-    O_A1: tl.constexpr, O_T1: tl.constexpr, O_B1: tl.constexpr, O_A2: tl.constexpr, O_S2: tl.constexpr,
-    N1: tl.constexpr, R1: tl.constexpr, NI1: tl.constexpr, NP1: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr,
-    N2: tl.constexpr, R2: tl.constexpr, NI2: tl.constexpr, NP2: tl.constexpr, D2: tl.constexpr, E2: tl.constexpr,
-    DP: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The sums of `middle_backward` into this program's row, at the given offsets."""
-    if ACTIVATION is None:
-        if FOLD:
-            j = tl.arange(0, NP1 * NI1)
-            same = (j % NI1)[:, None] == (j % NI1)[None, :]
-            o_rule = ((j % NI1) % R1 * N1 + (j % NI1) // R1)[:, None] * (N1 * N1)
-            o_rule += (j // NI1)[:, None] * N1 + (j // NI1)[None, :]
-            inside = (j // NI1 < N1) & (j % NI1 < N1 * R1)
-            tl.store(PART + O_A1 + o_rule, sums[0], mask=same & inside[:, None] & inside[None, :])
-        else:
-            c = tl.arange(0, NI1)[:, None, None]
-            p = tl.arange(0, NP1)
-            store_rule(PART + O_A1, sums[0], c, p[None, :, None], p[None, None, :], N1, R1, False)
-    elif FOLD:
-        store_folded(PART + O_A1, PART + O_T1, sums[0], A1, T1, N1, NP1, R1, NI1, D1, E1, DP, False, PRECISION)
-        store_folded(PART + O_A2, PART + O_S2, sums[1], A2, S2, N2, NP2, R2, NI2, D2, E2, DP, True, PRECISION)
-        e = tl.arange(0, DP)
-        inside = (e // E1 < N1) & (e % E1 < D1)
-        tl.store(PART + O_B1 + e // E1 * D1 + e % E1, tl.sum(sums[2], 0), mask=inside)
+def store_projection(row, sums, P: tl.constexpr):
+    """The sum of a projection alone: its rule's gradient, folded or by columns."""
+    if P.FOLD:
+        j = tl.arange(0, P.IN.NP * P.IN.NI)
+        c, p = j % P.IN.NI, j // P.IN.NI
+        m = (p < P.IN.N) & (c < P.IN.C)
+        o_rule = (c % P.IN.R * P.IN.N + c // P.IN.R)[:, None] * (P.IN.N * P.IN.N) + p[:, None] * P.IN.N + p[None, :]
+        tl.store(row + P.O.A1 + o_rule, sums[0], mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
     else:
-        p = tl.arange(0, NP1)
-        v = tl.arange(0, DP)
-        c1 = tl.arange(0, NI1)
-        c2 = tl.arange(0, NI2)
-        store_rule(PART + O_A1, sums[0], c1[:, None, None], p[None, :, None], p[None, None, :], N1, R1, False)
-        store_rule(PART + O_A2, sums[1], c2[:, None, None], p[None, :, None], p[None, None, :], N2, R2, False)
-        store_right(PART + O_T1, sums[2], v[None, :], c1[:, None], D1, N1 * R1)
-        store_left(PART + O_S2, sums[3], v[None, :], c2[:, None], D2, N2 * R2, R2)
-        o_bias = p[:, None] * D1 + v[None, :]
-        tl.store(PART + O_B1 + o_bias, sums[4], mask=(p < N1)[:, None] & (v < D1)[None, :])
+        c = tl.arange(0, P.IN.NI)[:, None, None]
+        p = tl.arange(0, P.IN.NP)
+        store_rule(row + P.O.A1, sums[0], c, p[None, :, None], p[None, None, :], P.IN, False)
+
+
+@triton.jit
+def store_sums(row, sums, A1, T1, A2, S2, P: tl.constexpr):
+    """The sums of `middle_backward` into this program's row."""
+    if P.ACTIVATION is None:
+        store_projection(row, sums, P)
+    elif P.FOLD:
+        store_folded(row + P.O.A1, row + P.O.T1, sums, 0, A1, T1, P.IN, P, False)
+        store_folded(row + P.O.A2, row + P.O.S2, sums, 1, A2, S2, P.OUT, P, True)
+        for b in tl.static_range(P.DP // P.EB):
+            e = b * P.EB + tl.arange(0, P.EB)
+            m = (e // P.IN.E < P.IN.N) & (e % P.IN.E < P.IN.D)
+            tl.store(row + P.O.B1 + e // P.IN.E * P.IN.D + e % P.IN.E, tl.sum(sums[3 * b + 2], 0), mask=m)
+    else:
+        p1 = tl.arange(0, P.IN.NP)
+        p2 = tl.arange(0, P.OUT.NP)
+        c1 = tl.arange(0, P.IN.NI)
+        c2 = tl.arange(0, P.OUT.NI)
+        v = tl.arange(0, P.DP)
+        store_rule(row + P.O.A1, sums[0], c1[:, None, None], p1[None, :, None], p1[None, None, :], P.IN, False)
+        store_rule(row + P.O.A2, sums[1], c2[:, None, None], p2[None, :, None], p2[None, None, :], P.OUT, False)
+        store_factor(row + P.O.T1, sums[2], v[None, :], c1[:, None], P.IN, False)
+        store_factor(row + P.O.S2, sums[3], v[None, :], c2[:, None], P.OUT, True)
+        m = (p1 < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
+        tl.store(row + P.O.B1 + p1[:, None] * P.IN.D + v[None, :], sums[4], mask=m)

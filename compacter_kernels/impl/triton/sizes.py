@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -18,69 +18,101 @@ def power_of_two(value: int, least: int = 1) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-class Sizes(NamedTuple):
-    """What the kernels need to know of a problem; fields with capital letters are their compile-time arguments.
+@dataclass(frozen=True)
+class Side:
+    """The side of x or of the output: its wide rows and the projection there.
 
-    1 is the input's side, 2 the output's. For a projection alone both have its phm_dim and rank.
+    N: phm_dim. R: rank. K: numbers of a wide chunk. D: numbers of a chunk of the bottleneck, E: with their padding.
+    NP: N padded; NI: the columns C = N R, padded.
     """
 
-    N1: int
-    R1: int
-    K1: int
-    D1: int
-    N2: int
-    R2: int
-    K2: int
-    D2: int
-    E1: int
-    E2: int
-    NI1: int
-    NI2: int
-    NP1: int
-    NP2: int
+    N: int
+    R: int
+    K: int
+    D: int
+    E: int
+    NP: int
+    NI: int
+
+    @property
+    def C(self) -> int:
+        """Columns: slices of the rule times rank."""
+        return self.N * self.R
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where each gradient but the first, left1, starts in a row of partials, and the row's length."""
+
+    T2: int
+    B2: int
+    A1: int
+    T1: int
+    B1: int
+    A2: int
+    S2: int
+    ROW: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernels need to know of a problem. For a projection alone both sides have its phm_dim and rank.
+
+    DP: the bottleneck's numbers, padded. ACTIVATION: its code, None for a projection alone. FOLD: see middle.py.
+    """
+
+    IN: Side
+    OUT: Side
     DP: int
     ACTIVATION: int | None
     FOLD: bool
 
     @property
+    def square(self) -> bool:
+        """Whether x and the output have the same rows."""
+        return (self.IN.N, self.IN.K) == (self.OUT.N, self.OUT.K)
+
+    @property
+    def inner(self) -> int:
+        """Numbers of a token between x and the bottleneck, padded."""
+        return self.IN.NP * self.IN.NI
+
+    @property
     def gradients(self) -> tuple[tuple[int, int], ...]:
         """(elements, copies) of left1, right2, bias2, rule1, right1, bias1, rule2, left2 in a row of partials."""
-        n1, n2 = self.N1, self.N2
+        a, b = self.IN, self.OUT
         middle = (0, 0, 0, 0)
         if self.ACTIVATION is not None:
-            middle = (n1 * self.R1 * self.D1, n1 * self.D1, n2**3, n2 * self.R2 * self.D2)
+            middle = (a.C * a.D, a.N * a.D, b.N**3, b.C * b.D)
         right1, bias1, rule2, left2 = middle
         return (
-            (n1 * self.R1 * self.K1, 1),
-            (n2 * self.R2 * self.K2, 1),
-            (n2 * self.K2, 1),
-            (n1**3, self.R1),
+            (a.C * a.K, 1),
+            (b.C * b.K, 1),
+            (b.N * b.K, 1),
+            (a.N**3, a.R),
             (right1, 1),
             (bias1, 1),
-            (rule2, self.R2),
+            (rule2, b.R),
             (left2, 1),
         )
 
     @property
-    def offsets(self) -> dict[str, int]:
-        """Where each of them but the first starts, and ROW, the length of a row."""
-        names = ("O_T2", "O_B2", "O_A1", "O_T1", "O_B1", "O_A2", "O_S2", "ROW")
-        found, offset = {}, 0
-        for name, (elements, copies) in zip(names, self.gradients, strict=True):
+    def offsets(self) -> Offsets:
+        """Where each of them starts, and the length of a row, which is a multiple of 4."""
+        found, offset = [], 0
+        for elements, copies in self.gradients:
             offset += elements * copies
-            found[name] = offset
-        found["ROW"] = -(-found["ROW"] // 4) * 4
-        return found
+            found.append(offset)
+        return Offsets(*found[:-1], ROW=-(-found[-1] // 4) * 4)
 
 
 def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16."""
-    columns = 4 if operand(problem.dtype)[1] else 16
+    columns = 4 if problem.dtype == torch.bfloat16 else 16
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
     assert first.rank is not None
     assert last.rank is not None
-    chunk1, chunk2 = first.in_features // n1, last.out_features // n2
     adapter = problem.activation is not None
     d1, d2 = (first.out_features // n1, last.in_features // n2) if adapter else (1, 1)
     np1, np2 = power_of_two(n1), power_of_two(n2)
@@ -89,7 +121,7 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     if fold is None:
         width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
         small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
-        fold = n1 != n2 or (small and (n1 <= 8 or (adapter and operand(problem.dtype)[1])))
+        fold = n1 != n2 or (small and (n1 <= 8 or (adapter and problem.dtype == torch.bfloat16)))
     e1, e2 = d1, d2
     if fold and n1 == n2:
         e1 = e2 = power_of_two(d1, 16 // np1)
@@ -101,41 +133,19 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
         np1 = np2 = max(np1, 16)
         ni1, ni2 = max(ni1, 16), max(ni2, 16)
     code = problem.activation.code if problem.activation is not None else None
-    return Sizes(n1, first.rank, chunk1, d1, n2, last.rank, chunk2, d2, e1, e2, ni1, ni2, np1, np2, dp, code, fold)
+    side1 = Side(n1, first.rank, first.in_features // n1, d1, e1, np1, ni1)
+    side2 = Side(n2, last.rank, last.out_features // n2, d2, e2, np2, ni2)
+    return Sizes(side1, side2, dp, code, fold)
 
 
 def too_large(s: Sizes) -> str | None:
     """Why a program could not hold the middle, or None."""
+    sides = (s.IN, s.OUT)
     if s.FOLD:
-        width = s.DP if s.ACTIVATION is not None else s.NP1 * s.NI1
-        held = max(s.NP1 * s.NI1, s.NP2 * s.NI2) * width
-        limit = FOLD_LIMIT
+        width = s.DP if s.ACTIVATION is not None else s.inner
+        held, limit = max(side.NP * side.NI for side in sides) * width, FOLD_LIMIT
     else:
-        held, limit = max(s.NI1 * s.NP1**2, s.NI2 * s.NP2**2), MIX_LIMIT
+        held, limit = max(side.NI * side.NP**2 for side in sides), MIX_LIMIT
     if held > limit:
         return f"phm_dim, phm_rank and bottleneck need {held} numbers on chip between the projections, over {limit}"
     return None
-
-
-def operand(dtype: torch.dtype) -> tuple[str, bool]:
-    """The dtype of matrix operands beside x of this dtype, and whether factors are split into two of them.
-
-    float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
-    """
-    return {torch.bfloat16: ("bfloat16", True)}.get(dtype, ("float32", False))
-
-
-def precision(s: Sizes, dtype: torch.dtype, architecture: str) -> dict[str, Any]:
-    """The compile-time arguments that say how the products beside x of this dtype are rounded.
-
-    Between the projections a bfloat16 x is served with tf32 products, and from n = 8 on, where those would slow it down
-    and the rounding of x itself weighs as much, with bfloat16 ones.
-    """
-    lp, split = operand(dtype)
-    products = "tf32x3" if dtype == torch.float32 else "tf32"
-    if architecture.startswith("gfx"):
-        products = "ieee"  # AMD's matrix units take float32 as it is
-    middle = "bf16" if dtype == torch.bfloat16 and s.N1 >= 8 else products
-    if not s.FOLD and middle == "tf32x3":
-        middle = "ieee"  # the three parts of each operand would not fit the shared memory
-    return {"LP": lp, "SPLIT": split, "PRECISION": products, "MIDDLE_PRECISION": middle}

@@ -96,69 +96,66 @@ def merge(a, C: tl.constexpr):
 
 
 @triton.jit
-def factor(W, u, c, K: tl.constexpr, I: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr):
+def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
     """s_i[u] of left (n, K, r) or t_i[u] of right (n, r, K), i = c // r: float32, 0 outside; u and c broadcast."""
     if LEFT:
-        p_w = W + (c // R) * (K * R) + u * R + c % R
+        p_w = W + (c // side.R) * (K * side.R) + u * side.R + c % side.R
     else:
         p_w = W + c * K + u
-    return tl.load(p_w, mask=(u < K) & (c < I), other=0.0).to(tl.float32)
+    return tl.load(p_w, mask=(u < K) & (c < side.C), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def folded(
-    A, W, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NI: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    DP: tl.constexpr, LEFT: tl.constexpr,
-):  # fmt: skip
-    """The rule folded into the factor on the bottleneck's side, [NP * NI, DP] float32.
+def folded(A, W, b, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
+    """Block b of the rule folded into the factor on the bottleneck's side, [NP * NI, EB] float32.
 
     down (right, t): [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (left, s): [(q, c), (p, v)] = A_i[p, q] s_c[v].
     A column e of the bottleneck is (e // E, e % E); E is D, or D padded so that DP = NP * E.
     """
-    if NP * E == DP:
-        outer = tl.arange(0, NP)[:, None, None]
-        c = tl.arange(0, NI)
-        inner = tl.arange(0, NP)[None, None, :]
-        a = rule_at(A, c[None, :, None], outer, inner, N, R, LEFT)
-        w = factor(W, tl.arange(0, E)[None, :], c[:, None], D, N * R, R, LEFT)
-        return tl.reshape(a[:, :, :, None] * w[None, :, None, :], (NP * NI, DP))
+    if side.NP * side.E == P.DP:
+        outer = tl.arange(0, side.NP)[:, None, None]
+        c = tl.arange(0, side.NI)
+        inner = b * (P.EB // side.E) + tl.arange(0, P.EB // side.E)[None, None, :]
+        a = rule_at(A, c[None, :, None], outer, inner, side, LEFT)
+        w = factor(W, tl.arange(0, side.E)[None, :], c[:, None], side.D, side, LEFT)
+        return tl.reshape(a[:, :, :, None] * w[None, :, None, :], (side.NP * side.NI, P.EB))
     else:
-        j = tl.arange(0, NP * NI)[:, None]
-        e = tl.arange(0, DP)[None, :]
-        a = rule_at(A, j % NI, j // NI, e // E, N, R, LEFT)
-        return a * factor(W, e % E, j % NI, D, N * R, R, LEFT)
+        j = tl.arange(0, side.NP * side.NI)[:, None]
+        e = tl.arange(0, P.DP)[None, :]
+        a = rule_at(A, j % side.NI, j // side.NI, e // side.E, side, LEFT)
+        return a * factor(W, e % side.E, j % side.NI, side.D, side, LEFT)
 
 
 @triton.jit
-def rule_at(A, c, outer, inner, N: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr):
+def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
     """A_i[outer, inner], or LEFT A_i[inner, outer], i = c // R: float32, 0 outside; the indices broadcast."""
     if LEFT:
-        o_rule = (c // R) * (N * N) + inner * N + outer
+        o_rule = (c // side.R) * (side.N * side.N) + inner * side.N + outer
     else:
-        o_rule = (c // R) * (N * N) + outer * N + inner
-    return tl.load(A + o_rule, mask=(c < N * R) & (outer < N) & (inner < N), other=0.0).to(tl.float32)
+        o_rule = (c // side.R) * (side.N * side.N) + outer * side.N + inner
+    return tl.load(A + o_rule, mask=(c < side.C) & (outer < side.N) & (inner < side.N), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def unfolded(A, N: tl.constexpr, NP: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, R: tl.constexpr):
+def unfolded(A, side: tl.constexpr):
     """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q)."""
-    c = tl.arange(0, NI)[:, None, None]
-    p = tl.arange(0, NP)[None, :, None]
-    q = tl.arange(0, NP)[None, None, :]
-    return tl.load(A + (c // R) * (N * N) + p * N + q, mask=(c < I) & (p < N) & (q < N), other=0.0).to(tl.float32)
+    c = tl.arange(0, side.NI)[:, None, None]
+    p = tl.arange(0, side.NP)[None, :, None]
+    q = tl.arange(0, side.NP)[None, None, :]
+    return rule_at(A, c, p, q, side, False)
 
 
 @triton.jit
-def by_column(z, BT: tl.constexpr, NP: tl.constexpr):
+def by_column(z, side: tl.constexpr, P: tl.constexpr):
     """[BT * NP, NI] as [NI, BT, NP]."""
-    return tl.permute(tl.reshape(z, (BT, NP, z.shape[1])), (2, 0, 1))
+    return tl.permute(tl.reshape(z, (P.BT, side.NP, side.NI)), (2, 0, 1))
 
 
 @triton.jit
-def mix(z, a, BT: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr):
+def mix(z, a, side: tl.constexpr, P: tl.constexpr):
     """V[(t, q), c] = sum_p Z[(t, p), c] a[c, p, q]: [BT * NP, NI] -> the same shape."""
-    v = product(by_column(z, BT, NP), a, PRECISION)
-    return tl.reshape(tl.permute(v, (1, 2, 0)), (BT * NP, z.shape[1]))
+    v = product(by_column(z, side, P), a, P.PRECISION.MIDDLE)
+    return tl.reshape(tl.permute(v, (1, 2, 0)), (P.BT * side.NP, side.NI))
 
 
 @triton.jit
@@ -199,15 +196,16 @@ def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
 
 
 @triton.jit
-def t_operand(T, B, scale, u, N: tl.constexpr, I: tl.constexpr, NI: tl.constexpr, K: tl.constexpr, LP: tl.constexpr):
+def t_operand(T, B, scale, u, side: tl.constexpr, LP: tl.constexpr):
     """[m NI, BK], the partner of `v_operand` in out = V t + b: rows scale t_c[u], and row c of scale b."""
-    c = tl.arange(0, NI)[None, :]
-    t = factor(T, u[:, None], c, K, I, 1, False) * scale
+    c = tl.arange(0, side.NI)[None, :]
+    t = factor(T, u[:, None], c, side.K, side, False) * scale
     if B is not None:
-        b = tl.load(B + c * K + u[:, None], mask=(c < N) & (u < K)[:, None], other=0.0).to(tl.float32) * scale
+        m = (c < side.N) & (u < side.K)[:, None]
+        b = tl.load(B + c * side.K + u[:, None], mask=m, other=0.0).to(tl.float32) * scale
     else:
         b = tl.zeros(t.shape, tl.float32)
-    if NI == 4:
+    if side.NI == 4:
         b_high, b_low = rounded(b, LP)
         return tl.trans(interleave(interleave(t, t), interleave(b_high, b_low)).to(LP))
     else:
