@@ -27,10 +27,8 @@ from triton.compiler import ASTSource
 
 import compacter_kernels.impl.triton as package
 from compacter_kernels.accuracy import Shape, random_case
-from compacter_kernels.impl.triton import two_phase
-from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.config import Config, configurations
-from compacter_kernels.impl.triton.forward import forward, forward_streamed
+from compacter_kernels.impl.triton.kernel import KERNELS
 from compacter_kernels.impl.triton.launch import compile_options
 from compacter_kernels.impl.triton.plan import Options, plan, precision
 from compacter_kernels.impl.triton.sizes import sizes
@@ -73,16 +71,12 @@ def choices(job: Job) -> tuple[Any, Any, tuple[Config, ...], Any]:
     x_dtype = DTYPES[job.dtype]
     case = random_case(job.shape, 1, dtype=x_dtype)
     assert case.up is not None
-    s = sizes(adapter_problem(case.x, case.down, case.up, case.activation))
-    found = configurations(s, x_dtype.itemsize, job.arch)
-    kernels = {
-        "forward": (forward if found.held else forward_streamed, found.forward),
-        "backward": (backward, found.backward),
-        "tokens": (two_phase.tokens, () if found.backward else found.tokens),
-        "columns": (two_phase.columns, () if found.backward else found.columns),
-    }
-    kernel, configs = kernels[job.kernel]
-    return kernel, s, configs, precision(s, x_dtype, job.arch)
+    problem = adapter_problem(case.x, case.down, case.up, case.activation)
+    s, back = sizes(problem), sizes(problem, backward=True)
+    found = configurations(s, back, x_dtype, job.arch)
+    name = "forward_streamed" if job.kernel == "forward" and "forward" not in found else job.kernel
+    mine = s if job.kernel == "forward" else back
+    return KERNELS[name], mine, found.get(name, ()), precision(mine, x_dtype, job.arch)
 
 
 def compiled(kernel: Any, s: Any, config: Config, rounding: Any, job: Job) -> Any:
@@ -218,7 +212,7 @@ def main() -> int:
         for arch in archs
         for shape in shapes
         for dtype in DTYPES
-        for kernel in ("forward", "backward", "tokens", "columns")
+        for kernel in ("forward", "backward", "tokens", "columns", "sums")
     ]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = [found for found in pool.map(row, jobs) if found is not None]

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows
-from compacter_kernels.impl.triton.middle import again, kept_weights
-from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
-from compacter_kernels.impl.triton.partials import store_left, store_out_side, store_sums, sum_dz
+from compacter_kernels.impl.triton.middle import held_weights
+from compacter_kernels.impl.triton.middle_backward import held_backward, zero_held_sums
+from compacter_kernels.impl.triton.partials import store_held_sums, store_left, store_out_side, sum_dz
 from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand, wide_split
 
 
@@ -45,8 +45,8 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         t = factor(T2, block(b, P.BK)[:, None], c2[None, :], P.OUT.K, P.OUT, False) * scale
         t2 = t2 + (wide_split(t, LP, SPLIT),)
         d_out = d_out + (tl.zeros((P.BK, (4 if P.OUT.NI == 4 else 2) * P.OUT.NI), tl.float32),)
-    kept = kept_weights(A1, T1, B1, A2, S2, P)
-    sums = zero_sums(P)
+    held = held_weights(A1, T1, B1, A2, S2, P)
+    sums = zero_held_sums(P)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
         _, first, o_x, m_x = rows(tile, T, P.IN.K, P.IN, P)
         p2, _, _, _ = rows(tile, T, P.OUT.K, P.OUT, P)
@@ -54,7 +54,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         gs = load_blocks(tile, G, T, P.OUT, P)
         z = contract(xs, s1, P.IN, P)
         dv = contract(gs, t2, P.OUT, P)
-        dz, v2, sums = middle_backward(z, dv, sums, kept, again(tile, T), A1, T1, B1, A2, S2, P)
+        dz, v2, sums = held_backward(z, dv, sums, held, P)
         dz = dz_operand(dz, LP, SPLIT)
         v = v_operand(v2, p2, P.OUT.N, LP)
         next_s1 = ()
@@ -80,4 +80,4 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         store_left(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN)
     for b in tl.static_range(NB2):
         store_out_side(row, d_out[b], block(b, P.BK), scale, P)
-    store_sums(row, sums, A1, T1, A2, S2, P)
+    store_held_sums(row, sums, A1, T1, A2, S2, P)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows, stream
-from compacter_kernels.impl.triton.middle import again, kept_weights, middle
+from compacter_kernels.impl.triton.middle import held_middle, held_weights, middle
 from compacter_kernels.impl.triton.tiles import factor, product, t_operand, v_operand, wide_split
 
 
@@ -32,10 +32,10 @@ def wide_weights(S1, T2, B2, scale, P: tl.constexpr):
 
 
 @triton.jit
-def forward_tile(tile, xs, s1, t2, kept, RESIDUAL, OUT, A1, T1, B1, A2, S2, T, P: tl.constexpr):
+def forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P: tl.constexpr):
     """One tile, whose blocks of x are xs."""
     z = contract(xs, s1, P.IN, P)
-    v2 = middle(z, kept, again(tile, T), A1, T1, B1, A2, S2, P)
+    v2 = held_middle(z, held, P)
     p, first, o_out, m_out = rows(tile, T, P.OUT.K, P.OUT, P)
     v = v_operand(v2, p, P.OUT.N, P.PRECISION.LP)
     for b in tl.static_range((P.OUT.K + P.BK - 1) // P.BK):
@@ -56,23 +56,22 @@ def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.co
         tile = tl.program_id(0)
         xs = load_blocks(tile, X, T, P.IN, P)
         s1, t2 = wide_weights(S1, T2, B2, scale, P)
-        kept = kept_weights(A1, T1, B1, A2, S2, P)
-        forward_tile(tile, xs, s1, t2, kept, RESIDUAL, OUT, A1, T1, B1, A2, S2, T, P)
+        held = held_weights(A1, T1, B1, A2, S2, P)
+        forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P)
     else:
         s1, t2 = wide_weights(S1, T2, B2, scale, P)
-        kept = kept_weights(A1, T1, B1, A2, S2, P)
+        held = held_weights(A1, T1, B1, A2, S2, P)
         for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
             xs = load_blocks(tile, X, T, P.IN, P)
-            forward_tile(tile, xs, s1, t2, kept, RESIDUAL, OUT, A1, T1, B1, A2, S2, T, P)
+            forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P)
 
 
 @triton.jit(do_not_specialize=["T"])
 def forward_streamed(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
     """For rows too long to be held: column blocks in two loops, whose second read of x comes from the cache."""
-    kept = kept_weights(A1, T1, B1, A2, S2, P)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, P.IN, P, True)
-        v2 = middle(z, kept, again(tile, T), A1, T1, B1, A2, S2, P)
+        v2 = middle(z, tile, T, A1, T1, B1, A2, S2, P)
         p, first, o_out, m_out = rows(tile, T, P.OUT.K, P.OUT, P)
         v = v_operand(v2, p, P.OUT.N, P.PRECISION.LP)
         for b in tl.range(0, (P.OUT.K + P.BK - 1) // P.BK, num_stages=P.STAGES):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from compacter_kernels.impl import Gradients, contiguous, empty_gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
-from compacter_kernels.impl.triton.config import Config, architecture_of, configurations
+from compacter_kernels.impl.triton.config import architecture_of, configurations
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
 from compacter_kernels.impl.triton.plan import Options, precision
@@ -33,13 +32,13 @@ def tf32_allowed() -> bool:
     return bool(_fp32_precision("cuda", "matmul") == "tf32")
 
 
-# each kernel, and the field of Configurations that it takes
 KERNELS = {
-    "forward": (forward, "forward"),
-    "forward_streamed": (forward_streamed, "forward"),
-    "backward": (backward, "backward"),
-    "tokens": (two_phase.tokens, "tokens"),
-    "columns": (two_phase.columns, "columns"),
+    "forward": forward,
+    "forward_streamed": forward_streamed,
+    "backward": backward,
+    "tokens": two_phase.tokens,
+    "columns": two_phase.columns,
+    "sums": two_phase.sums,
 }
 
 
@@ -47,29 +46,27 @@ class _Kernel:
     """What both operations share: sizes, configurations, launches."""
 
     def __init__(self, problem: Problem) -> None:
-        self.sizes = s = sizes(problem)
+        self.sizes, self.backward_sizes = s, back = sizes(problem), sizes(problem, backward=True)
         self.width, self.square = s.IN.N * s.IN.K, s.square
         self.device = problem.device.index or 0
-        self.multiprocessors, architecture = 4, "interpreter"
+        self.multiprocessors, self.architecture = 4, "interpreter"
         if problem.device.type == "cuda":
             properties = torch.cuda.get_device_properties(problem.device)
-            self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
-        self.configs = configurations(s, problem.dtype.itemsize, architecture)
-        self.precision = precision(s, problem.dtype, architecture)
-        self.adjustable = self.precision.WIDE == "tf32x3"  # the user may ask for plain tf32
+            self.multiprocessors, self.architecture = properties.multi_processor_count, architecture_of(properties)
+        self.configs = configurations(s, back, problem.dtype, self.architecture)
+        self.dtype, self.float32 = problem.dtype, problem.dtype == torch.float32
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
         """The kernel with the first configuration that fits the device; found once for each choice of `Options`."""
-        tf32 = self.adjustable and tf32_allowed()
+        tf32 = self.float32 and tf32_allowed()
         found = self.launches.get((name, tf32, options))
         if found is None:
-            kernel, configs = KERNELS[name]
-            rounding = replace(self.precision, WIDE="tf32", MIDDLE="tf32") if tf32 else self.precision
+            s = self.sizes if name.startswith("forward") else self.backward_sizes
+            rounding = precision(s, self.dtype, self.architecture, tf32)
             place = (self.device, self.multiprocessors)
-            candidates = getattr(self.configs, configs)
-            found = first_that_fits(kernel, self.sizes, candidates, rounding, Options(*options), place, tensors)
+            found = first_that_fits(KERNELS[name], s, self.configs[name], rounding, Options(*options), place, tensors)
             self.launches[name, tf32, options] = found
         return found
 
@@ -77,7 +74,7 @@ class _Kernel:
         tokens = x.numel() // self.width
         if tokens:
             tensors = [x, residual, out, *params]
-            if self.configs.held:
+            if "forward" in self.configs:
                 launch = self._launch("forward", tensors, residual is x and self.square)
             else:
                 launch = self._launch("forward_streamed", tensors)
@@ -94,8 +91,8 @@ class _Kernel:
                     grad.zero_()
             return
         has_bias = grads[2] is not None
-        if self.configs.backward:
-            part = self._partials(x, self.configs.backward)
+        if "backward" in self.configs:
+            part = self._partials(x, "backward")
             tensors = (x, g, dx, part, *params)
             launch = self._launch("backward", tensors, False, residual, has_bias)
             wide_rows = rows = launch.programs(tokens)
@@ -112,15 +109,20 @@ class _Kernel:
         tokens: int,
     ) -> tuple[Tensor, int, int]:  # fmt: skip
         """The partials, and how many rows of them the wide gradients and the others have."""
-        s, configs = self.sizes, self.configs
-        part = self._partials(x, configs.tokens + configs.columns)
-        dz = x.new_empty((tokens * s.IN.N, s.IN.C), dtype=torch.float32)
-        v2 = x.new_empty((tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
-        tensors = (x, g, dz, v2, part, *params)
+        s = self.backward_sizes
+        part = self._partials(x, "columns", "sums")
+        z, dz = x.new_empty((2, tokens * s.IN.N, s.IN.C), dtype=torch.float32)
+        dv, v2 = x.new_empty((2, tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
+        rule1, left1, right1, bias1, rule2, left2, right2 = params
+        tensors = (x, g, z, dv, dz, v2, *params)
         launch = self._launch("tokens", tensors)
-        rows = launch.programs(tokens)
-        launch(rows, 1, tensors, scale, tokens)
-        tensors = (x, g, dx, dz, v2, part, params[1])
+        launch(launch.programs(tokens), 1, tensors, scale, tokens)
+        tensors = (z, dv, part, rule1, right1, bias1, rule2, left2)
+        for in_side in [True] if s.FOLD or s.ACTIVATION is None else [True, False]:
+            launch = self._launch("sums", tensors, False, False, False, in_side, not in_side)
+            rows = launch.programs(tokens)
+            launch(s.blocks, rows, tensors, tokens)
+        tensors = (x, g, dx, dz, v2, part, left1)
         wide_rows = 0
         for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
             side = s.IN if in_side else s.OUT
@@ -131,15 +133,15 @@ class _Kernel:
             launch(-(-side.K // launch.config.columns), wide_rows, tensors, scale, tokens)
         return part, wide_rows, rows
 
-    def _partials(self, x: Tensor, configs: tuple[Config, ...]) -> Tensor:
-        """A row for each program of any of these configurations."""
-        rows = self.multiprocessors * max([config.programs for config in configs])
-        return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
+    def _partials(self, x: Tensor, *names: str) -> Tensor:
+        """A row for each program of these kernels, whatever configuration they take."""
+        rows = self.multiprocessors * max([config.programs for name in names for config in self.configs[name]])
+        return x.new_empty((rows, self.backward_sizes.offsets.ROW), dtype=torch.float32)
 
     def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
         """The second stage for these gradients, and its number of programs; found once."""
-        sizes, copies = zip(*self.sizes.gradients, strict=True)
-        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.sizes.offsets.ROW, **REDUCE}
+        sizes, copies = zip(*self.backward_sizes.gradients, strict=True)
+        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.backward_sizes.offsets.ROW, **REDUCE}
         blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(sizes, wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         return self.reductions[wanted]

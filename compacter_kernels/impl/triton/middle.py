@@ -20,6 +20,12 @@ def again(tile, T):
 
 
 @triton.jit
+def blocks(T, P: tl.constexpr):
+    """The number of blocks of the bottleneck, as the compiler cannot know: the loop over them stays one (`dot_apart`)."""
+    return P.DP // P.EB + tl.minimum(T, 0)
+
+
+@triton.jit
 def folded_rule(A, side: tl.constexpr):
     """A_i[p, q] at ((p, c), (q, c)), 0 elsewhere: [J, J] float32."""
     j = tl.arange(0, side.NP * side.NI)
@@ -68,53 +74,24 @@ def unfolded_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
 
 
 @triton.jit
-def middle_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
-    """All that `middle` multiplies with, float32, as one tuple."""
+def rule_weights(A1, P: tl.constexpr):
+    """The rule of a projection alone."""
+    if P.FOLD:
+        return folded_rule(A1, P.IN)
+    else:
+        return unfolded(A1, P.IN)
+
+
+@triton.jit
+def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
+    """All that `held_middle` multiplies with: the rule of a projection alone, or C1, C2 and b1 of each block."""
     if P.ACTIVATION is None:
-        if P.FOLD:
-            found = (folded_rule(A1, P.IN),)
-        else:
-            found = (unfolded(A1, P.IN),)
-    elif P.FOLD:
-        found = ()
+        return (folded_rule(A1, P.IN),)
+    else:
+        held = ()
         for b in tl.static_range(P.DP // P.EB):
-            found = found + folded_weights(b, A1, T1, B1, A2, S2, P)
-    else:
-        found = unfolded_weights(A1, T1, B1, A2, S2, P)
-    return found
-
-
-@triton.jit
-def kept_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
-    """The same where they are kept in registers for all tiles, otherwise nothing."""
-    if P.KEEP:
-        return middle_weights(A1, T1, B1, A2, S2, P)
-    else:
-        return ()
-
-
-@triton.jit
-def block_weights(b, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """Block b of the folded weights: those kept, or read now."""
-    if P.KEEP:
-        return kept[3 * b], kept[3 * b + 1], kept[3 * b + 2]
-    elif B1 is not None:
-        return folded_weights(b, A1 + zero, T1 + zero, B1 + zero, A2 + zero, S2 + zero, P)
-    else:
-        return folded_weights(b, A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
-
-
-@triton.jit
-def whole_weights(kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """The weights of a middle that has no blocks: those kept, or read now."""
-    if P.KEEP:
-        return kept
-    elif P.ACTIVATION is None:
-        return middle_weights(A1 + zero, T1, B1, A2, S2, P)
-    elif B1 is not None:
-        return middle_weights(A1 + zero, T1 + zero, B1 + zero, A2 + zero, S2 + zero, P)
-    else:
-        return middle_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
+            held = held + folded_weights(b, A1, T1, B1, A2, S2, P)
+        return held
 
 
 @triton.jit
@@ -132,11 +109,35 @@ def unpadded(P: tl.constexpr):
 
 
 @triton.jit
-def middle(z, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+def through_block(b, zj, v2, weights, P: tl.constexpr):
+    """v2 + what passes through block b of the bottleneck."""
+    c1, c2, b1 = weights
+    y = product(zj, c1, P.PRECISION.MIDDLE) + b1[None, :]
+    m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)
+    h = tl.where(m[None, :], activate(y, P.ACTIVATION), 0.0)
+    return dot(h, tl.trans(c2), v2, P.PRECISION.MIDDLE)
+
+
+@triton.jit
+def held_middle(z, held, P: tl.constexpr):
+    """`middle` where the rule is folded and the weights stay in registers for all tiles."""
+    zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+    if P.ACTIVATION is None:
+        v2 = product(zj, held[0], P.PRECISION.MIDDLE)
+    else:
+        v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
+        for b in tl.static_range(P.DP // P.EB):
+            v2 = through_block(b, zj, v2, (held[3 * b], held[3 * b + 1], held[3 * b + 2]), P)
+    return tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
+
+
+@triton.jit
+def middle(z, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     """Z [BT * NP, NI] of x's side -> V2 [BT * NP, NI] of the output's, float32."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
+    zero = again(tile, T)
     if P.ACTIVATION is None:
-        a = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)[0]
+        a = rule_weights(A1 + zero, P)
         if P.FOLD:
             zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
             v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
@@ -145,15 +146,11 @@ def middle(z, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
     elif P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
-        for b in tl.static_range(P.DP // P.EB):
-            c1, c2, b1 = block_weights(b, kept, zero, A1, T1, B1, A2, S2, P)
-            y = product(zj, c1, PRECISION) + b1[None, :]
-            m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)
-            h = tl.where(m[None, :], activate(y, P.ACTIVATION), 0.0)
-            v2 = dot(h, tl.trans(c2), v2, PRECISION)
+        for b in tl.range(0, blocks(T, P)):
+            v2 = through_block(b, zj, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
     else:
-        a1, a2, t1, s2, b1 = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)
+        a1, a2, t1, s2, b1 = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
         y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
         h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
         v2 = mix(product(h, tl.trans(s2), PRECISION), a2, P.OUT, P)

@@ -16,34 +16,116 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.functions import activate, derivative
-from compacter_kernels.impl.triton.middle import add_bias, block_weights, inside, unpadded, whole_weights
-from compacter_kernels.impl.triton.tiles import by_column, dot, mix, product
+from compacter_kernels.impl.triton.middle import (
+    add_bias, again, blocks, folded_weights, inside, rule_weights, unfolded_weights, unpadded,
+)  # fmt: skip
+from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, product
 
 
 @triton.jit
-def zero_sums(P: tl.constexpr):
-    """What `middle_backward` adds to: (dC1, dC2, db1) of each block, or (dA1, dA2, dt1, ds2, db1) where nothing is folded."""
+def block_gradients(b, zj, dvj, weights, once, P: tl.constexpr):
+    """h and dy of block b of a folded bottleneck, [BT, EB]; `once` as `dot_apart` has it."""
+    c1, c2, b1 = weights
+    m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)[None, :]
+    nothing = tl.zeros((P.BT, P.EB), tl.float32)
+    y = dot_apart(zj, c1, nothing, once, P.PRECISION.MIDDLE) + b1[None, :]
+    h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
+    dh = dot_apart(dvj, c2, nothing, once, P.PRECISION.MIDDLE)
+    return h, tl.where(m, dh * derivative(y, P.ACTIVATION), 0.0)
+
+
+@triton.jit
+def through_block(b, zj, dvj, dz, v2, weights, P: tl.constexpr):
+    """dz and v2 + what passes through block b of the bottleneck, and its h and dy."""
+    h, dy = block_gradients(b, zj, dvj, weights, 1, P)
+    v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.MIDDLE)
+    dz = dot(dy, tl.trans(weights[0]), dz, P.PRECISION.MIDDLE)
+    return dz, v2, h, dy
+
+
+@triton.jit
+def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """Z, dV2 [BT * NP, NI] -> dZ, V2 of the same shapes, float32."""
+    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
+    zero = again(tile, T)
     if P.ACTIVATION is None:
+        a = rule_weights(A1 + zero, P)
         if P.FOLD:
-            sums = (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
+            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+            dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
+            v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
+            dz = tl.reshape(product(dvj, tl.trans(a), PRECISION), (P.BT * P.IN.NP, P.IN.NI))
         else:
-            sums = (tl.zeros((P.IN.NI, P.IN.NP, P.IN.NP), tl.float32),)
+            v2 = mix(z, a, P.IN, P)
+            dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
     elif P.FOLD:
+        zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+        dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
+        v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
+        dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
+        for b in tl.range(0, blocks(T, P)):
+            dz, v2, _, _ = through_block(b, zj, dvj, dz, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
+        dz = tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI))
+        v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
+    else:
+        a1, a2, t1, s2, b1 = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
+        m = unpadded(P)
+        y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
+        v2 = mix(product(tl.where(m, activate(y, P.ACTIVATION), 0.0), tl.trans(s2), PRECISION), a2, P.OUT, P)
+        dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P)
+        dy = tl.where(m, product(dz2, s2, PRECISION) * derivative(y, P.ACTIVATION), 0.0)
+        dz = mix(product(dy, tl.trans(t1), PRECISION), tl.permute(a1, (0, 2, 1)), P.IN, P)
+    return dz, v2
+
+
+@triton.jit
+def folded_sums(sums, zj, dvj, h, dy, once, P: tl.constexpr):
+    """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
+    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.MIDDLE)
+    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], once, P.PRECISION.MIDDLE)
+    return d_c1, d_c2, sums[2] + dy
+
+
+@triton.jit
+def zero_folded_sums(P: tl.constexpr):
+    """What `folded_sums` adds to; db1 by tokens, which are added up once at the end."""
+    c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
+    c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
+    return c1, c2, tl.zeros((P.BT, P.EB), tl.float32)
+
+
+@triton.jit
+def zero_held_sums(P: tl.constexpr):
+    """What `held_backward` adds to: (dC1, dC2, db1) of each block, or the folded rule of a projection alone."""
+    if P.ACTIVATION is None:
+        return (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
+    else:
         sums = ()
         for _ in tl.static_range(P.DP // P.EB):
-            c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
-            c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
-            if P.KEEP:  # by tokens, which are added up once at the end
-                sums = sums + (c1, c2, tl.zeros((P.BT, P.EB), tl.float32))
-            else:
-                sums = sums + (c1, c2, tl.zeros((1, P.EB), tl.float32))
+            sums = sums + zero_folded_sums(P)
+        return sums
+
+
+@triton.jit
+def held_backward(z, dv2, sums, held, P: tl.constexpr):
+    """`middle_backward` with the folded weights in registers, and the sums with this tile's share added."""
+    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
+    zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+    dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
+    if P.ACTIVATION is None:
+        v2 = product(zj, held[0], PRECISION)
+        dz = product(dvj, tl.trans(held[0]), PRECISION)
+        added = (dot(tl.trans(zj), dvj, sums[0], PRECISION),)
     else:
-        a1 = tl.zeros((P.IN.NI, P.IN.NP, P.IN.NP), tl.float32)
-        a2 = tl.zeros((P.OUT.NI, P.OUT.NP, P.OUT.NP), tl.float32)
-        t1 = tl.zeros((P.IN.NI, P.DP), tl.float32)
-        s2 = tl.zeros((P.OUT.NI, P.DP), tl.float32)
-        sums = (a1, a2, t1, s2, tl.zeros((P.IN.NP, P.DP), tl.float32))
-    return sums
+        v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
+        dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
+        added = ()
+        for b in tl.static_range(P.DP // P.EB):
+            weights = (held[3 * b], held[3 * b + 1], held[3 * b + 2])
+            dz, v2, h, dy = through_block(b, zj, dvj, dz, v2, weights, P)
+            here = (sums[3 * b], sums[3 * b + 1], sums[3 * b + 2])
+            added = added + folded_sums(here, zj, dvj, h, dy, 1, P)
+    return tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI)), tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI)), added
 
 
 @triton.jit
@@ -54,78 +136,46 @@ def add_rule(a, z, dv, side: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def projection_backward(z, dv2, sums, a, P: tl.constexpr):
-    """`middle_backward` of a projection alone, whose rule is a."""
-    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
-    if P.FOLD:
-        zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-        dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
-        v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
-        dz = tl.reshape(product(dvj, tl.trans(a), PRECISION), (P.BT * P.IN.NP, P.IN.NI))
-        sums = (dot(tl.trans(zj), dvj, sums[0], PRECISION),)
-    else:
-        v2 = mix(z, a, P.IN, P)
-        dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
-        sums = (add_rule(sums[0], z, dv2, P.IN, P),)
-    return dz, v2, sums
+def by_chunk(a, P: tl.constexpr):
+    """[BT * NP, C] as [NP, BT, C]."""
+    return tl.permute(tl.reshape(a, (P.BT, P.IN.NP, a.shape[1])), (1, 0, 2))
 
 
 @triton.jit
-def folded_backward(z, dv2, sums, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """`middle_backward` with folded rules, a block of the bottleneck at a time."""
-    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
-    zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-    dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
-    v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
-    dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
-    added = ()
-    for b in tl.static_range(P.DP // P.EB):
-        c1, c2, b1 = block_weights(b, kept, zero, A1, T1, B1, A2, S2, P)
-        m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)[None, :]
-        y = product(zj, c1, PRECISION) + b1[None, :]
-        h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
-        dy = tl.where(m, product(dvj, c2, PRECISION) * derivative(y, P.ACTIVATION), 0.0)
-        v2 = dot(h, tl.trans(c2), v2, PRECISION)
-        dz = dot(dy, tl.trans(c1), dz, PRECISION)
-        d_c1 = dot(tl.trans(zj), dy, sums[3 * b], PRECISION)
-        d_c2 = dot(tl.trans(dvj), h, sums[3 * b + 1], PRECISION)
-        if not P.KEEP:
-            dy = tl.sum(dy, 0, keep_dims=True)
-        added = added + (d_c1, d_c2, sums[3 * b + 2] + dy)
-    return tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI)), tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI)), added
+def add_factor(total, v, dy, P: tl.constexpr):
+    """total + V^T dy for each chunk, [NP, NI, DP]: one product over all rows would be one that every warp repeats."""
+    return dot(tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), total, P.PRECISION.MIDDLE)
 
 
 @triton.jit
-def unfolded_backward(z, dv2, sums, weights, P: tl.constexpr):
-    """`middle_backward` with the mixes apart."""
+def zero_unfolded_sums(side: tl.constexpr, P: tl.constexpr):
+    """What `in_sums` or `out_sums` adds to: the rule's gradient, the factor's by chunks, and db1."""
+    a = tl.zeros((side.NI, side.NP, side.NP), tl.float32)
+    w = tl.zeros((side.NP, side.NI, P.DP), tl.float32)
+    return a, w, tl.zeros((P.IN.NP, P.DP), tl.float32)
+
+
+@triton.jit
+def in_sums(sums, z, dv2, weights, P: tl.constexpr):
+    """dA1, dt1 and db1 with a tile's share added, where nothing is folded."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     a1, a2, t1, s2, b1 = weights
-    m = unpadded(P)
+    dh = product(mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P), s2, PRECISION)
     v1 = mix(z, a1, P.IN, P)
     y = add_bias(product(v1, t1, PRECISION), b1, P)
-    h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
-    dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P)
-    dy = tl.where(m, product(dz2, s2, PRECISION) * derivative(y, P.ACTIVATION), 0.0)
-    z2 = product(h, tl.trans(s2), PRECISION)
-    v2 = mix(z2, a2, P.OUT, P)
-    dv = product(dy, tl.trans(t1), PRECISION)
-    dz = mix(dv, tl.permute(a1, (0, 2, 1)), P.IN, P)
-    d_a1 = add_rule(sums[0], z, dv, P.IN, P)
-    d_a2 = add_rule(sums[1], z2, dv2, P.OUT, P)
-    d_t1 = dot(tl.trans(v1), dy, sums[2], PRECISION)
-    d_s2 = dot(tl.trans(dz2), h, sums[3], PRECISION)
-    d_b1 = sums[4] + tl.sum(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), 0)
-    return dz, v2, (d_a1, d_a2, d_t1, d_s2, d_b1)
+    dy = tl.where(unpadded(P), dh * derivative(y, P.ACTIVATION), 0.0)
+    d_t1 = add_factor(sums[1], v1, dy, P)
+    d_b1 = sums[2] + tl.sum(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), 0)
+    return add_rule(sums[0], z, product(dy, tl.trans(t1), PRECISION), P.IN, P), d_t1, d_b1
 
 
 @triton.jit
-def middle_backward(z, dv2, sums, kept, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """Z, dV2 [BT * NP, NI] -> dZ, V2 of the same shapes, float32, and the sums with this tile's share added."""
-    if P.ACTIVATION is None:
-        a = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)[0]
-        return projection_backward(z, dv2, sums, a, P)
-    elif P.FOLD:
-        return folded_backward(z, dv2, sums, kept, zero, A1, T1, B1, A2, S2, P)
-    else:
-        weights = whole_weights(kept, zero, A1, T1, B1, A2, S2, P)
-        return unfolded_backward(z, dv2, sums, weights, P)
+def out_sums(sums, z, dv2, weights, P: tl.constexpr):
+    """dA2 and ds2 with a tile's share added, where nothing is folded."""
+    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
+    a1, a2, t1, s2, b1 = weights
+    y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
+    h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
+    d_a2 = add_rule(sums[0], product(h, tl.trans(s2), PRECISION), dv2, P.OUT, P)
+    dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P)
+    return d_a2, add_factor(sums[1], dz2, h, P), sums[2]

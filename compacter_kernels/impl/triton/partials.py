@@ -68,31 +68,28 @@ def store_factor(TO, d, v, c, side: tl.constexpr, LEFT: tl.constexpr):
 
 
 @triton.jit
-def store_folded(D_RULE, D_FACTOR, sums, first: tl.constexpr, A, W, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
-    """dC [NP * NI, DP], every third of `sums` from `first` on, as the gradients of the rule and of the factor in it.
+def store_folded(D_RULE, D_FACTOR, b, d, A, W, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
+    """Block b of dC, [NP * NI, EB], as the gradients of the rule and of the factor in it; of the latter it is copy b.
 
     down: dA_i[p, q] = sum_v dC[(p, i), (q, v)] t_i[v],    dt_i[v] = sum_{p, q} dC[(p, i), (q, v)] A_i[p, q];
     up (LEFT) has (q, i), (p, v) and s instead.
     """
+    D_FACTOR += b * (side.C * side.D)
     if side.NP * side.E == P.DP:
         Q: tl.constexpr = P.EB // side.E  # chunks of the bottleneck in a block
         outer = tl.arange(0, side.NP)[:, None, None]
         c = tl.arange(0, side.NI)
+        inner = b * Q + tl.arange(0, Q)[None, None, :]
         v = tl.arange(0, side.E)
-        d_factor = tl.zeros((side.NI, side.E), tl.float32)
-        for b in tl.static_range(P.DP // P.EB):
-            inner = b * Q + tl.arange(0, Q)[None, None, :]
-            d = tl.reshape(sums[3 * b + first], (side.NP, side.NI, Q, side.E))
-            w = factor(W, v[None, :], c[:, None], side.D, side, LEFT)
-            a = rule_at(A, c[None, :, None], outer, inner, side, LEFT)
-            store_rule(D_RULE, tl.sum(d * w[None, :, None, :], 3), c[None, :, None], outer, inner, side, LEFT)
-            d_factor += tl.sum(tl.sum(d * a[:, :, :, None], 2), 0)
-        store_factor(D_FACTOR, d_factor, v[None, :], c[:, None], side, LEFT)
+        d = tl.reshape(d, (side.NP, side.NI, Q, side.E))
+        w = factor(W, v[None, :], c[:, None], side.D, side, LEFT)
+        a = rule_at(A, c[None, :, None], outer, inner, side, LEFT)
+        store_rule(D_RULE, tl.sum(d * w[None, :, None, :], 3), c[None, :, None], outer, inner, side, LEFT)
+        d_factor = tl.sum(tl.sum(d * a[:, :, :, None], 2), 0)
     else:
         # sums over a part of e, which is no axis here, are products with one-hot matrices
         NQ: tl.constexpr = side.NP if side.NP > 16 else 16
         MIDDLE: tl.constexpr = P.PRECISION.MIDDLE
-        d = sums[first]
         j = tl.arange(0, side.NP * side.NI)[:, None]
         e = tl.arange(0, P.DP)
         inner = tl.arange(0, NQ)[None, :]
@@ -103,45 +100,59 @@ def store_folded(D_RULE, D_FACTOR, sums, first: tl.constexpr, A, W, side: tl.con
         d_factor = product(d * a, ((e % side.E)[:, None] == v[None, :]).to(tl.float32), MIDDLE)
         store_rule(D_RULE, d_rule, j % side.NI, j // side.NI, inner, side, LEFT)
         d_factor = tl.sum(tl.reshape(d_factor, (side.NP, side.NI, P.DP)), 0)
-        store_factor(D_FACTOR, d_factor, v[None, :], tl.arange(0, side.NI)[:, None], side, LEFT)
+        c = tl.arange(0, side.NI)
+    store_factor(D_FACTOR, d_factor, v[None, :], c[:, None], side, LEFT)
 
 
 @triton.jit
-def store_projection(row, sums, P: tl.constexpr):
+def store_folded_sums(row, b, sums, A1, T1, A2, S2, P: tl.constexpr):
+    """The sums of block b of a folded bottleneck: dC1, dC2, db1."""
+    store_folded(row + P.O.A1, row + P.O.T1, b, sums[0], A1, T1, P.IN, P, False)
+    store_folded(row + P.O.A2, row + P.O.S2, b, sums[1], A2, S2, P.OUT, P, True)
+    e = b * P.EB + tl.arange(0, P.EB)
+    m = (e // P.IN.E < P.IN.N) & (e % P.IN.E < P.IN.D)
+    tl.store(row + P.O.B1 + e // P.IN.E * P.IN.D + e % P.IN.E, tl.sum(sums[2], 0), mask=m)
+
+
+@triton.jit
+def store_rule_sum(row, d, P: tl.constexpr):
     """The sum of a projection alone: its rule's gradient, folded or by columns."""
     if P.FOLD:
         j = tl.arange(0, P.IN.NP * P.IN.NI)
         c, p = j % P.IN.NI, j // P.IN.NI
         m = (p < P.IN.N) & (c < P.IN.C)
         o_rule = (c % P.IN.R * P.IN.N + c // P.IN.R)[:, None] * (P.IN.N * P.IN.N) + p[:, None] * P.IN.N + p[None, :]
-        tl.store(row + P.O.A1 + o_rule, sums[0], mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
+        tl.store(row + P.O.A1 + o_rule, d, mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
     else:
         c = tl.arange(0, P.IN.NI)[:, None, None]
         p = tl.arange(0, P.IN.NP)
-        store_rule(row + P.O.A1, sums[0], c, p[None, :, None], p[None, None, :], P.IN, False)
+        store_rule(row + P.O.A1, d, c, p[None, :, None], p[None, None, :], P.IN, False)
 
 
 @triton.jit
-def store_sums(row, sums, A1, T1, A2, S2, P: tl.constexpr):
-    """The sums of `middle_backward` into this program's row."""
+def store_held_sums(row, sums, A1, T1, A2, S2, P: tl.constexpr):
+    """The sums of `held_backward`."""
     if P.ACTIVATION is None:
-        store_projection(row, sums, P)
-    elif P.FOLD:
-        store_folded(row + P.O.A1, row + P.O.T1, sums, 0, A1, T1, P.IN, P, False)
-        store_folded(row + P.O.A2, row + P.O.S2, sums, 1, A2, S2, P.OUT, P, True)
-        for b in tl.static_range(P.DP // P.EB):
-            e = b * P.EB + tl.arange(0, P.EB)
-            m = (e // P.IN.E < P.IN.N) & (e % P.IN.E < P.IN.D)
-            tl.store(row + P.O.B1 + e // P.IN.E * P.IN.D + e % P.IN.E, tl.sum(sums[3 * b + 2], 0), mask=m)
+        store_rule_sum(row, sums[0], P)
     else:
-        p1 = tl.arange(0, P.IN.NP)
-        p2 = tl.arange(0, P.OUT.NP)
-        c1 = tl.arange(0, P.IN.NI)
-        c2 = tl.arange(0, P.OUT.NI)
-        v = tl.arange(0, P.DP)
-        store_rule(row + P.O.A1, sums[0], c1[:, None, None], p1[None, :, None], p1[None, None, :], P.IN, False)
-        store_rule(row + P.O.A2, sums[1], c2[:, None, None], p2[None, :, None], p2[None, None, :], P.OUT, False)
-        store_factor(row + P.O.T1, sums[2], v[None, :], c1[:, None], P.IN, False)
-        store_factor(row + P.O.S2, sums[3], v[None, :], c2[:, None], P.OUT, True)
-        m = (p1 < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
-        tl.store(row + P.O.B1 + p1[:, None] * P.IN.D + v[None, :], sums[4], mask=m)
+        for b in tl.static_range(P.DP // P.EB):
+            store_folded_sums(row, b, (sums[3 * b], sums[3 * b + 1], sums[3 * b + 2]), A1, T1, A2, S2, P)
+
+
+@triton.jit
+def store_unfolded_sums(row, sums, P: tl.constexpr):
+    """One side's sums of a bottleneck that is not folded: dA1, dt1 and db1, or dA2 and ds2."""
+    v = tl.arange(0, P.DP)
+    d_factor = tl.sum(sums[1], 0)
+    if P.OPTIONS.IN_SIDE:
+        c = tl.arange(0, P.IN.NI)
+        p = tl.arange(0, P.IN.NP)
+        store_rule(row + P.O.A1, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.IN, False)
+        store_factor(row + P.O.T1, d_factor, v[None, :], c[:, None], P.IN, False)
+        m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
+        tl.store(row + P.O.B1 + p[:, None] * P.IN.D + v[None, :], sums[2], mask=m)
+    else:
+        c = tl.arange(0, P.OUT.NI)
+        p = tl.arange(0, P.OUT.NP)
+        store_rule(row + P.O.A2, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.OUT, False)
+        store_factor(row + P.O.S2, d_factor, v[None, :], c[:, None], P.OUT, True)

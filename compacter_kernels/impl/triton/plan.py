@@ -46,22 +46,21 @@ class Options:
 class Plan:
     """What a kernel knows of its problem and of its configuration (sizes.py, config.py).
 
-    BT: tokens in a tile, in a second phase rows. BK: wide columns, and EB: columns of the bottleneck, worked on at once.
+    BT: tokens in a tile, in a second phase rows. BK: wide columns worked on at once.
     O: where the gradients lie in a row of partials. SQUARE: x and the output have the same rows.
     """
 
     IN: Side
     OUT: Side
     DP: int
+    EB: int
     ACTIVATION: int | None
     FOLD: bool
     SQUARE: bool
     O: Offsets
     BT: int
     BK: int
-    EB: int
     STAGES: int
-    KEEP: bool
     OPTIONS: Options
     PRECISION: Precision
 
@@ -92,8 +91,6 @@ class Static:
 
 def plan(s: Sizes, config: Config, precision: Precision, options: Options) -> Static:
     """The argument P of a kernel."""
-    whole = s.IN.NP * s.IN.E != s.DP  # columns of the bottleneck that do not fall into chunks of a power of two
-    bottleneck = s.DP if whole else min(s.DP, max(config.bottleneck or s.DP, s.IN.E))
     sizes = {field.name: getattr(s, field.name) for field in fields(s)}
     return Static(
         Plan(
@@ -102,27 +99,23 @@ def plan(s: Sizes, config: Config, precision: Precision, options: Options) -> St
             O=s.offsets,
             BT=config.tokens,
             BK=config.columns,
-            EB=bottleneck,
             STAGES=config.stages,
-            KEEP=config.keep,
             OPTIONS=options,
             PRECISION=precision,
         )
     )
 
 
-def precision(s: Sizes, dtype: torch.dtype, architecture: str) -> Precision:
-    """How the products beside x of this dtype are rounded.
+def precision(s: Sizes, dtype: torch.dtype, architecture: str, tf32: bool = False) -> Precision:
+    """How the products beside x of this dtype are rounded; tf32: the user lets float32 products be that.
 
     float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient. Between the
     projections a bfloat16 x is served with tf32 products, and from n = 8 on, where those would slow it down and the
     rounding of x itself weighs as much, with bfloat16 ones.
     """
     bf16 = dtype == torch.bfloat16
-    products = "tf32x3" if dtype == torch.float32 else "tf32"
+    products = "tf32x3" if dtype == torch.float32 and not tf32 else "tf32"
     if architecture.startswith("gfx"):
         products = "ieee"  # AMD's matrix units take float32 as it is
     middle = "bf16" if bf16 and s.IN.N >= 8 else products
-    if not s.FOLD and middle == "tf32x3":
-        middle = "ieee"  # the three parts of each operand would not fit the shared memory
     return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, products, middle)

@@ -9,6 +9,8 @@ import torch
 from compacter_kernels.problem import Problem
 
 FOLD_LIMIT = 16384  # elements of a folded matrix that a program holds
+BLOCK = 64  # columns of a folded bottleneck that a program works on at once
+BLOCK_BYTES = 8192  # of a folded matrix, in x's dtype, likewise
 MIX_LIMIT = 16384  # elements of an unfolded rule
 UNFOLDED_BYTES = 184320  # of shared memory, for a backward with an unfolded rule
 
@@ -58,12 +60,13 @@ class Offsets:
 class Sizes:
     """What the kernels need to know of a problem. For a projection alone both sides have its phm_dim and rank.
 
-    DP: the bottleneck's numbers, padded. ACTIVATION: its code, None for a projection alone. FOLD: see middle.py.
+    DP: the bottleneck's numbers, padded; EB: those of a block. ACTIVATION: its code, None for a projection alone. FOLD: see middle.py.
     """
 
     IN: Side
     OUT: Side
     DP: int
+    EB: int
     ACTIVATION: int | None
     FOLD: bool
 
@@ -78,8 +81,16 @@ class Sizes:
         return self.IN.NP * self.IN.NI
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the bottleneck."""
+        return self.DP // self.EB
+
+    @property
     def gradients(self) -> tuple[tuple[int, int], ...]:
-        """(elements, copies) of left1, right2, bias2, rule1, right1, bias1, rule2, left2 in a row of partials."""
+        """(elements, copies) of left1, right2, bias2, rule1, right1, bias1, rule2, left2 in a row of partials.
+
+        A rule comes once for each rank index, a factor of the bottleneck once for each block.
+        """
         a, b = self.IN, self.OUT
         middle = (0, 0, 0, 0)
         if self.ACTIVATION is not None:
@@ -90,10 +101,10 @@ class Sizes:
             (b.C * b.K, 1),
             (b.N * b.K, 1),
             (a.N**3, a.R),
-            (right1, 1),
+            (right1, self.blocks),
             (bias1, 1),
             (rule2, b.R),
-            (left2, 1),
+            (left2, self.blocks),
         )
 
     @property
@@ -106,8 +117,11 @@ class Sizes:
         return Offsets(*found[:-1], ROW=-(-found[-1] // 4) * 4)
 
 
-def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
-    """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16."""
+def sizes(problem: Problem, backward: bool = False) -> Sizes:
+    """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16.
+
+    Above n = 8 a folded matrix is n^2 r wide; only the forward of an adapter with bfloat16 operands gains by it.
+    """
     columns = 4 if problem.dtype == torch.bfloat16 else 16
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
@@ -118,10 +132,10 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     np1, np2 = power_of_two(n1), power_of_two(n2)
     ni1 = power_of_two(max(n1 * first.rank, n1), max(columns, 16 // np1))
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
-    if fold is None:
-        width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
-        small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
-        fold = n1 != n2 or (small and (n1 <= 8 or (adapter and problem.dtype == torch.bfloat16)))
+    width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
+    small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
+    gains = n1 <= 8 or (adapter and problem.dtype == torch.bfloat16 and not backward)
+    fold = n1 != n2 or (small and gains)
     e1, e2 = d1, d2
     if fold and n1 == n2:
         e1 = e2 = power_of_two(d1, 16 // np1)
@@ -135,7 +149,10 @@ def sizes(problem: Problem, fold: bool | None = None) -> Sizes:
     code = problem.activation.code if problem.activation is not None else None
     side1 = Side(n1, first.rank, first.in_features // n1, d1, e1, np1, ni1)
     side2 = Side(n2, last.rank, last.out_features // n2, d2, e2, np2, ni2)
-    return Sizes(side1, side2, dp, code, fold)
+    # only chunks of a power of two divide the bottleneck into blocks
+    most = min(BLOCK, BLOCK_BYTES // problem.dtype.itemsize // (np1 * max(ni1, ni2)))
+    block = min(dp, max(most, e1)) if fold and n1 == n2 else dp
+    return Sizes(side1, side2, dp, block, code, fold)
 
 
 def too_large(s: Sizes) -> str | None:

@@ -48,6 +48,18 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_apart(a, b, acc, once, PRECISION: tl.constexpr):
+    """The same in a loop of `once` = 1 turns, as the compiler cannot know.
+
+    A product in a loop of its own is spread over the warps by its own shape. Otherwise it is spread like those around it,
+    whose rows may be so few that every warp would compute the same.
+    """
+    for _ in tl.range(0, once):
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def interleave(a, b):
     """[M, C] and [M, C] -> [M, 2 C]: each column of a followed by that of b."""
     return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))

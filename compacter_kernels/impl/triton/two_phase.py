@@ -1,11 +1,12 @@
 """The backward in two phases, for widths whose weight gradients one program cannot hold.
 
-Phase 1 (`tokens`) reads x and g and keeps each token's dZ and V2, n^2 r numbers each; phase 2 (`columns`) takes any
-number of columns of all tokens:
+Phase 1 (`tokens`) reads x and g and keeps each token's Z, dV2, dZ and V2, n^2 r numbers each. Phase 2 sums over tokens,
+for the wide factors by blocks of their columns (`columns`), and for the rest by blocks of the bottleneck (`sums`):
 
     dx[p, u]  = sum_i s1_i[u] dZ[p, i] (+ g where the residual is x)
     ds1_i[u]  = sum_{tok, p} x[p, u] dZ[p, i]
     dt2_i[u]  = scale sum_{tok, q} V2[q, i] g[q, u]   db2[q, u] = scale sum_tok g[q, u]
+    all others from Z and dV2 (middle_backward.py)
 """
 
 from __future__ import annotations
@@ -14,33 +15,85 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, rows, stream
-from compacter_kernels.impl.triton.middle import again, kept_weights
-from compacter_kernels.impl.triton.middle_backward import middle_backward, zero_sums
-from compacter_kernels.impl.triton.partials import store_left, store_out_side, store_sums, sum_dz
+from compacter_kernels.impl.triton.middle import again, folded_weights, unfolded_weights
+from compacter_kernels.impl.triton.middle_backward import (
+    add_rule, block_gradients, folded_sums, in_sums, middle_backward, out_sums, zero_folded_sums, zero_unfolded_sums,
+)  # fmt: skip
+from compacter_kernels.impl.triton.partials import (
+    store_folded_sums, store_left, store_out_side, store_rule_sum, store_unfolded_sums, sum_dz,
+)  # fmt: skip
 from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand
 
 
 @triton.jit
-def store_columns(TO, a, tile, T, side: tl.constexpr, P: tl.constexpr):
-    """[BT * NP, NI] as rows (token, p) of [T * n, n r]."""
+def narrow(tile, T, side: tl.constexpr, P: tl.constexpr):
+    """Offsets and mask of the columns [BT * NP, NI] of a tile in [T * n, n r]."""
     _, first, o_row, m_row = rows(tile, T, side.C, side, P)
     c = tl.arange(0, side.NI)
-    tl.store(TO + first + (o_row[:, None] + c[None, :]), a, mask=m_row[:, None] & (c < side.C)[None, :])
+    return first + (o_row[:, None] + c[None, :]), m_row[:, None] & (c < side.C)[None, :]
 
 
 @triton.jit(do_not_specialize=["T"])
-def tokens(X, G, DZ, V2, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
-    """Phase 1: programs walk over tiles of BT tokens, and sum the gradients of the middle."""
-    kept = kept_weights(A1, T1, B1, A2, S2, P)
-    sums = zero_sums(P)
+def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
+    """Phase 1: programs walk over tiles of BT tokens."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, P.IN, P, True)
         dv = stream(tile, G, T, T2, scale, P.OUT, P, False)
-        dz, v2, sums = middle_backward(z, dv, sums, kept, again(tile, T), A1, T1, B1, A2, S2, P)
-        store_columns(DZ, dz, tile, T, P.IN, P)
-        store_columns(V2, v2, tile, T, P.OUT, P)
-    row = PART + tl.program_id(0).to(tl.int64) * P.O.ROW
-    store_sums(row, sums, A1, T1, A2, S2, P)
+        o_in, m_in = narrow(tile, T, P.IN, P)
+        o_out, m_out = narrow(tile, T, P.OUT, P)
+        tl.store(Z + o_in, z, mask=m_in)
+        tl.store(DV + o_out, dv, mask=m_out)
+        dz, v2 = middle_backward(z, dv, tile, T, A1, T1, B1, A2, S2, P)
+        tl.store(DZ + o_in, dz, mask=m_in)
+        tl.store(V2 + o_out, v2, mask=m_out)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
+    """Phase 2, the small gradients: one block of a folded bottleneck and every num_programs(1)-th tile of BT tokens.
+
+    Where nothing is folded, one side's: both would be too many for one program.
+    """
+    b = tl.program_id(0)
+    if P.ACTIVATION is None and P.FOLD:
+        total = (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
+    elif P.ACTIVATION is None:
+        total = (tl.zeros((P.IN.NI, P.IN.NP, P.IN.NP), tl.float32),)
+    elif P.FOLD:
+        total = zero_folded_sums(P)
+    else:
+        total = zero_unfolded_sums(P.IN if P.OPTIONS.IN_SIDE else P.OUT, P)
+    for tile in tl.range(tl.program_id(1), tl.cdiv(T, P.BT), tl.num_programs(1)):
+        o_in, m_in = narrow(tile, T, P.IN, P)
+        o_out, m_out = narrow(tile, T, P.OUT, P)
+        z = tl.load(Z + o_in, mask=m_in, other=0.0)
+        dv = tl.load(DV + o_out, mask=m_out, other=0.0)
+        zero = again(tile, T)
+        if P.FOLD:
+            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+            dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
+        if P.ACTIVATION is None and P.FOLD:
+            total = (dot(tl.trans(zj), dvj, total[0], P.PRECISION.MIDDLE),)
+        elif P.ACTIVATION is None:
+            total = (add_rule(total[0], z, dv, P.IN, P),)
+        elif P.FOLD:
+            weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
+            once = 1 + tl.minimum(T, 0)
+            h, dy = block_gradients(b, zj, dvj, weights, once, P)
+            total = folded_sums(total, zj, dvj, h, dy, once, P)
+        else:
+            weights = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
+            if P.OPTIONS.IN_SIDE:
+                total = in_sums(total, z, dv, weights, P)
+            else:
+                total = out_sums(total, z, dv, weights, P)
+    row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
+    if P.ACTIVATION is None:
+        store_rule_sum(row, total[0], P)
+    elif P.FOLD:
+        store_folded_sums(row, b, total, A1, T1, A2, S2, P)
+    else:
+        store_unfolded_sums(row, total, P)
 
 
 @triton.jit(do_not_specialize=["T"])
