@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,10 @@ from triton.compiler import ASTSource
 
 import compacter_kernels.impl.triton as package
 from compacter_kernels.accuracy import Shape, random_case
-from compacter_kernels.impl.triton.config import Config, configurations
+from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.impl.triton.kernel import KERNELS
-from compacter_kernels.impl.triton.launch import compile_options
-from compacter_kernels.impl.triton.plan import Options, plan, precision
-from compacter_kernels.impl.triton.sizes import sizes
+from compacter_kernels.impl.triton.launch import compile_options, fits
+from compacter_kernels.impl.triton.plan import Options, Served, plan, served
 from compacter_kernels.problem import adapter_problem
 
 KIB = 1024
@@ -66,21 +66,16 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def choices(job: Job) -> tuple[Any, Any, tuple[Config, ...], Any]:
-    """The kernel, its sizes, its configurations and precision; no configuration where this shape does not use it."""
-    x_dtype = DTYPES[job.dtype]
-    case = random_case(job.shape, 1, dtype=x_dtype)
+def served_by(job: Job) -> Served | None:
+    """The kernel's sizes, precision and configurations; None where this shape does not use it."""
+    case = random_case(job.shape, 1, dtype=DTYPES[job.dtype])
     assert case.up is not None
-    problem = adapter_problem(case.x, case.down, case.up, case.activation)
-    s, back = sizes(problem), sizes(problem, backward=True)
-    found = configurations(s, back, x_dtype, job.arch)
-    name = "forward_streamed" if job.kernel == "forward" and "forward" not in found else job.kernel
-    mine = s if job.kernel == "forward" else back
-    return KERNELS[name], mine, found.get(name, ()), precision(mine, x_dtype, job.arch)
+    return served(adapter_problem(case.x, case.down, case.up, case.activation), job.arch).get(job.kernel)
 
 
-def compiled(kernel: Any, s: Any, config: Config, rounding: Any, job: Job) -> Any:
+def compiled(found: Served, config: Config, job: Job, options: Options = OPTIONS) -> Any:
     """The kernel for aligned pointers and float32 parameters."""
+    kernel = KERNELS[job.kernel]
     names = list(kernel.arg_names)
     signature, attributes = {}, {}
     for i, name in enumerate(names):
@@ -91,7 +86,7 @@ def compiled(kernel: Any, s: Any, config: Config, rounding: Any, job: Job) -> An
         else:
             signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
-    constants = {(names.index("P"),): plan(s, config, rounding, OPTIONS)}
+    constants = {(names.index("P"),): plan(found.sizes, config, found.precision, options)}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target(job.arch), options=compile_options(config.warps))
 
@@ -138,20 +133,30 @@ def resources(found: Any, arch: str) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def row(job: Job) -> dict[str, Any] | None:
-    """What the compiler made of the configuration in use: the first whose shared memory the architecture has."""
-    kernel, s, configs, rounding = choices(job)
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """What the compiler made of the configuration in use, the first whose memory the architecture has; [] if unused."""
+    served = served_by(job)
+    if served is None:
+        return []
+    sides = [OPTIONS]
+    if job.kernel == "sums" and not served.sizes.FOLD:
+        sides = [replace(OPTIONS, OUT_SIDE=False), replace(OPTIONS, IN_SIDE=False)]  # one launch for each
+    return [row(job, served, options) for options in sides]
+
+
+def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
+    """The same for one launch."""
     limit, found, error = LIMITS[job.arch], None, ""
-    for config in configs:
+    for config in served.configs:
         try:
-            found = compiled(kernel, s, config, rounding, job)
+            found = compiled(served, config, job, options)
         except Exception as problem:
-            error = f"{type(problem).__name__}: {str(problem)[:200]}"
+            while problem.__cause__ is not None:
+                problem = problem.__cause__
+            error = f"{type(problem).__name__}: {str(problem)[-200:]}"
             continue
-        if found.metadata.shared <= limit:
+        if fits(found.metadata, limit):
             break
-    if not configs:
-        return None
     k, d, n = job.shape
     head = {
         "kernel": job.kernel,
@@ -189,7 +194,10 @@ def faults(found: dict[str, Any]) -> list[str]:
             (found["spill_bytes"] > 0, f"{found['spill_bytes']} bytes spilled"),
             (found["shared_bytes"] > found["shared_limit"], "too much shared memory"),
             (found["mma"] == 0, "no matrix instructions"),
-            (found["wide_access_share"] != 1.0, f"only {found['wide_access_share']} of the accesses are 128 bits wide"),
+            (
+                found["wide_access_share"] not in (1.0, None),
+                f"only {found['wide_access_share']} of the accesses are 128 bits wide",
+            ),
         )
         if wrong
     ]
@@ -208,14 +216,10 @@ def main() -> int:
         parser.error(f"--arch {unknown[0]} is not known; choose of {', '.join(LIMITS)}")
     shapes = [shape for shape in SHAPES if not args.shapes or str(shape) in args.shapes.split(",")]
     jobs = [
-        Job(kernel, shape, dtype, arch)
-        for arch in archs
-        for shape in shapes
-        for dtype in DTYPES
-        for kernel in ("forward", "backward", "tokens", "columns", "sums")
+        Job(kernel, shape, dtype, arch) for arch in archs for shape in shapes for dtype in DTYPES for kernel in KERNELS
     ]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        rows = [found for found in pool.map(row, jobs) if found is not None]
+        rows = [found for several in pool.map(rows_of, jobs) for found in several]
     wrong = sum(bool(faults(found)) for found in rows)
     if args.json:
         print(json.dumps(rows, indent=1))

@@ -32,69 +32,60 @@ EACH = 2**20  # programs: one for each tile
 LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
 
 
-class TwoPhase(NamedTuple):
-    """A backward in two phases."""
-
-    tokens: Config
-    columns: Config
-
-
 class Candidate(NamedTuple):
-    """A configuration, the precision between the projections, and whether the rule is folded there."""
+    """A configuration of one of the kernels that serve a shape; the others keep the table's."""
 
-    config: Config | TwoPhase
-    precision: str
-    fold: bool
+    kernel: str
+    config: Config
+
+    @property
+    def direction(self) -> str:
+        """What is timed."""
+        return "forward" if self.kernel.startswith("forward") else "backward"
 
 
-def grid(*values: tuple[Any, ...]) -> list[Config]:
-    """All combinations, as configurations."""
-    return [Config(*choice) for choice in itertools.product(*values)]
+def grid(kernel: str, *values: tuple[Any, ...]) -> list[Candidate]:
+    """All combinations."""
+    return [Candidate(kernel, Config(*choice)) for choice in itertools.product(*values)]
 
 
-def candidates(direction: str, shape: Shape) -> list[Candidate]:
-    """All combinations that make sense."""
+def candidates(shape: Shape, dtype: str, direction: str) -> list[Candidate]:
+    """All combinations that make sense, for each kernel that serves this shape here."""
     chunk = min(64, 2 ** (shape.k // shape.n - 1).bit_length())
-    wide = (chunk, 128) if shape.k // shape.n > 128 else (chunk,)
-    held = shape.k <= 1024
-    middles = [("tf32", True), ("bf16", True)] if shape.n <= 8 else [("bf16", True)]
-    found: list[Config | TwoPhase] = []
-    if direction == "forward" and held:
-        found += grid((16, 32), (chunk,), (4, 8), (2, 3, 4), (1, 2, 3, 4, 6))
-        found += grid((8, 16), (chunk,), (1, 2), (1, 2), (8, 12))
-        found += grid((16, 32), (chunk,), (4, 8), (0,), (EACH,))
-    elif direction == "forward":
-        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (1, 2, 4))
-    elif held and shape.n <= 8:
-        found += grid((16, 32), wide, (4, 8), (2, 3, 4), (1, 2))
-    else:
-        columns = Config(128, wide[-1], 4, 2, 8)
-        found += [TwoPhase(c, columns) for c in grid((16, 32), wide[-1:], (8, 16), (2, 3, 4), (1, 2))]
-        tokens = Config(16, wide[-1], 8, 3, 1)
-        found += [TwoPhase(tokens, c) for c in grid((64, 128, 256), wide, (4, 8), (2, 3), (4, 8, 12))]
-    return [Candidate(c, *middle) for c in found for middle in middles]
+    half = min(32, chunk)
+    wide = (half, chunk, 128) if shape.k // shape.n > 128 else (half, chunk)
+    choices = {
+        "forward": [
+            *grid("forward", (16, 32), (chunk,), (4, 8), (2, 3, 4), (1, 2, 3, 4, 6)),
+            *grid("forward", (8, 16), (chunk,), (1, 2), (1, 2), (8, 12)),
+            *grid("forward", (16, 32), (chunk,), (4, 8), (0,), (EACH,)),
+        ],
+        "forward_streamed": grid("forward_streamed", (16, 32), wide, (4, 8), (1, 2, 3, 4), (1, 2, 4)),
+        "backward": grid("backward", (16, 32), (chunk,), (4, 8), (1, 2, 3, 4), (1, 2)),
+        "tokens": grid("tokens", (16, 32), wide, (4, 8), (1, 2, 3, 4), (1, 2, 4)),
+        "columns": grid("columns", (32, 64, 128), wide, (4, 8), (1, 2, 3), (4, 8)),
+        "sums": grid("sums", (16, 32), (0,), (4, 8), (1,), (1, 2)),
+    }
+    served = bound(on_device(shape, 1, dtype)).served
+    return [c for kernel in served for c in choices[kernel] if c.direction == direction]
 
 
-def bind(case: Case, candidate: Candidate, direction: str) -> Callable[[Any, Any], Any]:
-    """The kernel of that configuration as a function of x and of the gradient."""
-    from compacter_kernels.impl.triton import sizes
+def bound(case: Case) -> Any:
+    """The kernels of a case."""
     from compacter_kernels.impl.triton.kernel import Adapter
 
     assert case.up is not None
-    up = case.up
-    problem = adapter_problem(case.x, case.down, case.up, case.activation)
-    kernel = Adapter(problem)
-    kernel.sizes = sizes.sizes(problem, candidate.fold)
-    kernel.precision["MIDDLE_PRECISION"] = candidate.precision
-    config = candidate.config
-    if direction == "forward":
-        kernel.configs = kernel.configs._replace(forward=(config,))
-        return lambda x, g: kernel.forward(x, x, 1.0, case.down, up)
-    if isinstance(config, TwoPhase):
-        kernel.configs = kernel.configs._replace(backward=(), tokens=(config.tokens,), columns=(config.columns,))
-    else:
-        kernel.configs = kernel.configs._replace(backward=(config,))
-    return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, up, (True,) * 9)
+    return Adapter(adapter_problem(case.x, case.down, case.up, case.activation))
+
+
+def bind(case: Case, candidate: Candidate) -> Callable[[Any, Any], Any]:
+    """What is timed, with that configuration, as a function of x and of the gradient."""
+    kernel = bound(case)
+    served = kernel.served[candidate.kernel]
+    kernel.served[candidate.kernel] = served._replace(configs=(candidate.config,))
+    if candidate.direction == "forward":
+        return lambda x, g: kernel.forward(x, x, 1.0, case.down, case.up)
+    return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, case.up, (True,) * 9)
 
 
 def on_device(shape: Shape, tokens: int, dtype: str) -> Case:
@@ -102,17 +93,17 @@ def on_device(shape: Shape, tokens: int, dtype: str) -> Case:
     return random_case(shape, tokens, dtype=DTYPES[dtype]).map(lambda t: t.cuda())
 
 
-def compile_one(job: tuple[Shape, str, Candidate, str]) -> tuple[Any, ...]:
+def compile_one(job: tuple[Shape, str, Candidate]) -> tuple[Any, ...]:
     """Compile and run once on few tokens; registers, spills, shared memory and the error, or what went wrong."""
-    shape, dtype, candidate, direction = job
+    shape, dtype, candidate = job
     try:
         case = on_device(shape, 100, dtype)
-        got = bind(case, candidate, direction)(case.x, case.grad)
+        got = bind(case, candidate)(case.x, case.grad)
         torch.cuda.synchronize()
     except Exception as error:
         return (None, f"{type(error).__name__}: {error}"[:200])
     try:
-        expected = reference(case, direction)
+        expected = reference(case, candidate.direction)
         got = [got] if isinstance(got, torch.Tensor) else list(got)
         error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected, strict=True))
         return (error, "" if error <= LIMIT else "wrong")
@@ -168,29 +159,16 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     directions = ("forward", "backward") if args.direction == "both" else (args.direction,)
     jobs = [
-        (shape, args.dtype, candidate, direction)
+        (shape, args.dtype, candidate)
         for shape in args.shapes
         for direction in directions
-        for candidate in candidates(direction, shape)
+        for candidate in candidates(shape, args.dtype, direction)
     ]
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1), maxtasksperchild=12) as pool:
         results = pool.map(compile_one, jobs, chunksize=1)
     print(f"{len(jobs)} candidates compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    header = [
-        "shape",
-        "T",
-        "dtype",
-        "direction",
-        "precision",
-        "fold",
-        "config",
-        "error",
-        "note",
-        "us",
-        "copy_us",
-        "of_copy",
-    ]
+    header = ["shape", "T", "dtype", "kernel", "config", "error", "note", "us", "copy_us", "of_copy"]
     with (args.out / "tune.csv").open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -200,16 +178,16 @@ def main() -> int:
                 tokens,
                 direction,
                 args,
-                [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[3]) == (shape, direction)],
+                [(j, r) for j, r in zip(jobs, results, strict=True) if (j[0], j[2].direction) == (shape, direction)],
             )
             writer.writerows(rows)
             file.flush()
             timed = sorted((row for row in rows if row[-3] is not None), key=lambda row: -row[-3])
             print(*(" ".join(map(str, row)) for row in timed[-12:]), sep="\n", flush=True)
-            bad = [row for row in rows if row[-4]]
+            bad = [row for row in rows if row[6]]
             print(
                 f"{len(bad)} not usable, e.g.",
-                *(f"{row[4:7]} {row[-4]}" for row in bad[:: max(1, len(bad) // 4)][:5]),
+                *(f"{row[3:5]} {row[6]}" for row in bad[:: max(1, len(bad) // 4)][:5]),
                 sep="\n",
                 flush=True,
             )
@@ -228,33 +206,18 @@ def time_all(shape: Shape, tokens: int, direction: str, args: argparse.Namespace
     else:
         copy = graph_ms(lambda i: torch.add(xs[i], gs[i], out=out), copies)
     rows, start = [], time.perf_counter()
-    for (_, dtype, candidate, _), (error, note) in jobs:
+    for (_, dtype, candidate), (error, note) in jobs:
         ms = None
         if not note and time.perf_counter() - start < args.seconds:
             try:
-                run = bind(case, candidate, direction)
+                run = bind(case, candidate)
                 ms = graph_ms(lambda i, run=run: run(xs[i], gs[i]), copies, 3)
             except Exception as problem:
                 note = repr(problem)[:100]
         us = None if ms is None else round(ms * 1e3, 2)
         of_copy = None if ms is None else round(copy / ms, 3)
-        config = str(candidate.config).replace("Config", "").replace(", ", " ")
-        rows.append(
-            [
-                shape,
-                tokens,
-                dtype,
-                direction,
-                candidate.precision,
-                candidate.fold,
-                config,
-                error,
-                note,
-                us,
-                round(copy * 1e3, 2),
-                of_copy,
-            ]
-        )
+        row = [shape, tokens, dtype, candidate.kernel, " ".join(map(str, candidate.config)), error, note]
+        rows.append([*row, us, round(copy * 1e3, 2), of_copy])
     return rows
 
 

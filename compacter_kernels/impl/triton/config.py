@@ -55,10 +55,16 @@ def _forward(s: Sizes, dtype: torch.dtype, held: bool) -> Configurations:
     if not (held and s.FOLD and max(s.IN.K, s.OUT.K) <= HELD_COLUMNS):
         return {"forward_streamed": (Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, min(32, c), 8, 1, 2))}
     if s.inner <= 16 and s.DP <= 32:
-        return {"forward": (Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2))}
+        return {
+            "forward": (Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2))
+        }
     if s.inner <= 64:
-        return {"forward": (Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2))}
-    return {"forward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))}
+        return {
+            "forward": (Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2))
+        }
+    return {
+        "forward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))
+    }
 
 
 def _backward(s: Sizes, dtype: torch.dtype, held: bool) -> Configurations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor
 from compacter_kernels.impl import Gradients, contiguous, empty_gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
-from compacter_kernels.impl.triton.config import architecture_of, configurations
+from compacter_kernels.impl.triton.config import architecture_of
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
-from compacter_kernels.impl.triton.plan import Options, precision
+from compacter_kernels.impl.triton.plan import Options, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
-from compacter_kernels.impl.triton.sizes import sizes
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -46,15 +46,14 @@ class _Kernel:
     """What both operations share: sizes, configurations, launches."""
 
     def __init__(self, problem: Problem) -> None:
-        self.sizes, self.backward_sizes = s, back = sizes(problem), sizes(problem, backward=True)
-        self.width, self.square = s.IN.N * s.IN.K, s.square
         self.device = problem.device.index or 0
-        self.multiprocessors, self.architecture = 4, "interpreter"
+        self.multiprocessors, architecture = 4, "interpreter"
         if problem.device.type == "cuda":
             properties = torch.cuda.get_device_properties(problem.device)
-            self.multiprocessors, self.architecture = properties.multi_processor_count, architecture_of(properties)
-        self.configs = configurations(s, back, problem.dtype, self.architecture)
-        self.dtype, self.float32 = problem.dtype, problem.dtype == torch.float32
+            self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
+        self.served = served(problem, architecture)
+        self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
+        self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.square, problem.dtype == torch.float32
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
@@ -63,10 +62,11 @@ class _Kernel:
         tf32 = self.float32 and tf32_allowed()
         found = self.launches.get((name, tf32, options))
         if found is None:
-            s = self.sizes if name.startswith("forward") else self.backward_sizes
-            rounding = precision(s, self.dtype, self.architecture, tf32)
+            kernel = self.served[name]
+            if tf32:
+                kernel = kernel._replace(precision=replace(kernel.precision, WIDE="tf32", MIDDLE="tf32", SUMS="tf32"))
             place = (self.device, self.multiprocessors)
-            found = first_that_fits(KERNELS[name], s, self.configs[name], rounding, Options(*options), place, tensors)
+            found = first_that_fits(KERNELS[name], kernel, Options(*options), place, tensors)
             self.launches[name, tf32, options] = found
         return found
 
@@ -74,7 +74,7 @@ class _Kernel:
         tokens = x.numel() // self.width
         if tokens:
             tensors = [x, residual, out, *params]
-            if "forward" in self.configs:
+            if "forward" in self.served:
                 launch = self._launch("forward", tensors, residual is x and self.square)
             else:
                 launch = self._launch("forward_streamed", tensors)
@@ -91,7 +91,7 @@ class _Kernel:
                     grad.zero_()
             return
         has_bias = grads[2] is not None
-        if "backward" in self.configs:
+        if "backward" in self.served:
             part = self._partials(x, "backward")
             tensors = (x, g, dx, part, *params)
             launch = self._launch("backward", tensors, False, residual, has_bias)
@@ -109,11 +109,11 @@ class _Kernel:
         tokens: int,
     ) -> tuple[Tensor, int, int]:  # fmt: skip
         """The partials, and how many rows of them the wide gradients and the others have."""
-        s = self.backward_sizes
+        s = self.sizes
         part = self._partials(x, "columns", "sums")
         z, dz = x.new_empty((2, tokens * s.IN.N, s.IN.C), dtype=torch.float32)
         dv, v2 = x.new_empty((2, tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
-        rule1, left1, right1, bias1, rule2, left2, right2 = params
+        rule1, left1, right1, bias1, rule2, left2, _ = params
         tensors = (x, g, z, dv, dz, v2, *params)
         launch = self._launch("tokens", tensors)
         launch(launch.programs(tokens), 1, tensors, scale, tokens)
@@ -135,13 +135,13 @@ class _Kernel:
 
     def _partials(self, x: Tensor, *names: str) -> Tensor:
         """A row for each program of these kernels, whatever configuration they take."""
-        rows = self.multiprocessors * max([config.programs for name in names for config in self.configs[name]])
-        return x.new_empty((rows, self.backward_sizes.offsets.ROW), dtype=torch.float32)
+        rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
+        return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
 
     def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
         """The second stage for these gradients, and its number of programs; found once."""
-        sizes, copies = zip(*self.backward_sizes.gradients, strict=True)
-        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.backward_sizes.offsets.ROW, **REDUCE}
+        sizes, copies = zip(*self.sizes.gradients, strict=True)
+        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.sizes.offsets.ROW, **REDUCE}
         blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(sizes, wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         return self.reductions[wanted]

@@ -11,10 +11,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.impl.triton.plan import Options, Precision, plan
-from compacter_kernels.impl.triton.sizes import Sizes
+from compacter_kernels.impl.triton.plan import Options, Served, Static, plan
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 
+TENSOR_MEMORY = 512  # columns, of sm_100
 _interpreted, _runtime = INTERPRETED.value, knobs.runtime
 # torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -22,8 +22,16 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def compile_options(warps: int) -> dict[str, Any]:
-    """What the compiler is told beside the kernel's arguments; nothing is left to Triton's environment variables."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+    """What the compiler is told beside the kernel's arguments; nothing is left to Triton's environment variables.
+
+    Loops without a number of stages of their own have one.
+    """
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def fits(metadata: Any, shared: int) -> bool:
+    """Whether a device with so many bytes of shared memory can run a compiled kernel; Triton finds out at the launch."""
+    return bool(metadata.shared <= shared and (getattr(metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY)
 
 
 class Launch:
@@ -74,11 +82,8 @@ class Launch:
 class Tiled(Launch):
     """A launch whose programs share the tiles of a configuration."""
 
-    def __init__(
-        self, kernel: Any, s: Sizes, config: Config, precision: Precision, options: Options, device: int,
-        multiprocessors: int,
-    ) -> None:  # fmt: skip
-        super().__init__(kernel, {"P": plan(s, config, precision, options)}, config.warps, device)
+    def __init__(self, kernel: Any, known: Static, config: Config, device: int, multiprocessors: int) -> None:
+        super().__init__(kernel, {"P": known}, config.warps, device)
         self.config, self.most = config, config.programs * multiprocessors
 
     def programs(self, count: int) -> int:
@@ -91,25 +96,19 @@ class Tiled(Launch):
             return True
         with torch.cuda.device(self.device):
             limit = driver.active.utils.get_device_properties(self.device)["max_shared_mem"]
-            return bool(self.compile(tensors).metadata.shared <= limit)
+            return fits(self.compile(tensors).metadata, limit)
 
 
 def first_that_fits(
-    kernel: Any,
-    s: Sizes,
-    configs: tuple[Config, ...],
-    precision: Precision,
-    options: Options,
-    place: tuple[int, int],
-    tensors: Sequence[Tensor | None],
+    kernel: Any, served: Served, options: Options, place: tuple[int, int], tensors: Sequence[Tensor | None]
 ) -> Tiled:
     """The launch with the first configuration whose shared memory the device has; place: device, multiprocessors.
 
     Raises:
         RuntimeError: none has.
     """
-    for config in configs:
-        launch = Tiled(kernel, s, config, precision, options, *place)
+    for config in served.configs:
+        launch = Tiled(kernel, plan(served.sizes, config, served.precision, options), config, *place)
         if launch.fits(tensors):
             return launch
     raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")

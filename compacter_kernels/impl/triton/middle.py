@@ -57,20 +57,15 @@ def folded_weights(b, A1, T1, B1, A2, S2, P: tl.constexpr):
 
 
 @triton.jit
-def unfolded_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
-    """A1, A2, t1, s2 and b1."""
-    v = tl.arange(0, P.DP)
-    a1 = unfolded(A1, P.IN)
-    a2 = unfolded(A2, P.OUT)
-    t1 = factor(T1, v[None, :], tl.arange(0, P.IN.NI)[:, None], P.IN.D, P.IN, False)
-    s2 = factor(S2, v[None, :], tl.arange(0, P.OUT.NI)[:, None], P.OUT.D, P.OUT, True)
-    if B1 is not None:
-        p = tl.arange(0, P.IN.NP)
-        m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
-        b1 = tl.load(B1 + p[:, None] * P.IN.D + v[None, :], mask=m, other=0.0).to(tl.float32)
-    else:
-        b1 = tl.zeros((P.IN.NP, P.DP), tl.float32)
-    return a1, a2, t1, s2, b1
+def right_factor(T1, P: tl.constexpr):
+    """t1 [NI, DP]."""
+    return factor(T1, tl.arange(0, P.DP)[None, :], tl.arange(0, P.IN.NI)[:, None], P.IN.D, P.IN, False)
+
+
+@triton.jit
+def left_factor(S2, P: tl.constexpr):
+    """s2 [NI, DP]."""
+    return factor(S2, tl.arange(0, P.DP)[None, :], tl.arange(0, P.OUT.NI)[:, None], P.OUT.D, P.OUT, True)
 
 
 @triton.jit
@@ -79,7 +74,7 @@ def rule_weights(A1, P: tl.constexpr):
     if P.FOLD:
         return folded_rule(A1, P.IN)
     else:
-        return unfolded(A1, P.IN)
+        return unfolded(A1, P.IN, False)
 
 
 @triton.jit
@@ -95,10 +90,16 @@ def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
 
 
 @triton.jit
-def add_bias(y, b1, P: tl.constexpr):
-    """y [BT * NP, DP] + b1 [NP, DP] of each token."""
-    y3 = tl.reshape(y, (P.BT, P.IN.NP, P.DP)) + b1[None, :, :]
-    return tl.reshape(y3, (P.BT * P.IN.NP, P.DP))
+def into_bottleneck(v1, T1, B1, P: tl.constexpr):
+    """y = V1 t1 + b1, [BT * NP, DP], where nothing is folded."""
+    y = product(v1, right_factor(T1, P), P.PRECISION.MIDDLE)
+    if B1 is not None:
+        p = tl.arange(0, P.IN.NP)
+        v = tl.arange(0, P.DP)
+        m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
+        b1 = tl.load(B1 + p[:, None] * P.IN.D + v[None, :], mask=m, other=0.0).to(tl.float32)
+        y = tl.reshape(tl.reshape(y, (P.BT, P.IN.NP, P.DP)) + b1[None, :, :], (P.BT * P.IN.NP, P.DP))
+    return y
 
 
 @triton.jit
@@ -150,8 +151,8 @@ def middle(z, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
             v2 = through_block(b, zj, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
     else:
-        a1, a2, t1, s2, b1 = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
-        y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
+        y = into_bottleneck(mix(z, unfolded(A1 + zero, P.IN, False), P.IN, P), T1 + zero, B1, P)
         h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
-        v2 = mix(product(h, tl.trans(s2), PRECISION), a2, P.OUT, P)
+        z2 = product(h, tl.trans(left_factor(S2 + zero, P)), PRECISION)
+        v2 = mix(z2, unfolded(A2 + zero, P.OUT, False), P.OUT, P)
     return v2

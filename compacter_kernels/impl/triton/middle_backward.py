@@ -17,9 +17,17 @@ import triton.language as tl
 
 from compacter_kernels.impl.triton.functions import activate, derivative
 from compacter_kernels.impl.triton.middle import (
-    add_bias, again, blocks, folded_weights, inside, rule_weights, unfolded_weights, unpadded,
-)  # fmt: skip
-from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, product
+    again,
+    blocks,
+    folded_weights,
+    inside,
+    into_bottleneck,
+    left_factor,
+    right_factor,
+    rule_weights,
+    unpadded,
+)
+from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, product, unfolded
 
 
 @triton.jit
@@ -68,21 +76,24 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
         dz = tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI))
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
     else:
-        a1, a2, t1, s2, b1 = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
         m = unpadded(P)
-        y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
-        v2 = mix(product(tl.where(m, activate(y, P.ACTIVATION), 0.0), tl.trans(s2), PRECISION), a2, P.OUT, P)
-        dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P)
-        dy = tl.where(m, product(dz2, s2, PRECISION) * derivative(y, P.ACTIVATION), 0.0)
-        dz = mix(product(dy, tl.trans(t1), PRECISION), tl.permute(a1, (0, 2, 1)), P.IN, P)
+        y = into_bottleneck(mix(z, unfolded(A1 + zero, P.IN, False), P.IN, P), T1 + zero, B1, P)
+        h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
+        z2 = product(h, tl.trans(left_factor(S2 + zero, P)), PRECISION)
+        v2 = mix(z2, unfolded(A2 + zero, P.OUT, False), P.OUT, P)
+        dz2 = mix(dv2, unfolded(A2 + 2 * zero, P.OUT, True), P.OUT, P)
+        dh = product(dz2, left_factor(S2 + 2 * zero, P), PRECISION)
+        dy = tl.where(m, dh * derivative(y, P.ACTIVATION), 0.0)
+        dv = product(dy, tl.trans(right_factor(T1 + 2 * zero, P)), PRECISION)
+        dz = mix(dv, unfolded(A1 + 2 * zero, P.IN, True), P.IN, P)
     return dz, v2
 
 
 @triton.jit
 def folded_sums(sums, zj, dvj, h, dy, once, P: tl.constexpr):
     """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
-    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.MIDDLE)
-    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], once, P.PRECISION.MIDDLE)
+    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.SUMS)
+    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], once, P.PRECISION.SUMS)
     return d_c1, d_c2, sums[2] + dy
 
 
@@ -115,7 +126,7 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
     if P.ACTIVATION is None:
         v2 = product(zj, held[0], PRECISION)
         dz = product(dvj, tl.trans(held[0]), PRECISION)
-        added = (dot(tl.trans(zj), dvj, sums[0], PRECISION),)
+        added = (dot(tl.trans(zj), dvj, sums[0], P.PRECISION.SUMS),)
     else:
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
         dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
@@ -132,7 +143,7 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
 def add_rule(a, z, dv, side: tl.constexpr, P: tl.constexpr):
     """a + dA: dA[c, p, q] = sum_t Z[(t, p), c] dV[(t, q), c]."""
     zt = tl.permute(by_column(z, side, P), (0, 2, 1))
-    return dot(zt, by_column(dv, side, P), a, P.PRECISION.MIDDLE)
+    return dot(zt, by_column(dv, side, P), a, P.PRECISION.SUMS)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def by_chunk(a, P: tl.constexpr):
 @triton.jit
 def add_factor(total, v, dy, P: tl.constexpr):
     """total + V^T dy for each chunk, [NP, NI, DP]: one product over all rows would be one that every warp repeats."""
-    return dot(tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), total, P.PRECISION.MIDDLE)
+    return dot(tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), total, P.PRECISION.SUMS)
 
 
 @triton.jit
@@ -156,26 +167,27 @@ def zero_unfolded_sums(side: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def in_sums(sums, z, dv2, weights, P: tl.constexpr):
-    """dA1, dt1 and db1 with a tile's share added, where nothing is folded."""
-    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
-    a1, a2, t1, s2, b1 = weights
-    dh = product(mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P), s2, PRECISION)
-    v1 = mix(z, a1, P.IN, P)
-    y = add_bias(product(v1, t1, PRECISION), b1, P)
+def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """dA1, dt1 and db1 with a tile's share added, where nothing is folded; z and dv2 are (pointers, mask) of Z and dV2."""
+    dz2 = mix(tl.load(dv2[0], mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
+    dh = product(dz2, left_factor(S2 + zero, P), P.PRECISION.MIDDLE)
+    v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
+    y = into_bottleneck(v1, T1 + zero, B1, P)
     dy = tl.where(unpadded(P), dh * derivative(y, P.ACTIVATION), 0.0)
     d_t1 = add_factor(sums[1], v1, dy, P)
     d_b1 = sums[2] + tl.sum(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), 0)
-    return add_rule(sums[0], z, product(dy, tl.trans(t1), PRECISION), P.IN, P), d_t1, d_b1
+    dv = product(dy, tl.trans(right_factor(T1 + 2 * zero, P)), P.PRECISION.MIDDLE)
+    d_a1 = add_rule(sums[0], tl.load(z[0] + zero, mask=z[1], other=0.0), dv, P.IN, P)
+    return d_a1, d_t1, d_b1
 
 
 @triton.jit
-def out_sums(sums, z, dv2, weights, P: tl.constexpr):
-    """dA2 and ds2 with a tile's share added, where nothing is folded."""
-    PRECISION: tl.constexpr = P.PRECISION.MIDDLE
-    a1, a2, t1, s2, b1 = weights
-    y = add_bias(product(mix(z, a1, P.IN, P), t1, PRECISION), b1, P)
+def out_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """dA2 and ds2 likewise."""
+    v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
+    y = into_bottleneck(v1, T1 + zero, B1, P)
     h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
-    d_a2 = add_rule(sums[0], product(h, tl.trans(s2), PRECISION), dv2, P.OUT, P)
-    dz2 = mix(dv2, tl.permute(a2, (0, 2, 1)), P.OUT, P)
+    z2 = product(h, tl.trans(left_factor(S2 + zero, P)), P.PRECISION.MIDDLE)
+    d_a2 = add_rule(sums[0], z2, tl.load(dv2[0], mask=dv2[1], other=0.0), P.OUT, P)
+    dz2 = mix(tl.load(dv2[0] + zero, mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
     return d_a2, add_factor(sums[1], dz2, h, P), sums[2]

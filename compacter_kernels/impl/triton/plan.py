@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
-from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.impl.triton.sizes import Offsets, Side, Sizes
+from compacter_kernels.impl.triton.config import Config, configurations
+from compacter_kernels.impl.triton.sizes import Offsets, Side, Sizes, sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
+from compacter_kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class Precision:
     """How the products beside x are rounded.
 
     LP: the dtype of matrix operands. SPLIT: a factor is two of them. WIDE: the precision of float32 operands.
-    MIDDLE: the same between the projections, where "bf16" rounds them.
+    MIDDLE: the same between the projections, where "bf16" rounds them; SUMS: of the sums over tokens there.
     """
 
     LP: Any
     SPLIT: bool
     WIDE: str
     MIDDLE: str
+    SUMS: str
 
 
 @dataclass(frozen=True)
@@ -89,33 +91,59 @@ class Static:
         return repr(self._values)
 
 
-def plan(s: Sizes, config: Config, precision: Precision, options: Options) -> Static:
+def plan(s: Sizes, config: Config, rounding: Precision, options: Options) -> Static:
     """The argument P of a kernel."""
-    sizes = {field.name: getattr(s, field.name) for field in fields(s)}
     return Static(
         Plan(
-            **sizes,
+            **{field.name: getattr(s, field.name) for field in fields(s)},
             SQUARE=s.square,
             O=s.offsets,
             BT=config.tokens,
             BK=config.columns,
             STAGES=config.stages,
             OPTIONS=options,
-            PRECISION=precision,
+            PRECISION=rounding,
         )
     )
 
 
-def precision(s: Sizes, dtype: torch.dtype, architecture: str, tf32: bool = False) -> Precision:
-    """How the products beside x of this dtype are rounded; tf32: the user lets float32 products be that.
+class Served(NamedTuple):
+    """A kernel that serves a problem: with which sizes, precision, and configurations, best first."""
 
-    float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient. Between the
-    projections a bfloat16 x is served with tf32 products, and from n = 8 on, where those would slow it down and the
-    rounding of x itself weighs as much, with bfloat16 ones.
+    sizes: Sizes
+    precision: Precision
+    configs: tuple[Config, ...]
+
+
+def served(problem: Problem, architecture: str) -> dict[str, Served]:
+    """The kernels that serve a problem on an architecture, by their names."""
+    found, back = sizes(problem), sizes(problem, backward=True)
+    kernels = {}
+    for name, configs in configurations(found, back, problem.dtype, architecture).items():
+        s = found if name.startswith("forward") else back
+        if name == "forward":
+            s = replace(s, EB=s.DP)  # the weights stay in registers, so there is nothing to gain by blocks
+        kernels[name] = Served(s, precision(name, s, problem.dtype, architecture), configs)
+    return kernels
+
+
+def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> Precision:
+    """How a kernel rounds the products beside x of this dtype.
+
+    float32 is computed from three tf32 or six bfloat16 products, whichever takes fewer registers, and on AMD's matrix
+    units as it is. float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
+    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones for a folded rule from n = 8
+    on, where tf32 would slow it down and the rounding of x itself weighs as much.
     """
     bf16 = dtype == torch.bfloat16
-    products = "tf32x3" if dtype == torch.float32 and not tf32 else "tf32"
+    wide = "tf32x3" if dtype == torch.float32 else "tf32"
     if architecture.startswith("gfx"):
-        products = "ieee"  # AMD's matrix units take float32 as it is
-    middle = "bf16" if bf16 and s.IN.N >= 8 else products
-    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, products, middle)
+        wide = "ieee"
+    middle = totals = wide
+    if bf16 and s.FOLD and s.IN.N >= 8:
+        middle = totals = "bf16"
+    elif wide == "tf32x3" and not s.FOLD and kernel in ("tokens", "sums"):
+        middle = totals = "bf16x6"
+        if architecture == "sm_100":  # whose tensor memory cannot hold that: the compiler makes it a trap
+            middle, totals = ("ieee" if kernel == "tokens" else "tf32x3"), "tf32x3"
+    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals)

@@ -37,6 +37,11 @@ class Side:
     NI: int
 
     @property
+    def NW(self) -> int:
+        """The columns where they are the inner size of a product, at least 16."""
+        return max(self.NI, 16)
+
+    @property
     def C(self) -> int:
         """Columns: slices of the rule times rank."""
         return self.N * self.R
@@ -118,11 +123,11 @@ class Sizes:
 
 
 def sizes(problem: Problem, backward: bool = False) -> Sizes:
-    """The sizes of a problem. Columns (slices times rank) are padded so that every product has an inner size >= 16.
+    """The sizes of a problem. Columns (slices times rank) are padded to powers of two, NP NI to 16 at least.
 
     Above n = 8 a folded matrix is n^2 r wide; only the forward of an adapter with bfloat16 operands gains by it.
     """
-    columns = 4 if problem.dtype == torch.bfloat16 else 16
+    columns = 4 if problem.dtype == torch.bfloat16 else 8
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
     assert first.rank is not None

@@ -149,12 +149,12 @@ def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
 
 
 @triton.jit
-def unfolded(A, side: tl.constexpr):
-    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q)."""
+def unfolded(A, side: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q), or TRANSPOSED at (c, q, p)."""
     c = tl.arange(0, side.NI)[:, None, None]
     p = tl.arange(0, side.NP)[None, :, None]
     q = tl.arange(0, side.NP)[None, None, :]
-    return rule_at(A, c, p, q, side, False)
+    return rule_at(A, c, p, q, side, TRANSPOSED)
 
 
 @triton.jit

@@ -15,12 +15,24 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, rows, stream
-from compacter_kernels.impl.triton.middle import again, folded_weights, unfolded_weights
+from compacter_kernels.impl.triton.middle import again, folded_weights
 from compacter_kernels.impl.triton.middle_backward import (
-    add_rule, block_gradients, folded_sums, in_sums, middle_backward, out_sums, zero_folded_sums, zero_unfolded_sums,
+    add_rule,
+    block_gradients,
+    folded_sums,
+    in_sums,
+    middle_backward,
+    out_sums,
+    zero_folded_sums,
+    zero_unfolded_sums,
 )  # fmt: skip
 from compacter_kernels.impl.triton.partials import (
-    store_folded_sums, store_left, store_out_side, store_rule_sum, store_unfolded_sums, sum_dz,
+    store_folded_sums,
+    store_left,
+    store_out_side,
+    store_rule_sum,
+    store_unfolded_sums,
+    sum_dz,
 )  # fmt: skip
 from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand
 
@@ -48,6 +60,23 @@ def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.cons
         tl.store(V2 + o_out, v2, mask=m_out)
 
 
+@triton.jit
+def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
+    """total + the share of a tile, of block b of a folded bottleneck or of the rule of a projection alone."""
+    if P.FOLD:
+        zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
+        dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
+    if P.ACTIVATION is None and P.FOLD:
+        return (dot(tl.trans(zj), dvj, total[0], P.PRECISION.SUMS),)
+    elif P.ACTIVATION is None:
+        return (add_rule(total[0], z, dv, P.IN, P),)
+    else:
+        once = 1 + tl.minimum(T, 0)
+        weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
+        h, dy = block_gradients(b, zj, dvj, weights, once, P)
+        return folded_sums(total, zj, dvj, h, dy, once, P)
+
+
 @triton.jit(do_not_specialize=["T"])
 def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
     """Phase 2, the small gradients: one block of a folded bottleneck and every num_programs(1)-th tile of BT tokens.
@@ -66,27 +95,15 @@ def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
     for tile in tl.range(tl.program_id(1), tl.cdiv(T, P.BT), tl.num_programs(1)):
         o_in, m_in = narrow(tile, T, P.IN, P)
         o_out, m_out = narrow(tile, T, P.OUT, P)
-        z = tl.load(Z + o_in, mask=m_in, other=0.0)
-        dv = tl.load(DV + o_out, mask=m_out, other=0.0)
         zero = again(tile, T)
-        if P.FOLD:
-            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-            dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
-        if P.ACTIVATION is None and P.FOLD:
-            total = (dot(tl.trans(zj), dvj, total[0], P.PRECISION.MIDDLE),)
-        elif P.ACTIVATION is None:
-            total = (add_rule(total[0], z, dv, P.IN, P),)
-        elif P.FOLD:
-            weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
-            once = 1 + tl.minimum(T, 0)
-            h, dy = block_gradients(b, zj, dvj, weights, once, P)
-            total = folded_sums(total, zj, dvj, h, dy, once, P)
+        if P.FOLD or P.ACTIVATION is None:
+            z = tl.load(Z + o_in, mask=m_in, other=0.0)
+            dv = tl.load(DV + o_out, mask=m_out, other=0.0)
+            total = sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P)
+        elif P.OPTIONS.IN_SIDE:
+            total = in_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
         else:
-            weights = unfolded_weights(A1 + zero, T1 + zero, B1, A2 + zero, S2 + zero, P)
-            if P.OPTIONS.IN_SIDE:
-                total = in_sums(total, z, dv, weights, P)
-            else:
-                total = out_sums(total, z, dv, weights, P)
+            total = out_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
     row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
     if P.ACTIVATION is None:
         store_rule_sum(row, total[0], P)
@@ -112,7 +129,8 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
     u = block(tl.program_id(0), P.BK)
     m_u = (u < K)[None, :]
     if IN_SIDE:
-        c1 = tl.arange(0, P.IN.NI)
+        NI: tl.constexpr = P.IN.NI if SPLIT else P.IN.NW
+        c1 = tl.arange(0, NI)
         s_rows = s_operand(factor(S1, u[:, None], c1[None, :], P.IN.K, P.IN, True), LP, SPLIT)
         d_s1 = tl.zeros((P.BK, s_rows.shape[0]), tl.float32)
     if OUT_SIDE:
@@ -145,6 +163,6 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             d_out = dot(tl.trans(g.to(LP)), v, d_out, WIDE)
     row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
     if IN_SIDE:
-        store_left(row, sum_dz(d_s1, P.IN.NI), u[:, None], c1[None, :], P.IN.K, P.IN)
+        store_left(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN)
     if OUT_SIDE:
         store_out_side(row, d_out, u, scale, P)
