@@ -7,6 +7,7 @@ PYTEST ?=
 BENCH ?= --quick
 TRAIN ?=
 TRITON ?= 3.9.0
+AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)
 
 INTERPRETER := build/triton-$(TRITON)
 
-.PHONY: demo test interpret lint native-check clean
+.PHONY: demo test interpret aot lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks (setup.py): 0 without, 1 required, unset if possible
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
@@ -39,6 +40,11 @@ interpret: $(READY)
 	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore -rN -k 'triton and not 1000' \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py
+
+# the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
+aot: $(READY)
+	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
+	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
 lint: $(READY)
 	ruff check .

@@ -16,7 +16,7 @@ def block(b, BK: tl.constexpr):
 
 @triton.jit
 def rows(tile, T, width, side: tl.constexpr, P: tl.constexpr):
-    """The rows (token, p) of a tile, each `width` numbers long: p, the tile's offset (int64), theirs in it, and which exist."""
+    """The rows (token, p) of a tile, of `width` numbers: p, the tile's offset (int64), theirs in it, which exist."""
     r = tl.arange(0, P.BT * side.NP)
     token = r // side.NP
     p = r % side.NP

@@ -1,7 +1,7 @@
 """Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time.
 
-For each class the configurations stand best first (measured on sm_90 by benchmarks/tune_triton.py, elsewhere by what the
-compiler reports); the first whose shared memory the device has is taken. benchmarks/aot_report.py shows what the
+For each class the configurations stand best first (measured on sm_90 by benchmarks/tune_triton.py, elsewhere by what
+the compiler reports); the first whose shared memory the device has is taken. benchmarks/aot_report.py shows what the
 compiler makes of each: none that is in use may spill registers.
 """
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows, stream
 from compacter_kernels.impl.triton.middle import held_middle, held_weights, middle
-from compacter_kernels.impl.triton.tiles import factor, product, t_operand, v_operand, wide_split
+from compacter_kernels.impl.triton.tiles import factor, output, product, t_operand, v_operand, wide_split
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
-    """Programs walk over tiles, whose x stays on chip; with STAGES = 0 each has one, and asks for x before the weights."""
+    """Programs walk over tiles, whose x stays on chip; STAGES = 0: each has one, and asks for x before the weights."""
     if P.STAGES == 0:
         tile = tl.program_id(0)
         xs = load_blocks(tile, X, T, P.IN, P)
@@ -77,7 +77,7 @@ def forward_streamed(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T,
         for b in tl.range(0, (P.OUT.K + P.BK - 1) // P.BK, num_stages=P.STAGES):
             u = block(b, P.BK)
             m = m_out[:, None] & (u < P.OUT.K)[None, :]
-            o = product(v, t_operand(T2, B2, scale, u, P.OUT, P.PRECISION.LP), P.PRECISION.WIDE)
+            o = output(v, t_operand(T2, B2, scale, u, P.OUT, P.PRECISION.LP), P)
             if RESIDUAL is not None:
                 o += tl.load(RESIDUAL + first + (o_out[:, None] + u[None, :]), mask=m, other=0.0).to(tl.float32)
             tl.store(OUT + first + (o_out[:, None] + u[None, :]), o.to(OUT.dtype.element_ty), mask=m)

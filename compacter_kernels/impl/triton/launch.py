@@ -30,7 +30,7 @@ def compile_options(warps: int) -> dict[str, Any]:
 
 
 def fits(metadata: Any, shared: int) -> bool:
-    """Whether a device with so many bytes of shared memory can run a compiled kernel; Triton finds out at the launch."""
+    """Whether a device with so much shared memory can run a compiled kernel; Triton finds out at the launch."""
     return bool(metadata.shared <= shared and (getattr(metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY)
 
 

@@ -1,7 +1,7 @@
 """From Z to V2, the n^2 r numbers of a token between x and the output.
 
 FOLD: the rule is folded into the factor beside it, two products of [BT, n^2 r] with one small matrix each (n <= 8), a
-block of EB columns of the bottleneck at a time. Otherwise the mixes by the rule stay apart, n^3 r operations each (n = 12).
+block of EB columns of the bottleneck at a time. Otherwise the mixes by the rule stay apart, n^3 r operations each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def again(tile, T):
 
 @triton.jit
 def blocks(T, P: tl.constexpr):
-    """The number of blocks of the bottleneck, as the compiler cannot know: the loop over them stays one (`dot_apart`)."""
+    """The number of blocks of the bottleneck, as the compiler cannot know: so that they stay a loop (`dot_apart`)."""
     return P.DP // P.EB + tl.minimum(T, 0)
 
 

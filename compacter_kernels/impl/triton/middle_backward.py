@@ -168,7 +168,7 @@ def zero_unfolded_sums(side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """dA1, dt1 and db1 with a tile's share added, where nothing is folded; z and dv2 are (pointers, mask) of Z and dV2."""
+    """dA1, dt1 and db1 with a tile's share added, where nothing is folded; z and dv2 are pointers and mask."""
     dz2 = mix(tl.load(dv2[0], mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
     dh = product(dz2, left_factor(S2 + zero, P), P.PRECISION.MIDDLE)
     v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)

@@ -20,6 +20,7 @@ class Precision:
 
     LP: the dtype of matrix operands. SPLIT: a factor is two of them. WIDE: the precision of float32 operands.
     MIDDLE: the same between the projections, where "bf16" rounds them; SUMS: of the sums over tokens there.
+    TURN: as `tiles.output` has it.
     """
 
     LP: Any
@@ -27,14 +28,15 @@ class Precision:
     WIDE: str
     MIDDLE: str
     SUMS: str
+    TURN: bool
 
 
 @dataclass(frozen=True)
 class Options:
     """What distinguishes two launches of a kernel on one problem.
 
-    SAME: the residual is x. RESIDUAL: of the backward, g is added to dx. HAS_BIAS: the gradient of the up bias is wanted.
-    IN_SIDE, OUT_SIDE: which rows the second phase of a backward works on.
+    SAME: the residual is x. RESIDUAL: in the backward, g is added to dx. HAS_BIAS: the up bias's gradient is wanted.
+    IN_SIDE, OUT_SIDE: which side the second phase of a backward works on.
     """
 
     SAME: bool = False
@@ -132,8 +134,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
 
     float32 is computed from three tf32 or six bfloat16 products, whichever takes fewer registers, and on AMD's matrix
     units as it is. float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
-    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones for a folded rule from n = 8
-    on, where tf32 would slow it down and the rounding of x itself weighs as much.
+    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones for a folded rule from
+    n = 8 on, where tf32 would slow it down and the rounding of x itself weighs as much.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32x3" if dtype == torch.float32 else "tf32"
@@ -146,4 +148,5 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
         middle = totals = "bf16x6"
         if architecture == "sm_100":  # whose tensor memory cannot hold that: the compiler makes it a trap
             middle, totals = ("ieee" if kernel == "tokens" else "tf32x3"), "tf32x3"
-    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals)
+    turn = architecture.startswith("gfx") and dtype.itemsize == 2
+    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals, turn)

@@ -65,7 +65,8 @@ class Offsets:
 class Sizes:
     """What the kernels need to know of a problem. For a projection alone both sides have its phm_dim and rank.
 
-    DP: the bottleneck's numbers, padded; EB: those of a block. ACTIVATION: its code, None for a projection alone. FOLD: see middle.py.
+    DP: the bottleneck's numbers, padded; EB: those of a block. ACTIVATION: its code, None for a projection alone.
+    FOLD: as middle.py explains.
     """
 
     IN: Side
@@ -119,7 +120,8 @@ class Sizes:
         for elements, copies in self.gradients:
             offset += elements * copies
             found.append(offset)
-        return Offsets(*found[:-1], ROW=-(-found[-1] // 4) * 4)
+        found[-1] += -found[-1] % 4
+        return Offsets(*found)
 
 
 def sizes(problem: Problem, backward: bool = False) -> Sizes:

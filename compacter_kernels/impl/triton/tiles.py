@@ -31,7 +31,7 @@ def operands(a, b, PRECISION: tl.constexpr):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, summed in float32."""
     a, b = operands(a, b, PRECISION)
-    if PRECISION == "bf16":
+    if PRECISION == "bf16" or INTERPRETED:
         return tl.dot(a, b, acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -41,18 +41,31 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def product(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32."""
     a, b = operands(a, b, PRECISION)
-    if PRECISION == "bf16":
+    if PRECISION == "bf16" or INTERPRETED:
         return tl.dot(a, b, input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
+def output(a, b, P: tl.constexpr):
+    """a b of the wide side, as it is stored.
+
+    TURN: as the transpose of b^T a^T. A product itself AMD's compiler stores in pieces of four numbers, as they come
+    out of the matrix units, which for 16-bit numbers is half of what one access can take.
+    """
+    if P.PRECISION.TURN:
+        return tl.trans(product(tl.trans(b), tl.trans(a), P.PRECISION.WIDE))
+    else:
+        return product(a, b, P.PRECISION.WIDE)
+
+
+@triton.jit
 def dot_apart(a, b, acc, once, PRECISION: tl.constexpr):
     """The same in a loop of `once` = 1 turns, as the compiler cannot know.
 
-    A product in a loop of its own is spread over the warps by its own shape. Otherwise it is spread like those around it,
-    whose rows may be so few that every warp would compute the same.
+    A product in a loop of its own is spread over the warps by its own shape. Otherwise it is spread like those around
+    it, whose rows may be so few that every warp would compute the same.
     """
     for _ in tl.range(0, once):
         acc = dot(a, b, acc, PRECISION)
@@ -150,7 +163,7 @@ def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def unfolded(A, side: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q), or TRANSPOSED at (c, q, p)."""
+    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q); TRANSPOSED: (c, q, p)."""
     c = tl.arange(0, side.NI)[:, None, None]
     p = tl.arange(0, side.NP)[None, :, None]
     q = tl.arange(0, side.NP)[None, None, :]

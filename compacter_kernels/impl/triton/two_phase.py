@@ -34,7 +34,7 @@ from compacter_kernels.impl.triton.partials import (
     store_unfolded_sums,
     sum_dz,
 )  # fmt: skip
-from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand
+from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, output, s_operand, v_operand
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             dz = dz_operand(dz, LP, SPLIT)
             d_s1 = dot(tl.trans(x.to(LP)), dz, d_s1, WIDE)
             if DX is not None:
-                dx = product(dz, s_rows, WIDE)
+                dx = output(dz, s_rows, P)
                 if P.OPTIONS.RESIDUAL:
                     dx += g.to(tl.float32)
                 tl.store(DX + first * K + o, dx.to(DX.dtype.element_ty), mask=m_r & m_u)
