@@ -24,6 +24,7 @@ SIZES = [
     for i, n in enumerate(WIDTHS)
     for rank, (width, bottleneck) in enumerate(WIDTHS[n], 1)
 ]
+EVERY_N = [Case(n=n, rank=rank, width=3 * n, bottleneck=2 * n) for n in range(1, 13) for rank in (1, 2, 3)]
 COUNTS = [
     Case(shape=(tokens,), width=width, bottleneck=d, n=n, dtype=dtype)
     for tokens in TOKENS
@@ -50,7 +51,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("impl", NOT_DENSE)
-@pytest.mark.parametrize("case", SIZES + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
+@pytest.mark.parametrize("case", SIZES + EVERY_N + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
 def test_adapter(case: Case, impl: str) -> None:
     skip_if_refused(case, case.tensors(), impl)
     reference(case).check(run(case, case.tensors(), impl), impl)
@@ -58,7 +59,7 @@ def test_adapter(case: Case, impl: str) -> None:
 
 LINEAR = [
     Case("linear", n=case.n, rank=case.rank, width=width, bottleneck=bottleneck, shape=case.shape)
-    for case in SIZES
+    for case in SIZES + EVERY_N
     for width, bottleneck in ((case.width, case.bottleneck), (case.bottleneck, case.width))
 ]
 LINEAR_OPTIONS = [

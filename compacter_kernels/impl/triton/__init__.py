@@ -35,18 +35,7 @@ def refuses(problem: Problem) -> str | None:
         return f"x is on {problem.device.type}, not on {wanted}"
     if reason := not_fused(problem):
         return reason
-    found = _sizes.sizes(problem)
-    return _sizes.too_large(found) or _too_little_shared(problem.device, found)
-
-
-def _too_little_shared(device: torch.device, found: _sizes.Sizes) -> str | None:
-    """Why this device cannot hold the rule unfolded, or None."""
-    if found.FOLD or device.type != "cuda":
-        return None
-    has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _sizes.UNFOLDED_BYTES)
-    if has < _sizes.UNFOLDED_BYTES:
-        return f"phm_dim={found.IN.N} needs {_sizes.UNFOLDED_BYTES} bytes of shared memory, this device has {has}"
-    return None
+    return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 
 
 def unmeasured(problem: Problem) -> str | None:

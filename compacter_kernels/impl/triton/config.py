@@ -34,7 +34,7 @@ Configurations = dict[str, tuple[Config, ...]]  # of each kernel that serves a p
 
 HELD_COLUMNS = 256  # of a chunk of x; a longer one is streamed
 HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
-HELD_SUMS = 4096  # of the gradient of a folded matrix, likewise
+HELD_SUMS = 4096, 6144  # numbers of a folded matrix's gradient, and of the wide factors' gradients, likewise
 
 
 def architecture_of(properties: Any) -> str:
@@ -45,36 +45,69 @@ def architecture_of(properties: Any) -> str:
 
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:
     """The kernels that serve x of this dtype, with their configurations; s and back: sizes of forward and backward."""
+    bf16 = dtype == torch.bfloat16
     # rows stay on chip where matrix instructions read them from shared memory: elsewhere they would fill the registers
-    held = dtype == torch.bfloat16 and architecture in ("sm_90", "sm_100", "interpreter")
-    return {**_forward(s, dtype, held), **_backward(back, dtype, held)}
+    held = bf16 and architecture in ("sm_90", "sm_100", "interpreter")
+    forward = (
+        {"forward": _held_forward(s)}
+        if held and s.FOLD and s.K <= HELD_COLUMNS
+        else _streamed_forward(s, bf16, architecture)
+    )
+    if held and _held_sums(back) and back.row * dtype.itemsize <= HELD_BYTES:
+        c = _columns(back, 64)
+        return {**forward, "backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
+    return {**forward, **_two_phase(back, bf16, architecture)}
 
 
-def _forward(s: Sizes, dtype: torch.dtype, held: bool) -> Configurations:
-    c = min(64, power_of_two(max(s.IN.K, s.OUT.K), 16))
-    if not (held and s.FOLD and max(s.IN.K, s.OUT.K) <= HELD_COLUMNS):
-        return {"forward_streamed": (Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, min(32, c), 8, 1, 2))}
+def _columns(s: Sizes, most: int) -> int:
+    return min(most, power_of_two(s.K, 16))
+
+
+def _warps(architecture: str) -> int:
+    """Of 32 threads with 255 registers, or on AMD's processors of 64 with 512."""
+    return 4 if architecture.startswith("gfx") else 8
+
+
+def _held_sums(s: Sizes) -> bool:
+    """Whether one program can hold the sums of a backward."""
+    wide = sum(side.K * max(2 * side.NI, 16) for side in (s.IN, s.OUT))
+    inner = s.inner * s.DP
+    return s.FOLD and s.inner <= 64 and inner <= HELD_SUMS[0] and wide <= HELD_SUMS[1] and s.K <= HELD_COLUMNS
+
+
+def _held_forward(s: Sizes) -> tuple[Config, ...]:
+    c = _columns(s, 64)
     if s.inner <= 16 and s.DP <= 32:
-        return {
-            "forward": (Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2))
-        }
+        return Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2)
     if s.inner <= 64:
-        return {
-            "forward": (Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2))
-        }
-    return {
-        "forward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1))
-    }
+        return Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2)
+    return Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1)
 
 
-def _backward(s: Sizes, dtype: torch.dtype, held: bool) -> Configurations:
-    c = min(64, power_of_two(max(s.IN.K, s.OUT.K), 16))
-    row = max(s.IN.N * s.IN.K, s.OUT.N * s.OUT.K) * dtype.itemsize
-    held = held and s.FOLD and max(s.IN.K, s.OUT.K) <= HELD_COLUMNS and row <= HELD_BYTES
-    if held and s.inner <= 64 and s.inner * s.DP <= HELD_SUMS:
-        return {"backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
+def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations:
+    """Fewer columns at a time where the middle takes more registers."""
+    if bf16:
+        c = _columns(s, 32 if s.inner > 64 and s.K > 64 else 64)
+    elif not s.FOLD:
+        c = _columns(s, 16)
+    else:
+        c = _columns(s, 32 if s.inner > 16 and s.DP > 64 else 64)
+    half, w = max(16, c // 2), _warps(architecture)
+    return {"forward_streamed": (Config(16, c, w, 3, 2), Config(16, half, w, 2, 2), Config(16, half, w, 1, 2))}
+
+
+def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
+    c = _columns(s, 32 if not (bf16 and s.FOLD) else 64)
+    if not s.FOLD and architecture == "sm_100":
+        c = 16
+    half, w = max(16, c // 2), _warps(architecture)
+    if bf16:
+        rows = 128 if architecture in ("sm_90", "sm_100") else 64
+        columns = Config(rows, _columns(s, 64), 4, 2, 8)
+    else:
+        columns = Config(32, _columns(s, 32), 4, 1, 8)
     return {
-        "tokens": (Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, min(32, c), 8, 1, 2)),
-        "columns": (Config(64, c, 4, 2, 4), Config(32, min(32, c), 4, 1, 8)),
-        "sums": (Config(16, 0, 8, 1, 1),),
+        "tokens": (Config(16, c, w, 3 if bf16 else 2, 2), Config(16, half, w, 1, 2)),
+        "columns": (columns, Config(32, _columns(s, 32), 4, 1, 8)),
+        "sums": (Config(16, 0, w, 1, 1),),
     }

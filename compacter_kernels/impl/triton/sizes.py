@@ -12,7 +12,6 @@ FOLD_LIMIT = 16384  # elements of a folded matrix that a program holds
 BLOCK = 64  # columns of a folded bottleneck that a program works on at once
 BLOCK_BYTES = 8192  # of a folded matrix, in x's dtype, likewise
 MIX_LIMIT = 16384  # elements of an unfolded rule
-UNFOLDED_BYTES = 184320  # of shared memory, for a backward with an unfolded rule
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -80,6 +79,16 @@ class Sizes:
     def square(self) -> bool:
         """Whether x and the output have the same rows."""
         return (self.IN.N, self.IN.K) == (self.OUT.N, self.OUT.K)
+
+    @property
+    def K(self) -> int:
+        """Numbers of the longer of the wide chunks."""
+        return max(self.IN.K, self.OUT.K)
+
+    @property
+    def row(self) -> int:
+        """Numbers of the longer of the wide rows."""
+        return max(self.IN.N * self.IN.K, self.OUT.N * self.OUT.K)
 
     @property
     def inner(self) -> int:
@@ -158,7 +167,7 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     side2 = Side(n2, last.rank, last.out_features // n2, d2, e2, np2, ni2)
     # only chunks of a power of two divide the bottleneck into blocks
     most = min(BLOCK, BLOCK_BYTES // problem.dtype.itemsize // (np1 * max(ni1, ni2)))
-    block = min(dp, max(most, e1)) if fold and n1 == n2 else dp
+    block = min(dp, max(most, e1, 16)) if fold and n1 == n2 else dp
     return Sizes(side1, side2, dp, block, code, fold)
 
 
