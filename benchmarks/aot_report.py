@@ -116,14 +116,16 @@ def wide_access_share(assembly: str, lines: set[tuple[str, int]]) -> float | Non
 
 
 def resources(found: Any, arch: str) -> tuple[int, int]:
-    """Registers of a thread and spilled bytes of a thread."""
+    """Registers of a thread, and the bytes that a thread has in memory for those it lacks.
+
+    A scalar register of AMD's that waits in a lane of a vector register is in no memory, and not counted.
+    """
     if not arch.startswith("sm_"):
         text = found.asm["amdgcn"]
-        number = {
-            key: int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
-            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
-        }
-        return number["vgpr_count"], 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+        registers, scratch = (
+            int(re.findall(rf"\.{key}:\s*(\d+)", text)[0]) for key in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return registers, scratch
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])

@@ -79,6 +79,8 @@ def _held_forward(s: Sizes) -> tuple[Config, ...]:
     c = _columns(s, 64)
     if s.inner <= 16 and s.DP <= 32:
         return Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2)
+    if s.inner <= 16:
+        return Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2)
     if s.inner <= 64:
         return Config(16, c, 8, 4, 1), Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2)
     return Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1)
@@ -98,7 +100,7 @@ def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations
 
 def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     c = _columns(s, 32 if not (bf16 and s.FOLD) else 64)
-    if not s.FOLD and architecture == "sm_100":
+    if not bf16 and not s.FOLD and architecture in ("sm_90", "sm_100"):
         c = 16
     half, w = max(16, c // 2), _warps(architecture)
     if bf16:

@@ -43,12 +43,11 @@ def block_gradients(b, zj, dvj, weights, once, P: tl.constexpr):
 
 
 @triton.jit
-def through_block(b, zj, dvj, dz, v2, weights, P: tl.constexpr):
-    """dz and v2 + what passes through block b of the bottleneck, and its h and dy."""
-    h, dy = block_gradients(b, zj, dvj, weights, 1, P)
-    v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.MIDDLE)
+def through_block(dz, v2, h, dy, weights, P: tl.constexpr):
+    """dz and v2 + what passes through a block of the bottleneck."""
     dz = dot(dy, tl.trans(weights[0]), dz, P.PRECISION.MIDDLE)
-    return dz, v2, h, dy
+    v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.MIDDLE)
+    return dz, v2
 
 
 @triton.jit
@@ -72,7 +71,9 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
         dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
         for b in tl.range(0, blocks(T, P)):
-            dz, v2, _, _ = through_block(b, zj, dvj, dz, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
+            weights = folded_weights(b, A1, T1, B1, A2, S2, P)
+            h, dy = block_gradients(b, zj, dvj, weights, 1, P)
+            dz, v2 = through_block(dz, v2, h, dy, weights, P)
         dz = tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI))
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
     else:
@@ -92,8 +93,8 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
 @triton.jit
 def folded_sums(sums, zj, dvj, h, dy, once, P: tl.constexpr):
     """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
-    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.SUMS)
     d_c2 = dot_apart(tl.trans(dvj), h, sums[1], once, P.PRECISION.SUMS)
+    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.SUMS)
     return d_c1, d_c2, sums[2] + dy
 
 
@@ -133,8 +134,9 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
         added = ()
         for b in tl.static_range(P.DP // P.EB):
             weights = (held[3 * b], held[3 * b + 1], held[3 * b + 2])
-            dz, v2, h, dy = through_block(b, zj, dvj, dz, v2, weights, P)
             here = (sums[3 * b], sums[3 * b + 1], sums[3 * b + 2])
+            h, dy = block_gradients(b, zj, dvj, weights, 1, P)
+            dz, v2 = through_block(dz, v2, h, dy, weights, P)
             added = added + folded_sums(here, zj, dvj, h, dy, 1, P)
     return tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI)), tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI)), added
 

@@ -129,13 +129,22 @@ def served(problem: Problem, architecture: str) -> dict[str, Served]:
     return kernels
 
 
+# of float32 products in a backward whose rule is not folded, MIDDLE and SUMS: what spills nothing there. On sm_100 the
+# tensor memory does not hold the six products of bf16x6, and the compiler makes the kernel a trap.
+UNFOLDED = {
+    "sm_90": ("tf32x3", "tf32x3"),
+    "sm_100": ("tf32x3", "tf32x3"),
+    "sm_120": ("bf16x6", "tf32x3"),
+}
+
+
 def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> Precision:
     """How a kernel rounds the products beside x of this dtype.
 
     float32 is computed from three tf32 or six bfloat16 products, whichever takes fewer registers, and on AMD's matrix
     units as it is. float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
-    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones for a folded rule from
-    n = 8 on, where tf32 would slow it down and the rounding of x itself weighs as much.
+    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones where those would take too
+    many registers, the rounding of x itself weighing as much: for a folded rule from n = 8 on, and in `backward`.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32x3" if dtype == torch.float32 else "tf32"
@@ -144,9 +153,9 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     middle = totals = wide
     if bf16 and s.FOLD and s.IN.N >= 8:
         middle = totals = "bf16"
+    elif kernel == "backward":
+        middle = "bf16"
     elif wide == "tf32x3" and not s.FOLD and kernel in ("tokens", "sums"):
-        middle = totals = "bf16x6"
-        if architecture == "sm_100":  # whose tensor memory cannot hold that: the compiler makes it a trap
-            middle, totals = ("ieee" if kernel == "tokens" else "tf32x3"), "tf32x3"
+        middle, totals = UNFOLDED.get(architecture, ("bf16x6", "bf16x6"))
     turn = architecture.startswith("gfx") and dtype.itemsize == 2
     return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals, turn)
