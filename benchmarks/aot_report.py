@@ -32,7 +32,7 @@ from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.impl.triton.kernel import KERNELS
 from compacter_kernels.impl.triton.launch import compile_options, fits
 from compacter_kernels.impl.triton.plan import Options, Served, plan, served
-from compacter_kernels.problem import adapter_problem
+from compacter_kernels.problem import adapter_problem, linear_problem
 
 KIB = 1024
 LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
@@ -43,6 +43,7 @@ SHAPES = [
         (4096, 64, 4), (4096, 128, 8),
     )
 ]  # fmt: skip
+PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  # of `phm_linear`: in, out, n
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
@@ -53,8 +54,9 @@ ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|(?:global|buffer
 
 
 class Job(NamedTuple):
-    """One kernel of one shape, dtype and architecture."""
+    """One kernel of one operation, shape, dtype and architecture."""
 
+    operation: str
     kernel: str
     shape: Shape
     dtype: str
@@ -68,9 +70,12 @@ def target(arch: str) -> GPUTarget:
 
 def served_by(job: Job) -> Served | None:
     """The kernel's sizes, precision and configurations; None where this shape does not use it."""
-    case = random_case(job.shape, 1, dtype=DTYPES[job.dtype])
-    assert case.up is not None
-    return served(adapter_problem(case.x, case.down, case.up, case.activation), job.arch).get(job.kernel)
+    case = random_case(job.shape, 1, operation=job.operation, dtype=DTYPES[job.dtype])
+    if case.up is None:
+        problem = linear_problem(case.x, case.down)
+    else:
+        problem = adapter_problem(case.x, case.down, case.up, case.activation)
+    return served(problem, job.arch).get(job.kernel)
 
 
 def compiled(found: Served, config: Config, job: Job, options: Options = OPTIONS) -> Any:
@@ -140,10 +145,12 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
     served = served_by(job)
     if served is None:
         return []
-    sides = [OPTIONS]
-    if job.kernel == "sums" and not served.sizes.FOLD:
-        sides = [replace(OPTIONS, OUT_SIDE=False), replace(OPTIONS, IN_SIDE=False)]  # one launch for each
-    return [row(job, served, options) for options in sides]
+    s, adapter = served.sizes, job.operation == "adapter"
+    both = OPTIONS if adapter else Options(HAS_BIAS=True)
+    launches = [both]
+    if (job.kernel == "columns" and not s.square) or (job.kernel == "sums" and adapter and not s.FOLD):
+        launches = [replace(both, OUT_SIDE=False), replace(both, IN_SIDE=False)]  # one for each side
+    return [row(job, served, options) for options in launches]
 
 
 def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
             break
     k, d, n = job.shape
     head = {
+        "operation": job.operation,
         "kernel": job.kernel,
         "k": k,
         "d": d,
@@ -217,8 +225,13 @@ def main() -> int:
     if unknown := [arch for arch in archs if arch not in LIMITS]:
         parser.error(f"--arch {unknown[0]} is not known; choose of {', '.join(LIMITS)}")
     shapes = [shape for shape in SHAPES if not args.shapes or str(shape) in args.shapes.split(",")]
+    cases = [("adapter", shape) for shape in shapes] + [("linear", shape) for shape in PROJECTIONS if not args.shapes]
     jobs = [
-        Job(kernel, shape, dtype, arch) for arch in archs for shape in shapes for dtype in DTYPES for kernel in KERNELS
+        Job(operation, kernel, shape, dtype, arch)
+        for arch in archs
+        for operation, shape in cases
+        for dtype in DTYPES
+        for kernel in KERNELS
     ]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = [found for several in pool.map(rows_of, jobs) for found in several]
@@ -227,6 +240,7 @@ def main() -> int:
         print(json.dumps(rows, indent=1))
     else:
         for found in rows:
+            name = f"{found['arch']:<7} {found['operation']:<7} {found['kernel']:<16}"
             shape = f"{found['k']}/{found['d']}/{found['n']}"
             cells = "" if "error" in found else (
                 f"{found['registers']:>4} reg {found['spill_bytes']:>5} spilled {found['shared_bytes']:>7} of "
@@ -234,7 +248,7 @@ def main() -> int:
                 f"wide {found['wide_access_share']} {found['config']}"
             )  # fmt: skip
             print(
-                f"{found['arch']:<7} {found['kernel']:<9} {shape:<11} {found['dtype']} {cells}",
+                f"{name} {shape:<11} {found['dtype']} {cells}",
                 *faults(found),
                 sep="  ",
             )

@@ -93,7 +93,7 @@ def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations
     elif not s.FOLD:
         c = _columns(s, 16)
     else:
-        c = _columns(s, 32 if s.inner > 16 and s.DP > 64 else 64)
+        c = _columns(s, 32 if s.inner > 16 and (s.DP > 64 or s.ACTIVATION is None) else 64)
     half, w = max(16, c // 2), _warps(architecture)
     return {"forward_streamed": (Config(16, c, w, 3, 2), Config(16, half, w, 2, 2), Config(16, half, w, 1, 2))}
 

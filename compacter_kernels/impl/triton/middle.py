@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.functions import activate
-from compacter_kernels.impl.triton.tiles import dot, factor, folded, mix, product, unfolded
+from compacter_kernels.impl.triton.tiles import dot, dot_apart, factor, folded, mix, product, unfolded
 
 
 @triton.jit
@@ -20,9 +20,15 @@ def again(tile, T):
 
 
 @triton.jit
+def once(T):
+    """1, as the compiler cannot know."""
+    return 1 + tl.minimum(T, 0)
+
+
+@triton.jit
 def blocks(T, P: tl.constexpr):
     """The number of blocks of the bottleneck, as the compiler cannot know: so that they stay a loop (`dot_apart`)."""
-    return P.DP // P.EB + tl.minimum(T, 0)
+    return P.DP // P.EB - 1 + once(T)
 
 
 @triton.jit
@@ -141,7 +147,8 @@ def middle(z, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
         a = rule_weights(A1 + zero, P)
         if P.FOLD:
             zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-            v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
+            nothing = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
+            v2 = tl.reshape(dot_apart(zj, a, nothing, once(T), PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
         else:
             v2 = mix(z, a, P.IN, P)
     elif P.FOLD:

@@ -23,6 +23,7 @@ from compacter_kernels.impl.triton.middle import (
     inside,
     into_bottleneck,
     left_factor,
+    once,
     right_factor,
     rule_weights,
     unpadded,
@@ -31,14 +32,14 @@ from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, 
 
 
 @triton.jit
-def block_gradients(b, zj, dvj, weights, once, P: tl.constexpr):
-    """h and dy of block b of a folded bottleneck, [BT, EB]; `once` as `dot_apart` has it."""
+def block_gradients(b, zj, dvj, weights, turns, P: tl.constexpr):
+    """h and dy of block b of a folded bottleneck, [BT, EB]; `turns` as `dot_apart` has it."""
     c1, c2, b1 = weights
     m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)[None, :]
     nothing = tl.zeros((P.BT, P.EB), tl.float32)
-    y = dot_apart(zj, c1, nothing, once, P.PRECISION.MIDDLE) + b1[None, :]
+    y = dot_apart(zj, c1, nothing, turns, P.PRECISION.MIDDLE) + b1[None, :]
     h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
-    dh = dot_apart(dvj, c2, nothing, once, P.PRECISION.MIDDLE)
+    dh = dot_apart(dvj, c2, nothing, turns, P.PRECISION.MIDDLE)
     return h, tl.where(m, dh * derivative(y, P.ACTIVATION), 0.0)
 
 
@@ -60,8 +61,9 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
         if P.FOLD:
             zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
             dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
-            v2 = tl.reshape(product(zj, a, PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
-            dz = tl.reshape(product(dvj, tl.trans(a), PRECISION), (P.BT * P.IN.NP, P.IN.NI))
+            nothing = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
+            v2 = tl.reshape(dot_apart(zj, a, nothing, once(T), PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
+            dz = tl.reshape(dot_apart(dvj, tl.trans(a), nothing, once(T), PRECISION), (P.BT * P.IN.NP, P.IN.NI))
         else:
             v2 = mix(z, a, P.IN, P)
             dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
@@ -91,10 +93,10 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
 
 
 @triton.jit
-def folded_sums(sums, zj, dvj, h, dy, once, P: tl.constexpr):
+def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
     """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
-    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], once, P.PRECISION.SUMS)
-    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], once, P.PRECISION.SUMS)
+    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], turns, P.PRECISION.SUMS)
+    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], turns, P.PRECISION.SUMS)
     return d_c1, d_c2, sums[2] + dy
 
 

@@ -61,13 +61,13 @@ def output(a, b, P: tl.constexpr):
 
 
 @triton.jit
-def dot_apart(a, b, acc, once, PRECISION: tl.constexpr):
-    """The same in a loop of `once` = 1 turns, as the compiler cannot know.
+def dot_apart(a, b, acc, turns, PRECISION: tl.constexpr):
+    """The same in a loop of so many turns, which is 1; the compiler must not know (`middle.once`).
 
     A product in a loop of its own is spread over the warps by its own shape. Otherwise it is spread like those around
     it, whose rows may be so few that every warp would compute the same.
     """
-    for _ in tl.range(0, once):
+    for _ in tl.range(0, turns):
         acc = dot(a, b, acc, PRECISION)
     return acc
 

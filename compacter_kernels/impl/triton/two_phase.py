@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, rows, stream
-from compacter_kernels.impl.triton.middle import again, folded_weights
+from compacter_kernels.impl.triton.middle import again, folded_weights, once
 from compacter_kernels.impl.triton.middle_backward import (
     add_rule,
     block_gradients,
@@ -71,10 +71,9 @@ def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     elif P.ACTIVATION is None:
         return (add_rule(total[0], z, dv, P.IN, P),)
     else:
-        once = 1 + tl.minimum(T, 0)
         weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
-        h, dy = block_gradients(b, zj, dvj, weights, once, P)
-        return folded_sums(total, zj, dvj, h, dy, once, P)
+        h, dy = block_gradients(b, zj, dvj, weights, once(T), P)
+        return folded_sums(total, zj, dvj, h, dy, once(T), P)
 
 
 @triton.jit(do_not_specialize=["T"])
