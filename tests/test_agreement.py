@@ -24,7 +24,7 @@ SIZES = [
     for i, n in enumerate(WIDTHS)
     for rank, (width, bottleneck) in enumerate(WIDTHS[n], 1)
 ]
-EVERY_N = [Case(n=n, rank=rank, width=3 * n, bottleneck=2 * n) for n in range(1, 13) for rank in (1, 2, 3)]
+EVERY_N = [Case(n=n, rank=rank, width=3 * n, bottleneck=2 * n) for n in range(2, 13) for rank in (1, 2, 3)]
 COUNTS = [
     Case(shape=(tokens,), width=width, bottleneck=d, n=n, dtype=dtype)
     for tokens in TOKENS

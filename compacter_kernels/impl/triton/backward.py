@@ -49,7 +49,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
     sums = zero_held_sums(P)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
         _, first, o_x, m_x = rows(tile, T, P.IN.K, P.IN, P)
-        p2, _, _, _ = rows(tile, T, P.OUT.K, P.OUT, P)
+        p2 = tl.arange(0, P.BT * P.OUT.NP) % P.OUT.NP
         xs = load_blocks(tile, X, T, P.IN, P)
         gs = load_blocks(tile, G, T, P.OUT, P)
         z = contract(xs, s1, P.IN, P)
@@ -60,7 +60,9 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         next_s1 = ()
         for b in tl.static_range(NB1):
             u = block(b, P.BK)
-            m = m_x[:, None] & (u < P.IN.K)[None, :]
+            m = m_x[:, None]
+            if P.IN.K % P.BK:
+                m &= (u < P.IN.K)[None, :]
             next_s1 = next_s1 + (dot(tl.trans(xs[b].to(LP)), dz, d_s1[b], WIDE),)
             if DX is not None:
                 dx = product(dz, s1_rows[b], WIDE)

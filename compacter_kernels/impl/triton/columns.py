@@ -31,7 +31,9 @@ def load_blocks(tile, X, T, side: tl.constexpr, P: tl.constexpr):
     _, first, o_x, m_x = rows(tile, T, side.K, side, P)
     for b in tl.static_range((side.K + P.BK - 1) // P.BK):
         u = block(b, P.BK)
-        m = m_x[:, None] & (u < side.K)[None, :]
+        m = m_x[:, None]
+        if side.K % P.BK:
+            m &= (u < side.K)[None, :]
         xs = xs + (tl.load(X + first + (o_x[:, None] + u[None, :]), mask=m, other=0.0),)
     return xs
 

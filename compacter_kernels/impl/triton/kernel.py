@@ -64,7 +64,9 @@ class _Kernel:
         if found is None:
             kernel = self.served[name]
             if tf32:
-                kernel = kernel._replace(precision=replace(kernel.precision, WIDE="tf32", MIDDLE="tf32", SUMS="tf32"))
+                kernel = kernel._replace(
+                    precision=replace(kernel.precision, WIDE="tf32", MIDDLE="tf32", SUMS="tf32", BEYOND="tf32")
+                )
             place = (self.device, self.multiprocessors)
             found = first_that_fits(KERNELS[name], kernel, Options(*options), place, tensors)
             self.launches[name, tf32, options] = found

@@ -46,8 +46,8 @@ def block_gradients(b, zj, dvj, weights, turns, P: tl.constexpr):
 @triton.jit
 def through_block(dz, v2, h, dy, weights, P: tl.constexpr):
     """dz and v2 + what passes through a block of the bottleneck."""
-    dz = dot(dy, tl.trans(weights[0]), dz, P.PRECISION.MIDDLE)
-    v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.MIDDLE)
+    dz = dot(dy, tl.trans(weights[0]), dz, P.PRECISION.BEYOND)
+    v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.BEYOND)
     return dz, v2
 
 
@@ -97,15 +97,15 @@ def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
     """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
     d_c2 = dot_apart(tl.trans(dvj), h, sums[1], turns, P.PRECISION.SUMS)
     d_c1 = dot_apart(tl.trans(zj), dy, sums[0], turns, P.PRECISION.SUMS)
-    return d_c1, d_c2, sums[2] + dy
+    return d_c1, d_c2, sums[2] + tl.sum(dy, 0, keep_dims=True)
 
 
 @triton.jit
 def zero_folded_sums(P: tl.constexpr):
-    """What `folded_sums` adds to; db1 by tokens, which are added up once at the end."""
+    """What `folded_sums` adds to."""
     c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
     c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
-    return c1, c2, tl.zeros((P.BT, P.EB), tl.float32)
+    return c1, c2, tl.zeros((1, P.EB), tl.float32)
 
 
 @triton.jit

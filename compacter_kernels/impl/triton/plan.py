@@ -19,8 +19,8 @@ class Precision:
     """How the products beside x are rounded.
 
     LP: the dtype of matrix operands. SPLIT: a factor is two of them. WIDE: the precision of float32 operands.
-    MIDDLE: the same between the projections, where "bf16" rounds them; SUMS: of the sums over tokens there.
-    TURN: as `tiles.output` has it.
+    MIDDLE: the same between the projections, where "bf16" rounds them; SUMS: of the sums over tokens there; BEYOND: of
+    the products that lead from the bottleneck to dZ and V2. TURN: as `tiles.output` has it.
     """
 
     LP: Any
@@ -28,6 +28,7 @@ class Precision:
     WIDE: str
     MIDDLE: str
     SUMS: str
+    BEYOND: str
     TURN: bool
 
 
@@ -144,7 +145,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     float32 is computed from three tf32 or six bfloat16 products, whichever takes fewer registers, and on AMD's matrix
     units as it is. float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
     Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones where those would take too
-    many registers, the rounding of x itself weighing as much: for a folded rule from n = 8 on, and in `backward`.
+    many registers, the rounding of x itself weighing as much: for a folded rule from n = 8 on, and to dZ and V2 in
+    `backward`.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32x3" if dtype == torch.float32 else "tf32"
@@ -153,9 +155,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     middle = totals = wide
     if bf16 and s.FOLD and s.IN.N >= 8:
         middle = totals = "bf16"
-    elif kernel == "backward":
-        middle = "bf16"
     elif wide == "tf32x3" and not s.FOLD and kernel in ("tokens", "sums"):
         middle, totals = UNFOLDED.get(architecture, ("bf16x6", "bf16x6"))
+    beyond = "bf16" if kernel == "backward" else middle
     turn = architecture.startswith("gfx") and dtype.itemsize == 2
-    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals, turn)
+    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals, beyond, turn)
