@@ -72,7 +72,8 @@ def _held_sums(s: Sizes) -> bool:
     """Whether one program can hold the sums of a backward."""
     wide = sum(side.K * max(2 * side.NI, 16) for side in (s.IN, s.OUT))
     inner = s.inner * s.DP
-    return s.FOLD and s.inner <= 64 and inner <= HELD_SUMS[0] and wide <= HELD_SUMS[1] and s.K <= HELD_COLUMNS
+    narrow = s.inner <= (64 if s.IN.NP >= 8 else 16)  # fewer rows than columns would be repeated by every warp
+    return s.FOLD and narrow and inner <= HELD_SUMS[0] and wide <= HELD_SUMS[1] and s.K <= HELD_COLUMNS
 
 
 def _held_forward(s: Sizes) -> tuple[Config, ...]:

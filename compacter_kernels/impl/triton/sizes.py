@@ -9,6 +9,7 @@ import torch
 from compacter_kernels.problem import Problem
 
 FOLD_LIMIT = 16384  # elements of a folded matrix that a program holds
+FOLD_INNER = 64  # columns of one with float32 operands
 BLOCK = 64  # columns of a folded bottleneck that a program works on at once
 BLOCK_BYTES = 8192  # of a folded matrix, in x's dtype, likewise
 MIX_LIMIT = 16384  # elements of an unfolded rule
@@ -136,7 +137,8 @@ class Sizes:
 def sizes(problem: Problem, backward: bool = False) -> Sizes:
     """The sizes of a problem. Columns (slices times rank) are padded to powers of two, NP NI to 16 at least.
 
-    Above n = 8 a folded matrix is n^2 r wide; only the forward of an adapter with bfloat16 operands gains by it.
+    A folded matrix is n^2 r wide. With float32 operands that takes too many registers beyond n = 8 and rank 1; with
+    bfloat16 ones beyond n = 8 only the forward of an adapter gains by it.
     """
     columns = 4 if problem.dtype == torch.bfloat16 else 8
     first, last = problem.projections[0], problem.projections[-1]
@@ -150,7 +152,10 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
     small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
-    gains = n1 <= 8 or (adapter and problem.dtype == torch.bfloat16 and not backward)
+    if problem.dtype == torch.bfloat16:
+        gains = n1 <= 8 or (adapter and not backward)
+    else:
+        gains = np1 * max(ni1, ni2) <= FOLD_INNER
     fold = n1 != n2 or (small and gains)
     e1, e2 = d1, d2
     if fold and n1 == n2:
