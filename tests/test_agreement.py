@@ -24,7 +24,7 @@ SIZES = [
     for i, n in enumerate(WIDTHS)
     for rank, (width, bottleneck) in enumerate(WIDTHS[n], 1)
 ]
-EVERY_N = [Case(n=n, rank=rank, width=3 * n, bottleneck=2 * n) for n in range(2, 13) for rank in (1, 2, 3)]
+EVERY_N = [Case(n=n, rank=rank, width=3 * n, bottleneck=2 * n) for n in range(1, 13) for rank in (1, 2, 3)]
 COUNTS = [
     Case(shape=(tokens,), width=width, bottleneck=d, n=n, dtype=dtype)
     for tokens in TOKENS
@@ -50,9 +50,15 @@ MIXED = [
 ]
 
 
+# what misses the limit, and by how much; strict: who mends it takes the line away
+KNOWN = {("triton", "width=3-bottleneck=2-n=1-rank=2"): "down.rule, one number near 0: error 1.85e-5, limit 1.18e-5"}
+
+
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", SIZES + EVERY_N + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
-def test_adapter(case: Case, impl: str) -> None:
+def test_adapter(case: Case, impl: str, request: pytest.FixtureRequest) -> None:
+    if reason := KNOWN.get((impl, str(case))):
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     skip_if_refused(case, case.tensors(), impl)
     reference(case).check(run(case, case.tensors(), impl), impl)
 
