@@ -195,7 +195,7 @@ def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
 
 
 def without_lines(found: dict[str, Any]) -> bool:
-    """Whether a kernel may show no wide access: `sums` has none; Triton 3.9.0 gives those of a projection other lines."""
+    """Whether a kernel may show no wide access: `sums` has none; Triton 3.9.0 misplaces those of a projection."""
     return found["kernel"] == "sums" or (found["operation"], found["kernel"]) == ("linear", "columns")
 
 
