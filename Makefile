@@ -39,7 +39,8 @@ test: $(READY)
 interpret: $(READY)
 	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore -rN -k 'triton and not 1000' \
-		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py
+		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
+		tests/test_triton_functions.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY)
