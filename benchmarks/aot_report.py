@@ -3,8 +3,9 @@
     python benchmarks/aot_report.py [--arch sm_90,gfx942] [--json] [--jobs 2]
 
 Compiles each kernel ahead of time as the product would launch it (impl/triton/config.py) and prints registers, spills,
-shared memory, matrix instructions, and how much of the access to x, g, out and dx is 128 bits wide. Exits 1 on a
-spill, on shared memory beyond the architecture's, on a kernel without matrix instructions, and on narrow accesses.
+shared memory, matrix instructions, and how much of the access to x, g, the residual, out and dx is 128 bits wide: on
+NVIDIA's by the pointer that each access derives from, on AMD's by the line of source that it comes from. Exits 1 on a
+spill, on shared memory beyond the architecture's, on products without matrix instructions, and on narrow accesses.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from accesses import lines_that_access, share_by_line, share_by_pointer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import compacter_kernels.impl.triton as package
 from compacter_kernels.accuracy import Shape, random_case
-from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.impl.triton.kernel import KERNELS
+from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
 from compacter_kernels.impl.triton.launch import compile_options, fits
 from compacter_kernels.impl.triton.plan import Options, Served, plan, served
+from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.problem import adapter_problem, linear_problem
 
 KIB = 1024
@@ -47,10 +49,11 @@ PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
-SCALARS = {"scale": "fp32", "T": "i32"}
+SCALARS = {"scale": "fp32", "T": "i32", "wide_rows": "i32", "rows": "i32"}
+ABSENT = {"adapter": (), "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7")}  # None at the launch
+SECOND_STAGE = "reduce_rows"  # of every backward, and for all sizes the same code
 OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
-ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|(?:global|buffer)_(?:load|store)_)(\S*)[^\n]*")
 
 
 class Job(NamedTuple):
@@ -68,56 +71,68 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def served_by(job: Job) -> Served | None:
-    """The kernel's sizes, precision and configurations; None where this shape does not use it."""
+def served_by(job: Job) -> dict[str, Served]:
+    """The kernels that serve a shape, with their sizes, precision and configurations."""
     case = random_case(job.shape, 1, operation=job.operation, dtype=DTYPES[job.dtype])
     if case.up is None:
         problem = linear_problem(case.x, case.down)
     else:
         problem = adapter_problem(case.x, case.down, case.up, case.activation)
-    return served(problem, job.arch).get(job.kernel)
+    return served(problem, job.arch)
 
 
-def compiled(found: Served, config: Config, job: Job, options: Options = OPTIONS) -> Any:
-    """The kernel for aligned pointers and float32 parameters."""
+class Launched(NamedTuple):
+    """A kernel with its compile-time arguments, as a launch of the product has them."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    config: list[int]  # as the table shows it
+
+
+def launches_of(job: Job, options: Options) -> list[Launched]:
+    """The launch with each configuration, best first; [] where this shape does not use the kernel."""
+    kernels = served_by(job)
+    if job.kernel == SECOND_STAGE:
+        constants = reduction(kernels["backward" if "backward" in kernels else "sums"].sizes)
+        return [Launched(reduce_rows, constants, REDUCE_WARPS, [constants["BLOCK"], constants["BR"], REDUCE_WARPS])]
+    if job.kernel not in kernels:
+        return []
+    s, rounding, configs = kernels[job.kernel]
     kernel = KERNELS[job.kernel]
-    names = list(kernel.arg_names)
-    signature, attributes = {}, {}
+    return [Launched(kernel, {"P": plan(s, c, rounding, options)}, c.warps, list(c)) for c in configs]
+
+
+def pointers(launched: Launched, job: Job) -> list[str]:
+    """The names of the arguments that the compiled kernel takes, in its order."""
+    names = launched.kernel.arg_names
+    return [name for name in names if name not in launched.constants and name not in ABSENT[job.operation]]
+
+
+def compiled(launched: Launched, job: Job) -> Any:
+    """The kernel for aligned pointers and float32 parameters."""
+    names = list(launched.kernel.arg_names)
+    taken = pointers(launched, job)
+    signature, attributes, constants = {}, {}, {}
     for i, name in enumerate(names):
-        if name == "P":
-            signature[name] = "constexpr"
+        if name not in taken:
+            signature[name], constants[(i,)] = "constexpr", launched.constants.get(name)
         elif name in SCALARS:
             signature[name] = SCALARS[name]
         else:
             signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
-    constants = {(names.index("P"),): plan(found.sizes, config, found.precision, options)}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target(job.arch), options=compile_options(config.warps))
+    source = ASTSource(launched.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target(job.arch), options=compile_options(launched.warps))
 
 
-def wide_lines() -> set[tuple[str, int]]:
-    """(file name, line) of every access to the wide side in the kernels' source."""
-    access = re.compile(rf"tl\.(load|store)\(({'|'.join(WIDE)}) \+")
-    found = set()
-    for path in Path(package.__file__).parent.glob("*.py"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found |= {(path.name, number) for number, line in enumerate(lines, 1) if access.search(line)}
-    return found
-
-
-def wide_access_share(assembly: str, lines: set[tuple[str, int]]) -> float | None:
-    """The share of 128-bit instructions among those that come from these lines, by the assembly's line directives."""
-    files, here, wide, all_ = {}, None, 0, 0
-    for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', assembly, re.M):
-        files[number] = Path(name).name
-    for line in assembly.splitlines():
-        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            here = files.get(location[1]), int(location[2])
-        elif here in lines and (access := ACCESS.search(line)):
-            all_ += 1
-            wide += bool(re.search(r"v4\.[bfu]32|v2\.[bfu]64|v8\.[bf]16|dwordx4|b128|, 0x10\b|, 16\b", access[0]))
-    return round(wide / all_, 3) if all_ else None
+def wide_access_share(found: Any, launched: Launched, job: Job) -> float | None:
+    """The share of 128-bit accesses among those to the wide side; None where there is none."""
+    if job.arch.startswith("sm_"):
+        return share_by_pointer(found.asm["ptx"], pointers(launched, job), WIDE)
+    if not touches_wide_side(job.kernel):
+        return None  # its source may have pointers of these names
+    return share_by_line(found.asm["amdgcn"], lines_that_access(Path(package.__file__).parent, WIDE))
 
 
 def resources(found: Any, arch: str) -> tuple[int, int]:
@@ -142,23 +157,24 @@ def resources(found: Any, arch: str) -> tuple[int, int]:
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
     """What the compiler made of the configuration in use, the first whose memory the architecture has; [] if unused."""
-    served = served_by(job)
-    if served is None:
-        return []
-    s, adapter = served.sizes, job.operation == "adapter"
+    adapter = job.operation == "adapter"
     both = OPTIONS if adapter else Options(HAS_BIAS=True)
-    launches = [both]
-    if (job.kernel == "columns" and not s.square) or (job.kernel == "sums" and adapter and not s.FOLD):
-        launches = [replace(both, OUT_SIDE=False), replace(both, IN_SIDE=False)]  # one for each side
-    return [row(job, served, options) for options in launches]
+    used = served_by(job).get(job.kernel)
+    apart = used is not None and (
+        (job.kernel == "columns" and not used.sizes.square)
+        or (job.kernel == "sums" and adapter and not used.sizes.FOLD)
+    )  # a launch for each side
+    options = [replace(both, OUT_SIDE=False), replace(both, IN_SIDE=False)] if apart else [both]
+    launches = [launches_of(job, choice) for choice in options]
+    return [row(job, several) for several in launches if several]
 
 
-def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
+def row(job: Job, launches: list[Launched]) -> dict[str, Any]:
     """The same for one launch."""
     limit, found, error = LIMITS[job.arch], None, ""
-    for config in served.configs:
+    for launched in launches:
         try:
-            found = compiled(served, config, job, options)
+            found = compiled(launched, job)
         except Exception as problem:
             while problem.__cause__ is not None:
                 problem = problem.__cause__
@@ -184,19 +200,19 @@ def row(job: Job, served: Served, options: Options) -> dict[str, Any]:
     assembly = found.asm["ptx"] if job.arch.startswith("sm_") else found.asm["amdgcn"]
     return {
         **head,
-        "config": list(config),
+        "config": launched.config,
         "registers": registers,
         "spill_bytes": spilled,
         "shared_bytes": found.metadata.shared,
         "shared_limit": limit,
         "mma": len(MATRIX.findall(assembly)),
-        "wide_access_share": wide_access_share(assembly, wide_lines()),
+        "wide_access_share": wide_access_share(found, launched, job),
     }
 
 
-def without_lines(found: dict[str, Any]) -> bool:
-    """Whether a kernel may show no wide access: `sums` has none; Triton 3.9.0 misplaces those of a projection."""
-    return found["kernel"] == "sums" or (found["operation"], found["kernel"]) == ("linear", "columns")
+def touches_wide_side(kernel: str) -> bool:
+    """Whether a kernel reads or writes rows of x's or of the output's width."""
+    return kernel in KERNELS and not set(WIDE).isdisjoint(KERNELS[kernel].arg_names)
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -208,9 +224,9 @@ def faults(found: dict[str, Any]) -> list[str]:
         for wrong, text in (
             (found["spill_bytes"] > 0, f"{found['spill_bytes']} bytes spilled"),
             (found["shared_bytes"] > found["shared_limit"], "too much shared memory"),
-            (found["mma"] == 0, "no matrix instructions"),
+            (found["mma"] == 0 and found["kernel"] != SECOND_STAGE, "no matrix instructions"),
             (
-                found["wide_access_share"] not in ((1.0, None) if without_lines(found) else (1.0,)),
+                found["wide_access_share"] != (1.0 if touches_wide_side(found["kernel"]) else None),
                 f"only {found['wide_access_share']} of the accesses are 128 bits wide",
             ),
         )
@@ -238,6 +254,8 @@ def main() -> int:
         for dtype in DTYPES
         for kernel in KERNELS
     ]
+    firsts = cases[:1] + [case for case in cases if case[0] == "linear"][:1]
+    jobs += [Job(operation, SECOND_STAGE, shape, "bf16", arch) for arch in archs for operation, shape in firsts]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = [found for several in pool.map(rows_of, jobs) for found in several]
     wrong = sum(bool(faults(found)) for found in rows)

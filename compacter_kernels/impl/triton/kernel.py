@@ -17,6 +17,7 @@ from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
 from compacter_kernels.impl.triton.plan import Options, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
+from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -40,6 +41,12 @@ KERNELS = {
     "columns": two_phase.columns,
     "sums": two_phase.sums,
 }
+
+
+def reduction(s: Sizes) -> dict[str, Any]:
+    """The compile-time arguments of the second stage."""
+    sizes, copies = zip(*s.gradients, strict=True)
+    return {"SIZES": sizes, "COPIES": copies, "ROW": s.offsets.ROW, **REDUCE}
 
 
 class _Kernel:
@@ -142,9 +149,8 @@ class _Kernel:
 
     def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
         """The second stage for these gradients, and its number of programs; found once."""
-        sizes, copies = zip(*self.sizes.gradients, strict=True)
-        constants = {"SIZES": sizes, "COPIES": copies, "ROW": self.sizes.offsets.ROW, **REDUCE}
-        blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(sizes, wanted, strict=True) if want)
+        constants = reduction(self.sizes)
+        blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(constants["SIZES"], wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         return self.reductions[wanted]
 
