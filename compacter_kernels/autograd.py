@@ -12,6 +12,8 @@ from compacter_kernels.impl import AdapterKernel, LinearKernel
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import PHMWeights
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 class _OnceDifferentiable(torch.autograd.Function):
     """Passes gradients on; a second derivative raises instead of being silently zero."""
@@ -38,22 +40,25 @@ def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeight
     return PHMWeights(*params[:4]), PHMWeights(*params[4:])  # type: ignore[arg-type]
 
 
-class LinearFunction(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """The base of both. The first argument is no tensor, each other is one or None."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """`Function.apply` without what torch does for functorch's tensors where there are none: 2 us of each call."""
+        if torch._C._are_functorch_transforms_active() or True in [t is not None and _wrapped(t) for t in args[1:]]:
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class LinearFunction(_Function):
     """phm_linear through a fused kernel."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: LinearKernel,
-        x: Tensor,
-        rule: Tensor,
-        left: Tensor,
-        right: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, kernel: LinearKernel, x: Tensor, *params: Tensor | None) -> Tensor:
         ctx.kernel = kernel
-        ctx.save_for_backward(x, rule, left, right, bias)
-        return kernel.forward(x, PHMWeights(rule, left, right, bias))
+        ctx.save_for_backward(x, *params)
+        return kernel.forward(x, PHMWeights(*params))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,29 +68,26 @@ class LinearFunction(torch.autograd.Function):
         return (None, *_once(grads, grad, x, *params))
 
 
-class AdapterFunction(torch.autograd.Function):
-    """compacter_adapter through a fused kernel."""
+class AdapterFunction(_Function):
+    """compacter_adapter through a fused kernel. call: the kernel, whether the residual is x, and scale."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernel: AdapterKernel,
+        call: tuple[AdapterKernel, bool, float],
         residual: Tensor | None,
-        residual_is_x: bool,
-        scale: float,
         x: Tensor,
         *params: Tensor | None,
     ) -> Tensor:
-        ctx.kernel, ctx.residual_is_x, ctx.scale = kernel, residual_is_x, scale
+        ctx.call = kernel, residual_is_x, scale = call
         ctx.save_for_backward(x, *params)
-        down, up = _projections(params)
-        return kernel.forward(x, x if residual_is_x else residual, scale, down, up)
+        return kernel.forward(x, x if residual_is_x else residual, scale, *_projections(params))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
-        down, up = _projections(params)
+        kernel, residual_is_x, scale = ctx.call
         wanted = ctx.needs_input_grad
         with torch.no_grad():
-            grads = ctx.kernel.backward(x, grad, ctx.residual_is_x, ctx.scale, down, up, wanted[4:])
-        return (None, grad if wanted[1] else None, None, None, *_once(grads, grad, x, *params))
+            grads = kernel.backward(x, grad, residual_is_x, scale, *_projections(params), wanted[2:])
+        return (None, grad if wanted[1] else None, *_once(grads, grad, x, *params))

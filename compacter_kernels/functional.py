@@ -23,6 +23,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _signature(weights: PHMWeights) -> tuple[Any, ...]:
     """All that the checks depend on, cheap enough to be taken in every call."""
     rule, left, right, bias = weights
+    if right is None or bias is None:
+        return (weights.__class__, *[None if t is None else (t.shape, t.dtype, t.device) for t in weights])
     return (
         weights.__class__,
         rule.shape,
@@ -31,8 +33,12 @@ def _signature(weights: PHMWeights) -> tuple[Any, ...]:
         left.shape,
         left.dtype,
         left.device,
-        None if right is None else (right.shape, right.dtype, right.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        right.shape,
+        right.dtype,
+        right.device,
+        bias.shape,
+        bias.dtype,
+        bias.device,
     )
 
 
@@ -98,7 +104,7 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
         )
         return compiled
     try:
-        key = ("linear", x.shape[-1], x.dtype, x.device, x.layout, *_signature(weights), impl, _auto(impl))
+        key = ("linear", x.shape[-1], x.dtype, x.device, x.layout, _signature(weights), impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -149,8 +155,8 @@ def compacter_adapter(
     if torch.compiler.is_compiling():
         return _compiled_adapter(x, down, up, activation, residual, scale, out, impl)
     try:
-        projections = (*_signature(down), *_signature(up))
-        key = (x.shape[-1], x.dtype, x.device, x.layout, *projections, activation, impl, _auto(impl))
+        projections = (_signature(down), _signature(up))
+        key = (x.shape[-1], x.dtype, x.device, x.layout, projections, activation, impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -173,7 +179,7 @@ def compacter_adapter(
         or (residual is not None and residual.requires_grad)
     ):
         same = residual is x
-        result = AdapterFunction.apply(plan.kernel, None if same else residual, same, scale, x, *down, *up)
+        result = AdapterFunction.apply((plan.kernel, same, scale), None if same else residual, x, *down, *up)
     else:
         result = plan.kernel.forward(x, residual, scale, down, up)
     return result
