@@ -45,6 +45,7 @@ interpret: $(READY)
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY)
 	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
+	PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore tests/test_triton_launch.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
 lint: $(READY)

@@ -1,0 +1,65 @@
+"""`Launch.compile`, as the product calls it, for a device that is not there: Triton is told of one by a fake driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = '''
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class Driver:
+    """What Triton asks of its driver until a kernel is compiled."""
+
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Driver())
+
+from compacter_kernels.accuracy import Shape, random_case
+from compacter_kernels.impl.triton import launch
+from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
+from compacter_kernels.impl.triton.plan import Options, plan, served
+from compacter_kernels.impl.triton.reduce import reduce_rows
+from compacter_kernels.problem import adapter_problem
+
+case = random_case(Shape(64, 16, 4), 16, dtype=torch.bfloat16)
+kernels = served(adapter_problem(case.x, case.down, case.up, case.activation), "sm_90")
+out, options = torch.empty_like(case.x), Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
+s = kernels["backward"].sizes
+part, params = torch.empty(4, s.offsets.ROW), (*case.down, *case.up)
+for name, tensors in (
+    ("forward", (case.x, case.x, out, *params)),
+    ("backward", (case.x, case.grad, out, part, *params[:7])),
+):
+    sizes, precision, (config, *_) = kernels[name]
+    tiled = launch.Tiled(KERNELS[name], plan(sizes, config, precision, options), config, 0, 4)
+    found = tiled.compile(tensors)
+    assert launch.fits(found.metadata, 227 * 1024), name
+    assert found.metadata.shared > 0 and found.metadata.num_warps == config.warps, name
+    assert found.asm["cubin"] and "mma" in found.asm["ptx"], name
+    assert tiled.tail == (tiled.constants["P"],), name
+rule1, left1, right1, bias1, rule2, left2, right2, bias2 = params
+grads = (left1, right2, bias2, rule1, right1, None, rule2, left2)
+found = launch.Launch(reduce_rows, reduction(s), REDUCE_WARPS, 0).compile((part, *grads))
+assert found.metadata.num_warps == REDUCE_WARPS
+print("compiled")
+'''
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_compile_for_a_device_that_is_not_there() -> None:
+    """In a process of its own, since Triton's driver is a global of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
