@@ -1,0 +1,110 @@
+// Forward: x is read once, the output is written once; a warp has a tile of 16 rows (48 for n = 12) for itself.
+//
+//     Z[p,i] = sum_u x[p,u] s1_i[u]           contract    matrix instructions, x straight from memory to registers
+//     V[q,i] = sum_p A1_i[p,q] Z[p,i]         mix
+//     h[q,v] = act(sum_i V[q,i] t1_i[v] + b1[q,v])
+//     Z2[p,i] = sum_v h[p,v] s2_i[v]
+//     V2[q,i] = sum_p A2_i[p,q] Z2[p,i]       mix
+//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]         expand; `scale` sits in t2 and b2
+//
+// The rows of b2 follow those of t2 in the expansion, and meet a 1 where c - m is the row's q.
+#include "activations.h"
+#include "columns.h"
+#include "middle.h"
+#include "stage.h"
+
+namespace compacter::cuda {
+namespace {
+
+// The small products of an adapter, from V of `down` to V of `up`, in place.
+template <class K>
+COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, float* z, float* v, float* h) {
+    constexpr int Q = K::quad;
+    const Sizes& s = f.sizes;
+    const int n = K::n(s), m = K::m(s);
+    const float *right = floats_at(f.shared.right), *left2 = floats_at(f.shared.left2), *bias = floats_at(f.shared.bias);
+    for_each_quad<K>(warp, s, s.inner, s.by_inner, [&](int token, int block, int at) {
+        Quad<Q> y = load_quad<Q>(bias + at * n + block * Q);
+        add_product<K>(y, right + at, s.inner_stride, v + token * m * n + block * Q, m, n);
+#pragma unroll
+        for (int j = 0; j < Q; ++j) y.at[j] = activate(f.factors.activation, y.at[j]).value;
+        store_quad<Q>(h + (token * s.inner + at) * n + block * Q, y);
+    });
+    warp.sync();
+    for_each_quad<K>(warp, s, m, s.by_m, [&](int token, int block, int c) {
+        Quad<Q> sum{};
+        add_product<K>(sum, left2 + c * s.inner_stride, 1, h + token * s.inner * n + block * Q, s.inner, n);
+        store_quad<Q>(z + (token * m + c) * n + block * Q, sum);
+    });
+    warp.sync();
+    mix<K>(warp, s, floats_at(f.shared.rule2), z, [&](int token, int block, int c, const Quad<Q>& sum) {
+        store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
+    });
+    warp.sync();
+}
+
+template <class T, class K>
+__global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward f) {
+    constexpr int Q = K::quad;
+    const Sizes& s = f.sizes;
+    const int n = K::n(s), m = K::m(s), terms = m + (f.factors.bias2.data ? n : 0), steps = eights(terms);
+    uint4 *contraction = vectors_at(f.contraction), *expansion = vectors_at(f.expansion);
+    pack_contraction<T>(contraction, s.in, m, [&](int c, int u) { return left_factor(f.factors.left, s, s.in, c, u); });
+    pack_expansion<T>(expansion, s.out, terms, [&](int c, int u) {
+        const float factor = c < m ? right_factor(f.factors.right2, s.out, c, u)
+                                   : read(f.factors.bias2, (c - m) * static_cast<int64_t>(s.out) + u);
+        return factor * f.factors.scale;
+    });
+    stage_factors(f.shared, f.factors, s);
+    __syncthreads();
+
+    const Warp warp;
+    const int index = threadIdx.x / 32, warps = blockDim.x / 32, rows = s.rows();
+    unsigned char* scratch = shared_memory() + f.scratch + index * f.scratch_bytes;
+    float *z = reinterpret_cast<float*>(scratch + f.z), *v = reinterpret_cast<float*>(scratch + f.v);
+    float* h = reinterpret_cast<float*>(scratch + f.h);
+    const int64_t all_rows = f.tokens * n;
+    for (int64_t first = (static_cast<int64_t>(blockIdx.x) * warps + index) * rows; first < all_rows;
+         first += static_cast<int64_t>(gridDim.x) * warps * rows) {
+        const int valid = all_rows - first < rows ? static_cast<int>(all_rows - first) : rows;
+        const GlobalRows<T> x{static_cast<const T*>(f.x) + first * s.in, valid, s.in, s.in_vectors};
+        for (int row = 0; row < rows; row += 16) contract<T, K>(x, row, contraction, 0, segments(s.in), s, z);
+        warp.sync();
+        mix<K>(warp, s, floats_at(f.shared.rule), z, [&](int token, int block, int c, const Quad<Q>& sum) {
+            store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
+        });
+        warp.sync();
+        if (s.inner) through_bottleneck<K>(warp, f, z, v, h);
+
+        T* out = static_cast<T*>(f.out) + first * s.out;
+        const GlobalRows<T> residual{static_cast<const T*>(f.residual) + first * s.out, valid, s.out, s.out_vectors};
+        for (int row = 0; row < rows; row += 16) {
+            const Operand<T, K::most_steps> operand(row, steps, [&](int at, int c) {
+                const int token = K::by_n(s, at), q = at - token * n;
+                return c < m ? v[(token * m + c) * n + q] : c - m == q ? 1.f : 0.f;
+            });
+#pragma unroll 1
+            for (int at = 0; at < segments(s.out); ++at) {
+                if (f.residual)
+                    expand(operand, steps, row, at, expansion, residual, out, valid, s.out, s.out_vectors);
+                else
+                    expand(operand, steps, row, at, expansion, NoRows{}, out, valid, s.out, s.out_vectors);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+template <>
+void forward_kernel<COMPACTER_ELEMENT>(const Forward& f, const Launch& l) {
+    using T = COMPACTER_ELEMENT;
+    const int n = f.sizes.n, m = f.sizes.m;
+    if (n == 4 && m == 4) return launch(forward<T, Known<4, 4, 4>>, l, f);
+    if (n == 8 && m == 8) return launch(forward<T, Known<8, 8, 4>>, l, f);
+    if (n == 12 && m == 12) return launch(forward<T, Known<12, 12, 4>>, l, f);
+    if (n % 4 == 0) return launch(forward<T, Known<0, 0, 4>>, l, f);
+    return launch(forward<T, Known<0, 0, 1>>, l, f);
+}
+
+}  // namespace compacter::cuda
