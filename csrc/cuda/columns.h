@@ -87,13 +87,35 @@ COMPACTER_DEVICE void contract(const Rows& rows, int row, const uint4* fragments
         }
 }
 
-// The left operand of an expansion: 16 rows of numbers, number(row, c) for c < 8 * steps.
+// Numbers in parts, as [part][c][row].
+struct Parts {
+    const uint16_t* first;
+    int stride, part;  // numbers from c to c, and from part to part
+};
+
+// The left operand of an expansion: 16 rows of numbers c < 8 * steps.
 template <class T, int Most>
 struct Operand {
     uint32_t pairs[Most][T::factor_parts][2];
 
+    COMPACTER_DEVICE Operand(const Parts& from, int row, int steps) {
+        const Lane lane;
+#pragma unroll
+        for (int step = 0; step < Most; ++step) {
+            if (step >= steps) break;
+#pragma unroll
+            for (int part = 0; part < T::factor_parts; ++part) {
+                const uint16_t* at = from.first + part * from.part + (step * 8 + lane.t * 2) * from.stride + row + lane.g;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    pairs[step][part][half] = at[half * 8] | static_cast<uint32_t>(at[half * 8 + from.stride]) << 16;
+            }
+        }
+    }
+
+    // From number(row, c).
     template <class Number>
-    COMPACTER_DEVICE Operand(int row, int steps, const Number& number) {
+    COMPACTER_DEVICE Operand(const Number& number, int row, int steps) {
         const Lane lane;
 #pragma unroll
         for (int step = 0; step < Most; ++step) {

@@ -79,10 +79,11 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
         T* out = static_cast<T*>(f.out) + first * s.out;
         const GlobalRows<T> residual{static_cast<const T*>(f.residual) + first * s.out, valid, s.out, s.out_vectors};
         for (int row = 0; row < rows; row += 16) {
-            const Operand<T, K::most_steps> operand(row, steps, [&](int at, int c) {
+            const auto number = [&](int at, int c) {
                 const int token = K::by_n(s, at), q = at - token * n;
                 return c < m ? v[(token * m + c) * n + q] : c - m == q ? 1.f : 0.f;
-            });
+            };
+            const Operand<T, K::most_steps> operand(number, row, steps);
 #pragma unroll 1
             for (int at = 0; at < segments(s.out); ++at) {
                 if (f.residual)
