@@ -30,7 +30,9 @@ std::string refuses(const Problem& p, const Device& device) {
 
 void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
     if (!p.tokens) return;
-    auto [f, l] = plan_forward(p, device);
+    PlannedForward plan = plan_forward(p, device);
+    Forward& f = plan.arguments;
+    Launch& l = plan.launch;
     f.x = x;
     f.residual = residual;
     f.out = out;
@@ -54,7 +56,9 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
             }
     for (int j = 0; j <= row.count; ++j) reduce.begin[j] = row.begin[j];
     if (p.tokens) {
-        auto [b, l] = plan_backward(p, device);
+        PlannedBackward plan = plan_backward(p, device);
+        Backward& b = plan.arguments;
+        Launch& l = plan.launch;
         b.x = x;
         b.grad_out = grad_out;
         b.grad_x = grad_x;
