@@ -4,8 +4,8 @@ COMPACTER_KERNELS_NATIVE=0 leaves the native part out, =1 makes a missing compil
 missing compiler gives a pure-Python install, which says so: its version ends in +pure, and `compacter-kernels info`
 has the reason. A compiler that is there and fails is always an error. CMAKE_ARGS goes to CMake as it is.
 
-COMPACTER_KERNELS_CUDA means the same for the CUDA part and nvcc, which is CUDACXX, or else on the path, in CUDA_HOME or in
-/usr/local/cuda; no GPU is needed. A build without the CUDA part keeps the reason for `info`.
+COMPACTER_KERNELS_CUDA means the same for the CUDA part and nvcc, which is CUDACXX, or else on the path, in CUDA_HOME or
+in /usr/local/cuda; no GPU is needed. A build without the CUDA part keeps the reason for `info`.
 """
 
 import ast
