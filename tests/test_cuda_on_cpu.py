@@ -20,14 +20,14 @@ FLAGS = [
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILE = {
     "plain": ["-O2"],
-    "ucontext": ["-O1", "-DCUDA_ON_CPU_UCONTEXT"],
+    "ucontext": ["-O1", "-DCUDA_ON_CPU_UCONTEXT=1"],
     "sanitized": ["-O1", "-g1", *SANITIZE],
     "race": ["-O1", "-g1", "-fsanitize=thread"],
 }
 LINK = {"sanitized": SANITIZE}
 
 REPORTED = {
-    "different instructions": r"divergence: __shfl_sync (faults.cpp:",
+    "different instructions": "__shfl_sync (faults.cpp:",
     "different mmas": "divergence: mma.m16n8k8 (faults.cpp:",
     "different barriers": "divergence: __syncthreads (faults.cpp:",
     "one lane has left": "the mask names lanes that have left the kernel",

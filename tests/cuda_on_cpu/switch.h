@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(__x86_64__) || defined(CUDA_ON_CPU_UCONTEXT)
-#define CUDA_ON_CPU_UCONTEXT
+#ifndef __x86_64__
+#define CUDA_ON_CPU_UCONTEXT 1
+#endif
+#ifdef CUDA_ON_CPU_UCONTEXT
 #include <ucontext.h>
 #endif
 
