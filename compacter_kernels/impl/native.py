@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def plan_arguments(problem: Problem) -> tuple[Any, ...]:
     dtype of x, the activation of an adapter, (n, rank, in, out, has bias) of each projection, all parameter dtypes.
     """
     activation = [] if problem.activation is None else [problem.activation.code]
-    shapes = [(p.phm_dim, p.rank, p.in_features, p.out_features, p.dtypes[3] is not None) for p in problem.projections]
+    shapes = [
+        # index: under torch.compile a size may be a symbol, of which this asks the number
+        (*map(index, (p.phm_dim, p.rank or 0, p.in_features, p.out_features)), p.dtypes[3] is not None)
+        for p in problem.projections
+    ]
     dtypes = tuple(_DTYPES[d or torch.float32] for p in problem.projections for d in p.dtypes)
     return (_DTYPES[problem.dtype], *activation, *shapes, dtypes)
 
