@@ -46,17 +46,21 @@ struct Pass {
     const Sizes& s;
     Block block;
     int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int n, m, columns, right_columns;
+    int n, m, columns, right_terms, right_columns;
+    Parts left, right2;
     float *z, *dv2, *v, *dz2, *z2, *dv, *h, *dy;
 
     COMPACTER_DEVICE explicit Pass(const Backward& b)
-        : b(b), s(b.sizes), n(K::n(s)), m(K::m(s)), columns(eights(m)), right_columns(eights(m + (b.has_bias2 ? n : 0))),
+        : b(b), s(b.sizes), n(K::n(s)), m(K::m(s)), columns(eights(m)), right_terms(m + (b.has_bias2 ? n : 0)),
+          right_columns(eights(right_terms)), left(factor_parts(shared_memory() + b.left_factor, s.in, m)),
+          right2(factor_parts(shared_memory() + b.right2_factor, s.out, m)),
           z(floats_at(b.z)), dv2(floats_at(b.dv2)), v(floats_at(b.v)), dz2(floats_at(b.dz2)), z2(floats_at(b.z2)),
           dv(floats_at(b.dv)), h(floats_at(b.h)), dy(floats_at(b.dy)) {}
 
     COMPACTER_DEVICE Parts parts(int offset, int groups) const {
-        return {reinterpret_cast<const uint16_t*>(shared_memory() + offset), b.part_stride, groups * 8 * b.part_stride};
+        return {reinterpret_cast<uint16_t*>(shared_memory() + offset), b.part_stride, groups * 8 * b.part_stride};
     }
+    COMPACTER_DEVICE uint4* sums_of(int offset, int job, int terms) const { return vectors_at(offset) + job * sum_vectors(terms); }
     COMPACTER_DEVICE ToParts<T, K> to_parts(int offset, int groups) const {
         return {reinterpret_cast<uint16_t*>(shared_memory() + offset), b.part_stride, groups * 8 * b.part_stride, n};
     }
@@ -64,10 +68,8 @@ struct Pass {
     // The factors; zeros where sums begin; parts: zeros where c >= m, ones for the bias.
     COMPACTER_DEVICE void prepare() const {
         const Factors& f = b.factors;
-        pack_contraction<T>(vectors_at(b.contraction), s.in, m, [&](int c, int u) { return left_factor(f.left, s, s.in, c, u); });
-        pack_contraction<T>(vectors_at(b.contraction2), s.out, m,
-                            [&](int c, int u) { return right_factor(f.right2, s.out, c, u) * f.scale; });
-        pack_expansion<T>(vectors_at(b.expansion), s.in, m, [&](int c, int u) { return left_factor(f.left, s, s.in, c, u); });
+        stage_factor<T>(left, s.in, m, [&](int c, int u) { return left_factor(f.left, s, s.in, c, u); });
+        stage_factor<T>(right2, s.out, m, [&](int c, int u) { return right_factor(f.right2, s.out, c, u) * f.scale; });
         stage_factors(b.shared, f, s);
         const auto clear = [](int from, int to) {
             for (int e = from / 16 + threadIdx.x; e < to / 16; e += blockDim.x) vectors_at(0)[e] = make_uint4(0, 0, 0, 0);
@@ -82,8 +84,8 @@ struct Pass {
     }
 
     COMPACTER_DEVICE void load(int64_t tile, int stage) const {
-        const int64_t first = tile * s.rows(), left = b.tokens * n - first;
-        const int valid = left < s.rows() ? static_cast<int>(left) : s.rows();
+        const int64_t first = tile * s.rows(), remaining = b.tokens * n - first;
+        const int valid = remaining < s.rows() ? static_cast<int>(remaining) : s.rows();
         unsigned char* to = shared_memory() + b.tile + stage * b.tile_bytes;
         copy_rows(to, b.x_stride, s.rows(), static_cast<const T*>(b.x) + first * s.in, valid, s.in, s.in_vectors);
         copy_rows(to + s.rows() * b.x_stride, b.g_stride, s.rows(), static_cast<const T*>(b.grad_out) + first * s.out, valid,
@@ -98,7 +100,8 @@ struct Pass {
             const bool of_g = job / b.splits >= groups;
             const int all = segments(of_g ? s.out : s.in);
             const SharedRows<T> rows{of_g ? g.first : x.first, of_g ? g.stride : x.stride};
-            contract<T, K>(rows, row, vectors_at(of_g ? b.contraction2 : b.contraction), all * split / b.splits,
+            const Parts factor{of_g ? right2.first : left.first, of_g ? right2.stride : left.stride, of_g ? right2.part : left.part};
+            contract<T, K>(rows, row, factor, all * split / b.splits,
                            all * (split + 1) / b.splits, s, (of_g ? dv2 : z) + split * s.numbers());
         }
         block.sync();
@@ -181,17 +184,17 @@ struct Pass {
         const int of_x = (s.in + 15) / 16, of_g = (s.out + 15) / 16;
         for (int job = warp; job < of_x + of_g; job += warps)
             if (job < of_x)
-                add_gradient<T, K::most_columns>(x, job * 16, s.rows(), parts(b.dz_parts, columns), columns,
-                                                 vectors_at(b.left_sums) + job * columns * 32);
+                add_gradient<T, K::most_columns>(x, job * 16, s.rows(), parts(b.dz_parts, columns),
+                                                 sums_of(b.left_sums, job, m), m);
             else
-                add_gradient<T, K::most_steps>(g, (job - of_x) * 16, s.rows(), parts(b.v_parts, right_columns), right_columns,
-                                               vectors_at(b.right_sums) + (job - of_x) * right_columns * 32);
+                add_gradient<T, K::most_steps>(g, (job - of_x) * 16, s.rows(), parts(b.v_parts, right_columns),
+                                               sums_of(b.right_sums, job - of_x, right_terms), right_terms);
     }
 
     COMPACTER_DEVICE void gradient_of_x(const SharedRows<T>& g, int64_t tile) const {
         if (!b.grad_x) return;
-        const int64_t first = tile * s.rows(), left = b.tokens * n - first;
-        const int valid = left < s.rows() ? static_cast<int>(left) : s.rows();
+        const int64_t first = tile * s.rows(), remaining = b.tokens * n - first;
+        const int valid = remaining < s.rows() ? static_cast<int>(remaining) : s.rows();
         T* out = static_cast<T*>(b.grad_x) + first * s.in;
         const Parts dz = parts(b.dz_parts, columns);
         const int per_row = segments(s.in);
@@ -199,9 +202,9 @@ struct Pass {
             const int row = job / per_row * 16, at = job % per_row;
             const Operand<T, K::most_columns> operand(dz, row, columns);
             if (b.residual_is_x)
-                expand(operand, columns, row, at, vectors_at(b.expansion), g, out, valid, s.in, s.in_vectors);
+                expand(operand, columns, row, at, left, m, g, out, valid, s.in, s.in_vectors);
             else
-                expand(operand, columns, row, at, vectors_at(b.expansion), NoRows{}, out, valid, s.in, s.in_vectors);
+                expand(operand, columns, row, at, left, m, NoRows{}, out, valid, s.in, s.in_vectors);
         }
     }
 
@@ -213,13 +216,13 @@ struct Pass {
                 row[to + e] = floats_at(from)[e / (n * n) * s.rule_stride + e % (n * n)];
         };
         store_rule(b.rule, b.rule_sums);
-        for_each_sum(vectors_at(b.left_sums), s.in, columns, [&](int u, int c, float sum) {
-            if (c < m) row[b.left + (c / s.rank * s.in + u) * s.rank + c % s.rank] = sum;
+        for_each_sum(vectors_at(b.left_sums), s.in, m, [&](int u, int c, float sum) {
+            row[b.left + (c / s.rank * s.in + u) * s.rank + c % s.rank] = sum;
         });
-        for_each_sum(vectors_at(b.right_sums), s.out, right_columns, [&](int u, int c, float sum) {
+        for_each_sum(vectors_at(b.right_sums), s.out, right_terms, [&](int u, int c, float sum) {
             if (c < m)
                 row[b.right2 + c * s.out + u] = sum * b.factors.scale;
-            else if (b.has_bias2 && c - m < n)
+            else
                 row[b.bias2 + (c - m) * s.out + u] = sum * b.factors.scale;
         });
         if (!s.inner) return;

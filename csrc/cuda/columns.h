@@ -41,8 +41,8 @@ struct NoRows {};
 
 // Z[row, c] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over some segments, to z[token][c][p].
 template <class T, class K, class Rows>
-COMPACTER_DEVICE void contract(const Rows& rows, int row, const uint4* fragments, int begin, int end, const Sizes& s, float* z) {
-    constexpr int ahead = T::parts == 3 ? 2 : 4;  // segments asked for before the first is used
+COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
+    constexpr int ahead = K::general || T::parts == 3 ? 2 : 4;  // segments asked for before the first is used
     const Lane lane;
     const int m = K::m(s), columns = eights(m);
     float sum[K::most_columns][4] = {};
@@ -63,15 +63,15 @@ COMPACTER_DEVICE void contract(const Rows& rows, int row, const uint4* fragments
 #pragma unroll
             for (int column = 0; column < K::most_columns; ++column) {
                 if (column >= columns) break;
-                const uint4* from = fragments + ((first + j) * columns + column) * T::factor_parts * 32 + lane.index;
+                const uint16_t* from = contraction_column(factor, m, column, lane.g, lane.t) + (first + j) * segment;
 #pragma unroll
-                for (int part = 0; part < T::factor_parts; ++part) {
-                    const uint4 f = from[part * 32];
+                for (int part = 0; part < T::factor_parts; ++part, from += factor.part) {
+                    const uint32_t f[4] = {pair_of(from, 0), pair_of(from, 1), pair_of(from, 2), pair_of(from, 3)};
 #pragma unroll
                     for (int of_x = 0; of_x < T::parts; ++of_x) {
                         if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
-                        mma_16x8x16(sum[column], {a[0][of_x], b[0][of_x], a[1][of_x], b[1][of_x]}, {f.x, f.y});
-                        mma_16x8x16(sum[column], {a[2][of_x], b[2][of_x], a[3][of_x], b[3][of_x]}, {f.z, f.w});
+                        mma_16x8x16(sum[column], {a[0][of_x], b[0][of_x], a[1][of_x], b[1][of_x]}, {f[0], f[1]});
+                        mma_16x8x16(sum[column], {a[2][of_x], b[2][of_x], a[3][of_x], b[3][of_x]}, {f[2], f[3]});
                     }
                 }
             }
@@ -87,17 +87,12 @@ COMPACTER_DEVICE void contract(const Rows& rows, int row, const uint4* fragments
         }
 }
 
-// Numbers in parts, as [part][c][row].
-struct Parts {
-    const uint16_t* first;
-    int stride, part;  // numbers from c to c, and from part to part
-};
-
-// The left operand of an expansion: 16 rows of numbers c < 8 * steps.
+// The left operand of an expansion: 16 rows of numbers c < 8 * steps, zeros where there is no c.
 template <class T, int Most>
 struct Operand {
     uint32_t pairs[Most][T::factor_parts][2];
 
+    // From [part][c][row].
     COMPACTER_DEVICE Operand(const Parts& from, int row, int steps) {
         const Lane lane;
 #pragma unroll
@@ -134,7 +129,7 @@ struct Operand {
 
 // out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] of 16 rows and one segment; `out` is the tile's first row.
 template <class T, int Most, class Residual>
-COMPACTER_DEVICE void expand(const Operand<T, Most>& v, int steps, int row, int at, const uint4* fragments,
+COMPACTER_DEVICE void expand(const Operand<T, Most>& v, int steps, int row, int at, const Parts& factor, int terms,
                              const Residual& residual, T* out, int valid, int width, bool vectors) {
     const Lane lane;
     const int column = at * segment + lane.t * 8;
@@ -153,12 +148,13 @@ COMPACTER_DEVICE void expand(const Operand<T, Most>& v, int steps, int row, int 
         if (step >= steps) break;
 #pragma unroll
         for (int part = 0; part < T::factor_parts; ++part) {
-            const uint4 f = fragments[((at * steps + step) * T::factor_parts + part) * 32 + lane.index];
+            uint32_t f[4];
+            load_expansion(f, factor, terms, part, step, at, lane.index);
 #pragma unroll
             for (int of_v = 0; of_v < T::factor_parts; ++of_v) {
                 if (!counts<T::factor_parts, T::factor_parts>(of_v, part)) continue;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) mma_16x8x8(sum[j], v.pairs[step][of_v], word(f, j));
+                for (int j = 0; j < 4; ++j) mma_16x8x8(sum[j], v.pairs[step][of_v], f[j]);
             }
         }
     }

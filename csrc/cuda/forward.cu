@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
     constexpr int Q = K::quad;
     const Sizes& s = f.sizes;
     const int n = K::n(s), m = K::m(s), terms = m + (f.factors.bias2.data ? n : 0), steps = eights(terms);
-    uint4 *contraction = vectors_at(f.contraction), *expansion = vectors_at(f.expansion);
-    pack_contraction<T>(contraction, s.in, m, [&](int c, int u) { return left_factor(f.factors.left, s, s.in, c, u); });
-    pack_expansion<T>(expansion, s.out, terms, [&](int c, int u) {
+    const Parts left = factor_parts(shared_memory() + f.left, s.in, m), right2 = factor_parts(shared_memory() + f.right2, s.out, terms);
+    stage_factor<T>(left, s.in, m, [&](int c, int u) { return left_factor(f.factors.left, s, s.in, c, u); });
+    stage_factor<T>(right2, s.out, terms, [&](int c, int u) {
         const float factor = c < m ? right_factor(f.factors.right2, s.out, c, u)
                                    : read(f.factors.bias2, (c - m) * static_cast<int64_t>(s.out) + u);
         return factor * f.factors.scale;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
          first += static_cast<int64_t>(gridDim.x) * warps * rows) {
         const int valid = all_rows - first < rows ? static_cast<int>(all_rows - first) : rows;
         const GlobalRows<T> x{static_cast<const T*>(f.x) + first * s.in, valid, s.in, s.in_vectors};
-        for (int row = 0; row < rows; row += 16) contract<T, K>(x, row, contraction, 0, segments(s.in), s, z);
+        for (int row = 0; row < rows; row += 16) contract<T, K>(x, row, left, 0, segments(s.in), s, z);
         warp.sync();
         mix<K>(warp, s, floats_at(f.shared.rule), z, [&](int token, int block, int c, const Quad<Q>& sum) {
             store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
 #pragma unroll 1
             for (int at = 0; at < segments(s.out); ++at) {
                 if (f.residual)
-                    expand(operand, steps, row, at, expansion, residual, out, valid, s.out, s.out_vectors);
+                    expand(operand, steps, row, at, right2, terms, residual, out, valid, s.out, s.out_vectors);
                 else
-                    expand(operand, steps, row, at, expansion, NoRows{}, out, valid, s.out, s.out_vectors);
+                    expand(operand, steps, row, at, right2, terms, NoRows{}, out, valid, s.out, s.out_vectors);
             }
         }
     }

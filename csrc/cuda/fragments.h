@@ -1,16 +1,17 @@
-// The factors of the wide sides as right operands of the matrix instructions, in the order in which lanes take them.
+// The factors of the wide sides in shared memory, as right operands of the matrix instructions; once for both uses.
 //
 // A product 16 x 8 x 16 takes of its right side, from lane (g, t) = (lane / 4, lane % 4), two pairs of numbers of column g.
-// Which 16 of the numbers that are summed over sit in one product is free, and so is which column of the output is column g:
+// Which 16 of the numbers that are summed over meet in one product is free, and so is which column of the output is column
+// g. Both are chosen so that lane t of x and of the output has eight neighbours, 16 bytes of bf16. One segment, 32 columns u:
 //
-//   contraction   Z[row, c] += sum_u x[row, u] s_c[u]          one segment, 32 columns u:
-//       u    0 ...  7 | 8 ... 15 | 16 ... 23 | 24 ... 31
-//            lane t=0 |   t=1    |    t=2    |    t=3         each lane takes the 16 bytes of x that it loads anyway,
-//       and of s_c, c = g, the same eight u: pairs 0, 1 in one product, pairs 2, 3 in the next.
+//     u          0 1 2 3 4 5 6 7 | 8 ... 15 | 16 ... 23 | 24 ... 31      memory: lane t = 0 | 1 | 2 | 3
+//     pair j     0   1   2   3   | 0 1 2 3  | 0 1 2 3   | 0 1 2 3
 //
-//   expansion     out[row, u] += sum_c V[row, c] t_c[u]        one segment, 32 columns u, four products j:
-//       lane t receives of product j its columns 2t, 2t+1, and owns the eight u from 8t: product j, column g is
-//       u = 8 (g / 2) + 2 j + g % 2, so that the lane's pairs of j = 0 ... 3 lie side by side: one store of 16 bytes.
+//     contraction   Z[row, c] += sum_u x[row, u] s_c[u]       pairs 0, 1 of each lane in one product, 2, 3 in the next
+//     expansion     out[row, u] += sum_c V[row, c] t_c[u]     pair j of each lane in product j, whose column g is
+//                                                             u = 8 (g / 2) + 2 j + g % 2
+// So a factor lies with all pairs 0 first, then all pairs 1, 2, 3:   [part][c][segment][pair j][t][2], in bf16.
+// A contraction reads a lane's pairs; an expansion reads eight c by eight numbers with ldmatrix.trans.
 #pragma once
 
 #include "element.h"
@@ -18,46 +19,54 @@
 
 namespace compacter::cuda {
 
-// Vectors of 16 bytes that the fragments take.
-template <class T>
-COMPACTER_BOTH constexpr int fragment_vectors(int width, int terms) {
-    return segments(width) * eights(terms) * T::factor_parts * 32;
+// Numbers in parts, as [part][c][...] in bf16.
+struct Parts {
+    uint16_t* first;
+    int stride, part;  // numbers from c to c, and from part to part
+};
+
+// An odd number of 16 bytes from c to c, so that eight c lie in different banks.
+COMPACTER_BOTH constexpr int factor_stride(int width) { return segments(width) * segment + 8; }
+
+COMPACTER_BOTH constexpr int64_t factor_bytes(int width, int terms, int parts) {
+    return int64_t{2} * parts * terms * factor_stride(width);
 }
 
-// to[segment][c / 8][part][lane]; factor(c, u) is asked for c < terms and u < width.
+COMPACTER_DEVICE Parts factor_parts(unsigned char* at, int width, int terms) {
+    return {reinterpret_cast<uint16_t*>(at), factor_stride(width), terms * factor_stride(width)};
+}
+
+// Where a pair of columns u, u + 1 lies.
+COMPACTER_DEVICE int place_of(int u) { return u / segment * segment + u % 8 / 2 * 8 + u % segment / 8 * 2; }
+
+// By all threads of the block; factor(c, u) is asked for c < terms and u < width.
 template <class T, class Factor>
-COMPACTER_DEVICE void pack_contraction(uint4* to, int width, int terms, const Factor& factor) {
-    const int groups = eights(terms);
-    for (int e = threadIdx.x; e < segments(width) * groups * 32; e += blockDim.x) {
-        const int lane = e % 32, group = e / 32 % groups, c = group * 8 + lane / 4;
-        const int u = e / 32 / groups * segment + lane % 4 * 8;
-        const auto number = [&](int at) { return c < terms && at < width ? factor(c, at) : 0.f; };
-        uint32_t pairs[4][T::factor_parts];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) split(number(u + 2 * j), number(u + 2 * j + 1), pairs[j]);
+COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, const Factor& factor) {
+    const int pairs = segments(width) * segment / 2;
+    for (int e = threadIdx.x; e < terms * pairs; e += blockDim.x) {
+        const int c = e / pairs, u = (e - c * pairs) * 2;
+        uint32_t pair[T::factor_parts];
+        split(u < width ? factor(c, u) : 0.f, u + 1 < width ? factor(c, u + 1) : 0.f, pair);
 #pragma unroll
         for (int part = 0; part < T::factor_parts; ++part)
-            to[(e / 32 * T::factor_parts + part) * 32 + lane] =
-                make_uint4(pairs[0][part], pairs[1][part], pairs[2][part], pairs[3][part]);
+            *reinterpret_cast<uint32_t*>(to.first + part * to.part + c * to.stride + place_of(u)) = pair[part];
     }
 }
 
-// to[segment][c / 8][part][lane], the words of a vector being the products j.
-template <class T, class Factor>
-COMPACTER_DEVICE void pack_expansion(uint4* to, int width, int terms, const Factor& factor) {
-    const int groups = eights(terms);
-    for (int e = threadIdx.x; e < segments(width) * groups * 32; e += blockDim.x) {
-        const int lane = e % 32, g = lane / 4, c = e / 32 % groups * 8 + lane % 4 * 2;
-        const int u = e / 32 / groups * segment + g / 2 * 8 + g % 2;
-        const auto number = [&](int term, int at) { return term < terms && at < width ? factor(term, at) : 0.f; };
-        uint32_t pairs[4][T::factor_parts];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) split(number(c, u + 2 * j), number(c + 1, u + 2 * j), pairs[j]);
-#pragma unroll
-        for (int part = 0; part < T::factor_parts; ++part)
-            to[(e / 32 * T::factor_parts + part) * 32 + lane] =
-                make_uint4(pairs[0][part], pairs[1][part], pairs[2][part], pairs[3][part]);
-    }
+// The pairs of column c = 8 group + g for a contraction, at segment 0; a column that is not there reads another, for nobody.
+COMPACTER_DEVICE const uint16_t* contraction_column(const Parts& from, int terms, int group, int g, int t) {
+    const int c = group * 8 + g;
+    return from.first + (c < terms ? c : 0) * from.stride + t * 2;
+}
+COMPACTER_DEVICE uint32_t pair_of(const uint16_t* column, int j) {
+    return *reinterpret_cast<const uint32_t*>(column + j * 8);
+}
+
+// The right operands of the four products of an expansion's segment over c = 8 step to 8 step + 7. Rows that are not there
+// read row 0, and meet zeros.
+COMPACTER_DEVICE void load_expansion(uint32_t (&b)[4], const Parts& from, int terms, int part, int step, int at, int lane) {
+    const int c = step * 8 + lane % 8;
+    load_matrices_transposed(b, from.first + part * from.part + (c < terms ? c : 0) * from.stride + at * segment + lane / 8 * 8);
 }
 
 }  // namespace compacter::cuda

@@ -50,7 +50,7 @@ struct Forward {
     int64_t tokens;
 
     SharedFactors shared;
-    int contraction, expansion;  // fragments of left, and of right2 with bias2
+    int left, right2;            // the wide factors (fragments.h), right2 with the rows of bias2 behind
     int scratch, scratch_bytes;  // a warp's z, v and h
     int z, v, h;                 // in it
 };
@@ -69,7 +69,7 @@ struct Backward {
     bool has_bias2;
 
     SharedFactors shared;
-    int contraction, contraction2, expansion;  // fragments of left, right2 (for dV2), left (for dx)
+    int left_factor, right2_factor;            // the wide factors (fragments.h)
     int left_sums, right_sums;                 // accumulators of the wide gradients, as the matrix instructions have them
     int rule_sums, rule2_sums, right_inner_sums, left2_sums, bias_sums;
     int stages, tile, tile_bytes;              // rows of x, then of g

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "fragments.h"
+#include "gradients.h"
 #include "tile.h"
 
 namespace compacter::cuda {
@@ -99,8 +99,8 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
     Room room, warp;
     with_element(problem.dtype, [&](auto element) {
         using T = decltype(element);
-        f.contraction = room.take(16ll * fragment_vectors<T>(s.in, s.m));
-        f.expansion = room.take(16ll * fragment_vectors<T>(s.out, terms));
+        f.left = room.take(factor_bytes(s.in, s.m, T::factor_parts));
+        f.right2 = room.take(factor_bytes(s.out, terms, T::factor_parts));
     });
     f.shared = SharedFactors(s, room);
     f.z = warp.floats(s.numbers());
@@ -126,16 +126,15 @@ namespace {
 template <class T>
 int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int warps) {
     const Sizes s = b.sizes = sizes_of(problem, tokens);
-    const int columns = eights(s.m), right_columns = eights(s.m + (b.has_bias2 ? s.n : 0));
+    const int columns = eights(s.m), right_terms = s.m + (b.has_bias2 ? s.n : 0), right_columns = eights(right_terms);
     const int64_t matrix = static_cast<int64_t>(s.n) * s.rule_stride;
-    const auto sums = [](int width, int groups) { return 16ll * 32 * groups * ((width + 15) / 16); };
+    const auto sums = [](int width, int terms) { return int64_t{16} * sum_vectors(terms) * ((width + 15) / 16); };
     Room room;
-    b.contraction = room.take(16ll * fragment_vectors<T>(s.in, s.m));
-    b.contraction2 = room.take(16ll * fragment_vectors<T>(s.out, s.m));
-    b.expansion = room.take(16ll * fragment_vectors<T>(s.in, s.m));
+    b.left_factor = room.take(factor_bytes(s.in, s.m, T::factor_parts));
+    b.right2_factor = room.take(factor_bytes(s.out, s.m, T::factor_parts));
     b.shared = SharedFactors(s, room);
-    b.left_sums = room.take(sums(s.in, columns));
-    b.right_sums = room.take(sums(s.out, right_columns));
+    b.left_sums = room.take(sums(s.in, s.m));
+    b.right_sums = room.take(sums(s.out, right_terms));
     b.rule_sums = room.floats(matrix);
     b.rule2_sums = room.floats(s.inner ? matrix : 0);
     b.right_inner_sums = room.floats(static_cast<int64_t>(s.m) * s.inner);
