@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
         for (int row = 0; row < rows; row += 16) {
             const auto number = [&](int at, int c) {
                 const int token = K::by_n(s, at), q = at - token * n;
-                return c < m ? v[(token * m + c) * n + q] : c - m == q ? 1.f : 0.f;
+                return c < m ? v[(token * m + c) * n + q] : c < terms && c - m == q ? 1.f : 0.f;
             };
             const Operand<T, K::most_steps> operand(number, row, steps);
 #pragma unroll 1
