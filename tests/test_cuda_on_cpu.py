@@ -1,4 +1,4 @@
-"""The execution of CUDA kernels on the CPU (cuda_on_cpu/) gives right results and finds the faults it is there to find."""
+"""The execution of CUDA kernels on the CPU (cuda_on_cpu/): right results, and the faults that it is there to find."""
 
 from __future__ import annotations
 
