@@ -42,7 +42,7 @@ struct NoRows {};
 // Z[row, c] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over some segments, to z[token][c][p].
 template <class T, class K, class Rows>
 COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
-    constexpr int ahead = K::general || T::parts > 1 ? 2 : 4;  // segments asked for before the first is used
+    constexpr int ahead = K::most_columns > 1 || T::parts > 1 ? 2 : 4;  // segments asked for before the first is used
     const Lane lane;
     const int m = K::m(s), columns = eights(m);
     float sum[K::most_columns][4] = {};

@@ -62,11 +62,11 @@ COMPACTER_DEVICE uint32_t pair_of(const uint16_t* column, int j) {
     return *reinterpret_cast<const uint32_t*>(column + j * 8);
 }
 
-// The right operands of the four products of an expansion's segment over c = 8 step to 8 step + 7. Rows that are not there
-// read row 0, and meet zeros.
+// The right operands of the four products of an expansion's segment over c = 8 step to 8 step + 7. A c that is not there
+// reads another, of another bank, and meets zeros.
 COMPACTER_DEVICE void load_expansion(uint32_t (&b)[4], const Parts& from, int terms, int part, int step, int at, int lane) {
-    const int c = step * 8 + lane % 8;
-    load_matrices_transposed(b, from.first + part * from.part + (c < terms ? c : 0) * from.stride + at * segment + lane / 8 * 8);
+    const int c = step * 8 + lane % 8, there = c < terms ? c : step ? c - 8 : 0;
+    load_matrices_transposed(b, from.first + part * from.part + there * from.stride + at * segment + lane / 8 * 8);
 }
 
 }  // namespace compacter::cuda

@@ -94,7 +94,7 @@ COMPACTER_DEVICE void mix_back(const Team& team, const Sizes& s, const float* ru
     for_each_quad<K>(team, s, m, s.by_m, [&](int token, int block, int c) {
         const float *rows = rule + c / K::rank(s) * s.rule_stride + block * Q * n, *from = dv + (token * m + c) * n;
         Quad<Q> sum{};
-#pragma unroll 4
+#pragma unroll(K::most_columns > 1 ? 1 : 2)
         for (int q = 0; q < n; q += Q) {
             const Quad<Q> four = load_quad<Q>(from + q);
 #pragma unroll
