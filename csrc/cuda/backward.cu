@@ -68,8 +68,8 @@ struct Pass {
     // The factors; zeros where sums begin; parts: zeros where c >= m, ones for the bias.
     COMPACTER_DEVICE void prepare() const {
         const Factors& f = b.factors;
-        stage_factor<T>(left, s.in, m, [&](int c, int u) { return left_factor(f.left, s, s.in, c, u); });
-        stage_factor<T>(right2, s.out, m, [&](int c, int u) { return right_factor(f.right2, s.out, c, u) * f.scale; });
+        stage_factor<T>(left, s.in, m, 1.f, [&](int c, int u) { return ask_left(f.left, s, s.in, c, u); });
+        stage_factor<T>(right2, s.out, m, f.scale, [&](int c, int u) { return ask_right(f.right2, s.out, c, u); });
         stage_factors(b.shared, f, s);
         const auto clear = [](int from, int to) {
             for (int e = from / 16 + threadIdx.x; e < to / 16; e += blockDim.x) vectors_at(0)[e] = make_uint4(0, 0, 0, 0);

@@ -43,29 +43,34 @@ COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, flo
     warp.sync();
 }
 
+// A warp's first tile is on its way while the block prepares the factors.
+template <class T>
+COMPACTER_DEVICE void prefetch_rows(const T* first, int64_t numbers) {
+    for (int64_t at = threadIdx.x % 32 * (128 / sizeof(T)); at < numbers; at += 32 * (128 / sizeof(T))) prefetch(first + at);
+}
+
 template <class T, class K>
 __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward f) {
     constexpr int Q = K::quad;
     const Sizes& s = f.sizes;
     const int n = K::n(s), m = K::m(s), terms = m + (f.factors.bias2.data ? n : 0), steps = eights(terms);
+    const Warp warp;
+    const int index = threadIdx.x / 32, warps = blockDim.x / 32, rows = s.rows();
+    const int64_t all_rows = f.tokens * n, begin = (static_cast<int64_t>(blockIdx.x) * warps + index) * rows;
+    prefetch_rows(static_cast<const T*>(f.x) + begin * s.in, (all_rows - begin < rows ? all_rows - begin : rows) * s.in);
+
     const Parts left = factor_parts(shared_memory() + f.left, s.in, m), right2 = factor_parts(shared_memory() + f.right2, s.out, terms);
-    stage_factor<T>(left, s.in, m, [&](int c, int u) { return left_factor(f.factors.left, s, s.in, c, u); });
-    stage_factor<T>(right2, s.out, terms, [&](int c, int u) {
-        const float factor = c < m ? right_factor(f.factors.right2, s.out, c, u)
-                                   : read(f.factors.bias2, (c - m) * static_cast<int64_t>(s.out) + u);
-        return factor * f.factors.scale;
+    stage_factor<T>(left, s.in, m, 1.f, [&](int c, int u) { return ask_left(f.factors.left, s, s.in, c, u); });
+    stage_factor<T>(right2, s.out, terms, f.factors.scale, [&](int c, int u) {
+        return ask_right(c < m ? f.factors.right2 : f.factors.bias2, s.out, c < m ? c : c - m, u);
     });
     stage_factors(f.shared, f.factors, s);
     __syncthreads();
 
-    const Warp warp;
-    const int index = threadIdx.x / 32, warps = blockDim.x / 32, rows = s.rows();
     unsigned char* scratch = shared_memory() + f.scratch + index * f.scratch_bytes;
     float *z = reinterpret_cast<float*>(scratch + f.z), *v = reinterpret_cast<float*>(scratch + f.v);
     float* h = reinterpret_cast<float*>(scratch + f.h);
-    const int64_t all_rows = f.tokens * n;
-    for (int64_t first = (static_cast<int64_t>(blockIdx.x) * warps + index) * rows; first < all_rows;
-         first += static_cast<int64_t>(gridDim.x) * warps * rows) {
+    for (int64_t first = begin; first < all_rows; first += static_cast<int64_t>(gridDim.x) * warps * rows) {
         const int valid = all_rows - first < rows ? static_cast<int>(all_rows - first) : rows;
         const GlobalRows<T> x{static_cast<const T*>(f.x) + first * s.in, valid, s.in, s.in_vectors};
         for (int row = 0; row < rows; row += 16) contract<T, K>(x, row, left, 0, segments(s.in), s, z);
@@ -84,7 +89,7 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
                 return c < m ? v[(token * m + c) * n + q] : c < terms && c - m == q ? 1.f : 0.f;
             };
             const Operand<T, K::most_steps> operand(number, row, steps);
-#pragma unroll 1
+#pragma unroll(K::most_steps == 1 ? 2 : 1)
             for (int at = 0; at < segments(s.out); ++at) {
                 if (f.residual)
                     expand(operand, steps, row, at, right2, terms, residual, out, valid, s.out, s.out_vectors);

@@ -14,7 +14,7 @@
 // A contraction reads a lane's pairs; an expansion reads eight c by eight numbers with ldmatrix.trans.
 #pragma once
 
-#include "element.h"
+#include "numbers.h"
 #include "sizes.h"
 
 namespace compacter::cuda {
@@ -39,17 +39,29 @@ COMPACTER_DEVICE Parts factor_parts(unsigned char* at, int width, int terms) {
 // Where a pair of columns u, u + 1 lies.
 COMPACTER_DEVICE int place_of(int u) { return u / segment * segment + u % 8 / 2 * 8 + u % segment / 8 * 2; }
 
-// By all threads of the block; factor(c, u) is asked for c < terms and u < width.
-template <class T, class Factor>
-COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, const Factor& factor) {
-    const int pairs = segments(width) * segment / 2;
-    for (int e = threadIdx.x; e < terms * pairs; e += blockDim.x) {
-        const int c = e / pairs, u = (e - c * pairs) * 2;
-        uint32_t pair[T::factor_parts];
-        split(u < width ? factor(c, u) : 0.f, u + 1 < width ? factor(c, u + 1) : 0.f, pair);
+// By all threads of the block; ask(c, u) is asked for c < terms and u < width. Four pairs are under way at once.
+template <class T, class Ask>
+COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, float scale, const Ask& ask) {
+    constexpr int ahead = 4;
+    const int pairs = segments(width) * segment / 2, step = blockDim.x;
+    for (int first = threadIdx.x; first < terms * pairs; first += ahead * step) {
+        Asked asked[ahead][2];
 #pragma unroll
-        for (int part = 0; part < T::factor_parts; ++part)
-            *reinterpret_cast<uint32_t*>(to.first + part * to.part + c * to.stride + place_of(u)) = pair[part];
+        for (int j = 0; j < ahead; ++j) {
+            const int e = first + j * step, c = e / pairs, u = (e - c * pairs) * 2, there = c < terms ? c : terms - 1;
+            asked[j][0] = ask(there, u < width ? u : width - 1);
+            asked[j][1] = ask(there, u + 1 < width ? u + 1 : width - 1);
+        }
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+            const int e = first + j * step, c = e / pairs, u = (e - c * pairs) * 2;
+            if (c >= terms) break;
+            uint32_t pair[T::factor_parts];
+            split(u < width ? asked[j][0].value() * scale : 0.f, u + 1 < width ? asked[j][1].value() * scale : 0.f, pair);
+#pragma unroll
+            for (int part = 0; part < T::factor_parts; ++part)
+                *reinterpret_cast<uint32_t*>(to.first + part * to.part + c * to.stride + place_of(u)) = pair[part];
+        }
     }
 }
 

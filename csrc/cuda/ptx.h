@@ -38,6 +38,11 @@ COMPACTER_DEVICE float from_f16(uint16_t bits) {
     return value;
 }
 
+// A double from the halves of its bits.
+COMPACTER_DEVICE double double_of(uint32_t high, uint32_t low) {
+    return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
+}
+
 // d += a b in bf16, 16 x 8 x 16; lane (g, t) = (lane / 4, lane % 4) holds, as pairs along k,
 //   a[0]: row g, k 2t    a[1]: row g+8, k 2t    a[2]: row g, k 2t+8    a[3]: row g+8, k 2t+8
 //   b[0]: k 2t, column g    b[1]: k 2t+8, column g    d[0..1]: row g, columns 2t, 2t+1    d[2..3]: row g+8
@@ -82,6 +87,9 @@ template <int Left>
 COMPACTER_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
+
+// Asks for the line of global memory at p, to be found in the L2.
+COMPACTER_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Written once and read by nobody here: leaves the caches first.
 COMPACTER_DEVICE void store_streaming(uint4* p, uint4 value) { __stcs(p, value); }

@@ -167,6 +167,14 @@ inline uint4 load_constant(const uint4* p, Place at = here("load_constant")) {
     return *p;
 }
 
+inline void prefetch(const void*) {}
+inline double double_of(uint32_t high, uint32_t low) {
+    const uint64_t bits = uint64_t{high} << 32 | low;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 inline void let_next_kernel_start() {}  // the next one starts when this one has ended, here
 inline void wait_for_previous_kernel() {
     cuda_on_cpu::Machinery guard;
