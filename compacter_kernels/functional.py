@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
-from compacter_kernels.autograd import AdapterFunction, LinearFunction
+from compacter_kernels.autograd import apply_adapter, apply_linear
 from compacter_kernels.impl.precision import without_autocast
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_scale, check_weights, linear_problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
@@ -98,7 +98,7 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
         )
         return compiled
     try:
-        key = ("linear", x.shape[-1], x.dtype, x.device, x.layout, *_signature(weights), impl, _auto(impl))
+        key = ("linear", x.shape[-1], x.dtype, x.device, x.layout, _signature(weights), impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -109,7 +109,7 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
     elif x.__class__ not in _PLAIN:
         result = ops.linear(x, weights, plan.name)
     elif torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
-        result = LinearFunction.apply(plan.kernel, x, *weights)
+        result = apply_linear(plan.kernel, x, *weights)
     else:
         result = plan.kernel.forward(x, weights)
     return result
@@ -149,8 +149,8 @@ def compacter_adapter(
     if torch.compiler.is_compiling():
         return _compiled_adapter(x, down, up, activation, residual, scale, out, impl)
     try:
-        projections = (*_signature(down), *_signature(up))
-        key = (x.shape[-1], x.dtype, x.device, x.layout, *projections, activation, impl, _auto(impl))
+        projections = _signature(down), _signature(up)
+        key = (x.shape[-1], x.dtype, x.device, x.layout, projections, activation, impl, _auto(impl))
         plan = _plans.get(key)
     except (AttributeError, IndexError, TypeError, ValueError):
         plan, key = None, None  # the checks below say what is wrong
@@ -173,7 +173,7 @@ def compacter_adapter(
         or (residual is not None and residual.requires_grad)
     ):
         same = residual is x
-        result = AdapterFunction.apply(plan.kernel, None if same else residual, same, scale, x, *down, *up)
+        result = apply_adapter(plan.kernel, None if same else residual, same, scale, x, *down, *up)
     else:
         result = plan.kernel.forward(x, residual, scale, down, up)
     return result

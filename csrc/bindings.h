@@ -38,19 +38,23 @@ inline Activation activation_of(int code) {
 inline const void* input(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 inline void* output(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// The addresses at the end of a call: rule, left, right and bias of each projection in turn; 0: no such tensor.
+// The list at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
 class Addresses {
   public:
-    Addresses(const py::args& given, size_t projections) : given_(given) {
+    Addresses(const py::list& given, size_t projections) : given_(given) {
         if (given.size() != 4 * projections)
             throw std::invalid_argument(std::to_string(4 * projections) + " addresses of parameters are needed, got " +
                                         std::to_string(given.size()));
     }
-    void* next() { return output(given_[taken_++].cast<uintptr_t>()); }
+    void* next() {
+        void* const address = PyLong_AsVoidPtr(PyList_GET_ITEM(given_.ptr(), taken_++));
+        if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        return address;
+    }
 
   private:
-    const py::args& given_;
-    size_t taken_ = 0;
+    const py::list& given_;
+    Py_ssize_t taken_ = 0;
 };
 
 // A projection with the dtypes of its parameters, waiting for their addresses.

@@ -9,7 +9,7 @@ namespace {
 struct CpuLinear : LinearPlan {
     using LinearPlan::LinearPlan;
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::args& parameters) const {
+    void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::list& parameters) const {
         Addresses addresses(parameters, 1);
         const Linear linear = at(x, tokens, addresses);
         py::gil_scoped_release release;
@@ -18,7 +18,7 @@ struct CpuLinear : LinearPlan {
 
     // parameters, then their gradients
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, int threads,
-                  const py::args& parameters) const {
+                  const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
         const Parameters gradients = plan.at(addresses);
@@ -31,7 +31,7 @@ struct CpuAdapter : AdapterPlan {
     using AdapterPlan::AdapterPlan;
 
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, int threads,
-                 const py::args& parameters) const {
+                 const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Adapter adapter = at(x, tokens, scale, addresses);
         py::gil_scoped_release release;
@@ -39,7 +39,7 @@ struct CpuAdapter : AdapterPlan {
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,
-                  int threads, const py::args& parameters) const {
+                  int threads, const py::list& parameters) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
         const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);

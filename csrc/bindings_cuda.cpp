@@ -25,14 +25,14 @@ struct CudaLinear : LinearPlan {
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::args& parameters) const {
+    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 1);
         cuda::forward(at(x, tokens, addresses), output(out), device, output(stream));
     }
 
     // parameters, then their gradients
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, uintptr_t workspace,
-                  uintptr_t stream, const py::args& parameters) const {
+                  uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
         cuda::backward(linear, input(grad_out), output(grad_x), plan.at(addresses),
@@ -52,13 +52,13 @@ struct CudaAdapter : AdapterPlan {
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
 
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, uintptr_t stream,
-                 const py::args& parameters) const {
+                 const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         cuda::forward(at(x, tokens, scale, addresses), input(residual), output(out), device, output(stream));
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,
-                  uintptr_t workspace, uintptr_t stream, const py::args& parameters) const {
+                  uintptr_t workspace, uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
         const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);

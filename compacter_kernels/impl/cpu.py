@@ -39,10 +39,10 @@ class _OnThreads:
     plan: Any
 
     def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
-        self.plan.forward(*call, _get_num_threads(), *params)
+        self.plan.forward(*call, _get_num_threads(), params)
 
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
-        self.plan.backward(*call, _get_num_threads(), *params)
+        self.plan.backward(*call, _get_num_threads(), params)
 
 
 class _Linear(_OnThreads, native.Linear):

@@ -114,7 +114,7 @@ class _OnDevice(native.Kernel):
             with torch.cuda.device(self.index):
                 self.launch_forward(call, params)
             return
-        self.plan.forward(*call, _current_stream(self.index), *params)
+        self.plan.forward(*call, _current_stream(self.index), params)
 
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
         if self.index != _current_device():
@@ -123,7 +123,7 @@ class _OnDevice(native.Kernel):
             return
         # goes back to the allocator when this returns, and so to later work of the same stream alone
         workspace = torch.empty(self.plan.workspace(tokens), dtype=torch.float32, device=self.device)
-        self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), *params)
+        self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), params)
 
 
 class _Linear(_OnDevice, native.Linear):

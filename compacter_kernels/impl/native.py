@@ -47,8 +47,11 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
+
+
 class Kernel:
-    """A plan of one target, which says how it is launched: with what between the call's arguments and the parameters.
+    """A plan of one target, which says how it is launched: with what between a call's arguments and its parameters.
 
     call: addresses and sizes. params: the addresses of the parameters, in backward of their gradients too; 0: none.
     """
@@ -56,6 +59,7 @@ class Kernel:
     def __init__(self, problem: Problem, plan: Any) -> None:
         self.plan = plan
         self.width, self.out_features = problem.projections[0].in_features, problem.projections[-1].out_features
+        self.has_all = all(None not in p.dtypes for p in problem.projections)
 
     def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
         raise NotImplementedError
@@ -63,24 +67,34 @@ class Kernel:
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
         raise NotImplementedError
 
+    def contiguous(self, params: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The parameters, each contiguous; the caller keeps them until the launch."""
+        if self.has_all and all(map(_is_contiguous, params)):  # type: ignore[arg-type]
+            return params
+        return contiguous(params)
+
+    def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """Where the parameters are."""
+        return list(map(_data_ptr, tensors)) if self.has_all else _addresses(tensors)  # type: ignore[arg-type]
+
 
 class Linear(Kernel):
     """phm_linear, a `LinearKernel` but for its launch."""
 
     def forward(self, x: Tensor, weights: PHMWeights, out: Tensor | None = None) -> Tensor:
-        x, params = x.contiguous(), contiguous(weights)
+        x, params = x.contiguous(), self.contiguous(weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.width
-        self.launch_forward((x.data_ptr(), out.data_ptr(), tokens), _addresses(params))
+        self.launch_forward((x.data_ptr(), out.data_ptr(), tokens), self.addresses(params))
         return out
 
     def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), contiguous(weights)
+        x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous(weights)
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = _addresses(results)
         tokens = x.numel() // self.width
-        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, _addresses(params) + grads)
+        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, self.addresses(params) + grads)
         return tuple(results)
 
 
@@ -96,7 +110,7 @@ class Adapter(Kernel):
         up: PHMWeights,
         out: Tensor | None = None,
     ) -> Tensor:
-        same, x, params = residual is x, x.contiguous(), contiguous((*down, *up))
+        same, x, params = residual is x, x.contiguous(), self.contiguous((*down, *up))
         if same:
             residual = x
         elif residual is not None:
@@ -105,7 +119,7 @@ class Adapter(Kernel):
             out = torch.empty_like(x)
         added = 0 if residual is None else residual.data_ptr()
         call = (x.data_ptr(), added, out.data_ptr(), x.numel() // self.width, scale)
-        self.launch_forward(call, _addresses(params))
+        self.launch_forward(call, self.addresses(params))
         return out
 
     def backward(
@@ -118,10 +132,10 @@ class Adapter(Kernel):
         up: PHMWeights,
         wanted: tuple[bool, ...],
     ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), contiguous((*down, *up))
+        x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous((*down, *up))
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = _addresses(results)
         tokens = x.numel() // self.width
         call = (x.data_ptr(), grad.data_ptr(), grad_x, residual_is_x, tokens, scale)
-        self.launch_backward(call, tokens, _addresses(params) + grads)
+        self.launch_backward(call, tokens, self.addresses(params) + grads)
         return tuple(results)
