@@ -280,13 +280,7 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) backward(const Backwa
 
 template <>
 void backward_kernel<COMPACTER_ELEMENT>(const Backward& b, const Launch& l) {
-    using T = COMPACTER_ELEMENT;
-    const int n = b.sizes.n, m = b.sizes.m;
-    if (n == 4 && m == 4) return launch(backward<T, Known<4, 4, 4>>, l, b);
-    if (n == 8 && m == 8) return launch(backward<T, Known<8, 8, 4>>, l, b);
-    if (n == 12 && m == 12) return launch(backward<T, Known<12, 12, 4>>, l, b);
-    if (n % 4 == 0) return launch(backward<T, Known<0, 0, 4>>, l, b);
-    return launch(backward<T, Known<0, 0, 1>>, l, b);
+    with_instance(b.sizes, [&](auto known) { launch(backward<COMPACTER_ELEMENT, decltype(known)>, l, b); });
 }
 
 }  // namespace compacter::cuda

@@ -104,13 +104,7 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
 
 template <>
 void forward_kernel<COMPACTER_ELEMENT>(const Forward& f, const Launch& l) {
-    using T = COMPACTER_ELEMENT;
-    const int n = f.sizes.n, m = f.sizes.m;
-    if (n == 4 && m == 4) return launch(forward<T, Known<4, 4, 4>>, l, f);
-    if (n == 8 && m == 8) return launch(forward<T, Known<8, 8, 4>>, l, f);
-    if (n == 12 && m == 12) return launch(forward<T, Known<12, 12, 4>>, l, f);
-    if (n % 4 == 0) return launch(forward<T, Known<0, 0, 4>>, l, f);
-    return launch(forward<T, Known<0, 0, 1>>, l, f);
+    with_instance(f.sizes, [&](auto known) { launch(forward<COMPACTER_ELEMENT, decltype(known)>, l, f); });
 }
 
 }  // namespace compacter::cuda

@@ -43,7 +43,10 @@ int blocks_per_multiprocessor(const Device& device, int bytes, int most) {
     return std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, most);
 }
 
-bool general(const Sizes& s) { return s.rank != 1 || (s.n != 4 && s.n != 8 && s.n != 12); }
+// Blocks that the registers of an instance leave room for: see __launch_bounds__ of the kernels.
+int blocks_by_registers(const Sizes& s) {
+    return with_instance(s, [](auto known) { return decltype(known)::general ? 1 : 2; });
+}
 
 int grid(const Device& device, int bytes, int most, int64_t wanted) {
     const int64_t room = static_cast<int64_t>(device.multiprocessors) * blocks_per_multiprocessor(device, bytes, most);
@@ -116,7 +119,7 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
     while (warps > 1 && room.bytes + static_cast<int64_t>(warps) * warp.bytes > device.shared_limit) --warps;
     Room all = room;
     all.take(static_cast<int64_t>(warps) * warp.bytes);
-    plan.launch = {grid(device, all.bytes, general(s) ? 1 : 2, (tiles + warps - 1) / warps), warps * 32, all.bytes, nullptr, false};
+    plan.launch = {grid(device, all.bytes, blocks_by_registers(s), (tiles + warps - 1) / warps), warps * 32, all.bytes, nullptr, false};
     return plan;
 }
 
@@ -196,7 +199,7 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device) {
             if (bytes_of(choice) <= limit) chosen = choice;
     const int bytes = bytes_of(chosen);
     const int64_t tiles = (problem.tokens + b.sizes.tokens - 1) / b.sizes.tokens;
-    plan.launch = {grid(device, bytes, general(b.sizes) ? 1 : 2, tiles), max_warps * 32, bytes, nullptr, false};
+    plan.launch = {grid(device, bytes, blocks_by_registers(b.sizes), tiles), max_warps * 32, bytes, nullptr, false};
     return plan;
 }
 
