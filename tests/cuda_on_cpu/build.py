@@ -3,17 +3,20 @@
     python tests/cuda_on_cpu/build.py build/cuda_on_cpu build/cuda_on_cpu/race race
 
 takes all but the CUDA objects from the folder of an earlier build by CMake (COMPACTER_CUDA_ON_CPU), and writes the new
-module to the second folder. What a test run with it needs is printed.
+module to the second folder. What a test run with it needs in its environment is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -33,52 +36,64 @@ COMPILE = {
 LINK = {"sanitized": SANITIZE}
 
 
-def units(sources: Path = SOURCES) -> Iterator[tuple[Path, list[str]]]:
-    """Each source with its definitions, once for each dtype where CMake compiles it so."""
-    for source in sorted((sources / "cuda").glob("*.cu")):
-        if "COMPACTER_ELEMENT" in source.read_text():
-            yield from ((source, [f"-DCOMPACTER_ELEMENT={element}"]) for element in ELEMENTS)
-        else:
-            yield source, []
+class Unit(NamedTuple):
+    """One source of csrc/cuda, for one dtype where CMake compiles it once for each."""
+
+    source: str
+    element: str | None
+
+    @property
+    def object(self) -> str:
+        return f"{self.source}.{self.element}.o" if self.element else f"{self.source}.o"
 
 
-def compile_units(sources: Path, folder: Path, kind: str, only: Iterable[str] | None = None) -> None:
-    """All objects of the CUDA part, or those of the sources of these names, into `folder`."""
+def units(sources: Path = SOURCES) -> list[Unit]:
+    """All that the module is linked of, of these sources."""
+    found = []
+    for path in sorted((sources / "cuda").glob("*.cu")):
+        elements = ELEMENTS if "COMPACTER_ELEMENT" in path.read_text() else (None,)
+        found += [Unit(path.name, element) for element in elements]
+    return found
 
-    def compile_unit(unit: tuple[Path, list[str]]) -> None:
-        source, definitions = unit
-        target = folder / f"{source.stem}{''.join(definitions).replace('-DCOMPACTER_ELEMENT=', '.')}.o"
-        command = ["g++", *LANGUAGE, *COMPILE[kind], *definitions, "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True)
+
+def included(sources: Path, name: str) -> set[str]:
+    """The file of csrc/cuda itself and those that it includes, and so on."""
+    names, open_names = set(), {name}
+    while open_names:
+        names |= open_names
+        texts = [(sources / "cuda" / name).read_text() for name in open_names]
+        open_names = {found for text in texts for found in re.findall(r'#include "(\w+\.h)"', text)} - names
+    return names
+
+
+def compile_units(sources: Path, wanted: Iterable[Unit], folder: Path, kind: str) -> None:
+    """The objects of these units, into `folder`."""
+
+    def compile_unit(unit: Unit) -> None:
+        definitions = [f"-DCOMPACTER_ELEMENT={unit.element}"] if unit.element else []
+        files = ["-c", str(sources / "cuda" / unit.source), "-o", str(folder / unit.object)]
+        subprocess.run(["g++", *LANGUAGE, *COMPILE[kind], *definitions, *files], check=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [unit for unit in units(sources) if only is None or unit[0].name in only]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, wanted))
 
 
-def link(base: Path, folder: Path, kind: str) -> Path:
-    """The module of the objects in `folder` and, for all else, those that CMake has left in `base`."""
+def link(objects: Iterable[Path], base: Path, folder: Path, kind: str) -> None:
+    """The module of these objects and, for all else, of what CMake has left in `base`."""
     (module,) = base.glob("_C.*.so")
-    others = [
-        *base.glob("CMakeFiles/_C.dir/**/*.o"),
-        *base.glob("CMakeFiles/host.dir/**/*.o"),
-        *base.glob("CMakeFiles/kernels_*.dir/**/*.o"),
-    ]
-    command = ["g++", "-shared", "-fopenmp", *LINK.get(kind, []), *map(str, [*others, *folder.glob("*.o")]), "-ldl"]
+    others = [path for name in ("_C", "host", "kernels_*") for path in base.glob(f"CMakeFiles/{name}.dir/**/*.o")]
+    command = ["g++", "-shared", "-fopenmp", *LINK.get(kind, []), *map(str, [*others, *objects]), "-ldl"]
     subprocess.run([*command, "-o", str(folder / module.name)], check=True)
-    return folder / module.name
 
 
-def environment(kind: str) -> dict[str, str]:
-    """What a process that loads such a module needs of its environment."""
+def environment(folder: Path, kind: str) -> dict[str, str]:
+    """For a process that is to load the module from `folder`."""
     if kind != "sanitized":
-        return {}
-    runtimes = [
-        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
-        for name in ("asan", "ubsan")
-    ]
-    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+        return {"CUDA_ON_CPU": str(folder)}
+    runtimes = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan")]
+    found = [subprocess.check_output(["g++", runtime], text=True).strip() for runtime in runtimes]
+    return {"CUDA_ON_CPU": str(folder), "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def main() -> None:
@@ -86,12 +101,11 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="where CMake has built")
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("kind", choices=COMPILE)
-    parser.add_argument("--sources", type=Path, default=SOURCES, help="instead of csrc")
     arguments = parser.parse_args()
-    compile_units(arguments.sources, arguments.folder, arguments.kind)
-    link(arguments.base, arguments.folder, arguments.kind)
-    settings = " ".join(f"{name}='{value}'" for name, value in environment(arguments.kind).items())
-    print(f"{settings} CUDA_ON_CPU={arguments.folder}".strip())
+    folder, kind = arguments.folder, arguments.kind
+    compile_units(SOURCES, units(), folder, kind)
+    link([folder / unit.object for unit in units()], arguments.base, folder, kind)
+    print(" ".join(f"{name}={shlex.quote(value)}" for name, value in environment(folder, kind).items()))
 
 
 if __name__ == "__main__":
