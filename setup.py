@@ -3,6 +3,9 @@
 COMPACTER_KERNELS_NATIVE=0 leaves the native part out, =1 makes a missing compiler an error. Without the variable a
 missing compiler gives a pure-Python install, which says so: its version ends in +pure, and `compacter-kernels info`
 has the reason. A compiler that is there and fails is always an error. CMAKE_ARGS goes to CMake as it is.
+
+COMPACTER_KERNELS_CUDA means the same for the CUDA part and nvcc, which is CUDACXX, or else on the path, in CUDA_HOME or
+in /usr/local/cuda; no GPU is needed. A build without the CUDA part keeps the reason for `info`.
 """
 
 import ast
@@ -21,6 +24,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "compacter_kernels"
 SWITCH = "COMPACTER_KERNELS_NATIVE"
+CUDA_SWITCH = "COMPACTER_KERNELS_CUDA"
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
@@ -49,20 +53,49 @@ def missing_tools() -> list[str]:
     return missing
 
 
+def asked(switch: str, part: str) -> str:
+    """What an environment variable says of a part: "0", "1" or nothing."""
+    value = os.environ.get(switch, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{switch}={value} is not known; set it to 0 (no {part} part) or 1 (required), or unset it")
+    return value
+
+
 def why_pure() -> str | None:
     """Why this install has no native part, or None where it has one."""
-    switch = os.environ.get(SWITCH, "")
-    if switch not in ("", "0", "1"):
-        raise SystemExit(f"{SWITCH}={switch} is not known; set it to 0 (no native part) or 1 (required), or unset it")
+    switch, cuda_switch = asked(SWITCH, "native"), asked(CUDA_SWITCH, "CUDA")
     if switch == "0":
-        return f"left out by {SWITCH}=0"
-    missing = missing_tools()
-    if not missing:
+        reason = f"left out by {SWITCH}=0"
+    elif missing := missing_tools():
+        reason = f"not found when it was installed: {', '.join(missing)}"
+    else:
         return None
-    reason = f"not found when it was installed: {', '.join(missing)}"
-    if switch == "1":
-        raise SystemExit(f"{SWITCH}=1, but the native part cannot be built; {reason}")
+    if "1" in (switch, cuda_switch):
+        required = SWITCH if switch == "1" else CUDA_SWITCH
+        raise SystemExit(f"{required}=1, but the native part cannot be built; {reason}")
     return reason
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler."""
+    if compiler := os.environ.get("CUDACXX"):
+        return shutil.which(compiler)
+    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+
+
+def cuda_options() -> list[str]:
+    """What CMake is told of the CUDA part."""
+    switch, nvcc = asked(CUDA_SWITCH, "CUDA"), find_nvcc()
+    if switch == "0":
+        reason = f"left out by {CUDA_SWITCH}=0"
+    elif nvcc is not None:
+        return ["-DCOMPACTER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    else:
+        reason = f"not found when it was installed: {os.environ.get('CUDACXX') or 'nvcc'}"
+        if switch == "1":
+            raise SystemExit(f"{CUDA_SWITCH}=1, but the CUDA part cannot be built; {reason}")
+    return ["-DCOMPACTER_CUDA=OFF", f"-DCOMPACTER_NO_CUDA={reason}"]
 
 
 class BuildNative(build_ext):
@@ -79,6 +112,7 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            *cuda_options(),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         for command in (configure, ["cmake", "--build", str(build)]):
@@ -87,7 +121,7 @@ class BuildNative(build_ext):
             except subprocess.CalledProcessError as error:
                 raise SystemExit(
                     f"the native part of {PACKAGE} did not build: {' '.join(command)} returned {error.returncode}. "
-                    f"To install without it, set {SWITCH}=0."
+                    f"To install without it, set {SWITCH}=0; without its CUDA part, {CUDA_SWITCH}=0."
                 ) from error
         if not target.is_file():
             raise SystemExit(f"CMake built no {target}; is CMAKE_LIBRARY_OUTPUT_DIRECTORY ignored?")

@@ -37,7 +37,7 @@ def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Ten
 
 def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeights]:
     """rule, left, right, bias of down, then of up."""
-    return PHMWeights(*params[:4]), PHMWeights(*params[4:])  # type: ignore[arg-type]
+    return PHMWeights._make(params[:4]), PHMWeights._make(params[4:])
 
 
 class _Function(torch.autograd.Function):

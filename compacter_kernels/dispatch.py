@@ -1,4 +1,7 @@
-"""Which impl serves a call: an explicit choice never falls back, "auto" asks each in turn and says so once."""
+"""Which impl serves a call: an explicit choice never falls back, "auto" asks each in turn and says so once.
+
+On a GPU "auto" asks first what was measured on such calls, fastest first (`compacter_kernels.measured`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from compacter_kernels.impl import cpu, dense, factored, triton
+from compacter_kernels.impl import architecture, cpu, cuda, dense, factored, triton
+from compacter_kernels.measured import measured
 from compacter_kernels.problem import Problem
 
-IMPLS = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton}
+IMPLS = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
 PLAIN = ("dense", "factored")  # plain torch: autograd and torch.compile see through them
-PREFERENCE = ("cpu", "triton", "factored", "dense")  # the order in which "auto" asks
+PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # in which "auto" asks, after what was measured
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
@@ -58,10 +62,23 @@ def _why_not(name: str, problem: Problem) -> str | None:
     return reason
 
 
-def _why_not_auto(name: str, problem: Problem) -> str | None:
-    """Why "auto" passes this impl over: it cannot serve, or nobody has measured it on such a call."""
-    unmeasured = getattr(IMPLS[name], "unmeasured", None)
-    return _why_not(name, problem) or (unmeasured(problem) if unmeasured is not None else None)
+def _first(problem: Problem) -> tuple[str, str]:
+    """What "auto" takes, and the reason."""
+    timed = measured(problem)
+    order = [*timed.impls, *(name for name in PREFERENCE if name not in timed.impls)]
+    name = next(name for name in order if _why_not(name, problem) is None)
+    if name in timed.impls:
+        why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
+    else:
+        why = "the first of auto's order that serves this call" + _unmeasured(problem)
+    return name, "; ".join([why, *(f"{n}: {_why_not(n, problem)}" for n in order[: order.index(name)])])
+
+
+def _unmeasured(problem: Problem) -> str:
+    if problem.device.type != "cuda":
+        return ""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f", not measured on {architecture(problem.device)} in {dtype} at these sizes"
 
 
 def check_name(impl: object, source: str = "impl") -> str:
@@ -82,9 +99,7 @@ def choose(problem: Problem, impl: str) -> tuple[str, str]:
     if check_name(impl) == "auto":
         impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
-        name = next(name for name in PREFERENCE if _why_not_auto(name, problem) is None)
-        before = [f"{n}: {_why_not_auto(n, problem)}" for n in PREFERENCE[: PREFERENCE.index(name)]]
-        return name, "; ".join(["the first of auto's order that serves this call", *before])
+        return _first(problem)
     reason = _why_not(impl, problem)
     if reason is not None:
         others = [name for name in PREFERENCE if _why_not(name, problem) is None]
@@ -108,9 +123,6 @@ def plan(problem: Problem, impl: str) -> Plan:
 def explain(problem: Problem, impl: str = "auto") -> Explanation:
     """The impl for this problem, and for each other one why not."""
     name, reason = choose(problem, impl)
-    others = {}
-    for other in IMPLS:
-        if other != name:
-            but = _why_not_auto(other, problem) or f"{name} was {reason.split(';')[0]}"
-            others[other] = _why_not(other, problem) or f"can serve this call, but {but}"
+    but = f"can serve this call, but {name} was {reason.split(';')[0]}"
+    others = {other: _why_not(other, problem) or but for other in IMPLS if other != name}
     return Explanation(name, reason, others)

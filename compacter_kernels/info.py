@@ -91,12 +91,14 @@ def _text(found: dict[str, Any]) -> str:
         built = f"{native.get('compiler')}, kernels for {isas}; this processor runs {native['isa_in_use']}"
     else:
         built = native["reason"]
+    cuda = ", ".join(native.get("cuda_archs", ())) or f"not built: {native.get('cuda_missing', 'no native part')}"
     lines = [
         f"compacter_kernels  {found['compacter_kernels']}, revision {found['revision'] or 'unknown'}",
         f"python             {found['python']}, torch {found['torch']} ({found['torch_cpu_capability']})",
         f"machine            {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['system']}",
         f"threads            {found['threads']}, torch.get_num_threads()",
         f"native part        {built}",
+        f"CUDA part          {cuda}",
         "",
         "impls",
         *(f"  {name:<10} {'available' if reason is None else reason}" for name, reason in found["impls"].items()),

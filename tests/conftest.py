@@ -1,4 +1,7 @@
-"""What holds in every test: uninitialised memory is poisoned, and the environment does not choose the impl."""
+"""What holds in every test: uninitialised memory is poisoned, and the environment does not choose the impl.
+
+Two variables put kernels on the CPU that need a GPU: TRITON_INTERPRET, and CUDA_ON_CPU (executed_cuda.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from executed_cuda import VARIABLE, load, serve
 
 from compacter_kernels.dispatch import ENVIRONMENT
 
@@ -40,6 +44,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
     interpreter._convert_float = _nearest_bfloat16(interpreter._convert_float)
+
+
+if folder := os.environ.get(VARIABLE):  # before the tests ask who serves the CPU
+    serve(load(folder), pytest.MonkeyPatch())
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ LINEAR_OPTIONS = [
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", LINEAR + LINEAR_OPTIONS, ids=str)
 def test_linear(case: Case, impl: str) -> None:
+    skip_if_refused(case, case.tensors(), impl)
     reference(case).check(run(case, case.tensors(), impl), impl)
 
 

@@ -78,6 +78,24 @@ def test_info_text_names_every_impl_and_why_not(capsys: pytest.CaptureFixture[st
     assert "ok   dense" in out and "ok   cpu" not in out
 
 
+@pytest.mark.parametrize(
+    ("native", "line"),
+    [
+        ({"built": False, "reason": "no compiler"}, "not built: no native part"),
+        ({"cuda_archs": [], "cuda_missing": "nvcc was not found"}, "not built: nvcc was not found"),
+        ({"cuda_archs": ["sm_80", "sm_90"]}, "sm_80, sm_90"),
+    ],
+    ids=["pure", "without", "with"],
+)
+def test_info_says_what_the_cuda_part_was_built_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any, native: dict[str, Any], line: str
+) -> None:
+    monkeypatch.setattr("compacter_kernels.info.self_test", list)
+    monkeypatch.setattr("compacter_kernels.machine.native", lambda: {"built": True, "isa_in_use": "avx2", **native})
+    _, out, _ = run(capsys, "info")
+    assert f"CUDA part          {line}\n" in out
+
+
 @pytest.mark.usefixtures("wrong_bias")
 def test_info_fails_where_an_impl_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "info")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import BF16, FP64, FUSED, IMPLS, Case, weights
+from oracle import BF16, FP64, FUSED, IMPLS, Case, problem, weights
 from torch import Tensor
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels import dispatch, functional
+from compacter_kernels import dispatch, functional, measured
+from compacter_kernels.measured import Class, Measured
 
 LINEAR, ADAPTER = Case("linear"), Case()
 
@@ -46,6 +48,53 @@ def test_auto_takes_the_first_that_serves(case: Case) -> None:
     assert all(explanation.others.values())
     assert str(explanation).startswith(f"{first}: ")
     assert "not dense: " in str(explanation)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An sm_90 that every impl but the CPU's serves, as far as a choice goes."""
+    monkeypatch.setattr("compacter_kernels.measured.architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(dispatch.IMPLS[name], "unavailable", lambda: None)
+        monkeypatch.setattr(dispatch.IMPLS[name], "refuses", lambda problem: None)
+
+
+def _chosen(case: Case) -> dispatch.Explanation:
+    return dispatch.explain(problem(case, "cuda"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of compacter_kernels.measured: its impls, fastest first, on the calls that it names and no others."""
+    kind = Class("adapter", "sm_90", BF16, (4, 8))
+    monkeypatch.setattr(measured, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
+    found = _chosen(Case(dtype=BF16))
+    assert found.impl == "triton"
+    assert found.reason == "the fastest measured on such calls of those that serve this one (a file)"
+    assert found.others["cuda"].startswith("can serve this call, but triton was the fastest measured")
+    for other in (Case(), Case("linear", dtype=BF16), Case(dtype=BF16, n=12), Case(dtype=BF16, rank=2)):
+        unmeasured = _chosen(other)
+        assert unmeasured.impl == "cuda"
+        assert "not measured on sm_90 in" in unmeasured.reason
+    monkeypatch.setattr(dispatch.IMPLS["triton"], "refuses", lambda problem: "too large")
+    assert _chosen(Case(dtype=BF16)).impl == "factored"
+    assert _chosen(Case(dtype=BF16)).reason.endswith("; triton: too large")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_nothing_was_measured_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "MEASURED", {})
+    for expected in ("cuda", "triton", "factored"):
+        assert _chosen(ADAPTER).impl == expected
+        if expected != "factored":
+            monkeypatch.setattr(dispatch.IMPLS[expected], "refuses", lambda problem: "too large")
+
+
+def test_the_table_names_impls_and_files_that_are_there() -> None:
+    for found in measured.MEASURED.values():
+        assert set(found.impls) <= set(dispatch.IMPLS)
+        assert (Path(__file__).parents[1] / found.source).exists()
 
 
 REFUSED = {

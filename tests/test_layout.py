@@ -21,6 +21,7 @@ RANKS = (
     ("activations", "weights"),
     ("problem",),
     ("impl",),
+    ("measured",),
     ("dispatch",),
     ("ops",),
     ("autograd",),
@@ -86,7 +87,8 @@ def test_nothing_imports_upward(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(f"{PACKAGE}.impl.")])
 def test_implementations_never_import_one_another(module: str) -> None:
-    names = {name for name in MODULES if name.startswith(f"{PACKAGE}.impl.")} - {f"{PACKAGE}.impl.precision"}
+    shared = {f"{PACKAGE}.impl.{name}" for name in ("native", "precision")}
+    names = {name for name in MODULES if name.startswith(f"{PACKAGE}.impl.")} - shared
     own = ".".join(module.split(".")[:3])
     assert not {name for name in imports_of(module) & names if not name.startswith(own)}
 

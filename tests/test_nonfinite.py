@@ -53,9 +53,9 @@ def test_other_tokens_are_untouched(case: Case, impl: str) -> None:
 
 
 def assert_same_nans(got: Tensors, expected: Tensors, impl: str) -> None:
-    """NaN where dense has it; triton may spread one of a parameter or gradient, by products with 0 (docs)."""
+    """NaN where dense has it; a GPU's kernels may spread one of a parameter or gradient, by products with 0 (docs)."""
     found, wanted = _masks(got), _masks(expected)
-    if impl != "triton":
+    if impl not in ("triton", "cuda"):
         assert found == wanted
     for name, mask in wanted.items():
         assert all(here for here, there in zip(found[name], mask, strict=True) if there), name

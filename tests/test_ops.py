@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BF16, FUSED, Case, Tensors, weights
+from oracle import BF16, FUSED, Case, Tensors, skip_if_refused, weights
 from torch import Tensor
 
 from compacter_kernels import ops  # noqa: F401  (registers the operators)
@@ -33,6 +33,7 @@ def _adapter_arguments(case: Case, tensors: Tensors, impl: str) -> tuple[Any, ..
 def test_phm_linear(sizes: dict[str, Any], impl: str) -> None:
     case = Case("linear", **sizes)
     tensors = case.tensors()
+    skip_if_refused(case, tensors, impl)
     torch.library.opcheck(OPS.phm_linear.default, (tensors["x"], *weights(tensors), impl))
     tensors = _frozen(tensors)
     arguments = (case.grad_output(), tensors["x"], *weights(tensors), impl)
@@ -45,6 +46,7 @@ def test_phm_linear(sizes: dict[str, Any], impl: str) -> None:
 def test_adapter(sizes: dict[str, Any], residual: str, impl: str) -> None:
     case = Case(residual=residual, **sizes)
     tensors = case.tensors()
+    skip_if_refused(case, tensors, impl)
     torch.library.opcheck(OPS.adapter.default, _adapter_arguments(case, tensors, impl))
     x, _, *rest = _adapter_arguments(case, _frozen(tensors), impl)
     torch.library.opcheck(OPS.adapter_backward.default, (case.grad_output(), x, *rest))

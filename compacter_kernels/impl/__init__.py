@@ -1,8 +1,8 @@
 """The implementations. Each is a module of its own, light to import; none imports another.
 
-Every impl module has `unavailable()` and `refuses(problem)`; with `unmeasured(problem)` one says what "auto" leaves to
-others. Plain-torch impls then have `linear` and `adapter`, which autograd differentiates by itself; fused ones have
-`prepare(problem)`, which returns a `Kernel`, and share the functions at the end of this page.
+Every impl module has `unavailable()` and `refuses(problem)`. Plain-torch impls then have `linear` and `adapter`, which
+autograd differentiates by itself; fused ones have `prepare(problem)`, which returns a `LinearKernel` or an
+`AdapterKernel`, and share the functions at the end of this page. `native` is what the targets of csrc/ share.
 """
 
 from __future__ import annotations
@@ -63,6 +63,19 @@ def not_fused(problem: Problem) -> str | None:
     if problem.activation is not None and problem.activation.code is None:
         return f"the activation {problem.activation.name} is not fused"
     return None
+
+
+def architecture(device: torch.device) -> str:
+    """The name of a device's architecture: "sm_90", "gfx942"; of any but a GPU the device's type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    name: str = getattr(properties, "gcnArchName", "")
+    return name.split(":")[0] if torch.version.hip is not None else f"sm_{properties.major}{properties.minor}"
+
+
+# torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
+architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:

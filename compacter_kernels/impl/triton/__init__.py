@@ -38,15 +38,6 @@ def refuses(problem: Problem) -> str | None:
     return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 
 
-def unmeasured(problem: Problem) -> str | None:
-    """Why "auto" leaves this problem to another impl though the kernels could serve it, or None."""
-    if problem.device.type != "cuda" or problem.dtype != torch.bfloat16:
-        return f"not measured yet on {problem.device.type} in {str(problem.dtype).removeprefix('torch.')}"
-    if torch.version.hip is not None or torch.cuda.get_device_capability(problem.device) != (9, 0):
-        return "measured on sm_90 alone so far"
-    return None
-
-
 def prepare(problem: Problem) -> Any:
     """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
     from compacter_kernels.impl.triton.kernel import Adapter, Linear

@@ -7,7 +7,7 @@ compiler makes of each: none that is in use may spill registers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -35,12 +35,6 @@ Configurations = dict[str, tuple[Config, ...]]  # of each kernel that serves a p
 HELD_COLUMNS = 256  # of a chunk of x; a longer one is streamed
 HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
 HELD_SUMS = 4096, 6144  # numbers of a folded matrix's gradient, and of the wide factors' gradients, likewise
-
-
-def architecture_of(properties: Any) -> str:
-    """The name of a torch device's architecture: "sm_90", "gfx942"."""
-    name = getattr(properties, "gcnArchName", "")
-    return name.split(":")[0] if name else f"sm_{properties.major}{properties.minor}"
 
 
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:

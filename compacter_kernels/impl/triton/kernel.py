@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Gradients, contiguous, empty_gradients
+from compacter_kernels.impl import Gradients, architecture, contiguous, empty_gradients
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
-from compacter_kernels.impl.triton.config import architecture_of
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
 from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
 from compacter_kernels.impl.triton.plan import Options, served
@@ -54,11 +53,11 @@ class _Kernel:
 
     def __init__(self, problem: Problem) -> None:
         self.device = problem.device.index or 0
-        self.multiprocessors, architecture = 4, "interpreter"
+        self.multiprocessors, name = 4, "interpreter"
         if problem.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(problem.device)
-            self.multiprocessors, architecture = properties.multi_processor_count, architecture_of(properties)
-        self.served = served(problem, architecture)
+            self.multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+            name = architecture(problem.device)
+        self.served = served(problem, name)
         self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
         self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.square, problem.dtype == torch.float32
         self.launches: dict[Any, Tiled] = {}

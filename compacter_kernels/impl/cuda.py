@@ -1,0 +1,134 @@
+"""Fused CUDA kernels (csrc/cuda): one pass over x forward; backward, one over x and the gradient, then the sums."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from compacter_kernels.impl import native, not_fused
+from compacter_kernels.problem import Problem, Projection
+
+OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are pairs of bfloat16
+PHM_DIMS = (1, 2, 4, 8, 12, 16)
+RANKS = (1, 2, 4)
+OLDEST = 80  # 10 * major + minor of the compute capability
+
+# All that this module knows of the process. The tests put others in, whose kernels the CPU executes.
+_C, _BUILD = native.MODULE, native.BUILD
+_DEVICE_TYPE = "cuda"
+# torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class Device(NamedTuple):
+    """What csrc/cuda has to know of a device (launch.h): bytes of shared memory, of a block and in all."""
+
+    multiprocessors: int
+    shared_limit: int
+    shared_per_multiprocessor: int
+    capability: int
+
+
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    # by compute capability (CUDA C++ programming guide); torch < 2.7 does not say. A block has all but 1 KiB.
+    kib = 228 if capability // 10 in (9, 10, 11) else 164 if capability in (80, 87) else 100
+    return Device(properties.multi_processor_count, (kib - 1) * 1024, kib * 1024, capability)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    if _C is None:
+        return native.MISSING
+    if not _BUILD["cuda"]:
+        return f"not built: {_BUILD['cuda_missing']}"
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the kernels cannot serve this problem, or None."""
+    if problem.device.type != _DEVICE_TYPE:
+        return f"x is on {problem.device.type}, not on {_DEVICE_TYPE}"
+    reason = not_fused(problem) or _not_compiled(problem.projections)
+    if reason is None and unavailable() is None:
+        reason = _refused(problem.operation, native.plan_arguments(problem), problem.device.index or 0)
+    return reason
+
+
+def _not_compiled(projections: tuple[Projection, ...]) -> str | None:
+    """Why no instance of the kernels has these sizes, or None."""
+    for p in projections:
+        if p.phm_dim not in PHM_DIMS or p.rank not in RANKS:
+            served = f"phm_dim {', '.join(map(str, PHM_DIMS))} and phm_rank {', '.join(map(str, RANKS))}"
+            return f"phm_dim={p.phm_dim} with phm_rank={p.rank} is not compiled; {served} are"
+    if len({(p.phm_dim, p.rank) for p in projections}) > 1:
+        return "down and up differ in phm_dim or phm_rank"
+    return None
+
+
+def _other_architecture(capability: int) -> str | None:
+    """Why what was compiled does not run on a device, or None: machine code serves its own generation."""
+    if capability < OLDEST:
+        return f"the device is sm_{capability}; sm_{OLDEST} or later is needed"
+    compiled = [int(name.removeprefix("sm_")) for name in _BUILD["cuda_archs"]]
+    newer = bool(compiled) and capability >= max(compiled)  # PTX of the last
+    if not compiled or newer or any(a // 10 == capability // 10 and a <= capability for a in compiled):
+        return None
+    return f"compiled for {', '.join(f'sm_{a}' for a in compiled)}; the device is sm_{capability}"
+
+
+def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:
+    return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *device)
+
+
+def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | None:
+    """What the device and the native part have against a problem, or None."""
+    device = _device(index)
+    return _other_architecture(device.capability) or _plan(operation, arguments, device).refuses() or None
+
+
+# torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def prepare(problem: Problem) -> Any:
+    """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
+    return _Linear(problem) if problem.operation == "linear" else _Adapter(problem)
+
+
+class _OnDevice(native.Kernel):
+    """A launch on the current stream of the device, which is that of the tensors. It waits for nothing."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.device, self.index = problem.device, problem.device.index or 0
+        plan = _plan(problem.operation, native.plan_arguments(problem), _device(self.index))
+        super().__init__(problem, plan)
+
+    def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
+        if self.index != _current_device():
+            with torch.cuda.device(self.index):
+                self.launch_forward(call, params)
+            return
+        self.plan.forward(*call, _current_stream(self.index), params)
+
+    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
+        if self.index != _current_device():
+            with torch.cuda.device(self.index):
+                self.launch_backward(call, tokens, params)
+            return
+        # goes back to the allocator when this returns, and so to later work of the same stream alone
+        workspace = torch.empty(self.plan.workspace(tokens), dtype=torch.float32, device=self.device)
+        self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), params)
+
+
+class _Linear(_OnDevice, native.Linear):
+    pass
+
+
+class _Adapter(_OnDevice, native.Adapter):
+    pass

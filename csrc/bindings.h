@@ -1,0 +1,139 @@
+// What the bindings of every target share: plans, built once for a shape and its dtypes, and called with addresses.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "adapter.h"
+
+namespace compacter::bindings {
+
+namespace py = pybind11;
+
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;  // n, rank, in, out, has_bias
+
+inline DType dtype_of(int code) {
+    if (code < 0 || code > static_cast<int>(DType::f64))
+        throw std::invalid_argument("dtype " + std::to_string(code) + " is unknown; 0 is f32, 1 bf16, 2 f16, 3 f64");
+    return static_cast<DType>(code);
+}
+
+inline DType input_dtype_of(int code) {
+    if (dtype_of(code) == DType::f64) throw std::invalid_argument("x in f64 is not served; choose f32, bf16 or f16");
+    return dtype_of(code);
+}
+
+inline Activation activation_of(int code) {
+    if (code < 0 || code > static_cast<int>(Activation::quick_gelu))
+        throw std::invalid_argument("activation " + std::to_string(code) + " is unknown; choose 0 to 10");
+    return static_cast<Activation>(code);
+}
+
+inline const void* input(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+inline void* output(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// The list at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
+class Addresses {
+  public:
+    Addresses(const py::list& given, size_t projections) : given_(given) {
+        if (given.size() != 4 * projections)
+            throw std::invalid_argument(std::to_string(4 * projections) + " addresses of parameters are needed, got " +
+                                        std::to_string(given.size()));
+    }
+    void* next() {
+        void* const address = PyLong_AsVoidPtr(PyList_GET_ITEM(given_.ptr(), taken_++));
+        if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        return address;
+    }
+
+  private:
+    const py::list& given_;
+    Py_ssize_t taken_ = 0;
+};
+
+// A projection with the dtypes of its parameters, waiting for their addresses.
+struct ProjectionPlan {
+    Projection projection;
+    bool has_bias;
+
+    ProjectionPlan(const Shape& shape, const int* dtypes) {
+        const auto [n, rank, in, out, bias] = shape;
+        if (n < 1 || rank < 1 || in < 1 || out < 1 || in % n || out % n)
+            throw std::invalid_argument("n=" + std::to_string(n) + " and rank=" + std::to_string(rank) +
+                                        " must be positive, and n must divide in=" + std::to_string(in) +
+                                        " and out=" + std::to_string(out));
+        projection = {n, rank, in, out, {}};
+        has_bias = bias;
+        Parameters& w = projection.weights;
+        w.rule.dtype = dtype_of(dtypes[0]);
+        w.left.dtype = dtype_of(dtypes[1]);
+        w.right.dtype = dtype_of(dtypes[2]);
+        if (has_bias) w.bias.dtype = dtype_of(dtypes[3]);
+    }
+
+    // The parameters, or their gradients.
+    Parameters at(Addresses& addresses) const {
+        Parameters w = projection.weights;
+        for (Array* array : {&w.rule, &w.left, &w.right, &w.bias}) array->data = addresses.next();
+        if (!has_bias) w.bias.data = nullptr;
+        return w;
+    }
+
+    Projection with(Addresses& addresses) const {
+        Projection p = projection;
+        p.weights = at(addresses);
+        return p;
+    }
+};
+
+struct LinearPlan {
+    DType dtype;
+    ProjectionPlan plan;
+
+    LinearPlan(int dtype, const Shape& shape, const std::array<int, 4>& dtypes)
+        : dtype(input_dtype_of(dtype)), plan(shape, dtypes.data()) {}
+
+    Linear at(uintptr_t x, int64_t tokens, Addresses& addresses) const {
+        return {plan.with(addresses), dtype, tokens, input(x)};
+    }
+
+    // Without addresses: what depends on the sizes alone.
+    Linear sizes(int64_t tokens) const { return {plan.projection, dtype, tokens, nullptr}; }
+};
+
+struct AdapterPlan {
+    DType dtype;
+    Activation activation;
+    ProjectionPlan down, up;
+
+    AdapterPlan(int dtype, int activation, const Shape& down, const Shape& up, const std::array<int, 8>& dtypes)
+        : dtype(input_dtype_of(dtype)),
+          activation(activation_of(activation)),
+          down(down, dtypes.data()),
+          up(up, dtypes.data() + 4) {
+        if (this->down.projection.out != this->up.projection.in || this->down.projection.in != this->up.projection.out)
+            throw std::invalid_argument("down must be k -> d and up d -> k");
+    }
+
+    Adapter at(uintptr_t x, int64_t tokens, double scale, Addresses& addresses) const {
+        return {down.with(addresses), up.with(addresses), activation, static_cast<float>(scale), dtype, tokens, input(x)};
+    }
+
+    Adapter sizes(int64_t tokens) const {
+        return {down.projection, up.projection, activation, 1.f, dtype, tokens, nullptr};
+    }
+};
+
+// The classes of each target, and what it says of itself in build_info().
+void add_cpu(py::module_& module);
+void add_cuda(py::module_& module);
+void describe_cpu(py::dict& info);
+void describe_cuda(py::dict& info);
+
+}  // namespace compacter::bindings

@@ -1,0 +1,107 @@
+// CudaLinear and CudaAdapter: the CUDA target, where it was built. A launch takes too short to give up the
+// interpreter's lock. All addresses are of the current device, which must be the one that the plan was made for.
+#include "bindings.h"
+
+#ifdef COMPACTER_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace compacter::bindings {
+
+#ifdef COMPACTER_CUDA
+namespace {
+
+using cuda::Device;
+
+// multiprocessors, shared_limit, shared_per_multiprocessor, capability: as in Device
+struct CudaLinear : LinearPlan {
+    Device device;
+
+    CudaLinear(int dtype, const Shape& shape, const std::array<int, 4>& dtypes, int multiprocessors, int shared_limit,
+               int shared_per_multiprocessor, int capability)
+        : LinearPlan(dtype, shape, dtypes),
+          device{multiprocessors, shared_limit, shared_per_multiprocessor, capability} {}
+
+    std::string refuses() const { return cuda::refuses(sizes(0), device); }
+    int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
+
+    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::list& parameters) const {
+        Addresses addresses(parameters, 1);
+        cuda::forward(at(x, tokens, addresses), output(out), device, output(stream));
+    }
+
+    // parameters, then their gradients
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, uintptr_t workspace,
+                  uintptr_t stream, const py::list& parameters) const {
+        Addresses addresses(parameters, 2);
+        const Linear linear = at(x, tokens, addresses);
+        cuda::backward(linear, input(grad_out), output(grad_x), plan.at(addresses),
+                       static_cast<float*>(output(workspace)), device, output(stream));
+    }
+};
+
+struct CudaAdapter : AdapterPlan {
+    Device device;
+
+    CudaAdapter(int dtype, int activation, const Shape& down, const Shape& up, const std::array<int, 8>& dtypes,
+                int multiprocessors, int shared_limit, int shared_per_multiprocessor, int capability)
+        : AdapterPlan(dtype, activation, down, up, dtypes),
+          device{multiprocessors, shared_limit, shared_per_multiprocessor, capability} {}
+
+    std::string refuses() const { return cuda::refuses(sizes(0), device); }
+    int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
+
+    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, uintptr_t stream,
+                 const py::list& parameters) const {
+        Addresses addresses(parameters, 2);
+        cuda::forward(at(x, tokens, scale, addresses), input(residual), output(out), device, output(stream));
+    }
+
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,
+                  uintptr_t workspace, uintptr_t stream, const py::list& parameters) const {
+        Addresses addresses(parameters, 4);
+        const Adapter adapter = at(x, tokens, scale, addresses);
+        const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);
+        cuda::backward(adapter, input(grad_out), output(grad_x), residual_is_x, down_gradients, up_gradients,
+                       static_cast<float*>(output(workspace)), device, output(stream));
+    }
+};
+
+template <class Plan>
+py::class_<Plan>& with_methods(py::class_<Plan>& plan) {
+    return plan.def("refuses", &Plan::refuses)
+        .def("workspace", &Plan::workspace)
+        .def("forward", &Plan::forward)
+        .def("backward", &Plan::backward);
+}
+
+}  // namespace
+
+void add_cuda(py::module_& module) {
+    py::class_<CudaLinear> linear(module, "CudaLinear", py::module_local());
+    with_methods(linear.def(py::init<int, const Shape&, const std::array<int, 4>&, int, int, int, int>()));
+    py::class_<CudaAdapter> adapter(module, "CudaAdapter", py::module_local());
+    with_methods(adapter.def(
+        py::init<int, int, const Shape&, const Shape&, const std::array<int, 8>&, int, int, int, int>()));
+}
+#else
+void add_cuda(py::module_&) {}
+#endif
+
+// cuda: true, false or "on the CPU"; cuda_archs: the compute capabilities that it was compiled for, as 10 * major + minor,
+// of which the last is there as PTX too; cuda_missing: why it was not built.
+void describe_cuda(py::dict& info) {
+    py::list archs;
+#if defined(COMPACTER_CUDA_ON_CPU)
+    info["cuda"] = "on the CPU";
+#elif defined(COMPACTER_CUDA)
+    info["cuda"] = true;
+    for (const auto arch : py::str(COMPACTER_CUDA_ARCHS).attr("split")()) archs.append(py::str("sm_") + arch);
+#else
+    info["cuda"] = false;
+    info["cuda_missing"] = COMPACTER_NO_CUDA;
+#endif
+    info["cuda_archs"] = archs;
+}
+
+}  // namespace compacter::bindings

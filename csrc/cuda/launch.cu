@@ -1,0 +1,105 @@
+#include "launch.h"
+
+#include "plan.h"
+
+namespace compacter::cuda {
+namespace {
+
+// Rows of x, g and the output begin where their tensors begin, a multiple of their width later.
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+std::string refuses(const Problem& p, const Device& device) {
+    const Projection &down = *p.down, &up = p.up ? *p.up : down;
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    const int64_t n = down.n, rank = down.rank;
+    if (device.capability < 80) return "the device is older than sm_80";
+    if (n != up.n || rank != up.rank)
+        return "down has phm_dim " + text(n) + " and rank " + text(rank) + ", up has " + text(up.n) + " and " + text(up.rank);
+    if (n != 1 && n != 2 && n != 4 && n != 8 && n != 12 && n != 16)
+        return "phm_dim is " + text(n) + "; the kernels have 1, 2, 4, 8, 12 and 16";
+    if (rank != 1 && rank != 2 && rank != 4) return "the rank is " + text(rank) + "; the kernels have 1, 2 and 4";
+    constexpr int64_t widest = 1 << 20;
+    if (down.in > widest || down.out > widest || up.out > widest) return "a width is above " + text(widest);
+    const int forward = plan_forward(p, device).launch.shared_bytes, backward = plan_backward(p, device).launch.shared_bytes;
+    for (const auto& [name, bytes] : {std::pair("forward", forward), std::pair("backward", backward)})
+        if (bytes > device.shared_limit)
+            return std::string(name) + " takes " + text(bytes) + " bytes of shared memory, the device has " +
+                   text(device.shared_limit) + " for a block";
+    return {};
+}
+
+void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
+    if (!p.tokens) return;
+    PlannedForward plan = plan_forward(p, device);
+    Forward& f = plan.arguments;
+    Launch& l = plan.launch;
+    f.x = x;
+    f.residual = residual;
+    f.out = out;
+    f.sizes.in_vectors &= aligned(x);
+    f.sizes.out_vectors &= aligned(out) && aligned(residual);
+    l.stream = stream;
+    with_element(p.dtype, [&](auto element) { forward_kernel<decltype(element)>(f, l); });
+}
+
+void backward(const Problem& p, const void* x, const void* grad_out, void* grad_x, bool residual_is_x, const Parameters& down,
+              const Parameters& up, float* workspace, const Device& device, void* stream) {
+    const Row row = row_of(p);
+    Reduce reduce{workspace, row.floats, 0, row.count, {}, {}};
+    int at = 0;
+    bool wanted = false;
+    for (const Parameters* gradients : {&down, &up})
+        for (const Array& gradient : {gradients->rule, gradients->left, gradients->right, gradients->bias})
+            if (at < row.count) {
+                reduce.gradient[at++] = gradient;
+                wanted |= gradient.data != nullptr;
+            }
+    for (int j = 0; j <= row.count; ++j) reduce.begin[j] = row.begin[j];
+    if (p.tokens) {
+        PlannedBackward plan = plan_backward(p, device);
+        Backward& b = plan.arguments;
+        Launch& l = plan.launch;
+        b.x = x;
+        b.grad_out = grad_out;
+        b.grad_x = grad_x;
+        b.residual_is_x = residual_is_x;
+        b.partials = workspace;
+        b.sizes.in_vectors &= aligned(x) && aligned(grad_x);
+        b.sizes.out_vectors &= aligned(grad_out);
+        l.stream = stream;
+        reduce.rows = l.blocks;
+        with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
+    }
+    if (!wanted) return;
+    const int blocks = (row.begin[row.count] + reduce_columns - 1) / reduce_columns;
+    const bool overlaps = p.tokens && device.capability >= 90;
+    reduce_kernel(reduce, {blocks, reduce_threads, reduce_threads * 4, stream, overlaps});
+}
+
+int64_t workspace(const Problem& p, const Device& device) {
+    return p.tokens ? plan_backward(p, device).launch.blocks * row_of(p).floats : 0;
+}
+
+}  // namespace
+
+std::string refuses(const Linear& l, const Device& device) { return refuses(problem_of(l), device); }
+std::string refuses(const Adapter& a, const Device& device) { return refuses(problem_of(a), device); }
+int64_t workspace(const Linear& l, const Device& device) { return workspace(problem_of(l), device); }
+int64_t workspace(const Adapter& a, const Device& device) { return workspace(problem_of(a), device); }
+
+void forward(const Linear& l, void* out, const Device& device, void* stream) {
+    forward(problem_of(l), l.x, nullptr, out, device, stream);
+}
+void forward(const Adapter& a, const void* residual, void* out, const Device& device, void* stream) {
+    forward(problem_of(a), a.x, residual, out, device, stream);
+}
+void backward(const Linear& l, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,
+              const Device& device, void* stream) {
+    backward(problem_of(l), l.x, grad_out, grad_x, false, gradients, {}, workspace, device, stream);
+}
+void backward(const Adapter& a, const void* grad_out, void* grad_x, bool residual_is_x, const Parameters& down_gradients,
+              const Parameters& up_gradients, float* workspace, const Device& device, void* stream) {
+    backward(problem_of(a), a.x, grad_out, grad_x, residual_is_x, down_gradients, up_gradients, workspace, device, stream);
+}
+
+}  // namespace compacter::cuda

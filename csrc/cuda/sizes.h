@@ -1,0 +1,80 @@
+// The sizes of one problem as the kernels take them. Made on the host, once for a launch.
+//
+// A row x of a token is n chunks; a tile is some tokens, that is tokens * n rows of a chunk each, a multiple of 16.
+// Between the projections a token is numbers X[c][p], c = (i, rho) < m = n * rank, p < n: see middle.h.
+#pragma once
+
+#include "launch.h"
+
+#ifdef COMPACTER_CUDA_ON_CPU
+#define COMPACTER_BOTH inline
+#else
+#define COMPACTER_BOTH __host__ __device__ __forceinline__
+#endif
+
+namespace compacter::cuda {
+
+constexpr int segment = 32;  // columns that a warp takes at once, eight for each lane of four
+
+COMPACTER_BOTH constexpr int round_up(int count, int step) { return (count + step - 1) / step * step; }
+COMPACTER_BOTH constexpr int segments(int width) { return (width + segment - 1) / segment; }
+COMPACTER_BOTH constexpr int eights(int count) { return (count + 7) / 8; }
+
+// Division by a number that the compiler does not know, exact while count * divisor < 2^32.
+struct Divisor {
+    uint32_t divisor = 1, inverse = 0;
+
+    Divisor() = default;
+    explicit Divisor(int by) : divisor(by), inverse(static_cast<uint32_t>(((uint64_t{1} << 32) + by - 1) / by)) {}
+
+    COMPACTER_BOTH int quotient(int count) const {
+        if (divisor == 1) return count;
+        return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(count)) * inverse >> 32);
+    }
+};
+
+struct Sizes {
+    int n, rank, m;
+    int in, inner, out;  // widths of chunks: of x, of the bottleneck (0: there is none), of the output
+    int blocks;          // of the n numbers X[c], four at a time (one where four do not divide n)
+    int rule_stride;     // floats from one matrix of a rule to the next, in shared memory
+    int inner_stride;    // floats from one inner factor to the next
+    int tokens;          // of a tile
+    Divisor by_n, by_m, by_blocks, by_inner;
+    bool in_vectors, out_vectors;  // whether each row of x (of the output) may be moved 16 bytes at a time
+
+    COMPACTER_BOTH int rows() const { return tokens * n; }
+    COMPACTER_BOTH int numbers() const { return tokens * m * n; }       // X of a tile
+    COMPACTER_BOTH int inner_numbers() const { return tokens * inner * n; }
+};
+
+// What an instance of a kernel knows of the sizes when it is compiled: N and M, or 0; Q numbers X[c][p] at a time.
+template <int N, int M, int Q>
+struct Known {
+    static constexpr bool general = N == 0;
+    static constexpr int quad = Q;
+    static constexpr int most_columns = M ? eights(M) : 8;     // groups of eight c
+    static constexpr int most_steps = M ? eights(M + N) : 10;  // groups of eight c, with the bias's rows behind
+
+    COMPACTER_BOTH static int n(const Sizes& s) { return N ? N : s.n; }
+    COMPACTER_BOTH static int m(const Sizes& s) { return M ? M : s.m; }
+    COMPACTER_BOTH static int rank(const Sizes& s) { return N ? M / N : s.rank; }
+    COMPACTER_BOTH static int blocks(const Sizes& s) { return N ? N / Q : s.blocks; }
+    COMPACTER_BOTH static int by_n(const Sizes& s, int count) { return N ? count / (N ? N : 1) : s.by_n.quotient(count); }
+    COMPACTER_BOTH static int by_m(const Sizes& s, int count) { return M ? count / (M ? M : 1) : s.by_m.quotient(count); }
+    COMPACTER_BOTH static int by_blocks(const Sizes& s, int count) {
+        return N ? count / (N ? N / Q : 1) : s.by_blocks.quotient(count);
+    }
+};
+
+// The instances that are compiled; body gets the one for these sizes.
+template <class Body>
+auto with_instance(const Sizes& s, const Body& body) {
+    if (s.n == 4 && s.m == 4) return body(Known<4, 4, 4>{});
+    if (s.n == 8 && s.m == 8) return body(Known<8, 8, 4>{});
+    if (s.n == 12 && s.m == 12) return body(Known<12, 12, 4>{});
+    if (s.n % 4 == 0) return body(Known<0, 0, 4>{});
+    return body(Known<0, 0, 1>{});
+}
+
+}  // namespace compacter::cuda

@@ -1,0 +1,105 @@
+"""The CUDA kernels, executed on the CPU (executed_cuda.py): every instance that a launcher can dispatch, on devices
+with more and with less shared memory, under several orders of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+from executed_cuda import DEVICE, VARIABLE, load, serve
+from oracle import BF16, FP16, FP32, Case, assert_same_bits, problem, reference, run
+
+from compacter_kernels.impl import cuda
+
+pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"no {VARIABLE}: `make cuda-on-cpu` builds it")
+
+KIB = 1024
+AMPERE = cuda.Device(multiprocessors=3, shared_limit=163 * KIB, shared_per_multiprocessor=164 * KIB, capability=80)
+BLACKWELL = cuda.Device(multiprocessors=1, shared_limit=99 * KIB, shared_per_multiprocessor=100 * KIB, capability=120)
+WIDE = cuda.Device(multiprocessors=8, shared_limit=227 * KIB, shared_per_multiprocessor=228 * KIB, capability=100)
+ORDERS = (0, 1, 2, 3)  # threads upwards, downwards, two random orders
+
+# chunks of 40 numbers move 16 bytes at a time, chunks of 13 do not; 21 tokens fill no whole number of tiles
+INSTANCES = [
+    Case(operation, n * chunk, n * inner, n, rank, shape=(21,), dtype=dtype)
+    for operation, n, rank, dtype in itertools.product(
+        ("adapter", "linear"), cuda.PHM_DIMS, cuda.RANKS, (BF16, FP16, FP32)
+    )
+    for chunk, inner in ((40, 3), (13, 2))
+]
+STANDARD = [
+    Case(width=k, bottleneck=d, n=n, shape=(19,), dtype=BF16)
+    for k, d, n in (
+        (768, 24, 4),
+        (768, 48, 8),
+        (768, 48, 12),
+        (1024, 64, 8),
+        (3072, 96, 12),
+        (4096, 64, 4),
+        (4096, 128, 8),
+    )
+]
+OPTIONS = [
+    Case(shape=(37,), n=n, width=n * 48, bottleneck=n * 4, residual=residual, bias=bias, scale=-0.5, dtype=BF16)
+    for n, residual, bias in itertools.product((4, 8, 12), ("none", "x", "other"), (True, False))
+]
+
+
+@pytest.fixture
+def library() -> Iterator[ctypes.CDLL]:
+    """The executed kernels' own functions; their order is put back."""
+    (path,) = (p for p in [load(os.environ[VARIABLE]).__file__] if p)
+    found = ctypes.CDLL(path)
+    found.cuda_on_cpu_conflicts()
+    yield found
+    found.cuda_on_cpu_order(0)
+
+
+def on(device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """impl="cuda" on such a device from now on; no plan of another one is kept."""
+    serve(load(os.environ[VARIABLE]), monkeypatch, device)
+
+
+@pytest.mark.parametrize("case", INSTANCES, ids=str)
+def test_every_instance(case: Case) -> None:
+    reference(case).check(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("device", [AMPERE, DEVICE, WIDE, BLACKWELL], ids=lambda d: f"sm_{d.capability}")
+@pytest.mark.parametrize("case", STANDARD + OPTIONS, ids=str)
+def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(device, monkeypatch)
+    if reason := cuda.refuses(problem(case)):
+        assert device is BLACKWELL and case.width > 2048  # all others have a place for these
+        pytest.skip(reason)
+    reference(case).check(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("case", [*STANDARD, OPTIONS[4], INSTANCES[-1]], ids=str)
+def test_the_same_bits_in_every_order(case: Case, library: ctypes.CDLL) -> None:
+    found = []
+    for order in ORDERS:
+        library.cuda_on_cpu_order(order)
+        found.append(run(case, case.tensors(), "cuda"))
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("case", STANDARD, ids=str)
+def test_no_bank_conflicts_of_ldmatrix(case: Case, library: ctypes.CDLL) -> None:
+    run(case, case.tensors(), "cuda")
+    assert library.cuda_on_cpu_conflicts() == 0
+
+
+def test_unaligned_addresses() -> None:
+    """A tensor that begins at no multiple of 16 bytes moves number by number, in a width that else does not."""
+    case = Case(width=768, bottleneck=24, shape=(6,), dtype=BF16)
+    tensors = case.tensors()
+    shifted = tensors["x"].detach().new_empty(6 * 768 + 1)[1:].view(6, 768)
+    tensors["x"] = shifted.copy_(tensors["x"].detach()).requires_grad_()
+    assert tensors["x"].data_ptr() % 16
+    reference(case).check(run(case, tensors, "cuda"), "cuda")
