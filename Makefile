@@ -11,13 +11,15 @@ AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)
+READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
 
 INTERPRETER := build/triton-$(TRITON)
+EXECUTED := build/cuda_on_cpu
 
-.PHONY: demo test interpret aot lint native-check clean
+.PHONY: demo test interpret aot cuda-on-cpu ptxas lint native-check clean
 
-# installed, with the native part as COMPACTER_KERNELS_NATIVE asks (setup.py): 0 without, 1 required, unset if possible
+# installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does
+# (setup.py): 0 without, 1 required, unset if possible
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
@@ -48,6 +50,21 @@ aot: $(READY)
 	PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore tests/test_triton_launch.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
+# the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda", then every instance
+# under the address and undefined-behaviour sanitizers
+cuda-on-cpu: $(READY)
+	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python)
+	cmake --build $(EXECUTED)
+	CUDA_ON_CPU=$(EXECUTED) python -m pytest -rN -k 'cuda and not 1000' tests/test_cuda_kernels.py tests/test_agreement.py \
+		tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py tests/test_strides.py \
+		tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
+	settings=$$(python tests/cuda_on_cpu/build.py $(EXECUTED) $(EXECUTED)/sanitized sanitized) && \
+		eval "$$settings python -m pytest -rN tests/test_cuda_kernels.py"
+
+# the CUDA kernels, compiled by nvcc for each architecture: no spills, no stack
+ptxas: $(READY)
+	python benchmarks/ptxas_report.py
+
 lint: $(READY)
 	ruff check .
 	ruff format --check .
@@ -55,7 +72,7 @@ lint: $(READY)
 
 # the C++ kernels alone, under the address and undefined-behaviour sanitizers
 native-check: $(READY)
-	cmake -S . -B build/sanitize -G Ninja -DCOMPACTER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake -S . -B build/sanitize -G Ninja -DCOMPACTER_SANITIZE=ON -DCOMPACTER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --target native_check
 	build/sanitize/native_check
 

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
 SOURCES = (
     "compacter_kernels",
     "csrc",
@@ -22,7 +23,10 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
-SHOW = "import compacter_kernels as ck; print(ck.__file__); print(ck.available_impls()['cpu'])"
+SHOW = (
+    "import compacter_kernels as ck; print(ck.__file__); "
+    "print(*(ck.available_impls()[name] for name in ('cpu', 'cuda')), sep='\\n')"
+)
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +55,7 @@ def python(tmp_path: Path) -> Path:
 
 
 def environment(path: str, **variables: str) -> dict[str, str]:
-    chosen = ("COMPACTER_", "PYTHON", "CC", "CXX")
+    chosen = ("COMPACTER_", "PYTHON", "CC", "CXX", "CUDA")
     return (
         {name: value for name, value in os.environ.items() if not name.startswith(chosen)} | {"PATH": path} | variables
     )
@@ -63,7 +67,7 @@ def pip(python: Path, *arguments: str, env: dict[str, str]) -> subprocess.Comple
 
 
 def installed(python: Path) -> list[str]:
-    """Where the package was imported from, and why it has no cpu kernels (or None)."""
+    """Where the package was imported from, and why it has no cpu kernels and no cuda kernels (or None)."""
     command = [str(python), "-c", SHOW]
     done = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -76,7 +80,7 @@ def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, 
     done = pip(python, "install", "--ignore-installed", *target, env=environment(str(python.parent)))
     assert done.returncode == 0, done.stderr
     assert "compacter-kernels-0.1.0+pure" in done.stdout
-    file, reason = installed(python)
+    file, reason, _ = installed(python)
     assert Path(file).is_relative_to(source if editable else python.parents[1])
     assert "not built" in reason
     assert "a C++ compiler" in reason
@@ -127,7 +131,7 @@ def test_an_editable_install_without_the_native_part_removes_an_earlier_one(pyth
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 def test_the_native_wheel_installs_and_holds_what_it_should(python: Path, source: Path, tmp_path: Path) -> None:
-    env = environment(os.environ["PATH"], CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug")  # quick to build
+    env = environment(os.environ["PATH"], CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug", COMPACTER_KERNELS_CUDA="0")  # quick
     done = pip(python, "wheel", "--wheel-dir", str(tmp_path), str(source), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -139,6 +143,38 @@ def test_the_native_wheel_installs_and_holds_what_it_should(python: Path, source
     assert not [name for name in names if name.endswith((".cpp", ".h", ".txt.in"))]
     done = pip(python, "install", "--ignore-installed", str(wheel), env=env)
     assert done.returncode == 0, done.stderr
-    assert installed(python)[1] == "None"
+    assert installed(python)[1:] == ["None", "not built: left out by COMPACTER_KERNELS_CUDA=0"]
     script = python.parent / "compacter-kernels"
     assert subprocess.run([script, "--help"], env=env, capture_output=True, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.skipif(not COMPILER or NVCC is None, reason="no C++ compiler, or no nvcc")
+def test_a_wheel_with_the_cuda_part_needs_no_gpu_and_no_cuda(python: Path, source: Path, tmp_path: Path) -> None:
+    """One wheel for every torch; here for one architecture, unoptimised, which is quick to build."""
+    options = "-DCMAKE_BUILD_TYPE=Debug -DCOMPACTER_CUDA_ARCHS=90-real"
+    env = environment(os.environ["PATH"], CMAKE_ARGS=options, COMPACTER_KERNELS_CUDA="1", CUDACXX=str(NVCC))
+    done = pip(python, "wheel", "--wheel-dir", str(tmp_path), str(source), env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    done = pip(python, "install", "--ignore-installed", str(wheel), env=env)
+    assert done.returncode == 0, done.stderr
+    file, cpu, cuda = installed(python)
+    assert (cpu, cuda) in [("None", "None"), ("None", "no CUDA device")]
+    (module,) = Path(file).parent.glob("_C.*.so")
+    needed = subprocess.run(["readelf", "--dynamic", "--wide", module], capture_output=True, text=True).stdout
+    assert "libc.so" in needed and "cuda" not in needed
+    code = "from compacter_kernels._C import build_info; print(build_info()['cuda'], build_info()['cuda_archs'])"
+    done = subprocess.run([python, "-c", code], env=environment(os.defpath), capture_output=True, text=True)
+    assert done.stdout == "True ['sm_90']\n", done.stderr
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_a_cuda_part_that_is_required_needs_nvcc(python: Path, source: Path) -> None:
+    env = environment(os.environ["PATH"], COMPACTER_KERNELS_CUDA="1", CUDACXX="no-such-nvcc")
+    done = pip(python, "install", "--ignore-installed", str(source), env=env)
+    assert done.returncode != 0
+    assert "the CUDA part cannot be built; not found when it was installed: no-such-nvcc" in done.stdout + done.stderr
+    env = environment(os.environ["PATH"], COMPACTER_KERNELS_CUDA="1", COMPACTER_KERNELS_NATIVE="0")
+    done = pip(python, "install", "--ignore-installed", str(source), env=env)
+    assert done.returncode != 0
+    assert "COMPACTER_KERNELS_CUDA=1, but the native part cannot be built" in done.stdout + done.stderr

@@ -29,7 +29,8 @@ function(add_cuda name sources)
   if(COMPACTER_CUDA_ON_CPU)
     set_source_files_properties(${${sources}} PROPERTIES LANGUAGE CXX)
     target_compile_definitions(${name} PRIVATE COMPACTER_CUDA_ON_CPU)
-    target_compile_options(${name} PRIVATE -O1 -fno-strict-aliasing -Wno-unknown-pragmas -x c++
+    target_compile_options(${name} PRIVATE -O1 -fno-strict-aliasing -ftrivial-auto-var-init=pattern
+                           -Wno-unknown-pragmas "SHELL:-x c++"
                            "SHELL:-include ${CMAKE_SOURCE_DIR}/tests/cuda_on_cpu/cuda_on_cpu.h")
   endif()
   set(cuda_objects ${cuda_objects} $<TARGET_OBJECTS:${name}> PARENT_SCOPE)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from planted import BUGS, HARMLESS, PATTERNS
 
-from build import HERE, SOURCES, compile_units, environment, included, link, units
+from build import ELEMENTS, HERE, SOURCES, compile_units, environment, included, link, units
 
 ROOT = SOURCES.parent
 
@@ -37,13 +37,19 @@ class Bug(NamedTuple):
     kinds: tuple[str, ...]
 
 
+def is_comment(text: str, at: int) -> bool:
+    """What stands there follows a // on its line."""
+    return "//" in text[text.rfind("\n", 0, at) + 1 : at]
+
+
 def bugs(sources: Path) -> list[Bug]:
     """All that PATTERNS and BUGS say, in the order of the files."""
     found = []
     files = {path.name: path.read_text() for path in sorted((sources / "cuda").glob("*.*")) if path.name != "ptx.h"}
     for file, text in files.items():
         for pattern, replacement, kinds in PATTERNS:
-            for occurrence, match in enumerate(re.finditer(pattern, text)):
+            matches = [match for match in re.finditer(pattern, text) if not is_comment(text, match.start())]
+            for occurrence, match in enumerate(matches):
                 changed = match.expand(replacement)
                 name = f"{file}: {match[0]} -> {changed.strip(';') or 'nothing'} #{occurrence}"
                 found.append(Bug(name, file, text[: match.start()] + changed + text[match.end() :], kinds))
@@ -80,12 +86,16 @@ class Nursery:
             compile_units(SOURCES, self.units, folder, kind)
         return folder
 
-    def build(self, bug: Bug, kind: str) -> Path:
-        """The folder of the module with the bug."""
+    def build(self, bug: Bug, kind: str, elements: tuple[str, ...]) -> Path:
+        """The folder of the module with the bug, in the kernels of these dtypes."""
         file, folder = self.sources / "cuda" / bug.file, self.folder / "module"
         shutil.rmtree(folder, ignore_errors=True)
         sound, whole = self.sound(kind), file.read_text()
-        changed = {unit for unit in self.units if bug.file in included(self.sources, unit.source)}
+        changed = {
+            unit
+            for unit in self.units
+            if unit.element in (None, *elements) and bug.file in included(self.sources, unit.source)
+        }
         file.write_text(bug.text)
         try:
             compile_units(self.sources, changed, folder, kind)
@@ -95,10 +105,14 @@ class Nursery:
         link(objects, self.base, folder, kind)
         return folder
 
-    def caught(self, bug: Bug, kind: str) -> str | None:
-        """By what the bug shows itself in that build, or None."""
+    def caught(self, bug: Bug) -> str | None:
+        """By what the bug shows itself, or None: first in the kernels of one dtype, which compile sooner."""
+        attempts = [(bug.kinds[0], ("bf16",)), *((kind, ELEMENTS) for kind in bug.kinds)]
+        return next(filter(None, (self.caught_in(bug, kind, elements) for kind, elements in attempts)), None)
+
+    def caught_in(self, bug: Bug, kind: str, elements: tuple[str, ...]) -> str | None:
         try:
-            folder = self.build(bug, kind)
+            folder = self.build(bug, kind, elements)
         except subprocess.CalledProcessError:
             return "the compiler"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", *CHECKS[kind]]
@@ -131,7 +145,7 @@ def main() -> None:
     nursery, survivors = Nursery(arguments.base.resolve()), []
     for bug in chosen:
         begin = time.monotonic()
-        why = next(filter(None, (nursery.caught(bug, kind) for kind in bug.kinds)), None)
+        why = nursery.caught(bug)
         if not why and bug.name not in HARMLESS:
             survivors.append(bug.name)
         result = "caught" if why else "harmless" if bug.name in HARMLESS else "SURVIVED"
