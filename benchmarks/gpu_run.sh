@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # One visit to a CUDA machine: build, test and measure this working tree there, from nothing and without a network.
 #
-#   benchmarks/gpu_run.sh OUT                      everything, in some nine minutes
+#   benchmarks/gpu_run.sh OUT                      everything, in some thirteen minutes
 #   STAGES="build tests" benchmarks/gpu_run.sh OUT
 #   PYTEST="-k agreement" BENCH="--quick" benchmarks/gpu_run.sh OUT
 #
 # Needs python with torch, triton, pytest and pybind11, a C++ compiler, cmake and ninja; nvcc where CUDA kernels are to be
-# built; pytest-xdist and pytest-timeout where they are there. A stage that fails is recorded and the next one runs all
-# the same; a stage that hangs is stopped. Exits 0 when every stage passed.
+# built, compute-sanitizer where they are to be watched; pytest-xdist and pytest-timeout where they are there. A stage
+# that fails is recorded and the next one runs all the same; a stage that hangs is stopped. Exits 0 when every stage passed.
 #
-# OUT gets machine.json (device, versions, the exit code and seconds of each stage), run.log, tests.log, tests.xml and
-# the folder bench with bench.json, bench.csv, bench.txt and bench.png.
+# OUT gets machine.json (device, versions, the exit code and seconds of each stage), run.log, tests.log, tests.xml,
+# sanitize.log and the folder bench with bench.json, bench.csv, bench.txt and bench.png.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu_run.sh OUT}
 mkdir -p "$out"
@@ -18,10 +18,11 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
-STAGES=${STAGES:-build info tests bench}
-BUILD_SECONDS=${BUILD_SECONDS:-60}
+STAGES=${STAGES:-build info tests sanitize bench}
+BUILD_SECONDS=${BUILD_SECONDS:-240} # the CUDA part, for the architecture at hand, and the C++ kernels
 INFO_SECONDS=${INFO_SECONDS:-45}
 TESTS_SECONDS=${TESTS_SECONDS:-200}
+SANITIZE_SECONDS=${SANITIZE_SECONDS:-120}
 BENCH_SECONDS=${BENCH_SECONDS:-300}
 PYTHON=${PYTHON:-python3}
 WORKERS=${WORKERS:-$(($(nproc) < 12 ? $(nproc) : 12))}
@@ -72,10 +73,24 @@ gpu_tests() {
     return $((first != 0 ? first : second))
 }
 
+# the CUDA kernels alone, on small shapes: accesses out of bounds, then races in shared memory
+sanitize() {
+    local tool
+    command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on the path"; return 1; }
+    for tool in memcheck racecheck; do
+        timeout --kill-after=5 $((SANITIZE_SECONDS / 2)) compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$PYTHON" benchmarks/gpu_sanitize.py || return 1
+    done
+}
+
+# what COMPACTER_CUDA_ARCHS takes: the architecture at hand, which is four times as quick to build
+here() { "$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())' 2>/dev/null; }
+
 for name in $STAGES; do
     case $name in
         build) # into the working tree; nothing is installed
-            stage build "$out/run.log" timeout --kill-after=5 "$BUILD_SECONDS" \
+            CMAKE_ARGS="${CMAKE_ARGS:-} -DCOMPACTER_CUDA_ARCHS=$(here)" \
+                stage build "$out/run.log" timeout --kill-after=5 "$BUILD_SECONDS" \
                 "$PYTHON" setup.py build_ext --inplace
             ;;
         info)
@@ -86,6 +101,10 @@ for name in $STAGES; do
             grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c -200 | head -n 40
             tail -n 3 "$out/tests.log"
             ;;
+        sanitize)
+            stage sanitize "$out/sanitize.log" sanitize
+            tail -n 3 "$out/sanitize.log"
+            ;;
         bench)
             # shellcheck disable=SC2086  # BENCH is a list of options
             stage bench "$out/run.log" timeout --kill-after=5 "$BENCH_SECONDS" \
@@ -94,7 +113,7 @@ for name in $STAGES; do
             test ! -f "$out/bench/bench.txt" || cat "$out/bench/bench.txt"
             ;;
         *)
-            printf 'no stage %s; choose of build, info, tests, bench\n' "$name" >&2
+            printf 'no stage %s; choose of build, info, tests, sanitize, bench\n' "$name" >&2
             exit 2
             ;;
     esac

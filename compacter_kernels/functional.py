@@ -88,7 +88,7 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
     Args:
         x: (..., in), float32, bfloat16, float16 or float64; any strides.
         weights: the projection in -> out, in any float dtypes.
-        impl: "auto", "dense", "factored" or "cpu".
+        impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
 
     Returns:
         (..., out), contiguous, in x's dtype.
@@ -141,7 +141,7 @@ def compacter_adapter(
         residual: a tensor with the shape and dtype of x. x itself, the usual adapter, costs no second read.
         scale: a number, or a tensor of one number (differentiable).
         out: where to write, like x; only where no gradient is recorded. It may overlap the inputs.
-        impl: "auto", "dense", "factored" or "cpu".
+        impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
 
     Returns:
         (..., k), contiguous, in x's dtype; or `out`.

@@ -1,0 +1,35 @@
+"""A few small calls through impl="cuda", forward and backward, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu_sanitize.py
+
+Every dtype, each kind of instance, ragged ends, aligned rows and others; what is checked is memory and races alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+from compacter_kernels.accuracy import Shape, call, evaluate, random_case
+
+SHAPES = [Shape(768, 24, 4), Shape(768, 48, 8), Shape(768, 48, 12), Shape(60, 20, 2), Shape(52, 26, 1)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def main() -> int:
+    """Run them; 1 where a result is not finite."""
+    failed = 0
+    for shape, dtype, operation in itertools.product(SHAPES, DTYPES, ("adapter", "linear")):
+        case = random_case(shape, 83, dtype=dtype, operation=operation).map(lambda t: t.to("cuda"))
+        found = evaluate(case, call("cuda"))
+        torch.cuda.synchronize()
+        good = all(bool(t.isfinite().all()) for t in found.values())
+        failed += not good
+        print(f"{operation} {shape} {str(dtype).removeprefix('torch.')}: {'ok' if good else 'not finite'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
