@@ -140,3 +140,19 @@ def test_changing_a_saved_tensor_is_noticed(impl: str) -> None:
         tensors["down.left"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_tensor_that_a_transform_left_behind(impl: str) -> None:
+    """torch unwraps such a tensor in a Function; ours still do, though they skip the search for one."""
+    kept = []
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x * 1.0)
+        return (x * x).sum()
+
+    case = Case()
+    tensors = case.tensors()
+    torch.func.grad(square)(tensors["x"].detach())
+    left = {**tensors, "x": kept[0]}
+    assert torch.equal(case.call(left, impl), case.call(tensors, impl))
