@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from planted import BUGS, HARMLESS, PATTERNS
-
 from build import ELEMENTS, HERE, SOURCES, compile_units, environment, included, link, units
+from planted import BUGS, HARMLESS, PATTERNS
 
 ROOT = SOURCES.parent
 
