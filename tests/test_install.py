@@ -164,7 +164,8 @@ def test_a_wheel_with_the_cuda_part_needs_no_gpu_and_no_cuda(python: Path, sourc
     needed = subprocess.run(["readelf", "--dynamic", "--wide", module], capture_output=True, text=True).stdout
     assert "libc.so" in needed and "cuda" not in needed
     code = "from compacter_kernels._C import build_info; print(build_info()['cuda'], build_info()['cuda_archs'])"
-    done = subprocess.run([python, "-c", code], env=environment(os.defpath), capture_output=True, text=True)
+    command = [python, "-c", code]
+    done = subprocess.run(command, env=environment(os.defpath), cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "True ['sm_90']\n", done.stderr
 
 
