@@ -95,6 +95,6 @@ template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
 void reduce_kernel(const Reduce& reduce, const Launch& launch);
 
-constexpr int reduce_columns = 32, reduce_threads = 256;  // of a block
+constexpr int reduce_columns = 32, reduce_threads = 512;  // of a block
 
 }  // namespace compacter::cuda

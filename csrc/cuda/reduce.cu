@@ -1,6 +1,6 @@
 // The second stage of a backward: the blocks' rows of partials added up, always in the same order, and written.
 //
-// A block has 32 columns; its eight warps take every eighth row each, and the first adds what the others found.
+// A block has 32 columns; its sixteen warps take every sixteenth row each, and the first adds what the others found.
 #include "kernels.h"
 #include "numbers.h"
 
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(reduce_threads) reduce(const Reduce r) {
     wait_for_previous_kernel();
     float sum = 0.f;
     if (column < r.begin[r.count]) {
-#pragma unroll 4
+#pragma unroll 8
         for (int row = group; row < r.rows; row += groups) sum += r.partials[row * r.row + column];
     }
     sums[threadIdx.x] = sum;
