@@ -95,11 +95,14 @@ def test_no_bank_conflicts_of_ldmatrix(case: Case, library: ctypes.CDLL) -> None
     assert library.cuda_on_cpu_conflicts() == 0
 
 
-def test_unaligned_addresses() -> None:
+@pytest.mark.parametrize("moved", ["x", "residual", "grad"])
+def test_unaligned_addresses(moved: str) -> None:
     """A tensor that begins at no multiple of 16 bytes moves number by number, in a width that else does not."""
-    case = Case(width=768, bottleneck=24, shape=(6,), dtype=BF16)
-    tensors = case.tensors()
-    shifted = tensors["x"].detach().new_empty(6 * 768 + 1)[1:].view(6, 768)
-    tensors["x"] = shifted.copy_(tensors["x"].detach()).requires_grad_()
-    assert tensors["x"].data_ptr() % 16
-    reference(case).check(run(case, tensors, "cuda"), "cuda")
+    case = Case(width=768, bottleneck=24, shape=(6,), residual="other", dtype=BF16)
+    tensors = {**case.tensors(), "grad": case.grad_output()}
+    there = tensors[moved].detach()
+    shifted = there.new_empty(there.numel() + 1)[1:].view(there.shape).copy_(there)
+    assert shifted.data_ptr() % 16
+    tensors[moved] = shifted.requires_grad_(moved != "grad")
+    grad = tensors.pop("grad")
+    reference(case).check(run(case, tensors, "cuda", grad), "cuda")
