@@ -58,7 +58,7 @@ def bugs(sources: Path) -> list[Bug]:
         if len(parts) < at + 2:
             sys.exit(f"{file} no longer has {old!r}; see planted.py")
         text = old.join(parts[: at + 1]) + new + old.join(parts[at + 1 :])
-        found.append(Bug(f"{file}: {old} -> {new or 'nothing'} #{at}", file, text, ("plain", "sanitized")))
+        found.append(Bug(f"{file}: {old} -> {new.strip(';') or 'nothing'} #{at}", file, text, ("plain", "sanitized")))
     unknown = HARMLESS.keys() - {bug.name for bug in found}
     if unknown:
         sys.exit(f"HARMLESS names what is not planted: {sorted(unknown)}; see planted.py")
