@@ -2,6 +2,16 @@
 
 from compacter_kernels.dispatch import available_impls
 from compacter_kernels.functional import compacter_adapter, explain, phm_linear, phm_matrix
+from compacter_kernels.models.config import CompacterConfig, CompacterPlusPlusConfig
+from compacter_kernels.models.control import (
+    adapter_parameters,
+    count_parameters,
+    disable_adapters,
+    print_trainable_parameters,
+    remove_adapters,
+    set_adapter,
+)
+from compacter_kernels.models.injection import inject
 from compacter_kernels.nn import CompacterAdapter, PHMLinear
 from compacter_kernels.weights import PHMWeights
 
@@ -9,12 +19,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompacterAdapter",
+    "CompacterConfig",
+    "CompacterPlusPlusConfig",
     "PHMLinear",
     "PHMWeights",
     "__version__",
+    "adapter_parameters",
     "available_impls",
     "compacter_adapter",
+    "count_parameters",
+    "disable_adapters",
     "explain",
+    "inject",
     "phm_linear",
     "phm_matrix",
+    "print_trainable_parameters",
+    "remove_adapters",
+    "set_adapter",
 ]

@@ -106,21 +106,50 @@ class PHMLinear(nn.Module):
             self.W = parameter(n, chunk_in, chunk_out)
         shapes = rule_shapes(n, factorized_phm_rule)
         rules = [parameter(*s, learn=learn_phm) for s in shapes] if phm_rule is None else _given(phm_rule, shapes)
-        for name, rule in zip(self._rule_names(), rules, strict=True):
+        for name, rule in zip(self.rule_names(), rules, strict=True):
             self.register_parameter(name, rule)
         self.register_parameter("b", parameter(out_features) if bias else None)
+        self._borrowed: dict[str, tuple[nn.Module, str]] = {}
         self.reset_parameters()
 
-    def _rule_names(self) -> tuple[str, ...]:
+    def borrow(self, owner: nn.Module, **names: str) -> None:
+        """Use parameters of another module in place of this layer's, which it then neither holds, moves nor saves.
+
+        The owner is asked in every call, so that whatever replaces its parameters (a sharded model, say) is followed.
+
+        names: this layer's parameter -> the owner's, for example phm_rule="phm_rule", W_left="W_down_left".
+        """
+        for name, theirs in names.items():
+            if getattr(owner, theirs).shape != getattr(self, name).shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the owner's {theirs} another")
+        for name, theirs in names.items():
+            delattr(self, name)
+            self._borrowed[name] = (owner, theirs)
+
+    def _weight(self, name: str) -> nn.Parameter:
+        """A parameter, this layer's or one that it borrows, on this layer's device."""
+        if name not in self._borrowed:
+            return getattr(self, name)  # type: ignore[no-any-return]
+        owner, theirs = self._borrowed[name]
+        weight: nn.Parameter = getattr(owner, theirs)
+        return weight if self.b is None or weight.device == self.b.device else weight.to(self.b.device)  # type: ignore[return-value]
+
+    def rule_names(self) -> tuple[str, ...]:
+        """The names of the slow weights."""
         return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
+
+    def factor_names(self) -> tuple[str, ...]:
+        """The names of the fast weights."""
+        return ("W_left", "W_right") if self.factorized_phm_W else ("W",)
 
     def rule_parameters(self) -> tuple[nn.Parameter, ...]:
         """phm_rule, or its two factors: what `phm_rule=` of another module takes to share it."""
-        return tuple(getattr(self, name) for name in self._rule_names())
+        return tuple(self._weight(name) for name in self.rule_names())
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, except a shared rule; biases are zero."""
-        reset_factors((self.W_left, self.W_right) if self.factorized_phm_W else (self.W,), self.init)
+        """Draw all weights anew, except a shared rule and what is borrowed; biases are zero."""
+        own = [name for name in self.factor_names() if name not in self._borrowed]
+        reset_factors((getattr(self, name) for name in own), self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
         if self.b is not None:
@@ -129,16 +158,16 @@ class PHMLinear(nn.Module):
     def weights(self) -> PHMWeights:
         """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
         if self.factorized_phm_rule:
-            left, right = self.phm_rule_left, self.phm_rule_right
+            left, right = self._weight("phm_rule_left"), self._weight("phm_rule_right")
             wide = torch.promote_types(left.dtype, torch.float32)
             rule: Tensor = left.to(wide) * right.to(wide)  # of rank 1: A_i[p,q] = l_i[p] r_i[q]
         else:
-            rule = self.phm_rule
+            rule = self._weight("phm_rule")
         if not self.learn_phm and rule.requires_grad:
             rule = rule.detach()
         if self.factorized_phm_W:
-            return PHMWeights(rule, self.W_left, self.W_right, self.b)
-        return PHMWeights(rule, self.W, None, self.b)
+            return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), self.b)
+        return PHMWeights(rule, self._weight("W"), None, self.b)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""

@@ -1,0 +1,156 @@
+"""What adapters a model gets: the options of Compacter and Compacter++."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compacter_kernels.activations import resolve
+from compacter_kernels.nn.initialisation import check_options
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CompacterConfig:
+    """Compacter (arXiv 2106.04647): adapters after attention and feed-forward, their slow weights shared by all.
+
+    The names are those of the field, mostly of the `adapters` library; the defaults are the authors'. What each option
+    means is in its `metadata["help"]`.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what was got and what would do.
+    """
+
+    reduction_factor: float | Mapping[str, float] = _option(
+        32,
+        'hidden size over bottleneck; or by layer, {"0": 16, "default": 32}, counted as in leave_out',
+    )
+    phm_dim: int = _option(4, "n, the number of Kronecker products; divides the hidden size and the bottleneck")
+    phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
+    non_linearity: str = _option("gelu_new", "activation of the bottleneck; `adapters` itself defaults to gelu")
+    phm_bias: bool = _option(True, "whether the projections have a bias")
+    factorized_phm_W: bool = _option(True, "W as W_left W_right, which is what makes Compacter small")
+    factorized_phm_rule: bool = _option(False, "phm_rule as phm_rule_left phm_rule_right")
+    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters of the model, else one for each projection")
+    shared_W_phm: bool = _option(False, "W, too, one for all down and one for all up projections")
+    learn_phm: bool = _option(True, "whether phm_rule trains")
+    init: str = _option("paper", 'how weights start: "paper", or "adapters" for what that library draws')
+    phm_init_range: float = _option(1e-4, "spread of a shared phm_rule at the start")
+    phm_c_init: str = _option("normal", 'how phm_rule is drawn, "normal" or "uniform"')
+    scaling: float | str = _option(1.0, 'factor on the adapter\'s output, or "learned"')
+    dropout: float = _option(0.0, "on the adapter's output, before the residual")
+    ln_before: bool = _option(False, "a layer norm before the down projection")
+    ln_after: bool = _option(False, "a layer norm after the up projection")
+    adapter_residual_before_ln: bool = _option(False, "with ln_after: whether the residual is added before it")
+    mh_adapter: bool = _option(True, "an adapter after self-attention")
+    output_adapter: bool = _option(True, "an adapter after the feed-forward block")
+    cross_adapter: bool = _option(False, "an adapter after cross-attention")
+    is_parallel: bool = _option(False, "adapters read the block's input and add to its output (arXiv 2110.04366)")
+    leave_out: Sequence[int] = _option((), "layers without adapters, decoder layers counting on after the encoder's")
+    target_modules: Sequence[str] | None = _option(
+        None, 'ends of module names, such as ("attn.out", "mlp.fc2"), instead of the model\'s entry in the table'
+    )
+    train_layer_norms: bool = _option(True, "train copies of the model's layer norms as well, as the authors do")
+    modules_to_save: Sequence[str] | None = _option(
+        None, "modules to train whole, in copies, by the end of their names; None: classification and CTC heads"
+    )
+    dtype: str | None = _option(None, "of the adapters' parameters; None: the dtype of the layer that they follow")
+
+    def __post_init__(self) -> None:
+        for name in ("leave_out", "target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence | None):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+            if value is not None:
+                setattr(self, name, tuple(value))
+        for name in ("target_modules", "modules_to_save"):
+            if any(not isinstance(item, str) or not item for item in getattr(self, name) or ()):
+                raise TypeError(f"{name} must be names of modules, got {getattr(self, name)!r}")
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty; give names of modules, or None to go by the model's type")
+        for option in dataclasses.fields(self):
+            if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
+                raise TypeError(f"{option.name} must be True or False, got {getattr(self, option.name)!r}")
+        for name in ("phm_dim", "phm_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if any(not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 for layer in self.leave_out):
+            raise ValueError(f"leave_out must be numbers of layers, from 0 on, got {list(self.leave_out)}")
+        if not isinstance(self.non_linearity, str):
+            raise TypeError(f"non_linearity must be a name, got {self.non_linearity!r}")
+        resolve(self.non_linearity)
+        check_options(self.init, self.phm_c_init, self.phm_init_range)
+        self._check_reduction_factor()
+        if self.scaling != "learned" and not _is_number(self.scaling):
+            raise ValueError(f"scaling must be a finite number or 'learned', got {self.scaling!r}")
+        if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
+            raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
+        if self.target_modules is None and not (self.mh_adapter or self.output_adapter or self.cross_adapter):
+            raise ValueError("no adapter is asked for: set mh_adapter, output_adapter or cross_adapter")
+
+    def _check_reduction_factor(self) -> None:
+        factors = self.reduction_factor
+        if isinstance(factors, Mapping):
+            if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
+                raise ValueError(f'reduction_factor by layer has keys like "0" and "default", got {list(factors)}')
+            self.reduction_factor = {str(key): value for key, value in factors.items()}
+            if self.shared_W_phm:
+                raise ValueError("shared_W_phm needs one reduction_factor for all layers")
+        values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
+        if not values or not all(_is_number(value) and value > 0 for value in values):
+            raise ValueError(f"reduction_factor must be a number > 0, or one for each layer, got {factors!r}")
+
+    def reduction_factor_of(self, layer: int) -> float:
+        """The reduction factor of a layer.
+
+        Raises:
+            ValueError: reduction_factor gives none for it.
+        """
+        if not isinstance(self.reduction_factor, Mapping):
+            return self.reduction_factor
+        factor = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
+        if factor is None:
+            raise ValueError(f'reduction_factor has none for layer {layer}; add "{layer}" or "default" to it')
+        return factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON has them."""
+        values = ((option.name, getattr(self, option.name)) for option in dataclasses.fields(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
+        """The config of those options, as `to_dict` gives them.
+
+        Raises:
+            TypeError, ValueError: an option that is not known or does not fit.
+        """
+        known = [option.name for option in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"not an option of {cls.__name__}: {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**options)
+
+
+@dataclass
+class CompacterPlusPlusConfig(CompacterConfig):
+    """Compacter++: `CompacterConfig` with adapters after the feed-forward block only."""
+
+    mh_adapter: bool = _option(False, "an adapter after self-attention")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,121 @@
+"""What to do with the adapters of a model: switch, count, train, remove them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from compacter_kernels.models.injection import activate, injection, slots
+from compacter_kernels.models.slots import NAME
+
+
+class Count(NamedTuple):
+    """How many numbers train, of how many that the base has."""
+
+    trainable: int
+    base: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} trainable of {self.base:,} ({100 * self.trainable / self.base:.3f} %)"
+
+
+def _known(model: nn.Module, name: str) -> str:
+    names = injection(model).configs
+    if name not in names:
+        raise ValueError(f"the model has no adapters of the name {name!r}; it has {', '.join(names)}")
+    return name
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Use and train the adapters of that name; the others stay where they are, unused and frozen.
+
+    Raises:
+        ValueError: a model without adapters, or without these.
+    """
+    activate(model, _known(model, name))
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes what its base does, bit by bit.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    here = injection(model)
+    before = here.active
+    for _, slot in slots(model):
+        slot.active = None
+    here.active = None
+    try:
+        yield
+    finally:
+        for _, slot in slots(model):
+            slot.active = before
+        here.active = before
+
+
+def remove_adapters(model: nn.Module, name: str | None = None) -> None:
+    """Take out the adapters of that name, or all; without any the model is as it was before `inject`.
+
+    Raises:
+        ValueError: a model without adapters, or without these.
+    """
+    here = injection(model)
+    for key in list(here.configs) if name is None else [_known(model, name)]:
+        del here.configs[key]
+        if key in here.shared:
+            del here.shared[key]
+        for _, slot in slots(model):
+            if key in slot:
+                del slot[key]
+    for _, slot in list(slots(model)):
+        if not len(slot):
+            slot.detach()
+    if here.configs:
+        activate(model, here.active if here.active in here.configs else next(iter(here.configs)))
+        return
+    here.detach()
+    delattr(model, NAME)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(path in here.trained_before)
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of all that belongs to the adapters of that name, by default the active ones, each once.
+
+    Shared weights, trained layer norms and heads included.
+
+    Raises:
+        ValueError: a model without adapters, or without these.
+    """
+    here = injection(model)
+    name = here.active if name is None else _known(model, name)
+    for path, module in [(f"{NAME}.shared", here.shared), *slots(model)]:
+        if name is not None and name in module:
+            for key, parameter in module.get_submodule(name).named_parameters():
+                yield f"{path}.{name}.{key}", parameter
+
+
+def count_parameters(model: nn.Module) -> Count:
+    """The numbers that train, and those of the base: the model without adapters.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    injection(model)
+    added = {id(p) for path, p in model.named_parameters() if f".{NAME}." in f".{path}"}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Count(trainable, sum(p.numel() for p in model.parameters() if id(p) not in added))
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many numbers train, of how many, such as `161,728 trainable of 222,882,048 (0.073 %)`.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    print(count_parameters(model))
