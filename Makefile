@@ -7,6 +7,7 @@ PYTEST ?=
 BENCH ?= --quick
 TRAIN ?=
 TRITON ?= 3.9.0
+TRANSFORMERS ?= 5.24.0
 AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -15,8 +16,9 @@ READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
 
 INTERPRETER := build/triton-$(TRITON)
 EXECUTED := build/cuda_on_cpu
+LATER := build/transformers-$(TRANSFORMERS)
 
-.PHONY: demo test interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: demo test transformers interpret aot cuda-on-cpu ptxas lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does
 # (setup.py): 0 without, 1 required, unset if possible
@@ -36,6 +38,11 @@ demo: $(READY)
 
 test: $(READY)
 	python -m pytest $(PYTEST)
+
+# whole models under another version of transformers than the pinned one, which `adapters` needs
+transformers: $(READY)
+	test -d $(LATER)/transformers || $(PIP) --target $(LATER) transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(LATER) python -m pytest -W ignore -rN tests/test_inject.py tests/test_inject_options.py
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton"
 interpret: $(READY)

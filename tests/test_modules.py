@@ -171,3 +171,16 @@ def test_errors_at_call_name_x() -> None:
     for module in (ck.PHMLinear(24, 12), ck.CompacterAdapter(24, reduction_factor=2)):
         with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 24\).*got \(3, 23\)"):
             module(torch.randn(3, 23))
+
+
+def test_parameters_that_are_plain_attributes_serve_too() -> None:
+    """nn.DataParallel and FSDP's flat parameters leave a module so."""
+    adapter = ck.CompacterAdapter(24, reduction_factor=2, scale="learned")
+    x = torch.randn(5, 24)
+    expected = adapter(x)
+    for module in adapter.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    assert not list(adapter.parameters())
+    assert torch.equal(adapter(x), expected)

@@ -137,13 +137,14 @@ class CompacterAdapter(nn.Module):
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
         late |= residual is not None and residual.dtype != h.dtype
+        scaling = self._parameters["scaling"] if "scaling" in self._parameters else self.scaling
         y = compacter_adapter(
             h,
             self.down.weights(),
             self.up.weights(),
             activation=self.activation,
             residual=None if late else residual,
-            scale=self.scaling if self.scaling is not None else self.scale,  # type: ignore[arg-type]
+            scale=self.scale if scaling is None else scaling,  # type: ignore[arg-type]
             impl=self.impl,
         )
         if not late:
