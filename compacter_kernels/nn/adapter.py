@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.nn.initialisation import reset_rule
-from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim, rule_shapes
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim, own, rule_shapes
 from compacter_kernels.nn.representation import arguments
 
 
@@ -137,7 +137,7 @@ class CompacterAdapter(nn.Module):
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
         late |= residual is not None and residual.dtype != h.dtype
-        scaling = self._parameters["scaling"] if "scaling" in self._parameters else self.scaling
+        scaling = own(self, "scaling")
         y = compacter_adapter(
             h,
             self.down.weights(),

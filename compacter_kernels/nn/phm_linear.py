@@ -36,6 +36,12 @@ def rule_shapes(phm_dim: int, factorized_phm_rule: bool) -> tuple[tuple[int, int
     return ((n, n, 1), (n, 1, n)) if factorized_phm_rule else ((n, n, n),)
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """A parameter of a module in a fifth of the time that `nn.Module.__getattr__` takes, wherever it is kept."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class PHMLinear(nn.Module):
     """y = x H + b with H = sum_i A_i (x) (s_i t_i), a drop-in for nn.Linear (arXiv 2106.04647, equation 5).
 
@@ -128,14 +134,11 @@ class PHMLinear(nn.Module):
 
     def _weight(self, name: str) -> nn.Parameter:
         """A parameter, this layer's or one that it borrows, on this layer's device."""
-        own = self._parameters.get(name)  # a fifth of the time of nn.Module.__getattr__; DataParallel empties it
-        if own is not None:
-            return own
         if name not in self._borrowed:
-            return getattr(self, name)  # type: ignore[no-any-return]
+            return own(self, name)  # type: ignore[no-any-return]
         owner, theirs = self._borrowed[name]
         weight: nn.Parameter = getattr(owner, theirs)
-        b = self._parameters["b"] if "b" in self._parameters else self.b
+        b = own(self, "b")
         return weight if b is None or weight.device == b.device else weight.to(b.device)  # type: ignore[return-value]
 
     def rule_names(self) -> tuple[str, ...]:
@@ -152,8 +155,8 @@ class PHMLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, except a shared rule and what is borrowed; biases are zero."""
-        own = [name for name in self.factor_names() if name not in self._borrowed]
-        reset_factors((getattr(self, name) for name in own), self.init)
+        held = [name for name in self.factor_names() if name not in self._borrowed]
+        reset_factors((getattr(self, name) for name in held), self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
         if self.b is not None:
@@ -169,7 +172,7 @@ class PHMLinear(nn.Module):
             rule = self._weight("phm_rule")
         if not self.learn_phm and rule.requires_grad:
             rule = rule.detach()
-        b = self._parameters["b"] if "b" in self._parameters else self.b
+        b = own(self, "b")
         if self.factorized_phm_W:
             return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), b)
         return PHMWeights(rule, self._weight("W"), None, b)
