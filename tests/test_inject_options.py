@@ -285,3 +285,13 @@ def test_the_input_gets_a_gradient_under_reentrant_checkpointing() -> None:
         grads.append([p.grad for _, p in ck.adapter_parameters(model)])
     for without, with_it in zip(*grads, strict=True):
         torch.testing.assert_close(with_it, without)
+
+
+def test_copies_by_data_parallel_are_refused() -> None:
+    """They share the hooks of the module that they are copies of, and so its adapters."""
+    layer = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    ck.inject(layer, ck.CompacterConfig(**SMALL, target_modules=["0"]))
+    replica = layer[0]._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer[0].weight, layer[0].bias
+    with pytest.raises(RuntimeError, match="torchrun"):
+        replica(torch.randn(2, WIDTH))

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from compacter_kernels.nn import CompacterAdapter
 
 NAME = "compacter"
+REPLICATED = (
+    "nn.DataParallel runs copies of a module, which would use adapters on another device; use one process for each "
+    "device instead, with DistributedDataParallel: torchrun --nproc-per-node=N"
+)
 
 
 class Slot(nn.ModuleDict):
@@ -52,6 +56,8 @@ class AdapterSlot(Slot):
         adapter: CompacterAdapter | None = self.in_use()
         if adapter is None:
             return output
+        if module is not self._write[0]:
+            raise RuntimeError(REPLICATED)
         y = output[0] if isinstance(output, tuple) else output
         if adapter.add_residual:
             y = adapter(y)
