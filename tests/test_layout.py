@@ -27,6 +27,7 @@ RANKS = (
     ("autograd",),
     ("functional",),
     ("nn",),
+    ("models",),
     ("accuracy",),
     ("machine", "options"),
     ("bench", "train"),

@@ -1,0 +1,1 @@
+"""Compacter in models: those that other libraries have built."""
