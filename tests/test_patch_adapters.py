@@ -138,7 +138,7 @@ def test_gating_scores() -> None:
     [
         {},
         {"ln_before": True, "use_gating": True, "scaling": "channel"},
-        {"ln_after": True, "adapter_residual_before_ln": False, "scaling": "learned"},
+        {"ln_after": True, "adapter_residual_before_ln": False, "scaling": 0.5},
     ],
     ids=["plain", "norm before, gate, channels", "norm after"],
 )
@@ -169,7 +169,7 @@ def test_autocast(family: str) -> None:
     assert found["logits"].dtype == library["logits"].dtype
     for name in exact:
         error, usual = ((value[name].float() - exact[name]).norm() for value in (found, library))
-        assert error <= 1.5 * usual + 1e-3 * exact[name].norm(), name
+        assert error <= 2 * usual, name
 
 
 def test_a_hook_inside_the_adapter_is_run() -> None:
