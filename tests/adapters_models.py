@@ -91,7 +91,7 @@ def step(model: nn.Module, call: Any = None, **more: Any) -> dict[str, Tensor]:
     embeddings = model.get_input_embeddings().weight.requires_grad_()
     model.zero_grad()
     torch.manual_seed(11)
-    logits = (call or model)(**inputs(model), **more).logits
+    logits = (model if call is None else call)(**inputs(model), **more).logits
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).to(logits.dtype)
     (logits * weight).sum().backward()
     trained = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

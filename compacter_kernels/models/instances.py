@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 PACKAGE = __name__.rpartition(".")[0]
+METHODS = ("forward", "post_forward", "compose_single")
 
 
 def is_ours(method: Any) -> bool:
@@ -31,8 +32,8 @@ def replaced_by_others(module: nn.Module, name: str) -> bool:
 
 
 def restore(module: nn.Module) -> list[str]:
-    """Take off whatever `put` made; the names of those methods."""
-    names = [name for name, value in vars(module).items() if is_ours(value)]
+    """Take off whatever `put` made; the names of those methods. One that others have wrapped since stays."""
+    names = [name for name in METHODS if is_ours(vars(module).get(name))]
     for name in names:
         del vars(module)[name]
     return names

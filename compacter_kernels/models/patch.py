@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import Any
 
@@ -185,9 +184,13 @@ _METHODS = {
 
 
 def _patch_library() -> Report:
-    if importlib.util.find_spec("adapters") is None:
-        raise RuntimeError("ck.patch() speeds up the library `adapters`, which is not installed; pip install adapters")
-    importlib.import_module("adapters.methods.bottleneck")
+    try:
+        importlib.import_module("adapters.methods.bottleneck")
+    except ImportError as error:
+        raise RuntimeError(
+            f"ck.patch() without a model speeds up the library `adapters`, which cannot be imported ({error}); "
+            "pip install adapters"
+        ) from error
     _adapters()
     patched = []
     for kind, name, function in _targets():
