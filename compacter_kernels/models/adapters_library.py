@@ -69,12 +69,13 @@ def bottleneck(
     fused: None for all of these; "output" where the caller needs neither down nor up, which are None then; "up" where
     it needs up, as AdapterFusion does.
     """
-    if fused is None or not _can_fuse(adapter, residual_input):
-        plain: tuple[Any, ...] = original(type(adapter), "forward")(adapter, x, residual_input, output_gating)
-        return plain
-    from adapters.methods.modeling import ParallelAdapter
+    from adapters.methods.modeling import Adapter, ParallelAdapter
 
     parallel = isinstance(adapter, ParallelAdapter)
+    if fused is None or not _can_fuse(adapter, residual_input):
+        library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
+        plain: tuple[Any, ...] = library(adapter, x, residual_input, output_gating)
+        return plain
     drops_path = not parallel and hasattr(adapter, "DropPath")  # ParallelAdapter has it but does not use it
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
