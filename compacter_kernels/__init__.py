@@ -12,6 +12,9 @@ from compacter_kernels.models.control import (
     set_adapter,
 )
 from compacter_kernels.models.injection import inject
+from compacter_kernels.models.load import load_adapter
+from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.models.save import save_adapter
 from compacter_kernels.nn import CompacterAdapter, PHMLinear
 from compacter_kernels.weights import PHMWeights
 
@@ -31,9 +34,13 @@ __all__ = [
     "disable_adapters",
     "explain",
     "inject",
+    "load_adapter",
+    "patch",
     "phm_linear",
     "phm_matrix",
     "print_trainable_parameters",
     "remove_adapters",
+    "save_adapter",
     "set_adapter",
+    "unpatch",
 ]

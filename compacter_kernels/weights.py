@@ -61,3 +61,9 @@ def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:
     w = left if weights.right is None else torch.bmm(left, weights.right.to(dtype))
     products = rule[:, :, None, :, None] * w[:, None, :, None, :]  # (n, n, in/n, n, out/n)
     return products.sum(0).reshape(weights.in_features, weights.out_features)
+
+
+def factorised_rule(left: Tensor, right: Tensor) -> Tensor:
+    """The rule (n, n, n) of rank 1, A_i[p,q] = l_i[p] r_i[q], from (n, n, 1) and (n, 1, n); float32 or wider."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) * right.to(wide)

@@ -12,7 +12,7 @@ from compacter_kernels.functional import phm_linear
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.representation import arguments
 from compacter_kernels.problem import divisors
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import PHMWeights, factorised_rule
 
 Rule = Tensor | tuple[Tensor, ...]
 
@@ -165,9 +165,7 @@ class PHMLinear(nn.Module):
     def weights(self) -> PHMWeights:
         """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
         if self.factorized_phm_rule:
-            left, right = self._weight("phm_rule_left"), self._weight("phm_rule_right")
-            wide = torch.promote_types(left.dtype, torch.float32)
-            rule: Tensor = left.to(wide) * right.to(wide)  # of rank 1: A_i[p,q] = l_i[p] r_i[q]
+            rule: Tensor = factorised_rule(self._weight("phm_rule_left"), self._weight("phm_rule_right"))
         else:
             rule = self._weight("phm_rule")
         if not self.learn_phm and rule.requires_grad:

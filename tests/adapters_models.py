@@ -1,0 +1,114 @@
+"""Small models with Compacter from the library `adapters`, and what a step of them gives."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("adapters")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what these packages warn of when they are imported
+    import adapters
+    from adapters import CompacterConfig
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+WIDTH, VOCABULARY = 32, 60
+PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes, **quiet))
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": WIDTH, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 40}
+    config = T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False, **sizes)
+    return T5ForConditionalGeneration(config)
+
+
+def _gpt2() -> nn.Module:
+    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=1, **sizes))
+
+
+def _llama() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes))
+
+
+FAMILIES = {"bert": _bert, "t5": _t5, "gpt2": _gpt2, "llama": _llama}
+
+
+def compacter(**options: Any) -> CompacterConfig:
+    return CompacterConfig(**{"phm_dim": 4, "reduction_factor": 2, **options})
+
+
+def draw_anew(model: nn.Module, seed: int = 0) -> None:
+    """Adapters that matter: at their own initialisation H is almost zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("adapters.", "shared_parameters.", "adapter_fusion_layer.")):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
+    """A model with the adapters of these configs, "a" if there is none, in training."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    adapters.init(model)
+    for name, config in (configs or {"a": compacter()}).items():
+        model.add_adapter(name, config=config)
+    model.train_adapter(setup)
+    draw_anew(model)
+    return model
+
+
+def inputs(model: nn.Module, rows: int = 4, length: int = 6) -> dict[str, Tensor]:
+    tokens = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(3))
+    extra = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
+
+
+def step(model: nn.Module, call: Any = None, **more: Any) -> dict[str, Tensor]:
+    """The logits, and the gradients of all trained parameters and of the embeddings."""
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(11)
+    logits = (model if call is None else call)(**inputs(model), **more).logits
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).to(logits.dtype)
+    (logits * weight).sum().backward()
+    trained = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    embeddings.requires_grad_(False)
+    return {"logits": logits.detach(), **trained}
+
+
+def assert_same_step(
+    found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor] | None = None
+) -> None:
+    """Within 1e-5 of the largest entry; with `exact`, the same in float64, plus twice the error of `expected` itself.
+
+    The latter is what a gradient needs that is zero but for rounding, as that of a bias which a softmax takes out.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        own = 0.0 if exact is None else 2 * float((value - exact[name]).abs().max())
+        error = float((found[name] - value).abs().max())
+        assert error <= 1e-5 * float(value.abs().max()) + own, f"{name}: {error:.1e}"
