@@ -150,20 +150,26 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     options = {}
     if not output_gating and takes_fused(adapter):  # the gating scores are read from what is returned
         options["fused"] = "up" if needs_up else "output"
-    outputs = adapter(state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options)
+    outputs = adapter(
+        state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options
+    )
     if output_gating:
         layer._store_gating_score(adapter_setup, outputs[-1])
     up = outputs[2] if needs_up else None
     return state._replace(hidden_states=outputs[0], bottleneck_up=up, last=adapter_setup)
 
 
-def takes_fused(adapter: nn.Module) -> bool:
-    """Whether `bottleneck` is what a call of this adapter runs, and no hook of a user would see what it leaves out."""
+def takes_fused(adapter: Any) -> bool:
+    """Whether `bottleneck` is what a call of this adapter runs, and no hook would miss what that leaves out."""
     method = vars(adapter).get("forward", type(adapter).forward)
     if not (method is bottleneck or (is_ours(method) and method.func is bottleneck)):
         return False
+    if adapter._backward_hooks or adapter._backward_pre_hooks:
+        return False
     hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())
-    return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
+    return all(
+        str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks
+    )  # FSDP looks away
 
 
 def describe(adapter: Any) -> str:

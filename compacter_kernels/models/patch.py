@@ -81,7 +81,9 @@ def _adapters() -> Any:
     if module is not None:
         version = sys.modules["adapters"].__version__
         if not version.startswith(SUPPORTED):
-            raise RuntimeError(f"adapters {version} is not known to ck.patch, which replaces methods of 1.3; install that")
+            raise RuntimeError(
+                f"adapters {version} is not known to ck.patch, which replaces methods of 1.3; install that"
+            )
     return module
 
 
@@ -120,7 +122,9 @@ def _patch_composition(layer: Any, library: Any) -> Result:
     if not any(isinstance(a, library.Adapter) and _has_phm(a) for a in getattr(layer, "adapters", {}).values()):
         return None
     own = adapters_library.original(library.BottleneckLayer, "compose_single")
-    if adapters_library.original(type(layer), "compose_single") is not own or replaced_by_others(layer, "compose_single"):
+    if adapters_library.original(type(layer), "compose_single") is not own or replaced_by_others(
+        layer, "compose_single"
+    ):
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
     put(layer, "compose_single", adapters_library.compose_single)
     return None
