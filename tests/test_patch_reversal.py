@@ -269,6 +269,7 @@ def test_a_version_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match=r"adapters 2\.0\.0 is not known to ck\.patch"):
             call()
     assert unpatch(model) == unpatch() == Report()
+    assert patch(OriginalAdapter()).patched  # which has nothing to do with it
 
 
 def test_without_adapters() -> None:

@@ -184,4 +184,5 @@ def describe(adapter: Any) -> str:
         "activation": fused_name(adapter.non_linearity.f) is None,
     }
     names = [name for name, there in outside.items() if there]
-    return f"one kernel, but for: {', '.join(names)}" if names else "one kernel"
+    how = f"one kernel, but for: {', '.join(names)}" if names else "one kernel"
+    return how if adapter.adapter_up.learn_phm else f"{how} (learn_phm=False, but train_adapter trains the rule too)"

@@ -1,6 +1,6 @@
 """Whole adapters of OpenDelta, T-Few and the original: down_sampler, activation, up_sampler.
 
-They look alike from outside, but some add x and some do not. So a copy with random weights is asked once what it computes.
+They look alike from outside, but some add x and some do not; so a copy with random weights is asked what it computes.
 """
 
 from __future__ import annotations

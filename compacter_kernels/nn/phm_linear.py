@@ -128,10 +128,8 @@ class PHMLinear(nn.Module):
 
     def weights(self) -> PHMWeights:
         """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
-        if self.factorized_phm_rule:
-            rule = factorised_rule(self.phm_rule_left, self.phm_rule_right)
-        else:
-            rule = self.phm_rule
+        factors = self.factorized_phm_rule
+        rule = factorised_rule(self.phm_rule_left, self.phm_rule_right) if factors else self.phm_rule
         if not self.learn_phm and rule.requires_grad:
             rule = rule.detach()
         if self.factorized_phm_W:
