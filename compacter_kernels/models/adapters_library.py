@@ -76,7 +76,7 @@ def bottleneck(
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
         plain: tuple[Any, ...] = library(adapter, x, residual_input, output_gating)
         return plain
-    drops_path = not parallel and hasattr(adapter, "DropPath")  # ParallelAdapter has it but does not use it
+    drops_path = not parallel and "DropPath" in adapter._modules  # ParallelAdapter has it but does not use it
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:

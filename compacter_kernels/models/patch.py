@@ -21,7 +21,8 @@ def patch(model: nn.Module | None = None) -> Report:
     between or around its projections done in torch; where they do not, its PHM layers run one by one. Whether the rule
     is trained is left as it was: `learn_phm=False` is undone by the `train_adapter` of `adapters`, patched or not.
 
-    Patching again is harmless, and covers adapters added since.
+    Patching again is harmless, and covers adapters added since. A patched model can be copied and pickled, but not run
+    under nn.DataParallel, whose replicas would call the first one's weights; ck.patch() without a model can.
 
     Args:
         model: any module. None: the classes of `adapters` in this process, for all models made before and later.
