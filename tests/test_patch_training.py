@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from adapters_models import FAMILIES, PAST_KEY_VALUE, WIDTH, assert_same_step, compacter, inputs, make, step
 from torch import nn
 
+from compacter_kernels.models import adapters_library
 from compacter_kernels.models.patch import patch, unpatch
 
 ac = pytest.importorskip("adapters.composition")
@@ -139,3 +142,28 @@ def test_the_whole_library_compiles() -> None:
     finally:
         unpatch()
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fully_sharded_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adapter sharded by itself: its hooks bring its weights, and the kernel still serves it whole."""
+    model = make(a=compacter(shared_phm_rule=False))
+    expected = step(model)
+    patch(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in list(model.modules()):
+        if hasattr(module, "adapter_up"):
+            torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    kernel, calls = adapters_library.compacter_adapter, []
+    monkeypatch.setattr(adapters_library, "compacter_adapter", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+    found = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in step(model).items()}
+    assert len(calls) == 4
+    assert_same_step(found, expected)
