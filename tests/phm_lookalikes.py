@@ -1,4 +1,4 @@
-"""Modules with the structure of those in OpenDelta, T-Few and the original repository: attributes, methods, residual."""
+"""Modules with the structure of those in OpenDelta, T-Few and the original repository, written anew."""
 
 from __future__ import annotations
 

@@ -46,7 +46,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "own rule": ({"shared_phm_rule": False}, WHOLE),
     "shared W": ({"shared_W_phm": True}, WHOLE),
     "shared W, own rule": ({"shared_W_phm": True, "shared_phm_rule": False}, WHOLE),
-    "rule not learned": ({"learn_phm": False}, WHOLE),
+    "rule not learned": (
+        {"learn_phm": False},
+        "one kernel (learn_phm=False, but train_adapter trains the rule too)",
+    ),
     "before the original norm": ({"original_ln_before": False}, WHOLE),
     "residual before the norm": ({"residual_before_ln": False}, WHOLE),
     "residual after adding": ({"residual_before_ln": "post_add", "original_ln_before": True}, WHOLE),

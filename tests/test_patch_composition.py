@@ -70,7 +70,9 @@ def test_fusion_attentions() -> None:
     assert found.keys() == expected.keys()
     for layer, places in expected.items():
         for place, attentions in places.items():
-            torch.testing.assert_close(torch.tensor(found[layer][place]), torch.tensor(attentions), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                torch.tensor(found[layer][place]), torch.tensor(attentions), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_an_adapter_setup_for_one_call() -> None:
@@ -118,7 +120,9 @@ def test_saved_adapters_are_what_they_were(tmp_path: Path) -> None:
     model.save_adapter(str(tmp_path / "after"), "a")
     names = sorted(path.name for path in (tmp_path / "before").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "after").iterdir())
-    tensors = [torch.load(tmp_path / folder / "pytorch_adapter.bin", weights_only=True) for folder in ("before", "after")]
+    tensors = [
+        torch.load(tmp_path / folder / "pytorch_adapter.bin", weights_only=True) for folder in ("before", "after")
+    ]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     expected = step(copy.deepcopy(model))

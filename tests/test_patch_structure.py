@@ -1,4 +1,4 @@
-"""Modules built like OpenDelta's, T-Few's and the original's: recognised by structure, same function, left if unsure."""
+"""Modules built like OpenDelta's, T-Few's and the original's: known by structure, same function, left if unsure."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_opendelta_with_a_tuple() -> None:
 @pytest.mark.parametrize(
     ("f", "fused"),
     [
-        *((f, True) for f in (F.relu, torch.tanh, F.gelu, F.leaky_relu, swish, nn.SiLU(), nn.GELU("tanh"), nn.Identity())),
+        *(
+            (f, True)
+            for f in (F.relu, torch.tanh, F.gelu, F.leaky_relu, swish, nn.SiLU(), nn.GELU("tanh"), nn.Identity())
+        ),
         *((f, False) for f in (F.softplus, nn.ELU(), nn.LeakyReLU(0.2), nn.ReLU6(), lambda x: x.clamp(-30, 30) ** 2)),
     ],
     ids=str,

@@ -76,7 +76,7 @@ def bottleneck(
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
         plain: tuple[Any, ...] = library(adapter, x, residual_input, output_gating)
         return plain
-    drops_path = not parallel and hasattr(adapter, "DropPath")  # ParallelAdapter has it but does not use it
+    drops_path = not parallel and "DropPath" in adapter._modules  # ParallelAdapter has it but does not use it
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
@@ -150,20 +150,26 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     options = {}
     if not output_gating and takes_fused(adapter):  # the gating scores are read from what is returned
         options["fused"] = "up" if needs_up else "output"
-    outputs = adapter(state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options)
+    outputs = adapter(
+        state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options
+    )
     if output_gating:
         layer._store_gating_score(adapter_setup, outputs[-1])
     up = outputs[2] if needs_up else None
     return state._replace(hidden_states=outputs[0], bottleneck_up=up, last=adapter_setup)
 
 
-def takes_fused(adapter: nn.Module) -> bool:
-    """Whether `bottleneck` is what a call of this adapter runs, and no hook of a user would see what it leaves out."""
+def takes_fused(adapter: Any) -> bool:
+    """Whether `bottleneck` is what a call of this adapter runs, and no hook would miss what that leaves out."""
     method = vars(adapter).get("forward", type(adapter).forward)
     if not (method is bottleneck or (is_ours(method) and method.func is bottleneck)):
         return False
+    if adapter._backward_hooks or adapter._backward_pre_hooks:
+        return False
     hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())
-    return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
+    return all(
+        str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks
+    )  # FSDP looks away
 
 
 def describe(adapter: Any) -> str:
@@ -178,4 +184,5 @@ def describe(adapter: Any) -> str:
         "activation": fused_name(adapter.non_linearity.f) is None,
     }
     names = [name for name, there in outside.items() if there]
-    return f"one kernel, but for: {', '.join(names)}" if names else "one kernel"
+    how = f"one kernel, but for: {', '.join(names)}" if names else "one kernel"
+    return how if adapter.adapter_up.learn_phm else f"{how} (learn_phm=False, but train_adapter trains the rule too)"

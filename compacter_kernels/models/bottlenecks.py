@@ -1,6 +1,6 @@
 """Whole adapters of OpenDelta, T-Few and the original: down_sampler, activation, up_sampler.
 
-They look alike from outside, but some add x and some do not. So a copy with random weights is asked once what it computes.
+They look alike from outside, but some add x and some do not; so a copy with random weights is asked what it computes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def probe_projection(layer: nn.Module) -> str | None:
             expected = phm_linear(x, phm_modules.weights(twin))
             if _agree(lambda: type(twin).forward(twin, x), expected):
                 return None
-    except Exception as error:  # anything may go wrong in code of others; the layer is left as it is then, and why is said
+    except (
+        Exception
+    ) as error:  # anything may go wrong in code of others; the layer is left as it is then, and why is said
         return f"asking its forward failed: {type(error).__name__}: {error}"
     return "its forward computes something else than x H + b"
 

@@ -1,0 +1,109 @@
+"""Which modules of a model get which function, and why others are left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from compacter_kernels.models import adapters_library, bottlenecks, phm_modules
+from compacter_kernels.models.instances import put, replaced_by_others
+from compacter_kernels.models.patch_library import check_version, imported_library
+from compacter_kernels.models.report import Entry, Report
+from compacter_kernels.nn import PHMLinear
+
+Result = tuple[bool, str] | None  # whether it is patched, and how or why not; None: nothing to tell
+
+
+def patch_model(model: nn.Module) -> Report:
+    """Put the functions onto the modules that are recognised."""
+    library = imported_library()
+    if library is not None and any(isinstance(module, library.Adapter) for module in model.modules()):
+        check_version()
+    patched: list[Entry] = []
+    skipped: list[Entry] = []
+    whole: set[int] = set()  # the parts of adapters that are patched as a whole, which need no line of their own
+    for name, module in model.named_modules():
+        result = _patch_module(module, library, whole)
+        if result is not None:
+            (patched if result[0] else skipped).append(Entry(name, result[1]))
+    return Report(patched=tuple(patched), skipped=tuple(skipped))
+
+
+def _patch_module(module: nn.Module, library: Any, whole: set[int]) -> Result:
+    if library is not None and isinstance(module, library.BottleneckLayer):
+        return _patch_composition(module, library)
+    if library is not None and isinstance(module, library.Adapter):
+        return _patch_adapter(module, library, whole)
+    if bottlenecks.is_bottleneck(module):
+        return _patch_bottleneck(module, whole)
+    if bottlenecks.is_not_built_yet(module):
+        return False, "it makes its layers in its first call; patch after that"
+    if isinstance(module, PHMLinear):
+        return False, "it is one of compacter_kernels"
+    if phm_modules.is_projection(module):
+        result = _patch_projection(module, library)
+        return None if result[0] and id(module) in whole else result
+    return None
+
+
+def _patch_composition(layer: Any, library: Any) -> Result:
+    """The layer that calls the adapters; it is worth a line only where it cannot be patched."""
+    if not any(isinstance(a, library.Adapter) and _has_phm(a) for a in getattr(layer, "adapters", {}).values()):
+        return None
+    own = adapters_library.original(library.BottleneckLayer, "compose_single")
+    if adapters_library.original(type(layer), "compose_single") is not own or replaced_by_others(
+        layer, "compose_single"
+    ):
+        return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
+    put(layer, "compose_single", adapters_library.compose_single)
+    return None
+
+
+def _has_phm(adapter: Any) -> bool:
+    return adapters_library.is_phm_layer(adapter.adapter_up)
+
+
+def _patch_adapter(adapter: Any, library: Any, whole: set[int]) -> Result:
+    if not any(phm_modules.is_projection(part) for part in adapter.modules()):
+        return None  # the plain bottleneck adapter
+    owns = {adapters_library.original(kind, "forward") for kind in (library.Adapter, library.ParallelAdapter)}
+    if adapters_library.original(type(adapter), "forward") not in owns:
+        return False, f"{type(adapter).__name__} has a forward of its own; its PHM layers run one by one"
+    if replaced_by_others(adapter, "forward"):
+        return False, "its forward was replaced on the module; its PHM layers run one by one"
+    if not _has_phm(adapter):
+        return False, "one of its projections is not a PHM layer of `adapters`"
+    put(adapter, "forward", adapters_library.bottleneck)
+    whole.update(id(part) for part in adapter.modules())
+    return True, adapters_library.describe(adapter)
+
+
+def _patch_bottleneck(adapter: Any, whole: set[int]) -> Result:
+    unset = [name for layer in (adapter.down_sampler, adapter.up_sampler) for name in phm_modules.missing(layer)]
+    if unset:
+        return False, f"{', '.join(dict.fromkeys(unset))} of its layers have not been set yet"
+    if any(replaced_by_others(adapter, method) for method in bottlenecks.METHODS):
+        return False, "its forward was replaced on the module; its PHM layers run one by one"
+    found = bottlenecks.probe(adapter)
+    if isinstance(found, str):
+        return False, f"{found}; its PHM layers run one by one"
+    function = {"forward": bottlenecks.forward, "post_forward": bottlenecks.post_forward}[found.method]
+    put(adapter, found.method, function, activation=found.activation, residual=found.residual)
+    whole.update((id(adapter.down_sampler), id(adapter.up_sampler)))
+    how = "one kernel, with the residual" if found.residual else "one kernel"
+    return True, how if found.activation else f"{how}; its activation is called between the projections"
+
+
+def _patch_projection(layer: nn.Module, library: Any) -> tuple[bool, str]:
+    if replaced_by_others(layer, "forward"):
+        return False, "its forward was replaced on the module"
+    if library is not None and adapters_library.is_phm_layer(layer):
+        put(layer, "forward", adapters_library.projection)
+        return True, "one kernel for the layer"
+    if unset := phm_modules.missing(layer):
+        return False, f"{', '.join(unset)} have not been set yet"
+    if why := bottlenecks.probe_projection(layer):
+        return False, why
+    put(layer, "forward", phm_modules.forward)
+    return True, "one kernel for the layer"
