@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, distributed as dist, nn
 
 from compacter_kernels.models.control import known
-from compacter_kernels.models.files import require_safetensors, write_folder
+from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
 from compacter_kernels.models.keys import named_tensors, parts_in
 
@@ -35,7 +35,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
     tensors = {key: _whole(key, tensor) for key, tensor in named_tensors(model, parts_in(model, name)).items()}
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        write_folder(Path(folder), tensors, {**describe(model), **here.configs[name].to_dict()})
+        write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
