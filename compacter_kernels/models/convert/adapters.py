@@ -99,7 +99,7 @@ def read(source: Source, name: str | None, rule: Mapping[str, Tensor] | None) ->
     others = sorted(key for key in source.head if not head_of(key))
     if others:
         checkpoint.notes.append(f"{', '.join(others)}, saved as a head, is not taken over: it is part of the base")
-    options["cross_adapter"] |= any("crossattention" in place for place in checkpoint.adapters)
+    options["cross_adapter"] = any(_kind(place) == "cross_attention" for place in checkpoint.adapters)
     return checkpoint
 
 
@@ -141,8 +141,8 @@ def _options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any
         if value != ours and not idle:
             why = {
                 "phm_layer": "these are plain bottleneck adapters, not Compacter",
-                "original_ln_before": "its adapter reads the block's output plus the residual, as adapters' Compacter++ "
-                "does; ours and the paper's read the block's output alone",
+                "original_ln_before": "it reads the block's output plus the residual, as adapters' Compacter++ does; "
+                "ours and the paper's read the block's output alone",
             }.get(option, "ours have no such thing")
             raise ValueError(f"{option}={value!r} cannot be converted: {why}")
     if config.get("scaling") == "channel":
@@ -179,7 +179,7 @@ def _location(path: str, model_type: str | None) -> str:
         return block
     family = ARCHITECTURES.get(model_type or "")
     place: Place | None = place_of(path, family) if family else None
-    if place is None:
+    if place is None or (model_type == "gpt2" and place.kind == "cross_attention"):
         raise ValueError(f"`adapters` has no place for an adapter after {path} of a model of type {model_type!r}")
     layer = f"{place.stack}.{place.layer}"
     if family is ARCHITECTURES["bert"]:
@@ -187,6 +187,10 @@ def _location(path: str, model_type: str | None) -> str:
     if model_type == "vit" and place.kind == "feed_forward":
         return f"{layer}.output.output_adapters"
     return f"{layer}.{next(where for where, kind in _CHILDREN.items() if kind == place.kind)}"
+
+
+def _kind(path: str) -> str | None:
+    return next((place.kind for family in ARCHITECTURES.values() if (place := place_of(path, family))), None)
 
 
 def _our_name(rest: str, ln_before: bool) -> str:
@@ -207,9 +211,9 @@ def _require_shared(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
     missing = [name for name in wanted if name not in checkpoint.shared]
     if missing:
         raise MissingRuleError(
-            f"the file lacks {', '.join(missing)}, which its adapters share: `adapters` 1.3.0 leaves it out when it saves "
-            "a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a tensor, or a "
-            "safetensors file that holds it); what was learned and is in no other file cannot be recovered"
+            f"the file lacks {', '.join(missing)}, which its adapters share: `adapters` 1.3.0 leaves it out when it "
+            "saves a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a "
+            "tensor, or a safetensors file that holds it); what was learned and is in no other file cannot be recovered"
         )
 
 

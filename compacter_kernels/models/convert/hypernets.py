@@ -1,7 +1,7 @@
 """The layers of HyperNets: `a` (n, n, n), `s` (n, out/n, in/n) and `bias`.
 
-They compute y = x H^T + bias with H = sum_i a_i (x) s_i. So A_i = a_i^T and W_i = s_i^T in our terms, y = x sum_i A_i (x) W_i + b. It has layers, not adapters: what is converted
-are `PHMLinear(factorized_phm_W=False)` by their names, and of adapters the projections.
+They compute y = x H^T + bias with H = sum_i a_i (x) s_i. So A_i = a_i^T and W_i = s_i^T in our terms. It has layers,
+not adapters: what is converted are `PHMLinear(factorized_phm_W=False)` by their names, and of adapters the projections.
 """
 
 from __future__ import annotations
