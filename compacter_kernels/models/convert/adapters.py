@@ -13,6 +13,7 @@ from compacter_kernels.models.convert.checkpoint import Checkpoint, MissingRuleE
 from compacter_kernels.models.convert.places import (
     Place,
     head_of,
+    heads_in,
     is_norm,
     place_of,
     placement,
@@ -95,7 +96,7 @@ def read(source: Source, name: str | None, rule: Mapping[str, Tensor] | None) ->
     _require_shared(checkpoint, options)
     head = {k: t for k, t in source.tensors.items() if head_of(k)} if source.model is not None else source.head
     checkpoint.copies = {key: tensor for key, tensor in head.items() if head_of(key)}
-    options["modules_to_save"] = sorted({h for key in checkpoint.copies if (h := head_of(key))})
+    options["modules_to_save"] = heads_in(checkpoint.copies)
     others = sorted(key for key in source.head if not head_of(key))
     if others:
         checkpoint.notes.append(f"{', '.join(others)}, saved as a head, is not taken over: it is part of the base")

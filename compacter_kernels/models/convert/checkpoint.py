@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.models.config import CompacterConfig
+from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.nn import CompacterAdapter
 
 POSITIONS = ("down", "up")
@@ -71,6 +71,8 @@ class Checkpoint:
                     raise ValueError(f"{name} of {place} is {what}")
                 if found != wanted:
                     raise ValueError(f"{name} of {place} has shape {found}, and must have {wanted} by the options")
+                if tensors[name].dtype not in DTYPES.values():
+                    raise ValueError(f"{name} of {place} is {tensors[name].dtype}, not {' or '.join(DTYPES)}")
 
 
 def _expected(tensors: dict[str, Tensor], config: CompacterConfig) -> dict[str, Tensor]:

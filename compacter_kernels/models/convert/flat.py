@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, zeros
 
 from compacter_kernels.models.convert.checkpoint import POSITIONS, Checkpoint, options_of, share
-from compacter_kernels.models.convert.places import is_norm, placement, t5_block, t5_module
+from compacter_kernels.models.convert.places import head_of, heads_in, is_norm, placement, t5_block, t5_module
 from compacter_kernels.models.convert.source import Source, non_linearity_in
 
 NORMS = {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}
@@ -95,8 +95,10 @@ def read(kind: str, source: Source, name: str | None, model_type: str | None, no
     shared = share(adapters)
     options = options_of(adapters, shared) | placement(adapters, model_type) | _of_config(source.config)
     checkpoint = Checkpoint(adapters, shared, options=options)
-    checkpoint.copies = {key: t for key, t in source.tensors.items() if is_norm(key) and "adapter" not in key}
-    options |= {"train_layer_norms": bool(checkpoint.copies), "modules_to_save": ()}
+    norms = {key: t for key, t in source.tensors.items() if is_norm(key) and "adapter" not in key and not head_of(key)}
+    heads = {key: t for key, t in source.tensors.items() if head_of(key)}
+    checkpoint.copies = norms | heads
+    options |= {"train_layer_norms": bool(norms), "modules_to_save": heads_in(heads)}
     stated = options.get("non_linearity") or non_linearity_in(source.model) or non_linearity
     options["non_linearity"] = stated or form.non_linearity
     if stated is None:
@@ -151,10 +153,7 @@ def write(kind: str, checkpoint: Checkpoint, name: str | None) -> dict[str, Tens
                 right = own.get(f"{position}.W_right", own.get(f"{position}.W"))
                 assert right is not None
                 tensors[f"{prefix}.{position}_sampler.b"] = zeros(right.shape[0] * right.shape[2], dtype=right.dtype)
-    tensors |= {key: tensor for key, tensor in checkpoint.copies.items() if is_norm(key)}
-    heads = [key for key in checkpoint.copies if not is_norm(key)]
-    if heads:
-        checkpoint.losses.append(f"trained heads: {', '.join(heads[:4])}")
+    tensors |= checkpoint.copies
     if kind != "original" and checkpoint.shared:
         checkpoint.notes.append(
             f"{', '.join(checkpoint.shared)} is repeated in each adapter, and would train apart there"
@@ -163,4 +162,8 @@ def write(kind: str, checkpoint: Checkpoint, name: str | None) -> dict[str, Tens
         f"such a file does not say the activation: build the model with {config.non_linearity!r}, "
         f"reduction factor {config.reduction_factor} and phm_dim {config.phm_dim}"
     )
+    if not all(map(t5_block, checkpoint.adapters)):
+        checkpoint.notes.append(
+            "names are those in the model's base: put `bert.` or the like before them for a model with a head"
+        )
     return tensors

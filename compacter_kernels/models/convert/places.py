@@ -103,3 +103,8 @@ def head_of(key: str) -> str | None:
     """The head that a parameter of that name belongs to."""
     first = key.partition(".")[0]
     return first if first in HEADS else None
+
+
+def heads_in(keys: Iterable[str]) -> list[str]:
+    """The heads that parameters of these names belong to."""
+    return sorted({head for key in keys if (head := head_of(key))})
