@@ -264,3 +264,25 @@ def test_the_model_is_as_it_was() -> None:
     convert(model, "compacter-kernels")
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert inputs("bert").keys() == {"input_ids"} and ck.available_impls()
+
+
+ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
+
+
+@pytest.mark.parametrize("where", ["outside", "options"])
+def test_any_odd_value_of_a_config(where: str, tmp_path: Path) -> None:
+    """Refused by a ValueError, or converted; never another error."""
+    folder = save(theirs("bert", steps=0), tmp_path / "saved")
+    original = (folder / "adapter_config.json").read_text()
+    found = json.loads(original)
+    refused = 0
+    for option in found["config"] if where == "options" else found:
+        for value in ODD:
+            changed = json.loads(original)
+            (changed["config"] if where == "options" else changed)[option] = value
+            (folder / "adapter_config.json").write_text(json.dumps(changed))
+            try:
+                convert(folder, "compacter-kernels")
+            except ValueError:
+                refused += 1
+    assert refused > 20

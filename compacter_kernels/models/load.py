@@ -89,7 +89,7 @@ def _prepare(model: nn.Module, config: CompacterConfig, impl: str, path: Path) -
     try:
         return prepare(model, config, impl, "meta")
     except (TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor has
-        raise ValueError(f"{path} asks for what cannot be built: {error}") from error
+        raise ValueError(f"{path} asks for what cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def read_config(found: Mapping[str, Any], path: Path) -> CompacterConfig:

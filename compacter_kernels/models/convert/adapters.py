@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compacter_kernels.models.architectures import ARCHITECTURES
-from compacter_kernels.models.convert.checkpoint import Checkpoint, MissingRuleError, sizes
+from compacter_kernels.models.convert.checkpoint import Checkpoint, MissingRuleError, about_model, sizes
 from compacter_kernels.models.convert.places import (
     Place,
     head_of,
@@ -21,7 +21,7 @@ from compacter_kernels.models.convert.places import (
     t5_module,
 )
 from compacter_kernels.models.convert.source import Source
-from compacter_kernels.models.save import OF_MODEL, of_model
+from compacter_kernels.models.save import of_model
 
 VERSION = "adapters.1.3.0"
 SAME = (
@@ -125,8 +125,8 @@ def _config(source: Source, name: str | None) -> tuple[dict[str, Any], dict[str,
     config = dict(config)
     if "version" not in source.config:  # before that entry was there, gelu was the name of gelu_new
         old = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-        config["non_linearity"] = old.get(config.get("non_linearity", ""), config.get("non_linearity"))
-    return config, {key: source.config.get(key) for key in OF_MODEL}, str(source.config.get("name"))
+        config["non_linearity"] = old.get(str(config.get("non_linearity")), config.get("non_linearity"))
+    return config, about_model(source.config), str(source.config.get("name"))
 
 
 def _options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +40,15 @@ class Checkpoint:
 
     @property
     def config(self) -> CompacterConfig:
-        """The options, checked."""
-        return CompacterConfig.from_dict(self.options)
+        """The options, checked.
+
+        Raises:
+            ValueError: options that do not fit.
+        """
+        try:
+            return CompacterConfig.from_dict(self.options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
     def whole(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each adapter with all its tensors, the shared ones too."""
@@ -57,13 +63,10 @@ class Checkpoint:
         for place, tensors in self.whole():
             if "down.W_left" not in tensors and "down.W" not in tensors:
                 raise ValueError(f"the adapter of {place} has no W_left and no W; it has {', '.join(sorted(tensors))}")
-            hidden, bottleneck = sizes(tensors)
-            reduction = config.reduction_factor
-            if isinstance(reduction, int | float) and int(hidden // reduction) != bottleneck:
-                raise ValueError(
-                    f"reduction_factor={reduction} does not make {bottleneck} of {hidden}, as {place} has it"
-                )
-            expected = _expected(tensors, config)
+            try:
+                expected = _expected(tensors, config)
+            except ValueError as error:
+                raise ValueError(f"the adapter of {place}: {error}") from error
             for name in sorted(expected.keys() | tensors.keys()):
                 found, wanted = (None if t is None else tuple(t.shape) for t in (tensors.get(name), expected.get(name)))
                 if found is None or wanted is None:
@@ -76,10 +79,26 @@ class Checkpoint:
 
 
 def _expected(tensors: dict[str, Tensor], config: CompacterConfig) -> dict[str, Tensor]:
+    """The parameters that an adapter of these widths has by the options, on meta.
+
+    Raises:
+        ValueError: the options make no such adapter.
+    """
     hidden, bottleneck = sizes(tensors)
-    adapter = CompacterAdapter(
+    reduction = config.reduction_factor
+    if isinstance(reduction, int | float) and hidden // reduction != bottleneck:
+        raise ValueError(f"reduction_factor={reduction} does not make {bottleneck} of {hidden}")
+    try:
+        adapter = _on_meta(hidden, factor(hidden, bottleneck), config)
+    except (TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor has
+        raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
+    return dict(adapter.named_parameters())
+
+
+def _on_meta(hidden: int, reduction_factor: float, config: CompacterConfig) -> CompacterAdapter:
+    return CompacterAdapter(
         hidden,
-        reduction_factor=factor(hidden, bottleneck),
+        reduction_factor=reduction_factor,
         phm_dim=config.phm_dim,
         phm_rank=config.phm_rank,
         scale=config.scaling,
@@ -91,7 +110,6 @@ def _expected(tensors: dict[str, Tensor], config: CompacterConfig) -> dict[str, 
         shared_phm_rule=False,
         device="meta",
     )
-    return dict(adapter.named_parameters())
 
 
 def borrowed(shared: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -175,7 +193,7 @@ def options_of(adapters: dict[str, dict[str, Tensor]], shared: dict[str, Tensor]
     }
 
 
-def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of them that a CompacterConfig has."""
-    names = {option.name for option in dataclasses.fields(CompacterConfig)}
-    return {name: value for name, value in options.items() if name in names}
+def about_model(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of the model, without what is no name or number."""
+    kinds = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
+    return {key: found[key] if isinstance(found.get(key), kind) else None for key, kind in kinds.items()}

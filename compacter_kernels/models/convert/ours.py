@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from compacter_kernels.models.convert.checkpoint import Checkpoint
+from compacter_kernels.models.convert.checkpoint import Checkpoint, about_model
 from compacter_kernels.models.convert.places import head_of
 from compacter_kernels.models.convert.source import Source
 from compacter_kernels.models.files import CONFIG
 from compacter_kernels.models.injection import injection
 from compacter_kernels.models.keys import named_tensors, parts_in
 from compacter_kernels.models.load import read_config
-from compacter_kernels.models.save import OF_MODEL, PEFT_TYPE, VERSION, describe
+from compacter_kernels.models.save import PEFT_TYPE, VERSION, describe
 from compacter_kernels.models.slots import NAME
 
 _OWN = ("down", "up", "scaling", "norm_before", "norm_after")
@@ -38,7 +38,7 @@ def read(source: Source, name: str | None) -> Checkpoint:
     else:
         tensors, model = source.tensors, source.config
         config = read_config(source.config, Path(CONFIG))
-    checkpoint = Checkpoint({}, options=config.to_dict(), model={key: model.get(key) for key in _MODEL})
+    checkpoint = Checkpoint({}, options=config.to_dict(), model=about_model(model))
     for key, tensor in tensors.items():
         path, _, rest = f".{key}".rpartition(f".{NAME}.")
         path = path.removeprefix(".")
@@ -51,9 +51,6 @@ def read(source: Source, name: str | None) -> Checkpoint:
     return checkpoint
 
 
-_MODEL = ("base_model_name_or_path", *OF_MODEL)
-
-
 def write(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config that `load_adapter` takes."""
     tensors = {f"{NAME}.shared.{key}": tensor for key, tensor in checkpoint.shared.items()}
@@ -62,5 +59,5 @@ def write(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, tensor in checkpoint.copies.items():
         module = head_of(key) or key.rpartition(".")[0]
         tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor
-    model = {key: checkpoint.model.get(key) for key in _MODEL}
-    return tensors, {"peft_type": PEFT_TYPE, "format_version": VERSION, **model, **checkpoint.config.to_dict()}
+    about = {"peft_type": PEFT_TYPE, "format_version": VERSION, **about_model(checkpoint.model)}
+    return tensors, {**about, **checkpoint.config.to_dict()}

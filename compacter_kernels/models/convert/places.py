@@ -28,8 +28,18 @@ class Place(NamedTuple):
 
 
 def relative(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names in the model's base: `bert.encoder...` of a model with a head is `encoder...`."""
-    return {re.sub(rf"^(?:{_BASE})\.", "", key): tensor for key, tensor in tensors.items()}
+    """The tensors by their names in the model's base: `bert.encoder...` of a model with a head is `encoder...`.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    found = {re.sub(rf"^(?:{_BASE})\.", "", key): tensor for key, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        twice = next(
+            key for key in found if key in tensors and any(k != key and k.endswith(f".{key}") for k in tensors)
+        )
+        raise ValueError(f"{twice} is in it twice, in the model's base and beside it")
+    return found
 
 
 def place_of(path: str, architecture: Architecture) -> Place | None:
