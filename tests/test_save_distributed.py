@@ -33,7 +33,7 @@ def _work(rank: int, folder: Path) -> None:
     assert any(hasattr(p, "full_tensor") for p in model.parameters())
     save_adapter(model, folder / "sharded")
     plain = trained(build("bert"), seed=rank)  # rank 0 writes its own
-    save_adapter(plain, folder / "plain")
+    save_adapter(torch.nn.parallel.DistributedDataParallel(plain), folder / "plain")
     distributed.barrier()
     again = _sharded(trained(build("bert"), seed=7))
     load_adapter(again, folder / "sharded")

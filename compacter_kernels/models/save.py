@@ -10,7 +10,7 @@ from torch import Tensor, distributed as dist, nn
 from compacter_kernels.models.control import known
 from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
-from compacter_kernels.models.keys import named_tensors, parts_in
+from compacter_kernels.models.keys import named_tensors, parts_in, unwrapped
 
 VERSION = 1
 PEFT_TYPE = "COMPACTER"
@@ -29,6 +29,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
     """
     require_safetensors()
+    model = unwrapped(model)
     here = injection(model)
     name = here.active if name is None else known(model, name)
     if name is None:

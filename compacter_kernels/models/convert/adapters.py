@@ -65,7 +65,7 @@ _START = ("init_weights", "init_weights_seed", "inv_adapter_reduction_factor", "
 _BERT = {"attention.output": "attention", "output": "feed_forward", "crossattention.output": "cross_attention"}
 _CHILDREN = {"attention_adapters": "attention", "cross_attention_adapters": "cross_attention"}
 _CHILDREN |= {"output_adapters": "feed_forward", "output.output_adapters": "feed_forward"}  # the latter of ViT
-_NORMS_FIRST = ("t5", "mt5", "llama", "mistral", "gpt2", "mbart", "whisper", "vit")
+_NORMS_AFTER = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "bart")
 
 
 def read(source: Source, name: str | None, rule: Mapping[str, Tensor] | None) -> Checkpoint:
@@ -148,7 +148,7 @@ def _options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any
             raise ValueError(f"{option}={value!r} cannot be converted: {why}")
     if config.get("scaling") == "channel":
         raise ValueError("scaling='channel' cannot be converted: ours scale by one number")
-    if parallel and model_type in _NORMS_FIRST:
+    if parallel and model_type not in _NORMS_AFTER:
         raise ValueError(
             f"is_parallel=True of a {model_type} cannot be converted: its adapter reads what the layer norm before the "
             "block reads, ours what the block reads"
@@ -226,7 +226,7 @@ def write(checkpoint: Checkpoint, name: str | None) -> tuple[dict[str, Tensor], 
     """
     config, name = checkpoint.config, name or "default"
     model_type = checkpoint.model.get("model_type") or ("t5" if all(map(t5_block, checkpoint.adapters)) else None)
-    if config.is_parallel and model_type in _NORMS_FIRST:
+    if config.is_parallel and model_type not in _NORMS_AFTER:
         raise ValueError(
             f"is_parallel=True of a {model_type} cannot be converted: in `adapters` it reads another input"
         )

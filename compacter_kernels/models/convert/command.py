@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}; without it, only a report")
     add("--out", type=Path, metavar="PATH", help="the folder to write, or the .safetensors file")
     add("--from", dest="source_format", choices=FORMATS, metavar="FORMAT", help="by default recognised")
-    add("--name", help="of the adapter, or of the task, where there are several")
+    add("--name", help="of the adapter, or of the task, where the source has several")
+    add("--target-name", metavar="NAME", help="of the adapter in the target; by default as --name, or default")
     add("--model-type", help="config.model_type of the base, such as bert, where the source does not say it")
     add("--non-linearity", help="of the adapters, where the source does not say it")
     add("--phm-rule", type=Path, metavar="FILE", help="a .safetensors file with the shared rule that the source lacks")
@@ -75,6 +76,7 @@ def _converted(args: argparse.Namespace) -> dict[str, Any]:
             args.out,
             source_format=args.source_format,
             name=args.name,
+            target_name=args.target_name,
             model_type=args.model_type,
             non_linearity=args.non_linearity,
             phm_rule=args.phm_rule,

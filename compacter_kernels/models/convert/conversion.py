@@ -56,6 +56,7 @@ def convert(
     *,
     source_format: str | None = None,
     name: str | None = None,
+    target_name: str | None = None,
     model_type: str | None = None,
     non_linearity: str | None = None,
     phm_rule: Rule | None = None,
@@ -69,7 +70,8 @@ def convert(
             "hypernets", or "phm_linear" (the state dict of `PHMLinear` layers).
         target: where to write: a folder, for the formats without a config a .safetensors file. None: nowhere.
         source_format: of the same names; by default recognised by the names of the tensors.
-        name: of the adapter, or of the authors' task, where there are several; in the target where it has names.
+        name: of the adapter, or of the authors' task, where the source has several.
+        target_name: of the adapter or the task in a target that has names; by default `name`, or "default".
         model_type: `config.model_type`, where the source does not say it.
         non_linearity: of the adapters, where the source does not say it.
         phm_rule: the shared rule (or its two factors, or a safetensors file that holds it) for a source that lacks it.
@@ -91,7 +93,7 @@ def convert(
         converted = _layers(opened, source_format, target_format)
     else:
         checkpoint = read(opened, source_format, name, model_type, non_linearity, phm_rule)
-        converted = _write(checkpoint, source_format, target_format, name)
+        converted = _write(checkpoint, source_format, target_format, target_name or name)
     if converted.losses and not allow_loss:
         raise ValueError(
             f"the format {target_format!r} cannot hold {'; '.join(converted.losses)}. allow_loss=True leaves it out"
