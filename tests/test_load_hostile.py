@@ -246,6 +246,24 @@ def test_a_module_with_an_adapter_in_it_is_not_trained_whole() -> None:
     assert_unchanged(before, model)
 
 
+def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
+    """Which is no longer than its header on disk: refused at once, and not read."""
+    save_adapter(trained(build("bert")), tmp_path)
+    size = 1 << 40
+    head = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / TENSORS).open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        try:
+            file.truncate(8 + len(head) + size)
+        except OSError:
+            pytest.skip("this file system has no such files")
+    model = build("bert")
+    before = state(model)
+    with pytest.raises(ValueError, match="no sound safetensors file|does not fit the model"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(before, model)
+
+
 ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
 
 

@@ -105,8 +105,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+    except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: larger than what can be mapped
+        raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
 
 
 def refuse_pickled(path: Path) -> None:
