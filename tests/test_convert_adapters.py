@@ -254,6 +254,24 @@ def test_names(tmp_path: Path) -> None:
     close(output("bert", load_adapter(build("bert"), tmp_path / "task")), expected)
 
 
+def test_a_prediction_head_of_theirs_is_a_loss(tmp_path: Path) -> None:
+    base = build("bert")
+    model = adapters.BertAdapterModel(base.config)
+    model.bert.load_state_dict(base.bert.state_dict(), strict=False)
+    model.add_adapter("task", config=adapters.CompacterConfig(reduction_factor=4))
+    model.add_classification_head("task", num_labels=2)
+    model.set_active_adapters("task")
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name or "phm_rule" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.5)
+    for number, source in enumerate((model.eval(), save(model, tmp_path / "saved"))):
+        with pytest.raises(ValueError, match="cannot hold prediction heads of `adapters` itself"):
+            convert(source, "compacter-kernels")
+        convert(source, "compacter-kernels", tmp_path / f"{number}", allow_loss=True)
+        plain = load_adapter(build("bert"), tmp_path / f"{number}", heads=False).bert
+        close(plain(**inputs("bert"))[0], model.bert(**inputs("bert"))[0])
+
+
 def test_old_files_call_gelu_new_gelu(tmp_path: Path) -> None:
     folder = save(theirs("bert", steps=0), tmp_path / "saved")
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -97,7 +97,12 @@ def read(source: Source, name: str | None, rule: Mapping[str, Tensor] | None) ->
     head = {k: t for k, t in source.tensors.items() if head_of(k)} if source.model is not None else source.head
     checkpoint.copies = {key: tensor for key, tensor in head.items() if head_of(key)}
     options["modules_to_save"] = heads_in(checkpoint.copies)
-    others = sorted(key for key in source.head if not head_of(key))
+    flexible = sorted(key for key in {**source.head, **source.tensors} if key.startswith("heads."))
+    if flexible:
+        checkpoint.losses.append(
+            f"prediction heads of `adapters` itself, for its model classes alone: {flexible[0]}, ..."
+        )
+    others = sorted(key for key in source.head if not head_of(key) and key not in flexible)
     if others:
         checkpoint.notes.append(f"{', '.join(others)}, saved as a head, is not taken over: it is part of the base")
     options["cross_adapter"] = any(_kind(place) == "cross_attention" for place in checkpoint.adapters)
