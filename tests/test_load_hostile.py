@@ -244,3 +244,45 @@ def test_a_module_with_an_adapter_in_it_is_not_trained_whole() -> None:
     with pytest.raises(ValueError, match=r"layer\.0\.output holds .*see modules_to_save"):
         ck.inject(model, ck.CompacterConfig(reduction_factor=4, modules_to_save=["layer.0.output"]))
     assert_unchanged(before, model)
+
+
+def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
+    """Which is no longer than its header on disk: refused at once, and not read."""
+    save_adapter(trained(build("bert")), tmp_path)
+    size = 1 << 40
+    head = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / TENSORS).open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        try:
+            file.truncate(8 + len(head) + size)
+        except OSError:
+            pytest.skip("this file system has no such files")
+    model = build("bert")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"no sound safetensors file|does not fit the model"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(before, model)
+
+
+ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
+
+
+@pytest.mark.parametrize("option", [*ck.CompacterConfig().to_dict(), "peft_type", "hidden_size", "model_type"])
+def test_any_odd_value_of_an_option(option: str, tmp_path: Path) -> None:
+    """Refused by a ValueError, or meaningful; never another error, never a model that is changed by half."""
+    save_adapter(trained(build("bert")), tmp_path)
+    original = (tmp_path / CONFIG).read_text()
+    model = build("bert")
+    before, refused = state(model), 0
+    for value in ODD:
+        (tmp_path / CONFIG).write_text(original)
+        config(**{option: value})(tmp_path)
+        try:
+            load_adapter(model, tmp_path)
+        except ValueError:
+            refused += 1
+            assert_unchanged(before, model)
+        else:
+            model = build("bert")
+            before = state(model)
+    assert refused > 3

@@ -176,6 +176,23 @@ def test_several_adapters(tmp_path: Path) -> None:
         load_adapter(fresh, tmp_path / "a", name="one")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch.compile
+def test_wrapped_models(tmp_path: Path) -> None:
+    """The names in the file are the same for one that is compiled, as a whole or layer by layer."""
+    model = trained(build("bert"))
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(torch.compile(model), tmp_path / "compiled")
+    compiled = torch.compile(build("bert"))
+    assert load_adapter(compiled, tmp_path / "plain") is compiled
+    assert torch.equal(output("bert", compiled._orig_mod), output("bert", model))
+    layers = model.bert.encoder.layer
+    layers[0] = torch.compile(layers[0])
+    save_adapter(model, tmp_path / "layers")
+    load_adapter(model, tmp_path / "plain")
+    expected = (tmp_path / "plain" / files.TENSORS).read_bytes()
+    assert all((tmp_path / name / files.TENSORS).read_bytes() == expected for name in ("compiled", "layers"))
+
+
 def test_a_loaded_model_trains(tmp_path: Path) -> None:
     save_adapter(trained(build("bert")), tmp_path)
     model = load_adapter(build("bert"), tmp_path)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,8 +105,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+    except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: larger than what can be mapped
+        raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
 
 
 def refuse_pickled(path: Path) -> None:
@@ -139,36 +140,62 @@ def sha256(path: Path) -> str:
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str = TENSORS, digest: bool = True
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], *, digest: bool = True
 ) -> None:
-    """Write both files, complete and flushed, beside their places and then move them there.
+    """Write tensor files, by name, and the config, complete and flushed, beside their places; then move them there.
 
-    A new folder appears at once. In one that exists other files stay; a crash between the two moves leaves a pair that
-    `check_digest` tells.
+    A new folder appears at once. In one that exists other files stay; a crash between two moves leaves files that
+    `check_digest` tells, where the config has the digest of the first.
 
     Raises:
         OSError, ImportError: the folder is as it was.
     """
-    safetensors = require_safetensors()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
-    apart = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     home = folder if folder.is_dir() else folder.parent
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=home) as made:
-        new = Path(made, "adapter")
+    with _beside(home) as made:
+        new = made / "adapter"
         new.mkdir()  # with the permissions of a usual folder
-        safetensors.torch.save_file(apart, new / name, metadata={"format": "pt"})
-        content = {**config, DIGEST: sha256(new / name)} if digest else config
+        for name, tensors in files.items():
+            _save(tensors, new / name)
+        content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
         (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        for file in (name, CONFIG, ""):
-            _flush(new / file)
+        for name in (CONFIG, ""):
+            _flush(new / name)
         if home is folder:
-            for file in (name, CONFIG):
-                os.replace(new / file, folder / file)
+            for name in (*files, CONFIG):
+                os.replace(new / name, folder / name)
         else:
             new.rename(folder)
     _flush(home)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one tensor file, which appears at its place complete or not at all.
+
+    Raises:
+        OSError, ImportError: what was there is as it was.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a file")
+    with _beside(path.parent) as made:
+        _save(tensors, made / path.name)
+        os.replace(made / path.name, path)
+    _flush(path.parent)
+
+
+@contextmanager
+def _beside(home: Path) -> Iterator[Path]:
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=home) as made:
+        yield Path(made)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    safetensors = require_safetensors()
+    apart = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    safetensors.torch.save_file(apart, path, metadata={"format": "pt"})
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from compacter_kernels.models.injection import Prepared, injection, slots
 from compacter_kernels.models.slots import NAME
 
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of activation checkpointing
 Parts = Iterable[tuple[str, nn.Module]]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, of one that torch.compile or DistributedDataParallel returned."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if type(model).__name__ == "DistributedDataParallel":
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -57,7 +69,10 @@ def named_tensors(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
     prefix = base_prefix(model)
     for path, module in parts:
         for name, tensor in module.state_dict(keep_vars=True).items():
-            key = f"{path}.{name}".removeprefix(prefix)
+            key = f"{path}.{name}"
+            for wrapper in WRAPPERS:
+                key = key.replace(wrapper, "")
+            key = key.removeprefix(prefix)
             if key in found:
                 raise ValueError(f"two tensors of {type(model).__name__} would have the name {key}")
             if isinstance(tensor, Tensor) and id(tensor) not in seen:

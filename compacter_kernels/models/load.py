@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.files import CONFIG, DIGEST, TENSORS, check_digest, find_folder, read_json, read_tensors
 from compacter_kernels.models.injection import Injection, Prepared, activate, check_name, place, prepare, to_device_of
-from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of
+from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of, unwrapped
 from compacter_kernels.models.save import PEFT_TYPE, VERSION, of_model
 from compacter_kernels.models.slots import NAME
 
@@ -52,35 +52,36 @@ def load_adapter(
         FileNotFoundError, ImportError: no such folder or files, safetensors is not installed.
     """
     check_name(name)
+    base = unwrapped(model)
     path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
     found = read_json(path / CONFIG)
     config = read_config(found, path / CONFIG)
-    _check_model(found, model, path / CONFIG)
+    _check_model(found, base, path / CONFIG)
     if not heads:
         config = dataclasses.replace(config, modules_to_save=None)
     tensors = read_tensors(path / TENSORS)
 
-    present = getattr(model, NAME, None)
+    present = getattr(base, NAME, None)
     prepared: Prepared | None = None
     if isinstance(present, Injection) and name in present.configs:
         _check_same(config, present.configs[name], name, heads)
-        targets = named_tensors(model, parts_in(model, name))
+        targets = named_tensors(base, parts_in(base, name))
     else:
-        prepared = _prepare(model, config, impl, path / CONFIG)
-        targets = named_tensors(model, parts_of(prepared))
+        prepared = _prepare(base, config, impl, path / CONFIG)
+        targets = named_tensors(base, parts_of(prepared))
     if not heads:
-        tensors = {key: tensor for key, tensor in tensors.items() if not is_head(model, key)}
-        targets = {key: tensor for key, tensor in targets.items() if not is_head(model, key)}
+        tensors = {key: tensor for key, tensor in tensors.items() if not is_head(base, key)}
+        targets = {key: tensor for key, tensor in targets.items() if not is_head(base, key)}
     check_tensors(tensors, targets, path / TENSORS)
     check_digest(path / TENSORS, found.get(DIGEST))
     if prepared is None:
         _fill(targets, tensors)
-        activate(model, name)
+        activate(base, name)
     else:
-        to_device_of(model, prepared)
-        targets = named_tensors(model, parts_of(prepared))
+        to_device_of(base, prepared)
+        targets = named_tensors(base, parts_of(prepared))
         _fill({key: targets[key] for key in tensors}, tensors)
-        place(model, name, config, prepared)
+        place(base, name, config, prepared)
     return model
 
 
@@ -89,7 +90,7 @@ def _prepare(model: nn.Module, config: CompacterConfig, impl: str, path: Path) -
     try:
         return prepare(model, config, impl, "meta")
     except (TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor has
-        raise ValueError(f"{path} asks for what cannot be built: {error}") from error
+        raise ValueError(f"{path} asks for what cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def read_config(found: Mapping[str, Any], path: Path) -> CompacterConfig:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, distributed as dist, nn
 
 from compacter_kernels.models.control import known
-from compacter_kernels.models.files import require_safetensors, write_folder
+from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
-from compacter_kernels.models.keys import named_tensors, parts_in
+from compacter_kernels.models.keys import named_tensors, parts_in, unwrapped
 
 VERSION = 1
 PEFT_TYPE = "COMPACTER"
@@ -29,13 +29,14 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
     """
     require_safetensors()
+    model = unwrapped(model)
     here = injection(model)
     name = here.active if name is None else known(model, name)
     if name is None:
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
     tensors = {key: _whole(key, tensor) for key, tensor in named_tensors(model, parts_in(model, name)).items()}
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        write_folder(Path(folder), tensors, {**describe(model), **here.configs[name].to_dict()})
+        write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def find_sites(model: nn.Module, config: CompacterConfig) -> list[Site]:
     return [site for site in found if site.layer not in config.leave_out]
 
 
-def _pattern(architecture: Architecture, names: str) -> re.Pattern[str]:
+def block_pattern(architecture: Architecture, names: str) -> re.Pattern[str]:
+    """What the full names of such modules match: its groups are the stack of layers, and the layer's number."""
     names = re.escape(names).replace(r"\*", r"\d+").replace(r"\|", "|")
     return re.compile(rf"(?P<stack>(?:.*\.)?(?:{architecture.layers}))\.(?P<layer>\d+)\.(?:{names})")
 
@@ -65,7 +66,7 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     offsets = _offsets(names, list(kinds))
     for name in names:
         for kind, block in blocks:
-            match = _pattern(kind, block.write).fullmatch(name)
+            match = block_pattern(kind, block.write).fullmatch(name)
             if match:
                 read = _read(names, kind, block, match)
                 yield Site(name, read, offsets[match["stack"]] + int(match["layer"]))
@@ -74,7 +75,7 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
 
 def _read(names: list[str], kind: Architecture, block: Block, write: re.Match[str]) -> str:
     """The module that gets the input of the block that ends in `write`."""
-    layer, pattern = f"{write['stack']}.{write['layer']}.", _pattern(kind, block.read)
+    layer, pattern = f"{write['stack']}.{write['layer']}.", block_pattern(kind, block.read)
     return next(name for name in names if name.startswith(layer) and pattern.fullmatch(name))
 
 

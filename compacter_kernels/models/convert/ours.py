@@ -1,0 +1,63 @@
+"""Our own format, docs/checkpoints.md: what `save_adapter` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compacter_kernels.models.convert.checkpoint import Checkpoint, about_model
+from compacter_kernels.models.convert.places import head_of
+from compacter_kernels.models.convert.source import Source
+from compacter_kernels.models.files import CONFIG
+from compacter_kernels.models.injection import injection
+from compacter_kernels.models.keys import named_tensors, parts_in
+from compacter_kernels.models.load import read_config
+from compacter_kernels.models.save import PEFT_TYPE, VERSION, describe
+from compacter_kernels.models.slots import NAME
+
+_OWN = ("down", "up", "scaling", "norm_before", "norm_after")
+
+
+def read(source: Source, name: str | None) -> Checkpoint:
+    """The checkpoint in a folder of ours, or in a model with adapters of ours.
+
+    Raises:
+        ValueError: a config that does not fit, tensors without one.
+    """
+    if source.model is not None:
+        here = injection(source.model)
+        name = name or here.active or next(iter(here.configs))
+        if name not in here.configs:
+            raise ValueError(f"the model has no adapters {name!r}; it has {', '.join(here.configs)}")
+        tensors = {key: t.detach() for key, t in named_tensors(source.model, parts_in(source.model, name)).items()}
+        config, model = here.configs[name], describe(source.model)
+    elif not source.config:
+        raise ValueError(f"tensors of our format need their {CONFIG}; give the folder that holds both")
+    else:
+        tensors, model = source.tensors, source.config
+        config = read_config(source.config, Path(CONFIG))
+    checkpoint = Checkpoint({}, options=config.to_dict(), model=about_model(model))
+    for key, tensor in tensors.items():
+        path, _, rest = f".{key}".rpartition(f".{NAME}.")
+        path = path.removeprefix(".")
+        if not path:
+            checkpoint.shared[rest.removeprefix("shared.")] = tensor
+        elif rest.partition(".")[0] in _OWN:
+            checkpoint.adapters.setdefault(path, {})[rest] = tensor
+        else:
+            checkpoint.copies[f"{path}.{rest}"] = tensor
+    return checkpoint
+
+
+def write(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config that `load_adapter` takes."""
+    tensors = {f"{NAME}.shared.{key}": tensor for key, tensor in checkpoint.shared.items()}
+    for place, own in checkpoint.adapters.items():
+        tensors |= {f"{place}.{NAME}.{key}": tensor for key, tensor in own.items()}
+    for key, tensor in checkpoint.copies.items():
+        module = head_of(key) or key.rpartition(".")[0]
+        tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor
+    about = {"peft_type": PEFT_TYPE, "format_version": VERSION, **about_model(checkpoint.model)}
+    return tensors, {**about, **checkpoint.config.to_dict()}
