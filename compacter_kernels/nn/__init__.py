@@ -1,6 +1,7 @@
 """Drop-in modules over the functions."""
 
 from compacter_kernels.nn.adapter import CompacterAdapter
+from compacter_kernels.nn.from_dense import Candidate, Compression, from_dense
 from compacter_kernels.nn.phm_linear import PHMLinear
 
-__all__ = ["CompacterAdapter", "PHMLinear"]
+__all__ = ["Candidate", "CompacterAdapter", "Compression", "PHMLinear", "from_dense"]

@@ -172,7 +172,7 @@ def _start(targets: Sequence[Tensor], rule: Tensor, rank: int) -> State:
 
 
 def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """W (..., a, c) cut off to a rank, as left (..., a, r) and right (..., r, c) of one norm; zeros fill a rank beyond."""
+    """W (..., a, c) cut off to a rank, as left (..., a, r) and right (..., r, c) of one norm; zeros fill the rest."""
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = s[..., :rank].sqrt()
     left, right = u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]

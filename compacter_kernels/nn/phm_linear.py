@@ -111,6 +111,26 @@ class PHMLinear(nn.Module):
         self.register_parameter("b", parameter(out_features) if bias else None)
         self.reset_parameters()
 
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear | Tensor | tuple[Tensor, Tensor | None],
+        *,
+        phm_dim: int = 4,
+        phm_rank: int = 1,
+        starts: int = 8,
+        seed: int = 0,
+        **options: Any,
+    ) -> tuple[PHMLinear, float]:
+        """The layer nearest to a dense one, in its dtype and on its device, and |H - H'| / |H| in the Frobenius norm.
+
+        Takes an nn.Linear, a weight (out, in) or a pair (weight, bias); options are those of the constructor. See
+        `compacter_kernels.nn.from_dense`, also for when the error can be small.
+        """
+        from compacter_kernels.nn.from_dense import linear_from_dense  # which itself needs this module
+
+        return linear_from_dense(linear, phm_dim, phm_rank, starts, seed, options)
+
     def _rule_names(self) -> tuple[str, ...]:
         return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
 
