@@ -127,7 +127,7 @@ class PHMLinear(nn.Module):
         Takes an nn.Linear, a weight (out, in) or a pair (weight, bias); options are those of the constructor. See
         `compacter_kernels.nn.from_dense`, also for when the error can be small.
         """
-        from compacter_kernels.nn.from_dense import linear_from_dense  # which itself needs this module
+        from compacter_kernels.nn.compression import linear_from_dense  # which itself needs this module
 
         return linear_from_dense(linear, phm_dim, phm_rank, starts, seed, options)
 
