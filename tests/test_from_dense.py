@@ -123,7 +123,7 @@ def test_descent_never_rises(keep_rule: bool) -> None:
 def test_random_matrices_are_fitted_better_than_by_cutting_off(k: int, d: int, n: int, r: int) -> None:
     """Cutting off: the truncated SVD for the rule, then each W_i to its rank. A rule each does better than one."""
     down, up = _random(k, d)
-    found = from_dense(down, up, phm_dim=n, phm_rank=r)
+    found = from_dense(down, up, phm_dim=n, phm_rank=r, starts=3)
     matrices = [down.weight.detach().T, up.weight.detach().T]
     blocks = [torch.stack([b.flatten() for row in h.chunk(n, 0) for b in row.chunk(n, 1)]) / h.norm() for h in matrices]
     rule = torch.linalg.svd(torch.cat(blocks, 1), full_matrices=False).U[:, :n]
@@ -135,7 +135,7 @@ def test_random_matrices_are_fitted_better_than_by_cutting_off(k: int, d: int, n
         cut += (block - rule @ w.flatten(1)).square().sum().item()
     reached = sum(e**2 for pair in found.errors for e in pair)
     assert 2 * kf.least_error(matrices, n) ** 2 < reached < cut
-    apart = from_dense(down, up, phm_dim=n, phm_rank=r, shared_phm_rule=False)
+    apart = from_dense(down, up, phm_dim=n, phm_rank=r, starts=3, shared_phm_rule=False)
     assert sum(e**2 for pair in apart.errors for e in pair) < reached
     assert apart.adapter.down.phm_rule is not apart.adapter.up.phm_rule
     assert apart.parameters_after == sum(p.numel() for p in apart.adapter.parameters())
@@ -171,8 +171,8 @@ def test_search_without_a_tolerance_is_the_least_score() -> None:
         for linear in (down, up):
             linear.weight += 0.3 * linear.weight.std() * _draw(*linear.weight.shape)
     dims, ranks = [1, 2, 3, 4], (1, 2, 3)
-    found = from_dense(down, up, phm_dim=dims, phm_rank=ranks)
-    single = [from_dense(down, up, phm_dim=n, phm_rank=r) for n in dims for r in ranks]
+    found = from_dense(down, up, phm_dim=dims, phm_rank=ranks, starts=2)
+    single = [from_dense(down, up, phm_dim=n, phm_rank=r, starts=2) for n in dims for r in ranks]
     best = min(single, key=lambda one: one.error**2 + one.parameters_after / one.parameters_before)
     assert (found.phm_dim, found.phm_rank, found.error) == (best.phm_dim, best.phm_rank, best.error)
 
@@ -261,7 +261,7 @@ def test_the_seed_decides_and_nothing_else() -> None:
     pair = _random(24, 12)
     before = torch.get_rng_state()
     weights = [linear.weight.detach().clone() for linear in pair]
-    runs = [from_dense(*pair, phm_dim=4, phm_rank=1, seed=seed) for seed in (3, 3, 4)]
+    runs = [from_dense(*pair, phm_dim=4, phm_rank=1, seed=seed, starts=3) for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(linear.weight, old) for linear, old in zip(pair, weights, strict=True))
     states = [run.adapter.state_dict() for run in runs]
@@ -364,9 +364,14 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((DOWN, UP.weight.float()), {}, ValueError, "up.weight is torch.float32 on cpu, down.weight torch.float64"),
     ((DOWN, UP.weight.long()), {}, TypeError, "up.weight must be a float32.*got torch.int64"),
     ((DOWN.weight[0], UP), {}, ValueError, r"down.weight must have shape \(out, in\), got \(24,\)"),
-    ((DOWN, (UP.weight, DOWN.bias)), {}, ValueError, r"up.bias must have shape \(out,\), got \(12,\)"),
+    ((DOWN, (UP.weight, DOWN.bias)), {}, ValueError, r"up.bias must have shape \(24,\), got \(12,\)"),
     ((nn.Linear(24, 12, device="meta"), UP), {}, ValueError, "down.weight is on the meta device"),
-    ((DOWN, UP), {"phm_dim": 5}, ValueError, "phm_dim=5 does not divide width 12=12; choose one of 1, 2, 3, 4, 6, 12"),
+    (
+        (DOWN, UP),
+        {"phm_dim": 5},
+        ValueError,
+        "phm_dim=5 does not divide hidden_size=24; choose one of 1, 2, 3, 4, 6, 12",
+    ),
     ((DOWN, UP), {"phm_dim": []}, ValueError, r"phm_dim must be an integer >= 1, several of them or None, got \[\]"),
     ((DOWN, UP), {"phm_rank": 0}, ValueError, "phm_rank must be an integer >= 1.*got 0"),
     ((DOWN, UP), {"phm_rank": 2, "factorized_phm_W": False}, ValueError, "phm_rank=2 has no meaning"),
@@ -382,7 +387,7 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((nn.Linear(2, 1), nn.Linear(1, 2)), {}, ValueError, "no form searched has fewer parameters"),
     ((nn.Sequential(DOWN, nn.ReLU()),), {}, ValueError, "Sequential must have two nn.Linear.*has 0; pass down and up"),
     ((nn.Sequential(DOWN, nn.ReLU(), UP, nn.LayerNorm(24)),), {}, ValueError, "has 0, 2, 3.weight, 3.bias"),
-    ((nn.Sequential(DOWN, nn.ReLU(), nn.ELU(), UP),), {}, ValueError, "activation"),
+    ((nn.Sequential(DOWN, nn.ReLU(), nn.ELU(), UP),), {}, ValueError, "activation is None, but the module"),
     (([Bottleneck(nn.ReLU()), Bottleneck(nn.SiLU())],), {}, ValueError, "adapter 1 has .*'silu'.*must agree"),
 ]
 

@@ -172,6 +172,8 @@ def _options(sources: Sequence[Dense], activation: Any, options: dict[str, Any])
     for i, one in enumerate(merged):
         if one != merged[0]:
             raise ValueError(f"adapter {i} has {one}, the first {merged[0]}; they must agree, or be passed as options")
+    if merged[0].get("activation", "") is None:
+        raise ValueError("activation is None, but the module does not show which it is; name it or pass a callable")
     return merged[0]
 
 

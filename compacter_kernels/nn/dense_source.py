@@ -109,7 +109,9 @@ def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | Non
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}.{field} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
         if tensor.ndim != ndim or 0 in tensor.shape or tensor.shape[0] != weight.shape[0]:
-            raise ValueError(f"{name}.{field} must have shape {'(out, in)'[: 3 * ndim]}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}.{field} must have shape {'(out, in)' if ndim == 2 else f'({weight.shape[0]},)'}, got {tuple(tensor.shape)}"
+            )
         if tensor.device.type == "meta":
             raise ValueError(f"{name}.{field} is on the meta device and has no values; load the adapter first")
         if not tensor.isfinite().all():
@@ -121,7 +123,7 @@ def read_module(module: nn.Module, name: str = "") -> Dense:
     """The adapter of a module with two nn.Linear, for example an `Adapter` of the library `adapters`.
 
     Its activation is the one part without parameters that is no dropout; a number `scaling` and a dropout's
-    probability become options. Whatever else has parameters (layer norms, gates, a learned scale) is refused.
+    probability become options; activation is None where that is not clear. Whatever else has parameters (layer norms, gates, a learned scale) is refused.
     """
     kind = f"{name}{type(module).__name__}"
     linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
@@ -140,8 +142,7 @@ def read_module(module: nn.Module, name: str = "") -> Dense:
     if isinstance(scaling := getattr(module, "scaling", None), (float, int)):
         options["scale"] = float(scaling)
     activations = list({id(m): m for m in _without_parameters(module)}.values())
-    if len(activations) == 1:
-        options["activation"] = name_of(activations[0])
+    options["activation"] = name_of(activations[0]) if len(activations) == 1 else None
     return read_pair(down, up, name)._replace(options=options)
 
 

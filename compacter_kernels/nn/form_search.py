@@ -45,7 +45,8 @@ def list_forms(
             raise ValueError(f"phm_dim={phm_dim!r} is not that of phm_rule, {phm_rule.shape[0]}; leave it out")
         dims = [phm_rule.shape[0]]
     for n in dims or ():
-        check_phm_dim(n, 1, **{f"width {width}": width for width in widths})
+        for dense in sources:
+            check_phm_dim(n, 1, hidden_size=dense.hidden_size, bottleneck=dense.bottleneck)
     before = sum(dense.parameters for dense in sources)
     found = []
     for n in dims or [n for n in PHM_DIMS if not any(width % n for width in widths)]:

@@ -22,7 +22,7 @@ from compacter_kernels.weights import PHMWeights
 
 EXACT = 1e-26  # a sum of squared relative errors that is float64's rounding
 EXPLORED, EXPLORED_GAIN = 300, 1e-6  # sweeps from each start, which end where one gains less than this share
-REFINED, REFINED_GAIN = 3000, 1e-9  # the same for the best of them
+REFINED, REFINED_GAIN = 1000, 1e-9  # the same for the best of them
 TINY = 1e-200  # instead of a zero that would be divided by
 
 
