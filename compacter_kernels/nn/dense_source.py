@@ -109,9 +109,8 @@ def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | Non
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}.{field} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
         if tensor.ndim != ndim or 0 in tensor.shape or tensor.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{name}.{field} must have shape {'(out, in)' if ndim == 2 else f'({weight.shape[0]},)'}, got {tuple(tensor.shape)}"
-            )
+            shape = "(out, in)" if ndim == 2 else f"({weight.shape[0]},)"
+            raise ValueError(f"{name}.{field} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device.type == "meta":
             raise ValueError(f"{name}.{field} is on the meta device and has no values; load the adapter first")
         if not tensor.isfinite().all():
@@ -122,8 +121,9 @@ def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | Non
 def read_module(module: nn.Module, name: str = "") -> Dense:
     """The adapter of a module with two nn.Linear, for example an `Adapter` of the library `adapters`.
 
-    Its activation is the one part without parameters that is no dropout; a number `scaling` and a dropout's
-    probability become options; activation is None where that is not clear. Whatever else has parameters (layer norms, gates, a learned scale) is refused.
+    Its activation is the one part without parameters that is no dropout, None where that is not clear; a number
+    `scaling` and a dropout's probability become options. Whatever else has parameters (layer norms, gates, a learned
+    scale) is refused.
     """
     kind = f"{name}{type(module).__name__}"
     linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
