@@ -69,7 +69,8 @@ def from_dense(
     A trained dense matrix is in general not close to a sum of few Kronecker products, and the error says how far off
     it is: a start for further training rather than a replacement where it is large. The fit can be exact only if the
     rearranged matrix (n * n, in/n * out/n), with those of all that share the rule beside it, has rank n or less;
-    from phm_rank = min(in/n, out/n) on, or with factorized_phm_W=False, it then is exact.
+    from phm_rank = min(in/n, out/n) on, or with factorized_phm_W=False, it then is exact. Below that the W_i must have
+    that rank as well, and the fit is a local optimum: the best of `starts`, which need not be the best there is.
 
     Args:
         down, up: the projections k -> d and d -> k, each an nn.Linear, a weight (out, in) or a pair (weight, bias). Or,
