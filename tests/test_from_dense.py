@@ -54,11 +54,11 @@ def _errors(adapter: ck.CompacterAdapter, down: nn.Linear, up: nn.Linear) -> tup
     """By the matrices that the layers stand for."""
     pairs = ((adapter.down, down), (adapter.up, up))
     with torch.no_grad():
-        built = [(ck.phm_matrix(PHM64(layer)), linear.weight.double().T) for layer, linear in pairs]
+        built = [(ck.phm_matrix(_widened(layer)), linear.weight.double().T) for layer, linear in pairs]
     return tuple(((h - target).norm() / target.norm()).item() for h, target in built)
 
 
-def PHM64(layer: ck.PHMLinear) -> ck.PHMWeights:
+def _widened(layer: ck.PHMLinear) -> ck.PHMWeights:
     return ck.PHMWeights(*(None if t is None else t.double() for t in layer.weights()))
 
 
@@ -275,6 +275,14 @@ def test_factors_are_of_like_magnitude() -> None:
     found = from_dense(down, up, phm_dim=3, phm_rank=1).adapter
     sizes = [p.double().square().mean().sqrt().item() for name, p in found.named_parameters() if not name.endswith("b")]
     assert max(sizes) < 30 * min(sizes)
+
+
+def test_each_matrix_counts_by_its_relative_error() -> None:
+    """Whatever its norm, down and up have the same say in the rule."""
+    down, up = random_pair(24, 12)
+    even = from_dense(down, up, phm_dim=4, phm_rank=1)
+    uneven = from_dense(1000 * down.weight.detach(), up, phm_dim=4, phm_rank=1)
+    assert uneven.errors[0] == pytest.approx(even.errors[0], rel=1e-6)
 
 
 class Bottleneck(nn.Module):
