@@ -118,6 +118,26 @@ class PHMLinear(nn.Module):
         self._borrowed: dict[str, tuple[nn.Module, str]] = {}
         self.reset_parameters()
 
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear | Tensor | tuple[Tensor, Tensor | None],
+        *,
+        phm_dim: int = 4,
+        phm_rank: int = 1,
+        starts: int = 8,
+        seed: int = 0,
+        **options: Any,
+    ) -> tuple[PHMLinear, float]:
+        """The layer nearest to a dense one, in its dtype and on its device, and |H - H'| / |H| in the Frobenius norm.
+
+        Takes an nn.Linear, a weight (out, in) or a pair (weight, bias); options are those of the constructor. See
+        `compacter_kernels.nn.from_dense`, also for when the error can be small.
+        """
+        from compacter_kernels.nn.compression import linear_from_dense  # which itself needs this module
+
+        return linear_from_dense(linear, phm_dim, phm_rank, starts, seed, options)
+
     def borrow(self, owner: nn.Module, **names: str) -> None:
         """Use parameters of another module in place of this layer's, which it then neither holds, moves nor saves.
 
