@@ -11,6 +11,7 @@ from torch import nn
 
 from compacter_kernels.models.architectures import ARCHITECTURES, Architecture, Block
 from compacter_kernels.models.config import CompacterConfig
+from compacter_kernels.models.slots import NAME
 
 LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
 HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
@@ -138,7 +139,8 @@ def find_copied(model: nn.Module, config: CompacterConfig) -> list[str]:
         ValueError: modules_to_save names one that the model does not have.
     """
     ends = config.modules_to_save
-    names = [name for name, _ in model.named_modules()]
+    own = {name: module for name, module in model.named_modules() if f".{NAME}." not in f".{name}."}  # no adapter's
+    names = list(own)
     if ends is None:
         children = [name for name, _ in model.named_children()]
         ends = [name for name in children if name in HEADS]
@@ -148,5 +150,5 @@ def find_copied(model: nn.Module, config: CompacterConfig) -> list[str]:
     if missing:
         raise ValueError(f"modules_to_save: no module's name ends with {', '.join(missing)}")
     whole = [name for name in names if any(_ends_with(name, end) for end in ends)]
-    norms = [name for name, module in model.named_modules() if config.train_layer_norms and is_layer_norm(module)]
+    norms = [name for name, module in own.items() if config.train_layer_norms and is_layer_norm(module)]
     return whole + [name for name in norms if not any(name == w or name.startswith(f"{w}.") for w in whole)]
