@@ -22,7 +22,12 @@ class Count(NamedTuple):
         return f"{self.trainable:,} trainable of {self.base:,} ({100 * self.trainable / self.base:.3f} %)"
 
 
-def _known(model: nn.Module, name: str) -> str:
+def known(model: nn.Module, name: str) -> str:
+    """The name, of adapters that the model has.
+
+    Raises:
+        ValueError: a model without adapters, or without these.
+    """
     names = injection(model).configs
     if name not in names:
         raise ValueError(f"the model has no adapters of the name {name!r}; it has {', '.join(names)}")
@@ -35,7 +40,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: a model without adapters, or without these.
     """
-    activate(model, _known(model, name))
+    activate(model, known(model, name))
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         ValueError: a model without adapters, or without these.
     """
     here = injection(model)
-    for key in list(here.configs) if name is None else [_known(model, name)]:
+    for key in list(here.configs) if name is None else [known(model, name)]:
         del here.configs[key]
         if key in here.shared:
             del here.shared[key]
@@ -93,7 +98,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
         ValueError: a model without adapters, or without these.
     """
     here = injection(model)
-    name = here.active if name is None else _known(model, name)
+    name = here.active if name is None else known(model, name)
     for path, module in [(f"{NAME}.shared", here.shared), *slots(model)]:
         if name is not None and name in module:
             for key, parameter in module.get_submodule(name).named_parameters():

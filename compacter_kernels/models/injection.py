@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.shared import SharedWeights
 from compacter_kernels.models.sites import Site, find_copied, find_sites
-from compacter_kernels.models.slots import NAME, AdapterSlot, CopySlot, Slot
+from compacter_kernels.models.slots import NAME, AdapterSlot, CopySlot, Slot, trained_copy
 from compacter_kernels.nn import CompacterAdapter
 
 logger = logging.getLogger("compacter_kernels")
@@ -80,28 +81,68 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     if not isinstance(config, CompacterConfig):
         raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
     present = getattr(model, NAME, None)
-    _check_name(name, present.configs if isinstance(present, Injection) else {})
+    check_name(name, present.configs if isinstance(present, Injection) else ())
+    place(model, name, config, prepare(model, config, impl))
+    return model
+
+
+class Prepared(NamedTuple):
+    """All that adapters need, built apart from the model: it is unchanged until they are placed."""
+
+    sites: list[Site]
+    shared: SharedWeights | None
+    adapters: dict[str, CompacterAdapter]
+    copies: dict[str, nn.Module]
+
+
+def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
+    """Build what the config asks for, the adapters on that device or by default on those of the layers they follow.
+
+    Raises:
+        TypeError, ValueError: as `inject`.
+    """
     sites = find_sites(model, config)
     copied = find_copied(model, config)
-    shared, adapters = _build(model, config, sites, impl)
+    for path, site in itertools.product(copied, sites):
+        if f"{site.write}.".startswith(f"{path}."):
+            raise ValueError(
+                f"{path} holds {site.write}, which gets an adapter, and cannot be trained whole: see modules_to_save"
+            )
+    shared, adapters = _build(model, config, sites, impl, device)
+    return Prepared(sites, shared, adapters, {path: trained_copy(model.get_submodule(path)) for path in copied})
 
+
+def to_device_of(model: nn.Module, prepared: Prepared) -> None:
+    """Give adapters that were built on meta memory beside the layers they follow, its values undefined."""
+    for site in prepared.sites:
+        device = _like(model, model.get_submodule(site.write)).device
+        prepared.adapters[site.write].to_empty(device=device)
+        if prepared.shared is not None and site is prepared.sites[0]:
+            prepared.shared.to_empty(device=device)
+
+
+def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
+    """Put the prepared adapters and copies into the model and activate them."""
+    present = getattr(model, NAME, None)
     if not isinstance(present, Injection):
         present = Injection(model)
         setattr(model, NAME, present)
         model.requires_grad_(False)
-    for site in sites:
+    for site in prepared.sites:
         write, read = model.get_submodule(site.write), model.get_submodule(site.read)
         slot = getattr(write, NAME, None) or AdapterSlot(write, read)
-        slot[name] = adapters[site.write].train(write.training)
-    for path in copied:
-        module = model.get_submodule(path)
-        (getattr(module, NAME, None) or CopySlot(module)).add(name)
-    if shared is not None:
-        present.shared[name] = shared
+        slot[name] = prepared.adapters[site.write].train(write.training)
+    for path, module in prepared.copies.items():
+        base = model.get_submodule(path)
+        slot = getattr(base, NAME, None) or CopySlot(base)
+        slot[name] = module
+    if prepared.shared is not None:
+        present.shared[name] = prepared.shared
     present.configs[name] = config
     activate(model, name)
-    logger.info("%d adapters and %d trained copies in %s", len(sites), len(copied), type(model).__name__)
-    return model
+    logger.info(
+        "%d adapters and %d trained copies in %s", len(prepared.sites), len(prepared.copies), type(model).__name__
+    )
 
 
 def activate(model: nn.Module, name: str | None) -> None:
@@ -122,7 +163,8 @@ def _train(module: nn.Module, config: CompacterConfig, on: bool) -> None:
         parameter.requires_grad_(on and not fixed)
 
 
-def _check_name(name: str, present: dict[str, CompacterConfig]) -> None:
+def check_name(name: str, present: Container[str] = ()) -> None:
+    """Raise ValueError for what cannot name adapters, or names some already."""
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"name must be a plain name of an adapter, such as 'default', got {name!r}")
     if name in present:
@@ -130,14 +172,14 @@ def _check_name(name: str, present: dict[str, CompacterConfig]) -> None:
 
 
 def _build(
-    model: nn.Module, config: CompacterConfig, sites: list[Site], impl: str
+    model: nn.Module, config: CompacterConfig, sites: list[Site], impl: str, device: str | None
 ) -> tuple[SharedWeights | None, dict[str, CompacterAdapter]]:
     """All adapters, and what they share, apart from the model."""
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
     for site in sites:
         module = model.get_submodule(site.write)
-        adapter = _adapter(model, module, config, site, impl)
+        adapter = _adapter(model, module, config, site, impl, device)
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
@@ -146,7 +188,9 @@ def _build(
     return shared, adapters
 
 
-def _adapter(model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str) -> CompacterAdapter:
+def _adapter(
+    model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
+) -> CompacterAdapter:
     like = _like(model, module)
     try:
         return CompacterAdapter(
@@ -170,7 +214,7 @@ def _adapter(model: nn.Module, module: nn.Module, config: CompacterConfig, site:
             phm_init_range=config.phm_init_range,
             phm_c_init=config.phm_c_init,
             impl=impl,
-            device=like.device,
+            device=device or like.device,
             dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
         )
     except ValueError as error:

@@ -31,6 +31,11 @@ def model_types(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(kind for kind in types if isinstance(kind, str)))
 
 
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base, with their names: without adapters and copies that it has already."""
+    return ((name, module) for name, module in model.named_modules() if NAME not in name.split("."))
+
+
 def find_sites(model: nn.Module, config: CompacterConfig) -> list[Site]:
     """The places that the config asks for, in the order of the model's modules.
 
@@ -56,7 +61,7 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     }
     kinds = dict.fromkeys(ARCHITECTURES[kind] for kind in model_types(model) if kind in ARCHITECTURES)
     blocks = [(kind, block) for kind in kinds for name in wanted if wanted[name] and (block := getattr(kind, name))]
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in own_modules(model)]
     offsets = _offsets(names, list(kinds))
     for name in names:
         for kind, block in blocks:
@@ -86,7 +91,7 @@ def _offsets(names: list[str], kinds: list[Architecture]) -> dict[str, int]:
 
 def _targets(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     targets = config.target_modules or ()
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in own_modules(model)]
     missing = [target for target in targets if not any(_ends_with(name, target) for name in names)]
     if missing:
         raise ValueError(f"target_modules: no module's name ends with {', '.join(missing)}. {_likely(model)}")
@@ -116,7 +121,7 @@ def _nothing_found(model: nn.Module, config: CompacterConfig) -> str:
 def _likely(model: nn.Module) -> str:
     """Linear layers that occur once in each of several layers, those with the field's names for a block's end first."""
     counts: dict[str, int] = {}
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, nn.Linear) or hasattr(module, "nf"):
             end = re.split(r"\.\d+\.", f".{name}")[-1].removeprefix(".")
             counts[end] = counts.get(end, 0) + 1
@@ -139,8 +144,7 @@ def find_copied(model: nn.Module, config: CompacterConfig) -> list[str]:
         ValueError: modules_to_save names one that the model does not have.
     """
     ends = config.modules_to_save
-    own = {name: module for name, module in model.named_modules() if f".{NAME}." not in f".{name}."}  # no adapter's
-    names = list(own)
+    names = [name for name, _ in own_modules(model)]
     if ends is None:
         children = [name for name, _ in model.named_children()]
         ends = [name for name in children if name in HEADS]
@@ -150,5 +154,5 @@ def find_copied(model: nn.Module, config: CompacterConfig) -> list[str]:
     if missing:
         raise ValueError(f"modules_to_save: no module's name ends with {', '.join(missing)}")
     whole = [name for name in names if any(_ends_with(name, end) for end in ends)]
-    norms = [name for name, module in own.items() if config.train_layer_norms and is_layer_norm(module)]
+    norms = [name for name, module in own_modules(model) if config.train_layer_norms and is_layer_norm(module)]
     return whole + [name for name in norms if not any(name == w or name.startswith(f"{w}.") for w in whole)]

@@ -77,16 +77,6 @@ class CopySlot(Slot):
         base.forward = self._instead
         setattr(base, NAME, self)
 
-    def add(self, name: str) -> None:
-        """A new copy of the base's module, trained under that name."""
-        slot = self._base[0]._modules.pop(NAME)
-        forward = vars(self._base[0]).pop("forward")
-        try:
-            self[name] = copy.deepcopy(self._base[0]).requires_grad_(True)
-        finally:
-            self._base[0].forward = forward
-            setattr(self._base[0], NAME, slot)
-
     def _instead(self, *args: Any, **kwargs: Any) -> Any:
         trained = self.in_use()
         if trained is not None:
@@ -103,3 +93,16 @@ class CopySlot(Slot):
         if self._own_forward is not None:
             base.forward = self._own_forward
         delattr(base, NAME)
+
+
+def trained_copy(base: nn.Module) -> nn.Module:
+    """A copy of a module without what stands beside it, all its parameters trained."""
+    slot = base._modules.pop(NAME, None)
+    forward = vars(base).pop("forward", None)
+    try:
+        return copy.deepcopy(base).requires_grad_(True)
+    finally:
+        if forward is not None:
+            base.forward = forward
+        if slot is not None:
+            setattr(base, NAME, slot)

@@ -1,0 +1,66 @@
+"""Under which names the tensors of adapters stand in a file.
+
+As in the model, with the adapter's name left out and relative to the model's base where they lie in it, so that what
+was trained in one class of a family fits the others: `encoder.layer.0.output.dense.compacter.down.W_left`,
+`encoder.layer.0.output.LayerNorm.compacter.weight`, `compacter.shared.phm_rule`, `classifier.compacter.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from compacter_kernels.models.injection import Prepared, injection, slots
+from compacter_kernels.models.slots import NAME
+
+Parts = Iterable[tuple[str, nn.Module]]
+
+
+def base_prefix(model: nn.Module) -> str:
+    """`bert.` of a BertForSequenceClassification; empty for a model that is its own base."""
+    prefix = getattr(model, "base_model_prefix", None)
+    inside = isinstance(prefix, str) and prefix and isinstance(getattr(model, prefix, None), nn.Module)
+    return f"{prefix}." if inside else ""
+
+
+def is_head(model: nn.Module, key: str) -> bool:
+    """Whether a name in a file belongs to no part of the model's base, such as `classifier.compacter.weight`."""
+    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    return key.partition(".")[0] not in {NAME, *(name for name, _ in base.named_children())}
+
+
+def parts_in(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """What belongs to the adapters of that name in a model: the path of a slot, the module in it."""
+    shared = injection(model).shared
+    for path, slot in [(f"{NAME}.shared", shared), *slots(model)]:
+        if name in slot:
+            yield path, slot.get_submodule(name)
+
+
+def parts_of(prepared: Prepared) -> Iterator[tuple[str, nn.Module]]:
+    """The same of adapters that are not in the model yet."""
+    if prepared.shared is not None:
+        yield f"{NAME}.shared", prepared.shared
+    for path, module in (*prepared.adapters.items(), *prepared.copies.items()):
+        yield f"{path}.{NAME}", module
+
+
+def named_tensors(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in a file, each once.
+
+    Raises:
+        ValueError: two of one name, in the base and beside it.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    prefix = base_prefix(model)
+    for path, module in parts:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            key = f"{path}.{name}".removeprefix(prefix)
+            if key in found:
+                raise ValueError(f"two tensors of {type(model).__name__} would have the name {key}")
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[key] = tensor
+    return found

@@ -1,0 +1,67 @@
+"""`save_adapter`: the trained part of a model into a folder of two files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, distributed as dist, nn
+
+from compacter_kernels.models.control import known
+from compacter_kernels.models.files import require_safetensors, write_folder
+from compacter_kernels.models.injection import injection
+from compacter_kernels.models.keys import named_tensors, parts_in
+
+VERSION = 1
+PEFT_TYPE = "COMPACTER"
+OF_MODEL = ("model_type", "hidden_size", "num_hidden_layers")
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
+    """Write the adapters of that name, by default the active ones: `adapter_model.safetensors`, `adapter_config.json`.
+
+    Shared weights once, trained layer norms and heads included, in the dtypes that they have; docs/checkpoints.md says
+    under which names. A folder that exists keeps its other files. In a distributed run call it on all ranks: sharded
+    parameters are gathered there, and rank 0 writes.
+
+    Raises:
+        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta").
+        OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
+    """
+    require_safetensors()
+    here = injection(model)
+    name = here.active if name is None else known(model, name)
+    if name is None:
+        raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
+    tensors = {key: _whole(key, tensor) for key, tensor in named_tensors(model, parts_in(model, name)).items()}
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        write_folder(Path(folder), tensors, {**describe(model), **here.configs[name].to_dict()})
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a config says beside the options: the format, and the model that the adapters belong to."""
+    config = getattr(model, "config", None)
+    return {
+        "peft_type": PEFT_TYPE,
+        "format_version": VERSION,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        **of_model(model),
+    }
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """The type and the sizes by which a model is known again, None where it has no such."""
+    found = {key: getattr(getattr(model, "config", None), key, None) for key in OF_MODEL}
+    return {key: value if isinstance(value, str | int) else None for key, value in found.items()}
+
+
+def _whole(key: str, tensor: Tensor) -> Tensor:
+    """A tensor with all its values, gathered where it is sharded."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if tensor.is_meta or not tensor.numel():
+        raise ValueError(
+            f"{key} holds no values here: it is on meta, or sharded in a way that is not known (not FSDP2)"
+        )
+    return tensor
