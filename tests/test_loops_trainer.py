@@ -92,7 +92,7 @@ def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision: str) -> None:
-    """Two accumulated batches a step, against the same loop without it."""
+    """Two accumulated batches a step: the bits that the same loop in plain PyTorch gives."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -112,17 +112,15 @@ def test_accelerate(precision: str) -> None:
                 optimizer.zero_grad()
             losses.append(loss.item())
     reference = adamw(plain)
-    full = batch("t5", 16)
     for turn in range(12):
-        half = {name: value[8 * (turn % 2) : 8 * (turn % 2) + 8] for name, value in full.items()}
-        loss = plain(**half).loss
-        reference.zero_grad()
-        loss.backward()
+        for quarter in range(2 * (turn % 2), 2 * (turn % 2) + 2):
+            inputs = {name: value.chunk(4)[quarter] for name, value in batch("t5", 16).items()}
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = plain(**inputs).loss
+            (loss / 2).backward()
         reference.step()
+        reference.zero_grad()
     unwrapped = accelerator.unwrap_model(prepared)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[3]  # of the same batch
     assert_only_adapters_trained(unwrapped, base, start)
-    tolerance = 1e-5 if precision == "no" else 3e-2
-    for name, p in trained(plain).items():
-        moved = torch.linalg.vector_norm(p - start[name])
-        assert torch.linalg.vector_norm(unwrapped.get_parameter(name) - p) <= tolerance * (1 + moved), name
+    assert all(torch.equal(unwrapped.get_parameter(name), p) for name, p in trained(plain).items())
