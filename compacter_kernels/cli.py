@@ -19,7 +19,10 @@ COMMANDS = {
     "info": ("compacter_kernels.info", "what is installed and built, which impl serves, and a self-test"),
     "compare": ("compacter_kernels.compare", "the error of each impl against the float64 dense reference"),
     "bench": ("compacter_kernels.bench.command", "time every impl against what else a user could run"),
-    "train": ("compacter_kernels.train.command", "fine-tune a small vision transformer on real handwritten digits"),
+    "train": (
+        "compacter_kernels.train.command",
+        "adapt a transformers model to your data; by itself, a demonstration on handwritten digits",
+    ),
 }
 
 
