@@ -38,7 +38,7 @@ class Subject:
         """The pretrained model with what the method adds to it; the same for the same seed."""
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            model = self.task.load(self.source)
+            model = self.task.load(self.source).float()  # whatever the checkpoint has: AdamW's steps are below bf16
             self.method.prepare(model, self.options)
         return model.to(device)
 

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what belongs to `--model` and to `--demo topics`."""
     both = parser.add_argument_group("with --model, and with --demo topics")
     both.add_argument("--batch", type=options.positive, help=f"examples a step, over all processes, default {BATCH}")
-    both.add_argument("--max-length", type=options.positive, metavar="TOKENS", help=f"default {MAX_LENGTH}")
+    both.add_argument(
+        "--max-length", type=options.positive, metavar="TOKENS", help=f"default {MAX_LENGTH}, of the topics 64"
+    )
     add = parser.add_argument_group("with --model: your own model and data; also under torchrun").add_argument
     add("--model", metavar="FOLDER_OR_ID", help="a transformers model, in a folder or on the hub")
     add(

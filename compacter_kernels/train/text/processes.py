@@ -57,5 +57,6 @@ def processes() -> Iterator[Processes]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count, device)
+        distributed.barrier()  # nobody leaves while another one is still at work
     finally:
         distributed.destroy_process_group()

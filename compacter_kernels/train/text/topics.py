@@ -148,7 +148,13 @@ def run(args: argparse.Namespace) -> int:
     text = "\n\n".join((_heading(texts, steps, batch, seeds), report.table(rows), _standing(names, rows)))
     document = {
         "machine": describe(),
-        "settings": {"model": "all-MiniLM-L6-v2", "steps": steps, "batch": batch, "seeds": len(seeds)},
+        "settings": {
+            "model": "all-MiniLM-L6-v2",
+            "steps": steps,
+            "batch": batch,
+            "max_length": task.max_length,
+            "seeds": len(seeds),
+        },
         "data": {
             "topics": {topic: len(sentences(topic)) for topic in TOPICS},
             "python": platform.python_version(),
