@@ -112,9 +112,9 @@ def _compacter(model: nn.Module, options: dict[str, Any], kind: type[CompacterCo
 METHODS = {
     method.name: method
     for method in (
-        Method("probe", "linear probe", 1e-2, (1e-2, 3e-2), _probe),
-        Method("full", "full fine-tuning", 1e-4, (1e-4, 3e-4), _full),
-        Method("adapter", "bottleneck adapter", 1e-3, (1e-3, 3e-3), _bottleneck),
+        Method("probe", "linear probe", 1e-2, (1e-2, 3e-3, 3e-2), _probe),
+        Method("full", "full fine-tuning", 1e-4, (1e-4, 3e-4, 1e-3), _full),
+        Method("adapter", "bottleneck adapter", 1e-3, (1e-3, 3e-3, 1e-2), _bottleneck),
         Method(
             "compacter",
             "Compacter",
