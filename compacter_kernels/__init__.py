@@ -11,11 +11,12 @@ from compacter_kernels.models.control import (
     remove_adapters,
     set_adapter,
 )
+from compacter_kernels.models.convert import convert
 from compacter_kernels.models.injection import inject
 from compacter_kernels.models.load import load_adapter
 from compacter_kernels.models.patch import patch, unpatch
 from compacter_kernels.models.save import save_adapter
-from compacter_kernels.nn import CompacterAdapter, PHMLinear
+from compacter_kernels.nn import CompacterAdapter, Compression, PHMLinear, from_dense
 from compacter_kernels.weights import PHMWeights
 
 __version__ = "0.1.0"
@@ -24,15 +25,18 @@ __all__ = [
     "CompacterAdapter",
     "CompacterConfig",
     "CompacterPlusPlusConfig",
+    "Compression",
     "PHMLinear",
     "PHMWeights",
     "__version__",
     "adapter_parameters",
     "available_impls",
     "compacter_adapter",
+    "convert",
     "count_parameters",
     "disable_adapters",
     "explain",
+    "from_dense",
     "inject",
     "load_adapter",
     "patch",

@@ -23,7 +23,10 @@ COMMANDS = {
         "compacter_kernels.models.convert.command",
         "checkpoints of other Compacter libraries, into any other form",
     ),
-    "train": ("compacter_kernels.train.command", "fine-tune a small vision transformer on real handwritten digits"),
+    "train": (
+        "compacter_kernels.train.command",
+        "adapt a transformers model to your data; by itself, a demonstration on handwritten digits",
+    ),
 }
 
 

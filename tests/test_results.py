@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from compacter_kernels.train.text import report
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_table_of_topics_is_that_of_its_json() -> None:
+    folder = ROOT / "benchmarks" / "results" / "topics"
+    document = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    assert report.table(document["methods"]) in (folder / "train.txt").read_text(encoding="utf-8")
+    for row, results in zip(document["methods"], document["test"].values(), strict=True):
+        assert row["mean"] == statistics.mean(100 * result["accuracy"] for result in results)
+        assert len(results) == document["settings"]["seeds"]
 
 
 def test_the_readme_states_the_committed_results() -> None:

@@ -1,0 +1,126 @@
+"""Texts from files and by id: what is read, how it is divided, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_text import rows, save_rows
+
+from compacter_kernels.train.text.data import Texts, load
+from compacter_kernels.train.text.task import classes_of
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv"])
+def test_files(name: str, tmp_path: Path) -> None:
+    found = rows(40)
+    path = tmp_path / name
+    if name.endswith("tsv"):
+        path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in found))
+    else:
+        save_rows(path, found)
+    split = load(str(path))
+    inputs, targets = (one + other for one, other in zip(split.train, split.validation, strict=True))
+    together = sorted(zip(inputs, targets, strict=True))
+    assert together == sorted(((row["text"],), row["label"]) for row in found)
+    assert len(split.validation.targets) == 4
+    assert split == load(str(path))
+    assert len(load(str(path), "0.5").validation.targets) == 20
+
+
+def test_a_file_for_validation(tmp_path: Path) -> None:
+    train, validation = save_rows(tmp_path / "a.jsonl", rows(10)), save_rows(tmp_path / "b.csv", rows(6, seed=1))
+    split = load(str(train), str(validation))
+    assert [len(part.targets) for part in split] == [10, 6]
+    assert split.validation.inputs == [(row["text"],) for row in rows(6, seed=1)]
+
+
+def test_other_columns_numbers_and_quotes(tmp_path: Path) -> None:
+    path = save_rows(tmp_path / "a.csv", [{"first": 'say "a, b"', "second": "line\nbreak", "class": 3}] * 4)
+    split = load(str(path), None, ["first", "second"], "class")
+    assert split.train.inputs[0] == ('say "a, b"', "line\nbreak")
+    assert split.train.targets[0] == "3"
+
+
+class _Hub(list[dict[str, Any]]):
+    features = {"label": SimpleNamespace(names=["cold", "warm"])}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_by_id_of_datasets(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of classes in place of their numbers; a validation split of its own, where there is one."""
+    asked = []
+    splits = {"train": _Hub({"text": f"t{number}", "label": number % 2} for number in range(20))}
+    if own:
+        splits["validation"] = _Hub([{"text": "v", "label": 1}])
+
+    def load_dataset(*arguments: Any) -> dict[str, _Hub]:
+        asked.append(arguments)
+        return splits
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    split = load("glue:mrpc")
+    assert asked == [("glue", "mrpc")]
+    assert set(split.train.targets) == {"cold", "warm"}
+    assert [len(part.targets) for part in split] == ([20, 1] if own else [18, 2])
+
+
+def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="glue:mrpc is no file; to get it by its id, pip install datasets"):
+        load("glue:mrpc")
+
+
+BROKEN = {
+    "no file": ("none.csv", None, FileNotFoundError, "none.csv is not there"),
+    "a folder": (".", None, IsADirectoryError, "is a folder; give a file"),
+    "another kind": ("a.txt", "x", ValueError, "neither of .jsonl, .csv, .tsv"),
+    "empty": ("a.csv", "", ValueError, "has no examples"),
+    "a header alone": ("a.csv", "text,label\n", ValueError, "has no examples"),
+    "no JSON": ("a.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', ValueError, "line 2, is not JSON"),
+    "no object": ("a.jsonl", "[1]\n", ValueError, "line 1: an object is expected, got list"),
+    "no text": ("a.csv", "sentence,label\na,b\n", ValueError, "no column 'text'; set --text-column to one of sentence"),
+    "no label": (
+        "a.csv",
+        "text,class\na,b\n",
+        ValueError,
+        "no column 'label'; set --label-column to one of text, class",
+    ),
+    "an empty text": ("a.csv", "text,label\na,b\n ,b\n", ValueError, "example 2: text must be a text, got ' '"),
+    "a short row": ("a.csv", "text,label\na,b\na\n", ValueError, "example 2: label must be a text, got None"),
+    "a list": ("a.jsonl", '{"text": ["a"], "label": 1}\n', ValueError, "example 1: text must be a text"),
+    "one example": ("a.csv", "text,label\na,b\n", ValueError, "1 examples cannot be divided"),
+    "not UTF-8": ("a.csv", b"text,label\n\xff,b\n", ValueError, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_refused(case: str, tmp_path: Path) -> None:
+    name, content, kind, match = BROKEN[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(kind, match=match):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-1", "nan"])
+def test_fractions_that_are_none(fraction: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--validation as a fraction must lie between 0 and 1"):
+        load(str(save_rows(tmp_path / "a.csv", rows(8))), fraction)
+
+
+def test_labels() -> None:
+    def texts(*targets: str) -> Texts:
+        return Texts([("x",)] * len(targets), list(targets))
+
+    assert classes_of(texts("10", "9", "9"), texts("9")) == ["9", "10"]
+    assert classes_of(texts("b", "a"), texts()) == ["a", "b"]
+    with pytest.raises(ValueError, match="two labels or more; the data has 'a' alone"):
+        classes_of(texts("a", "a"), texts("a"))
+    with pytest.raises(ValueError, match="labels that the training data lacks: c"):
+        classes_of(texts("a", "b"), texts("c"))

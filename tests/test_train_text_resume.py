@@ -1,0 +1,174 @@
+"""A run that was killed goes on to the same bits; two processes train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_text import rows, save_model, save_rows
+
+pytest.importorskip("tqdm")
+
+from compacter_kernels.cli import main
+
+FILES = {"compacter": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}
+STEPS = 40
+
+
+def arguments(folder: Path, method: str, out: str, *more: str) -> list[str]:
+    adapters = ["--reduction-factor", "4"] if method == "compacter" else []
+    data = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--out", str(folder / out)]
+    run = ["--method", method, "--steps", str(STEPS), "--batch", "8", "--threads", "1", "--save-every", "5"]
+    return ["train", *data, *run, *adapters, *more]
+
+
+def prepare(folder: Path, kind: str, dropout: bool) -> None:
+    save_model(folder / "model", kind, dropout)
+    save_rows(folder / "data.jsonl", rows(48))
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def kill_after_a_checkpoint(command: list[str], folder: Path) -> None:
+    process = start(["-m", "compacter_kernels", *command])
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("t5", "full")])
+def test_a_killed_run_goes_on_to_the_same_bits(kind: str, method: str, tmp_path: Path) -> None:
+    """With dropout, of two seeds, the first one killed."""
+    prepare(tmp_path, kind, dropout=True)
+    assert main(arguments(tmp_path, method, "whole", "--seeds", "2")) == 0
+    broken = arguments(tmp_path, method, "broken", "--seeds", "2")
+    kill_after_a_checkpoint(broken, tmp_path / "broken" / "seed-0")
+    assert main([*broken, "--resume"]) == 0
+    for seed in ("seed-0", "seed-1"):
+        whole, again = (tmp_path / name / seed for name in ("whole", "broken"))
+        assert (again / "losses.csv").read_text() == (whole / "losses.csv").read_text()
+        assert (again / FILES[method]).read_bytes() == (whole / FILES[method]).read_bytes()
+        assert {path.name for path in again.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped behind its checkpoint of step 10."""
+    from compacter_kernels.train.text.loop import Training
+
+    prepare(tmp_path, "bert", dropout=False)
+    advance = Training.advance
+
+    def stop(training: Training) -> None:
+        if training.step == 12:
+            raise KeyboardInterrupt
+        advance(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "advance", stop)
+        assert main(arguments(tmp_path, "compacter", "out")) == 130
+    assert [path.name for path in (tmp_path / "out" / "seed-0").iterdir()] == ["checkpoint-000010"]
+    return tmp_path
+
+
+def test_a_checkpoint_is_safetensors_and_json(stopped: Path) -> None:
+    files = [path for path in (stopped / "out").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_a_run_is_not_overwritten(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(stopped, "compacter", "out")) == 2
+    assert "has a run already (seed-0); --resume goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--learning-rate", "0.5"], "other settings: rate was 0.003 and is 0.5"),
+        (["--batch", "4"], "other settings: batch was 8 and is 4"),
+        (["--phm-dim", "2"], "adapters was {'reduction_factor': 4.0} and is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_other_settings_are_refused(
+    more: list[str], message: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(stopped, "compacter", "out"), "--resume", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_data_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_rows(stopped / "data.jsonl", rows(48, seed=1))
+    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
+    assert "data_sha256 was" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = stopped / "out" / "seed-0" / "checkpoint-000010" / "optimizer.safetensors"
+    tensors = load_file(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
+    assert "is no sound safetensors file" in capsys.readouterr().err
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path)
+    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_reported_again(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments(stopped, "compacter", "out"), "--resume", "--json"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    written = (stopped / "out" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == first["results"]
+    assert (stopped / "out" / "seed-0" / "result.json").stat().st_mtime_ns == written
+
+
+def test_resume_without_a_run_starts_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(tmp_path, "bert", dropout=False)
+    assert main([*arguments(tmp_path, "compacter", "out"), "--resume"]) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("t5", "full")])
+def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> None:
+    """Of T5 the parts of the processes have different numbers of target tokens."""
+    prepare(tmp_path, kind, dropout=False)
+    assert main(arguments(tmp_path, method, "one", "--accumulate", "2")) == 0
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = arguments(tmp_path, method, "two", "--accumulate", "2")
+    process = start([*torchrun, "-m", "compacter_kernels", *command])
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert output.count("written into") == 1
+    one, two = (tmp_path / name / "seed-0" for name in ("one", "two"))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+    for key in ("loss", "train_loss", "exact match" if kind == "t5" else "accuracy"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-3)
+    losses = [[float(line.split(",")[1]) for line in (f / "losses.csv").read_text().split()[1:]] for f in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    expected, got = (load_file(folder / FILES[method]) for folder in (one, two))
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-3)
