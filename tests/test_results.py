@@ -26,3 +26,11 @@ def test_the_readme_states_the_committed_results() -> None:
     command = [sys.executable, "benchmarks/readme_table.py", "--check"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr or "run python benchmarks/readme_table.py"
+
+
+def test_the_page_on_models_states_the_committed_results() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    document = json.loads((ROOT / "benchmarks" / "results" / "topics" / "train.json").read_text(encoding="utf-8"))
+    for row in document["methods"]:
+        cells = f"| {row['mean']:.2f} ± {row['std']:.2f} | {row['trainable_parameters']:,} |"
+        assert f"| {row['method']} {cells}" in page
