@@ -126,6 +126,28 @@ class CompacterConfig:
             raise ValueError(f'reduction_factor has none for layer {layer}; add "{layer}" or "default" to it')
         return factor
 
+    def of_each_adapter(self) -> dict[str, Any]:
+        """The arguments of `CompacterAdapter` that all adapters of the model have; what they share is lent to them."""
+        return {
+            "phm_dim": self.phm_dim,
+            "phm_rank": self.phm_rank,
+            "activation": self.non_linearity,
+            "add_residual": not self.is_parallel,
+            "scale": self.scaling,
+            "dropout": self.dropout,
+            "ln_before": self.ln_before,
+            "ln_after": self.ln_after,
+            "residual_before_ln": self.adapter_residual_before_ln,
+            "phm_bias": self.phm_bias,
+            "factorized_phm_W": self.factorized_phm_W,
+            "factorized_phm_rule": self.factorized_phm_rule,
+            "shared_phm_rule": False,
+            "learn_phm": self.learn_phm,
+            "init": self.init,
+            "phm_init_range": self.phm_init_range,
+            "phm_c_init": self.phm_c_init,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON has them."""
         values = ((option.name, getattr(self, option.name)) for option in dataclasses.fields(self))

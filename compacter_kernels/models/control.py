@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from compacter_kernels.models.injection import activate, injection, slots
+from compacter_kernels.models.injection import activate, injection, slots, use
+from compacter_kernels.models.keys import parts_in
 from compacter_kernels.models.slots import NAME
 
 
@@ -50,17 +51,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a model without adapters.
     """
-    here = injection(model)
-    before = here.active
-    for _, slot in slots(model):
-        slot.active = None
-    here.active = None
+    before = injection(model).active
+    use(model, None)
     try:
         yield
     finally:
-        for _, slot in slots(model):
-            slot.active = before
-        here.active = before
+        use(model, before)
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
@@ -97,12 +93,10 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
     Raises:
         ValueError: a model without adapters, or without these.
     """
-    here = injection(model)
-    name = here.active if name is None else known(model, name)
-    for path, module in [(f"{NAME}.shared", here.shared), *slots(model)]:
-        if name is not None and name in module:
-            for key, parameter in module.get_submodule(name).named_parameters():
-                yield f"{path}.{name}.{key}", parameter
+    name = injection(model).active if name is None else known(model, name)
+    for path, module in parts_in(model, name) if name is not None else ():
+        for key, parameter in module.named_parameters():
+            yield f"{path}.{name}.{key}", parameter
 
 
 def count_parameters(model: nn.Module) -> Count:

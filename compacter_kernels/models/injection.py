@@ -115,7 +115,7 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
 def to_device_of(model: nn.Module, prepared: Prepared) -> None:
     """Give adapters that were built on meta memory beside the layers they follow, its values undefined."""
     for site in prepared.sites:
-        device = _like(model, model.get_submodule(site.write)).device
+        device = computes_like(model, model.get_submodule(site.write)).device
         prepared.adapters[site.write].to_empty(device=device)
         if prepared.shared is not None and site is prepared.sites[0]:
             prepared.shared.to_empty(device=device)
@@ -145,14 +145,20 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
     )
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Use and train the adapters of that name; with None, the base alone."""
+def use(model: nn.Module, name: str | None) -> None:
+    """Compute with the adapters of that name; with None, as the base does."""
+    injection(model).active = name
+    for _, slot in slots(model):
+        slot.active = name
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Use and train the adapters of that name, and no others."""
+    use(model, name)
     here = injection(model)
-    here.active = name
     for key, weights in here.shared.items():
         _train(weights, here.configs[key], key == name)
     for _, slot in slots(model):
-        slot.active = name
         for key, module in slot.items():
             _train(module, here.configs[key], key == name)
 
@@ -191,37 +197,26 @@ def _build(
 def _adapter(
     model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
 ) -> CompacterAdapter:
-    like = _like(model, module)
+    like = computes_like(model, module)
     try:
         return CompacterAdapter(
-            _width(model, module, site.write),
+            width_of(model, module, site.write),
             reduction_factor=config.reduction_factor_of(site.layer),
-            phm_dim=config.phm_dim,
-            phm_rank=config.phm_rank,
-            activation=config.non_linearity,
-            add_residual=not config.is_parallel,
-            scale=config.scaling,
-            dropout=config.dropout,
-            ln_before=config.ln_before,
-            ln_after=config.ln_after,
-            residual_before_ln=config.adapter_residual_before_ln,
-            phm_bias=config.phm_bias,
-            factorized_phm_W=config.factorized_phm_W,
-            factorized_phm_rule=config.factorized_phm_rule,
-            shared_phm_rule=False,
-            learn_phm=config.learn_phm,
-            init=config.init,
-            phm_init_range=config.phm_init_range,
-            phm_c_init=config.phm_c_init,
             impl=impl,
             device=device or like.device,
             dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
+            **config.of_each_adapter(),
         )
     except ValueError as error:
         raise ValueError(f"{site.write}: {error}") from error
 
 
-def _width(model: nn.Module, module: nn.Module, path: str) -> int:
+def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
+    """The width of what a module puts out.
+
+    Raises:
+        ValueError: it is not known.
+    """
     sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # of a Linear, of GPT-2's Conv1D
     own = getattr(getattr(model, "config", None), "hidden_size", None)
     width = next((size for size in (*sizes, own) if isinstance(size, int)), None)
@@ -230,7 +225,7 @@ def _width(model: nn.Module, module: nn.Module, path: str) -> int:
     return width
 
 
-def _like(model: nn.Module, module: nn.Module) -> Tensor:
+def computes_like(model: nn.Module, module: nn.Module) -> Tensor:
     """An empty tensor on the device of a module, in the dtype that it computes in, quantised or not."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     dtypes = [getattr(module, "compute_dtype", None), *(p.dtype for p in (*module.parameters(), *model.parameters()))]

@@ -62,11 +62,12 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     }
     kinds = dict.fromkeys(ARCHITECTURES[kind] for kind in model_types(model) if kind in ARCHITECTURES)
     blocks = [(kind, block) for kind in kinds for name in wanted if wanted[name] and (block := getattr(kind, name))]
+    patterns = [(kind, block, block_pattern(kind, block.write)) for kind, block in blocks]
     names = [name for name, _ in own_modules(model)]
     offsets = _offsets(names, list(kinds))
     for name in names:
-        for kind, block in blocks:
-            match = block_pattern(kind, block.write).fullmatch(name)
+        for kind, block, pattern in patterns:
+            match = pattern.fullmatch(name)
             if match:
                 read = _read(names, kind, block, match)
                 yield Site(name, read, offsets[match["stack"]] + int(match["layer"]))

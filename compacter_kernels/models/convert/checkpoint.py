@@ -85,31 +85,15 @@ def _expected(tensors: dict[str, Tensor], config: CompacterConfig) -> dict[str, 
         ValueError: the options make no such adapter.
     """
     hidden, bottleneck = sizes(tensors)
-    reduction = config.reduction_factor
-    if isinstance(reduction, int | float) and hidden // reduction != bottleneck:
-        raise ValueError(f"reduction_factor={reduction} does not make {bottleneck} of {hidden}")
+    given = config.reduction_factor
+    if isinstance(given, int | float) and hidden // given != bottleneck:
+        raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
     try:
-        adapter = _on_meta(hidden, factor(hidden, bottleneck), config)
+        reduction = factor(hidden, bottleneck)
+        adapter = CompacterAdapter(hidden, reduction_factor=reduction, device="meta", **config.of_each_adapter())
     except (TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor has
         raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
     return dict(adapter.named_parameters())
-
-
-def _on_meta(hidden: int, reduction_factor: float, config: CompacterConfig) -> CompacterAdapter:
-    return CompacterAdapter(
-        hidden,
-        reduction_factor=reduction_factor,
-        phm_dim=config.phm_dim,
-        phm_rank=config.phm_rank,
-        scale=config.scaling,
-        ln_before=config.ln_before,
-        ln_after=config.ln_after,
-        phm_bias=config.phm_bias,
-        factorized_phm_W=config.factorized_phm_W,
-        factorized_phm_rule=config.factorized_phm_rule,
-        shared_phm_rule=False,
-        device="meta",
-    )
 
 
 def borrowed(shared: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.models.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.models.files import read_tensors, require_safetensors
-from compacter_kernels.models.injection import inject
+from compacter_kernels.models.injection import computes_like, inject, width_of
 from compacter_kernels.models.load import load_adapter
 from compacter_kernels.models.save import save_adapter
 from compacter_kernels.models.sites import HEADS, find_sites, is_layer_norm
@@ -98,10 +98,9 @@ def _bottleneck(model: nn.Module, options: dict[str, Any]) -> None:
         module.requires_grad_(True)
     for site in sites:
         write = model.get_submodule(site.write)
-        weight: Tensor = write.weight  # type: ignore[assignment]
-        size: int = getattr(write, "out_features", None) or getattr(write, "nf")  # of a Linear, of GPT-2's Conv1D  # noqa: B009
+        size, like = width_of(model, write, site.write), computes_like(model, write)
         adapter = BottleneckAdapter(size, int(size // config.reduction_factor_of(site.layer)))
-        setattr(write, CHILD, adapter.to(weight.device, weight.dtype))
+        setattr(write, CHILD, adapter.to(like))
         write.register_forward_hook(lambda module, inputs, output: getattr(module, CHILD)(output))
 
 
