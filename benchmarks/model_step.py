@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import compacter_kernels as ck
 from compacter_kernels import machine
 from compacter_kernels.bench import load
+from compacter_kernels.saved import saved_bytes
 
 BATCH, LENGTH = {"cpu": 8, "cuda": 32}, 128
 REDUCTION = 32
@@ -132,16 +133,10 @@ class Step:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-
-def saved_bytes(step: Step) -> int:
-    """Bytes that a forward keeps for the backward, each storage once, parameters left out."""
-    known = {t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.data.values())}
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = step.model(**step.data).loss
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    del loss
-    return sum(size for address, size in found.items() if address not in known)
+    def saved_bytes(self) -> int:
+        """Bytes that a forward keeps for the backward, parameters and inputs left out."""
+        known = (*self.model.parameters(), *self.data.values())
+        return saved_bytes(lambda: self.model(**self.data).loss, known)
 
 
 def disagreement(a: nn.Module, b: nn.Module, data: dict[str, Tensor]) -> float:
@@ -211,7 +206,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = {
         name: {
             "what": VARIANTS[name][0],
-            "saved_bytes": saved_bytes(step),
+            "saved_bytes": step.saved_bytes(),
             "trained": sum(p.numel() for p in step.model.parameters() if p.requires_grad),
         }
         for name, step in steps.items()

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from families import build, inputs
-from torch import Tensor, nn
+from torch import nn
 
 import compacter_kernels as ck
+from compacter_kernels.saved import saved_bytes
 
 
-def saved_bytes(family: str, model: nn.Module) -> int:
-    """Bytes of the storages that a forward keeps, without parameters and inputs."""
+def kept(family: str, model: nn.Module) -> int:
+    """Bytes without parameters and inputs."""
     data = inputs(family)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *data.values())}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(**data)[0]
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    del out
-    return sum(size for address, size in found.items() if address not in known)
+    return saved_bytes(lambda: model(**data)[0], (*model.parameters(), *data.values()))
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -40,4 +29,4 @@ def test_each_adapter_keeps_one_tensor_of_its_input_s_size(family: str, end: str
     model = ck.inject(build(family).train(), config)
     adapters = [module for module in model.modules() if isinstance(module, ck.CompacterAdapter)]
     x = inputs(family)["input_ids"].numel() * adapters[0].hidden_size * 4
-    assert saved_bytes(family, model) <= saved_bytes(family, bare) + len(adapters) * x
+    assert kept(family, model) <= kept(family, bare) + len(adapters) * x

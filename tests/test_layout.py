@@ -29,7 +29,7 @@ RANKS = (
     ("nn",),
     ("models",),
     ("accuracy",),
-    ("machine", "options"),
+    ("machine", "options", "saved"),
     ("bench", "train"),
     ("compare", "info"),
     ("cli",),

@@ -14,6 +14,7 @@ from torch import nn
 
 from compacter_kernels.models import adapters_library
 from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.saved import saved_bytes
 
 ac = pytest.importorskip("adapters.composition")
 pytestmark = [
@@ -51,19 +52,8 @@ def test_a_hundred_steps_of_t5(options: dict[str, Any]) -> None:
 
 def _saved_bytes(model: nn.Module) -> int:
     """Bytes that autograd keeps for the backward, the parameters apart."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
     model.get_input_embeddings().weight.requires_grad_()  # so that the frozen model has a backward too
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(**inputs(model, rows=16, length=32)).logits
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    del out
-    return sum(size for address, size in found.items() if address not in known)
+    return saved_bytes(lambda: model(**inputs(model, rows=16, length=32)).logits, model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

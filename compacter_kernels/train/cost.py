@@ -6,10 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from compacter_kernels import saved
 from compacter_kernels.train.data import Split
 from compacter_kernels.train.loop import Trainer
 
@@ -44,16 +44,4 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 def saved_bytes(model: nn.Module, batch: Split) -> int:
     """Bytes that one forward pass keeps for the backward pass, each storage counted once, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(model(batch.images), batch.labels)
-    del loss  # until here the graph kept every storage alive, so that no address was used twice
-    return sum(saved.values())
+    return saved.saved_bytes(lambda: F.cross_entropy(model(batch.images), batch.labels), model.parameters())
