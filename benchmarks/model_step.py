@@ -5,14 +5,16 @@
 Random weights at the model's size, random tokens, AdamW over what trains. In every round one step of each variant, in
 rotating order. *Share*: the median over the rounds of a variant's step minus the bare step of the same round. The bare
 step is that of the frozen model whose gradient goes as far down as the first adapter. Before anything is timed, logits
-and gradients of the patched model and of the one that `adapters` ships must agree. Writes OUT/model_step_MODEL.json and
-.txt. Needs transformers 4.57 and adapters 1.3.0.
+and gradients of the patched model and of the one that `adapters` ships must agree. On the CPU page faults are removed, as in
+`compacter-kernels bench` (benchmarks/README.md), and a step beside other load is repeated; peak memory is that of a fresh
+process that keeps them. Writes OUT/model_step_MODEL.json and .txt. Needs transformers 4.57 and adapters 1.3.0.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,11 +30,12 @@ from torch import Tensor, nn
 
 import compacter_kernels as ck
 from compacter_kernels import machine
-from compacter_kernels.bench import load
+from compacter_kernels.bench import load, page_faults
 from compacter_kernels.saved import saved_bytes
 
 BATCH, LENGTH = {"cpu": 8, "cuda": 32}, 128
 REDUCTION = 32
+ATTEMPTS = 4  # at a step without other load; the last one counts as it is
 
 
 def bert_base() -> nn.Module:
@@ -133,6 +136,18 @@ class Step:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def undisturbed(self) -> tuple[float, bool]:
+        """Seconds of a step, and whether no other load was beside it."""
+        threads = torch.get_num_threads()
+        for _ in range(ATTEMPTS):
+            before, switches = load.Moment.now(), load.involuntary_switches()
+            seconds = self()
+            preempted = load.preempted(load.involuntary_switches() - switches, seconds)
+            quiet = not (preempted or before.crowded(load.Moment.now(), threads, threads))
+            if quiet or self.device == "cuda":
+                break
+        return seconds, quiet
+
     def saved_bytes(self) -> int:
         """Bytes that a forward keeps for the backward, parameters and inputs left out."""
         known = (*self.model.parameters(), *self.data.values())
@@ -158,8 +173,9 @@ def peak_memory(args: argparse.Namespace, variant: str) -> int:
     """Peak bytes of a process that takes three steps: resident on the CPU, allocated on a GPU."""
     command = [sys.executable, __file__, args.out, "--model", args.model, "--device", args.device]
     done = subprocess.run(
-        [*command, "--dtype", args.dtype, "--peak", variant], capture_output=True, text=True, check=True
-    )
+        [*command, "--dtype", args.dtype, "--peak", variant],
+        env=page_faults.environment("kept", None), capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return int(done.stdout.split()[-1])
 
 
@@ -212,16 +228,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, step in steps.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, before = list(steps), load.Moment.now()
+    order, disturbed = list(steps), 0
     for step in steps.values():
         step()
     for turn in range(args.rounds):
         first = turn % len(order)
         for name in order[first:] + order[:first]:
-            seconds[name].append(steps[name]())
+            taken, quiet = steps[name].undisturbed()
+            seconds[name].append(taken)
+            disturbed += not quiet
         print(f"\rround {turn + 1} of {args.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    crowded = before.crowded(load.Moment.now(), torch.get_num_threads(), torch.get_num_threads())
     steps.clear()
     for name, row in rows.items():
         shares = [a - b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
@@ -230,7 +247,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         row |= {"share_ms_20": 1e3 * low, "share_ms_80": 1e3 * high, "peak_bytes": peak_memory(args, name)}
     return {
         "model": args.model, "batch": BATCH[args.device], "length": LENGTH, "dtype": args.dtype, "device": args.device,
-        "rounds": args.rounds, "quiet": not crowded, "disagreement": error, "skipped": skipped, "rows": rows,
+        "rounds": args.rounds, "disturbed_steps": disturbed, "disagreement": error, "skipped": skipped, "rows": rows,
         "machine": machine.describe(),
         "versions": {"transformers": transformers.__version__, "adapters": adapters.__version__},
     }  # fmt: skip
@@ -240,7 +257,8 @@ def table(result: dict[str, Any]) -> str:
     """The rows, in columns."""
     rows = result["rows"]
     own = rows.get("adapters", {}).get("share_ms")
-    quiet = "" if result["quiet"] else ", beside other load"
+    beside = result["disturbed_steps"]
+    quiet = f", {beside} steps beside other load" if beside else ""
     size = f"batch {result['batch']} x {result['length']}, {result['dtype']}, {result['device']}"
     heads = ("step ms", "share ms", "20 %", "80 %", "of adapters", "saved MiB", "peak MiB", "trained")
     lines = [f"{result['model']}, {size}, medians of {result['rounds']} rounds{quiet}"]
@@ -269,6 +287,9 @@ def main() -> int:
     if args.peak:
         print_peak(args)
         return 0
+    removed = page_faults.environment("removed", None)
+    if args.device == "cpu" and removed != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], removed)  # the C library reads them at its start
     result = measure(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
