@@ -26,6 +26,9 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
+from compacter_kernels.models import attention_copies
+from compacter_kernels.models.report import Entry
+
 WIDTH, VOCABULARY = 32, 60
 PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
 
@@ -78,6 +81,11 @@ def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
     model.train_adapter(setup)
     draw_anew(model)
     return model
+
+
+def of_modules(entries: tuple[Entry, ...]) -> list[Entry]:
+    """The lines of a report that speak of modules, and not of the library."""
+    return [entry for entry in entries if entry != attention_copies.ENTRY]
 
 
 def inputs(model: nn.Module, rows: int = 4, length: int = 6) -> dict[str, Tensor]:

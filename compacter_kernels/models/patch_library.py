@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from compacter_kernels.models import adapters_library
+from compacter_kernels.models import adapters_library, attention_copies
 from compacter_kernels.models.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # of `adapters`: where the methods that are replaced read the same
@@ -45,7 +45,8 @@ def patch_library() -> Report:
         adapters_library.originals.setdefault((kind, name), vars(kind)[name])
         setattr(kind, name, function)
         patched.append(Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process"))
-    return Report(patched=tuple(patched))
+    attention_copies.leave_out(sys.modules["adapters"])
+    return Report(patched=(*patched, attention_copies.ENTRY))
 
 
 def unpatch_library() -> Report:
@@ -55,6 +56,8 @@ def unpatch_library() -> Report:
         setattr(kind, name, method)
         del adapters_library.originals[kind, name]
         restored.append(Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process"))
+    if attention_copies.put_back(sys.modules.get("adapters")):
+        restored.append(attention_copies.ENTRY)
     return Report(restored=tuple(restored))
 
 

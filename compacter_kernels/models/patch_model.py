@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels.models import adapters_library, bottlenecks, phm_modules
+from compacter_kernels.models import adapters_library, attention_copies, bottlenecks, phm_modules
 from compacter_kernels.models.instances import put, replaced_by_others
 from compacter_kernels.models.patch_library import check_version, imported_library
 from compacter_kernels.models.report import Entry, Report
@@ -18,7 +18,8 @@ Result = tuple[bool, str] | None  # whether it is patched, and how or why not; N
 def patch_model(model: nn.Module) -> Report:
     """Put the functions onto the modules that are recognised."""
     library = imported_library()
-    if library is not None and any(isinstance(module, library.Adapter) for module in model.modules()):
+    of_library = library is not None and any(isinstance(module, library.Adapter) for module in model.modules())
+    if of_library:
         check_version()
     patched: list[Entry] = []
     skipped: list[Entry] = []
@@ -27,6 +28,9 @@ def patch_model(model: nn.Module) -> Report:
         result = _patch_module(module, library, whole)
         if result is not None:
             (patched if result[0] else skipped).append(Entry(name, result[1]))
+    if of_library and patched:
+        attention_copies.leave_out(model)
+        patched.append(attention_copies.ENTRY)
     return Report(patched=tuple(patched), skipped=tuple(skipped))
 
 

@@ -1,0 +1,178 @@
+"""The models of model_step.py, the ways of adapting them, and the process that holds one and takes its steps.
+
+    python benchmarks/model_variants.py MODEL VARIANT DEVICE DTYPE      # three steps, then the peak bytes of the process
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import adapters
+import torch
+import transformers
+from torch import Tensor, nn
+
+import compacter_kernels as ck
+from compacter_kernels.bench import load
+from compacter_kernels.saved import saved_bytes
+
+BATCH, LENGTH = {"cpu": 8, "cuda": 32}, 128
+REDUCTION = 32
+ATTEMPTS = 4  # at a step without other load; the last one counts as it is
+
+
+def bert_base() -> nn.Module:
+    """BERT-base with a classifier."""
+    return transformers.BertForSequenceClassification(transformers.BertConfig())
+
+
+def t5_base() -> nn.Module:
+    """A T5 of T5-base's size."""
+    config = transformers.T5Config(
+        vocab_size=32100, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MODELS = {"bert-base": bert_base, "t5-base": t5_base}
+
+
+def batch(name: str, device: str) -> dict[str, Tensor]:
+    """Random tokens and labels."""
+    generator = torch.Generator().manual_seed(0)
+    size = BATCH[device]
+    words = torch.randint(3, 30000, (size, LENGTH), generator=generator)
+    labels = words if name == "t5-base" else torch.randint(0, 2, (size,), generator=generator)
+    return {"input_ids": words.to(device), "labels": labels.to(device)}
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Frozen, with the gradient as far down as the first adapter would need it."""
+    model.requires_grad_(False)
+    ends = ("attention.output.dense", "SelfAttention.o")
+    first = next(module for path, module in model.named_modules() if path.endswith(ends))
+    first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return model
+
+
+def shipped(config: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
+    """The adapters of the `adapters` library."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        adapters.init(model)
+        chosen = getattr(adapters, config)(reduction_factor=REDUCTION, non_linearity="gelu_new", **options)
+        model.add_adapter("task", config=chosen)
+        model.train_adapter("task")
+        for path, parameter in model.named_parameters():
+            if not path.startswith(("bert", "encoder", "decoder", "shared")):
+                parameter.requires_grad_(False)  # the head, which the bare model does not train either
+        return model
+
+    return prepare
+
+
+def patched(model: nn.Module) -> nn.Module:
+    """Compacter of the `adapters` library through our kernels."""
+    model = shipped("CompacterConfig")(model)
+    ck.patch(model)
+    return model
+
+
+def injected(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    """Our own adapters."""
+    return lambda model: ck.inject(model, ck.CompacterConfig(modules_to_save=(), **options))
+
+
+VARIANTS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+    "bare": ("frozen model", bare),
+    "bottleneck": ("plain bottleneck adapter of `adapters`", shipped("DoubleSeqBnConfig")),
+    "adapters": ("Compacter of `adapters` as shipped", shipped("CompacterConfig")),
+    "patched": ("the same, patched", patched),
+    "injected": ("Compacter by inject, layer norms frozen", injected(train_layer_norms=False)),
+    "injected+norms": ("Compacter by inject, layer norms trained", injected()),
+}
+
+
+class Step:
+    """A training step of a variant; the base has the same weights in all of them."""
+
+    def __init__(self, name: str, variant: str, device: str, dtype: str) -> None:
+        torch.manual_seed(0)
+        model = VARIANTS[variant][1](MODELS[name]())
+        self.model = model.to(device=device, dtype=getattr(torch, dtype)).train()
+        self.data, self.device = batch(name, device), device
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+    def once(self) -> float:
+        """Seconds of a step."""
+        start = time.perf_counter()
+        self.model(**self.data).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def undisturbed(self) -> tuple[float, bool]:
+        """Seconds of a step, and whether no other load was beside it."""
+        threads = torch.get_num_threads()
+        for _ in range(ATTEMPTS):
+            before, switches = load.Moment.now(), load.involuntary_switches()
+            seconds = self.once()
+            preempted = load.preempted(load.involuntary_switches() - switches, seconds)
+            quiet = not (preempted or before.crowded(load.Moment.now(), threads, threads))
+            if quiet or self.device == "cuda":
+                break
+        return seconds, quiet
+
+    def facts(self) -> dict[str, int]:
+        """Numbers trained, and bytes that a forward keeps for the backward, parameters and inputs left out."""
+        known = (*self.model.parameters(), *self.data.values())
+        return {"trained": self.trained, "saved_bytes": saved_bytes(lambda: self.model(**self.data).loss, known)}
+
+    def outcome(self) -> list[Tensor]:
+        """Logits and gradients without dropout."""
+        result = self.model.eval()(**self.data)
+        result.loss.backward()
+        found = [result.logits.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        self.model.zero_grad()
+        self.model.train()
+        return [tensor.float().cpu() for tensor in found]
+
+
+def serve(connection: Connection, *setting: str) -> None:
+    """Build a variant and call the methods of its step that are asked for by name, until None is."""
+    step = Step(*setting)
+    step.once()
+    connection.send(None)
+    while (method := connection.recv()) is not None:
+        connection.send(getattr(step, method)())
+
+
+def peak_bytes(device: str) -> int:
+    """Peak of this process: allocated on the GPU; on the CPU resident, where `ru_maxrss` would count the parent's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def main() -> int:
+    """Three steps, then the peak."""
+    step = Step(*sys.argv[1:])
+    for _ in range(3):
+        step.once()
+    print(peak_bytes(step.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
