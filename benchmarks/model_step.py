@@ -3,14 +3,14 @@
     python benchmarks/model_step.py OUT [--model bert-base|t5-base] [--device cuda] [--dtype bfloat16] [--rounds 40]
 
 Random weights at the model's size, random tokens, AdamW over what trains; each variant in a process of its own, since
-`ck.patch` changes the library for its whole process. In every round one step of each, in rotating order; a variant's time
-is the lower quartile of its steps, since what disturbs a step makes it longer. *Share*: that minus the bare model's,
-with the 10 and 90 % quantiles of 2000 bootstrap draws of rounds. The bare step is that of the frozen model whose gradient
-goes as far down as the first adapter. Before anything is timed, logits and gradients of the patched model and of the one
-that `adapters` ships must agree. On the CPU page faults are removed, as in `compacter-kernels bench`
-(benchmarks/README.md), threads are bound to cores, and a step beside other load is repeated; peak memory is that of a
-fresh process that keeps page faults.
-Writes OUT/model_step_MODEL.json and .txt. Needs transformers 4.57 and adapters 1.3.0.
+`ck.patch` changes the library for its whole process. In every round one step of each, in rotating order; a variant's
+time is the lower quartile of its steps, since what disturbs a step makes it longer. *Share*: that minus the bare
+model's, with the 10 and 90 % quantiles of 2000 bootstrap draws of rounds. The bare step is that of the frozen model
+whose gradient goes as far down as the first adapter. Before anything is timed, logits and gradients of the patched
+model and of the one that `adapters` ships must agree. On the CPU page faults are removed, as in `compacter-kernels
+bench` (benchmarks/README.md), threads are bound to cores, and a step beside other load is repeated; peak memory is that
+of a fresh process that keeps page faults. Writes OUT/model_step_MODEL.json and .txt. Needs transformers 4.57 and
+adapters 1.3.0.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ def main() -> int:
     add("--rounds", type=int, default=40)
     add("--only", nargs="+", choices=VARIANTS)
     args = parser.parse_args()
-    os.environ |= page_faults.environment("removed", torch.get_num_threads()) | BOUND  # for the processes of the variants
+    os.environ |= (
+        page_faults.environment("removed", torch.get_num_threads()) | BOUND
+    )  # for the processes of the variants
     result = measure(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The models of model_step.py, the ways of adapting them, and the process that holds one and takes its steps.
 
-    python benchmarks/model_variants.py MODEL VARIANT DEVICE DTYPE      # three steps, then the peak bytes of the process
+python benchmarks/model_variants.py MODEL VARIANT DEVICE DTYPE      # three steps, then the peak bytes of the process
 """
 
 from __future__ import annotations

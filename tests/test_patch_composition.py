@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_models import PAST_KEY_VALUE, adapters, assert_same_step, compacter, draw_anew, inputs, make, of_modules, step
+from adapters_models import (
+    PAST_KEY_VALUE,
+    adapters,
+    assert_same_step,
+    compacter,
+    draw_anew,
+    inputs,
+    make,
+    of_modules,
+    step,
+)
 from torch import nn
 
 from compacter_kernels.models.patch import patch, unpatch

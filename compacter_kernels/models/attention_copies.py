@@ -1,7 +1,7 @@
 """The copies that the library `adapters` makes of query, key and value in every attention.
 
-Its Parallel composition can leave them with batches of different size, so all three are repeated to the largest:
-`tensor.repeat(1, 1, 1, 1)` where the sizes agree, as they do everywhere else, which copies and has a backward of its own.
+Its Parallel composition can leave them with batches of different size, so all three are repeated to the largest. Where
+the sizes agree, as they do everywhere else, that is `tensor.repeat(1, 1, 1, 1)`: a copy, with a backward of its own.
 """
 
 from __future__ import annotations

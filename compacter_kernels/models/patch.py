@@ -20,8 +20,8 @@ def patch(model: nn.Module | None = None) -> Report:
     is recognised: the adapters of `adapters` 1.3, and modules built like OpenDelta's, T-Few's and the original
     repository's PHMLinear and HyperComplexAdapter. An adapter runs as one kernel where its options let it, with what is
     between or around its projections done in torch; where they do not, its PHM layers run one by one. The copies that
-    `adapters` makes of query, key and value in every attention are left out, with the same results and for every model of
-    the process, until the last patched one is unpatched. Whether the rule is trained is left as it was:
+    `adapters` makes of query, key and value in every attention are left out, with the same results and for every model
+    of the process, until the last patched one is unpatched. Whether the rule is trained is left as it was:
     `learn_phm=False` is undone by the `train_adapter` of `adapters`, patched or not.
 
     Patching again is harmless, and covers adapters added since. A patched model can be copied and pickled, but not run
