@@ -9,8 +9,10 @@
 # built, compute-sanitizer where they are to be watched; pytest-xdist and pytest-timeout where they are there. A stage
 # that fails is recorded and the next one runs all the same; a stage that hangs is stopped. Exits 0 when every stage passed.
 #
+# The last stage, model, times whole transformers; without transformers and adapters it is left out, which is said.
+#
 # OUT gets machine.json (device, versions, the exit code and seconds of each stage), run.log, tests.log, tests.xml,
-# sanitize.log and the folder bench with bench.json, bench.csv, bench.txt and bench.png.
+# sanitize.log, the folder bench with bench.json, bench.csv, bench.txt and bench.png, and model_step_*.json and .txt.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu_run.sh OUT}
 mkdir -p "$out"
@@ -18,12 +20,13 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
-STAGES=${STAGES:-build info tests sanitize bench}
+STAGES=${STAGES:-build info tests sanitize bench model}
 BUILD_SECONDS=${BUILD_SECONDS:-240} # the CUDA part, for the architecture at hand, and the C++ kernels
 INFO_SECONDS=${INFO_SECONDS:-45}
 TESTS_SECONDS=${TESTS_SECONDS:-200}
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-120}
 BENCH_SECONDS=${BENCH_SECONDS:-300}
+MODEL_SECONDS=${MODEL_SECONDS:-240} # T5-base, six variants, each in a process of its own
 PYTHON=${PYTHON:-python3}
 WORKERS=${WORKERS:-$(($(nproc) < 12 ? $(nproc) : 12))}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -112,8 +115,17 @@ for name in $STAGES; do
                 --out "$out/bench" ${BENCH:-}
             test ! -f "$out/bench/bench.txt" || cat "$out/bench/bench.txt"
             ;;
+        model)
+            if ! has adapters; then
+                echo "no stage model: it needs pip install transformers==4.57.6 adapters==1.3.0" | tee -a "$out/run.log"
+                continue
+            fi
+            stage model "$out/run.log" timeout --kill-after=5 "$MODEL_SECONDS" "$PYTHON" benchmarks/model_step.py "$out" \
+                --model t5-base --device cuda --dtype bfloat16 --batch 32
+            test ! -f "$out/model_step_t5-base.txt" || cat "$out/model_step_t5-base.txt"
+            ;;
         *)
-            printf 'no stage %s; choose of build, info, tests, sanitize, bench\n' "$name" >&2
+            printf 'no stage %s; choose of build, info, tests, sanitize, bench, model\n' "$name" >&2
             exit 2
             ;;
     esac

@@ -1,6 +1,6 @@
 """A training step of a whole transformer: what its adapters add to the frozen model's own time and memory.
 
-    python benchmarks/model_step.py OUT [--model bert-base|t5-base] [--device cuda] [--dtype bfloat16] [--rounds 40]
+    python benchmarks/model_step.py OUT [--model bert-base|t5-base] [--device cuda] [--dtype bfloat16] [--batch 32]
 
 Random weights at the model's size, random tokens, AdamW over what trains; each variant in a process of its own, since
 `ck.patch` changes the library for its whole process. In every round one step of each, in rotating order; a variant's
@@ -31,7 +31,7 @@ import adapters
 import model_variants
 import torch
 import transformers
-from model_variants import BATCH, LENGTH, MODELS, VARIANTS
+from model_variants import LENGTH, MODELS, VARIANTS
 from torch import Tensor
 
 from compacter_kernels import machine
@@ -47,9 +47,9 @@ class Variant:
 
     def __init__(self, variant: str, setting: tuple[str, ...]) -> None:
         self.connection, theirs = multiprocessing.Pipe()
-        name, device, dtype = setting
+        name, *rest = setting
         self.process = multiprocessing.get_context("spawn").Process(
-            target=model_variants.serve, args=(theirs, name, variant, device, dtype), daemon=True
+            target=model_variants.serve, args=(theirs, name, variant, *rest), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -69,6 +69,13 @@ class Variant:
         return self.answer()
 
 
+def finish(variants: dict[str, Variant]) -> None:
+    """End the processes."""
+    for variant in variants.values():
+        variant.connection.send(None)
+        variant.process.join()
+
+
 def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest difference of two outcomes, relative to the largest entry."""
     return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
@@ -76,9 +83,9 @@ def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
 
 def peak_memory(variant: str, setting: tuple[str, ...]) -> int:
     """Peak bytes of a fresh process that takes three steps."""
-    name, device, dtype = setting
+    name, *rest = setting
     done = subprocess.run(
-        [sys.executable, model_variants.__file__, name, variant, device, dtype],
+        [sys.executable, model_variants.__file__, name, variant, *rest],
         env=page_faults.environment("kept", None), capture_output=True, text=True, check=True,
     )  # fmt: skip
     return int(done.stdout.split()[-1])
@@ -107,15 +114,18 @@ def share(seconds: list[float], bare: list[float]) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as it is written."""
-    setting = (args.model, args.device, args.dtype)
+    setting = (args.model, args.device, args.dtype, str(args.batch))
     order = [name for name in VARIANTS if args.only is None or name in ("bare", *args.only)]
     variants = {name: Variant(name, setting) for name in order}
-    rows = {name: {"what": VARIANTS[name][0], **variants[name].ask("facts")} for name in order}
     error = None
     if {"adapters", "patched"} <= set(order):
         error = disagreement(*(variants[name].ask("outcome") for name in ("adapters", "patched")))
         if error > TOLERANCE[args.dtype]:
+            finish(variants)
             raise SystemExit(f"patched and shipped differ by {error:.1e}: nothing was timed")
+    rows = {name: {"what": VARIANTS[name][0], **variants[name].ask("facts")} for name in order}
+    for variant in variants.values():
+        variant.ask("once")
     seconds: dict[str, list[float]] = {name: [] for name in order}
     disturbed = 0
     for turn in range(args.rounds):
@@ -126,14 +136,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             disturbed += not quiet
         print(f"\rround {turn + 1} of {args.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    for variant in variants.values():
-        variant.connection.send(None)
-        variant.process.join()
+    finish(variants)
     for name, row in rows.items():
         row |= share(seconds[name], seconds["bare"])
         row |= {"peak_bytes": peak_memory(name, setting), "seconds": seconds[name]}
     return {
-        "model": args.model, "batch": BATCH[args.device], "length": LENGTH, "dtype": args.dtype, "device": args.device,
+        "model": args.model, "batch": args.batch, "length": LENGTH, "dtype": args.dtype, "device": args.device,
         "rounds": args.rounds, "disturbed_steps": disturbed, "disagreement": error, "rows": rows,
         "machine": machine.describe(),
         "versions": {"transformers": transformers.__version__, "adapters": adapters.__version__},
@@ -165,8 +173,9 @@ def main() -> int:
     add = parser.add_argument
     add("out")
     add("--model", choices=MODELS, default="bert-base")
-    add("--device", choices=BATCH, default="cpu")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=TOLERANCE, default="float32")
+    add("--batch", type=int, default=8)
     add("--rounds", type=int, default=40)
     add("--only", nargs="+", choices=VARIANTS)
     args = parser.parse_args()
