@@ -22,6 +22,11 @@ from compacter_kernels.bench import load
 from compacter_kernels.saved import saved_bytes
 
 LENGTH = 128
+FIRST = (
+    "bert.encoder.layer.0.attention.output.dense",
+    "encoder.block.0.layer.0.SelfAttention.o",
+    "decoder.block.0.layer.0.SelfAttention.o",
+)
 REDUCTION = 32
 ATTEMPTS = 4  # at a step without other load; the last one counts as it is
 
@@ -51,11 +56,12 @@ def batch(name: str, device: str, size: int) -> dict[str, Tensor]:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Frozen, with the gradient as far down as the first adapter would need it."""
+    """Frozen, with the gradient as far down as the first adapter of each stack would need it."""
     model.requires_grad_(False)
-    ends = ("attention.output.dense", "SelfAttention.o")
-    first = next(module for path, module in model.named_modules() if path.endswith(ends))
-    first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    modules = dict(model.named_modules())
+    for path in FIRST:
+        if path in modules:
+            modules[path].register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     return model
 
 

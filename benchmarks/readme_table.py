@@ -1,6 +1,6 @@
-"""Writes the measured table of README.md from committed results: `python benchmarks/readme_table.py`.
+"""Writes the tables of README.md and docs/models.md from committed results: `python benchmarks/readme_table.py`.
 
-With --check it writes nothing and exits 1 where the table is not what the results say.
+With --check it writes nothing and exits 1 where a table is not what the results say.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 from compacter_kernels.bench.report import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = Path("benchmarks/results/epyc-2core/bench.json")
 CELLS = [(768, 24, 4, 1), (768, 24, 4, 8192), (768, 48, 12, 2048), (1024, 64, 8, 8192), (4096, 128, 8, 2048)]
-BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 RIVALS = ("dense", "factored", "factored-compiled")
 HEAD = """\
 | k/d/n | tokens | forward | of a copy | dense, factored, compiled | forward+backward | dense, factored, compiled |
@@ -27,6 +25,18 @@ fp32, {threads} threads of a 2-core {cpu} with {isa}, torch {torch}, page faults
 *Of a copy*: the time of the fused call over that of one `x.clone()`. *Dense, factored, compiled*: how many times as
 long the same step takes with H built in each call (every implementation in use), through `factored`, and through
 `factored` under `torch.compile`. All of it, with quantiles and with page faults: [{results}]({results}).
+"""
+
+
+STEPS = Path("benchmarks/results/xeon-2core")
+STEPS_HEAD = """\
+{model}, batch {batch} x {length}, {rounds} rounds ([{results}](../{results})):
+
+| | step | share of the step | of `adapters`' | kept for backward | peak memory | trained |
+|---|---|---|---|---|---|---|
+"""
+STEPS_LEGEND = """
+{threads} threads of a 2-core {cpu}, torch {torch}, transformers {transformers}, adapters {adapters}.
 """
 
 
@@ -67,16 +77,40 @@ def table() -> str:
     return HEAD + "".join(lines) + legend
 
 
+def steps() -> str:
+    """The region of docs/models.md: what adapters add to a training step of whole models."""
+    lines = []
+    for model in ("bert-base", "t5-base"):
+        path = STEPS / f"model_step_{model}.json"
+        report = json.loads((ROOT / path).read_text(encoding="utf-8"))
+        rows = report["rows"]
+        lines.append(STEPS_HEAD.format(**report, results=path.with_suffix(".txt")))
+        for row in rows.values():
+            share = f"{row['share_ms']:.0f} ms ({row['share_ms_10']:.0f} to {row['share_ms_90']:.0f})"
+            ratio = f"{row['share_ms'] / rows['adapters']['share_ms']:.2f}"
+            times = [f"{row['step_ms']:.0f} ms", *((share, ratio) if row["trained"] else ("", ""))]
+            memory = [f"{row[key] / 2**20:.0f} MiB" for key in ("saved_bytes", "peak_bytes")]
+            lines.append(f"| {' | '.join([row['what'], *times, *memory, format(row['trained'], ',')])} |\n")
+        lines.append("\n")
+    return "".join(lines[:-1]) + STEPS_LEGEND.format(**report["machine"], **report["versions"])
+
+
+REGIONS = (("README.md", "results", table), ("docs/models.md", "steps", steps))
+
+
 def main() -> int:
-    """Rewrite the region, or with --check compare it."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    new = before + BEGIN + table() + END + after
-    if "--check" in sys.argv[1:]:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    """Rewrite the regions, or with --check compare them."""
+    stale = 0
+    for page, name, region in REGIONS:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        before, rest = text.split(f"<!-- {name}:begin -->\n")
+        _, after = rest.split(f"<!-- {name}:end -->\n")
+        new = f"{before}<!-- {name}:begin -->\n{region()}<!-- {name}:end -->\n{after}"
+        stale += new != text
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, encoding="utf-8")
+    return int("--check" in sys.argv[1:] and stale > 0)
 
 
 if __name__ == "__main__":
