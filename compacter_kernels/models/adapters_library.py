@@ -81,14 +81,15 @@ def bottleneck(
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
-    layers = adapter.adapter_down
+    layers, up_layer, activation = _parts(adapter)
+    dropout = adapter._modules["dropout"]
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     together = (
         fused == "output"
         and residual is not None
         and channels is None
         and not adapter.use_gating
-        and not (adapter.dropout.training and adapter.dropout.p > 0)
+        and not (dropout.training and dropout.p > 0)
         and not (drops_path and adapter.DropPath.training)
         and (adapter.adapter_residual_before_ln or not adapter.add_layer_norm_after)
         and residual.dtype == h.dtype
@@ -96,9 +97,9 @@ def bottleneck(
     )
     y = compacter_adapter(
         h,
-        weights(layers[len(layers) - 2]),
-        weights(adapter.adapter_up),
-        activation=fused_name(adapter.non_linearity.f) or adapter.non_linearity,
+        weights(layers[-2]),
+        weights(up_layer),
+        activation=fused_name(activation.f) or activation,
         residual=residual if together else None,
         scale=scale,
     )
@@ -107,7 +108,7 @@ def bottleneck(
         if drops_path:
             y = adapter.DropPath(y)
         up = y if channels is None else (y * channels).to(y.dtype)
-        y = adapter.dropout(up)
+        y = dropout(up)
         if adapter.use_gating:
             gate = torch.sigmoid(_in_dtype_of(adapter.gate, x)).mean(dim=1).unsqueeze(-1)
             y = y * gate
@@ -121,13 +122,19 @@ def bottleneck(
     return (*output, gate) if adapter.use_gating and output_gating else output
 
 
+def _parts(adapter: Any) -> tuple[tuple[Any, ...], Any, Any]:
+    """adapter_down's layers, adapter_up and non_linearity, without the search that nn.Module makes for each."""
+    modules = adapter._modules
+    return tuple(modules["adapter_down"]._modules.values()), modules["adapter_up"], modules["non_linearity"]
+
+
 def _can_fuse(adapter: Any, residual_input: Tensor | None) -> bool:
     """Whether the kernel may stand for the calls of both projections and what lies between them."""
-    layers, up, activation = adapter.adapter_down, adapter.adapter_up, adapter.non_linearity
+    layers, up, activation = _parts(adapter)
     if residual_input is None or not is_phm_layer(up) or len(layers) != 2 + adapter.add_layer_norm_before:
         return False
-    down = layers[len(layers) - 2]
-    return is_phm_layer(down) and not hooked(layers, down, activation, *activation.children(), up)
+    inner = (adapter._modules["adapter_down"], layers[-2], activation, *activation._modules.values(), up)
+    return is_phm_layer(layers[-2]) and not hooked(*inner)
 
 
 def _in_dtype_of(module: Any, x: Tensor) -> Tensor:
@@ -143,10 +150,11 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     `bottleneck_up` is set only where there is a fusion layer to read it, and then for every adapter of the layer, since
     the library joins those of several adapters.
     """
-    adapter = layer.adapters[adapter_setup]
+    modules = layer._modules
+    adapter = modules["adapters"]._modules[adapter_setup]
     context = _forward_context()
     output_gating = context.output_adapter_gating_scores if context is not None else False
-    needs_up = len(layer.adapter_fusion_layer) > 0
+    needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
     options = {}
     if not output_gating and takes_fused(adapter):  # the gating scores are read from what is returned
         options["fused"] = "up" if needs_up else "output"

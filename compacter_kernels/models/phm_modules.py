@@ -28,6 +28,8 @@ def is_projection(module: Any) -> bool:
 
 def factorised(layer: nn.Module) -> bool:
     """Whether W is W_left W_right."""
+    if "factorized_phm_W" in vars(layer):  # of `adapters`, where looking for the other takes a while
+        return bool(layer.factorized_phm_W)
     return bool(layer.factorized_phm if hasattr(layer, "factorized_phm") else layer.factorized_phm_W)
 
 
@@ -42,16 +44,26 @@ def missing(layer: nn.Module) -> list[str]:
     return [name for name in tensor_names(layer) if not isinstance(getattr(layer, name, None), Tensor)]
 
 
+def _tensor(holder: nn.Module, name: str) -> Any:
+    """holder.name, in a fifth of the time that nn.Module takes to find a Parameter."""
+    found = holder._parameters.get(name)
+    return getattr(holder, name) if found is None else found
+
+
 def weights(layer: Any, rules: Any = None, factors: Any = None, prefix: str = "W") -> PHMWeights:
     """The layer's weights, read anew, since a loaded checkpoint or a shared rule may replace them.
 
-    rules, factors: what holds the rule and W, if it is not the layer; prefix: how W is called there.
+    rules, factors: the module that holds the rule and W, if it is not the layer; prefix: how W is called there.
     """
     rules, factors = layer if rules is None else rules, layer if factors is None else factors
-    rule = factorised_rule(rules.phm_rule_left, rules.phm_rule_right) if layer.factorized_phm_rule else rules.phm_rule
+    if layer.factorized_phm_rule:
+        rule = factorised_rule(_tensor(rules, "phm_rule_left"), _tensor(rules, "phm_rule_right"))
+    else:
+        rule = _tensor(rules, "phm_rule")
+    bias = _tensor(layer, "b")
     if factorised(layer):
-        return PHMWeights(rule, getattr(factors, f"{prefix}_left"), getattr(factors, f"{prefix}_right"), layer.b)
-    return PHMWeights(rule, getattr(factors, prefix), None, layer.b)
+        return PHMWeights(rule, _tensor(factors, f"{prefix}_left"), _tensor(factors, f"{prefix}_right"), bias)
+    return PHMWeights(rule, _tensor(factors, prefix), None, bias)
 
 
 def forward(layer: nn.Module, x: Tensor, phm_rule: Any = None) -> Tensor:
