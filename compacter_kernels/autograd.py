@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import AdapterKernel, LinearKernel
+from compacter_kernels.impl import AdapterKernel, LinearKernel, forward_both
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import PHMWeights
 
@@ -76,7 +76,7 @@ class LinearFunction(_Function):
 
 
 class AdapterFunction(_Function):
-    """compacter_adapter through a fused kernel. call: the kernel, whether the residual is x, and scale."""
+    """compacter_adapter through a fused kernel. call: the kernel, whether x is a residual, and scale."""
 
     @staticmethod
     def forward(
@@ -88,6 +88,8 @@ class AdapterFunction(_Function):
     ) -> Tensor:
         ctx.call = kernel, residual_is_x, scale = call
         ctx.save_for_backward(x, *params)
+        if residual_is_x and residual is not None:
+            return forward_both(kernel, x, residual, scale, *_projections(params))
         return kernel.forward(x, x if residual_is_x else residual, scale, *_projections(params))
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
 from compacter_kernels.autograd import AdapterFunction, LinearFunction
+from compacter_kernels.impl import forward_both
 from compacter_kernels.impl.precision import without_autocast
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_scale, check_weights, linear_problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
@@ -127,7 +128,7 @@ def compacter_adapter(
     up: PHMWeights,
     *,
     activation: str | Callable[[Tensor], Tensor] = "gelu_new",
-    residual: Tensor | None = None,
+    residual: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | Tensor = 1.0,
     out: Tensor | None = None,
     impl: str = "auto",
@@ -138,7 +139,8 @@ def compacter_adapter(
         x: (..., k), float32, bfloat16, float16 or float64; any strides.
         down, up: the projections k -> d and d -> k, in any float dtypes.
         activation: a name of `compacter_kernels.activations.FUSED` or any callable; a callable is not fused.
-        residual: a tensor with the shape and dtype of x. x itself, the usual adapter, costs no second read.
+        residual: a tensor with the shape and dtype of x, or two of them, both to be added. x itself, the usual adapter,
+            costs no second read; a second one beside x costs "cpu" a read, the others an addition of torch's.
         scale: a number, or a tensor of one number (differentiable).
         out: where to write, like x; only where no gradient is recorded. It may overlap the inputs.
         impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
@@ -164,6 +166,9 @@ def compacter_adapter(
         plan = dispatch.plan(adapter_problem(x, down, up, activation), impl)
         if isinstance(activation, str):
             _plans[key] = plan
+    also_x = False  # besides the residual
+    if isinstance(residual, tuple):
+        residual, also_x = _two_residuals(x, residual, out is None and plan.kernel is not None)
     if residual is not None and residual is not x:
         check_like(residual, "residual", x, x.shape)
     if out is not None:
@@ -171,7 +176,7 @@ def compacter_adapter(
     if plan.kernel is None:
         result: Tensor = plan.module.adapter(x, down, up, resolve(activation), residual, scale)
     elif x.__class__ not in _PLAIN:
-        result = ops.adapter(x, residual, scale, down, up, str(activation), plan.name)
+        result = ops.adapter(x, residual, also_x, scale, down, up, str(activation), plan.name)
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or _any_requires_grad(down)
@@ -179,7 +184,9 @@ def compacter_adapter(
         or (residual is not None and residual.requires_grad)
     ):
         same = residual is x
-        result = AdapterFunction.apply((plan.kernel, same, scale), None if same else residual, x, *down, *up)
+        result = AdapterFunction.apply((plan.kernel, same or also_x, scale), None if same else residual, x, *down, *up)
+    elif also_x and residual is not None:
+        result = forward_both(plan.kernel, x, residual, scale, down, up)
     else:
         result = plan.kernel.forward(x, residual, scale, down, up)
     return result
@@ -191,7 +198,7 @@ def explain(
     up: PHMWeights | None = None,
     *,
     activation: str | Callable[[Tensor], Tensor] = "gelu_new",
-    residual: Tensor | None = None,
+    residual: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | Tensor = 1.0,
     out: Tensor | None = None,
     impl: str = "auto",
@@ -204,8 +211,20 @@ def explain(
         return dispatch.explain(linear_problem(x, down), impl)
     up, _ = _with_scale(up, scale)
     explanation = dispatch.explain(adapter_problem(x, down, up, activation), impl)
+    if isinstance(residual, tuple):
+        residual, _ = _two_residuals(x, residual, False)
     _check_extras(x, down, up, residual, out)
     return explanation
+
+
+def _two_residuals(x: Tensor, pair: tuple[Tensor, Tensor], fused: bool) -> tuple[Tensor, bool]:
+    """One residual, and whether x is to be added besides, which takes a call that can do it (fused)."""
+    if len(pair) != 2:
+        raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
+    for tensor in pair:
+        check_like(tensor, "residual", x, x.shape)
+    one, other = pair if pair[1] is x else pair[::-1]
+    return (one, True) if fused and other is x and one is not x else (one + other, False)
 
 
 def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
@@ -234,19 +253,22 @@ def _compiled_adapter(
     down: PHMWeights,
     up: PHMWeights,
     activation: str | Callable[[Tensor], Tensor],
-    residual: Tensor | None,
+    residual: Tensor | tuple[Tensor, Tensor] | None,
     scale: float,
     out: Tensor | None,
     impl: str,
 ) -> Tensor:
     problem: Problem = adapter_problem(x, down, up, activation)
     name, _ = dispatch.choose(problem, impl)
+    also_x = False
+    if isinstance(residual, tuple):
+        residual, also_x = _two_residuals(x, residual, out is None and name not in dispatch.PLAIN)
     _check_extras(x, down, up, residual, out)
     assert problem.activation is not None
     if name in dispatch.PLAIN:
         result: Tensor = dispatch.IMPLS[name].adapter(x, down, up, problem.activation, residual, scale)
     else:
-        result = ops.adapter(x, residual, scale, down, up, problem.activation.name, name)
+        result = ops.adapter(x, residual, also_x, scale, down, up, problem.activation.name, name)
     return result if out is None else out.copy_(result)
 
 

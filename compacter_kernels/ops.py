@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import dispatch
+from compacter_kernels.impl import forward_both
 from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 from compacter_kernels.weights import PHMWeights
 
@@ -108,6 +109,8 @@ def _adapter(
     down = PHMWeights(down_rule, down_left, down_right, down_bias)
     up = PHMWeights(up_rule, up_left, up_right, up_bias)
     kernel = _kernel(adapter_problem(x, down, up, activation), impl)
+    if residual_is_x and residual is not None:
+        return forward_both(kernel, x, residual, scale, down, up)
     result: Tensor = kernel.forward(x, x if residual_is_x else residual, scale, down, up)
     return result
 
@@ -171,9 +174,16 @@ def linear(x: Tensor, weights: PHMWeights, impl: str) -> Tensor:
 
 
 def adapter(
-    x: Tensor, residual: Tensor | None, scale: float, down: PHMWeights, up: PHMWeights, activation: str, impl: str
+    x: Tensor,
+    residual: Tensor | None,
+    also_x: bool,
+    scale: float,
+    down: PHMWeights,
+    up: PHMWeights,
+    activation: str,
+    impl: str,
 ) -> Tensor:
-    """compacter_adapter through the operator."""
+    """compacter_adapter through the operator; also_x: x is a residual besides the other."""
     same = residual is x
-    result: Tensor = _adapter(x, None if same else residual, *down, *up, same, activation, scale, impl)
+    result: Tensor = _adapter(x, None if same else residual, *down, *up, same or also_x, activation, scale, impl)
     return result

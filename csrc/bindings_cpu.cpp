@@ -30,12 +30,12 @@ struct CpuLinear : LinearPlan {
 struct CpuAdapter : AdapterPlan {
     using AdapterPlan::AdapterPlan;
 
-    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, int threads,
+    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, bool also_x, int threads,
                  const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Adapter adapter = at(x, tokens, scale, addresses);
         py::gil_scoped_release release;
-        cpu::forward(adapter, input(residual), output(out), threads);
+        cpu::forward(adapter, input(residual), also_x, output(out), threads);
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,

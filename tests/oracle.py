@@ -55,7 +55,7 @@ class Case:
     dtype: torch.dtype = FP32
     params: torch.dtype = FP32
     activation: Any = "gelu_new"
-    residual: str = "x"  # "none", "x" or "other"
+    residual: str = "x"  # "none", "x", "other" or "both"
     bias: bool = True
     scale: Any = 1.0
 
@@ -84,7 +84,7 @@ class Case:
         found = {"x": leaf((*self.shape, self.width), 1.0, self.dtype)}
         if self.operation == "linear":
             return found | projection(self.n, self.rank, self.width, self.bottleneck)
-        if self.residual == "other":
+        if self.residual in ("other", "both"):
             found["residual"] = leaf((*self.shape, self.width), 1.0, self.dtype)
         down = projection(self.n, self.rank, self.width, self.bottleneck)
         up = projection(self.up_n or self.n, self.up_rank or self.rank, self.bottleneck, self.width)
@@ -95,7 +95,9 @@ class Case:
         if self.operation == "linear":
             return ck.phm_linear(tensors["x"], weights(tensors), impl=impl)
         options = {"activation": self.activation, "scale": self.scale, **options}
-        residual = tensors["x"] if self.residual == "x" else tensors.get("residual")
+        residual: Any = tensors["x"] if self.residual == "x" else tensors.get("residual")
+        if self.residual == "both":
+            residual = (tensors["x"], residual)
         down, up = weights(tensors, "down."), weights(tensors, "up.")
         return ck.compacter_adapter(tensors["x"], down, up, residual=residual, impl=impl, **options)
 

@@ -38,7 +38,7 @@ DTYPES = [
 FUNCTIONS = [Case(activation=name, dtype=dtype, shape=(17,)) for name in ACTIVATIONS for dtype in (FP32, BF16, FP16)]
 OPTIONS = [
     Case(residual=residual, bias=bias, scale=scale, width=48, shape=(9,))
-    for residual in ("none", "x", "other")
+    for residual in ("none", "x", "other", "both")
     for bias in (True, False)
     for scale in (1.0, -0.3)
 ]

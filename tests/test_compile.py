@@ -54,6 +54,7 @@ def _no_recompile(count: int) -> AbstractContextManager[object]:
 CASES = [
     Case("linear", residual="none"),
     Case(residual="x"),
+    Case(residual="both"),
     Case(residual="other", dtype=BF16, bias=False, scale=0.5, activation="relu"),
 ]
 FUNCTIONS = [

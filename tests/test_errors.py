@@ -111,6 +111,13 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         TypeError,
         r"residual must .*float32, got bfloat16",
     ),
+    ("three residuals", {"residual": (_ones(5, 24),) * 3}, TypeError, r"a tensor or two of them, got a tuple of 3"),
+    (
+        "one of two residuals of another shape",
+        {"residual": (_ones(5, 24), _ones(24))},
+        ValueError,
+        r"residual must have",
+    ),
     ("residual a number", {"residual": 1.0}, TypeError, r"residual must be a torch\.Tensor, got float"),
     ("residual on meta", {"residual": _ones(5, 24, device="meta")}, ValueError, r"residual is on meta, x on cpu"),
     ("scale a string", {"scale": "2"}, TypeError, SCALE + "str"),

@@ -26,6 +26,7 @@ CASES = [
     Case("linear", shape=(37,), width=30, bottleneck=42, n=6),
     Case(shape=(37,), width=30, bottleneck=18, n=6, rank=2, residual="other"),
     Case(shape=(37,), residual="x", dtype=BF16),
+    Case(shape=(37,), residual="both"),
 ]
 
 

@@ -21,6 +21,7 @@ from adapters_models import (
 )
 from torch import nn
 
+from compacter_kernels.models import adapters_library
 from compacter_kernels.models.patch import patch, unpatch
 
 ac = pytest.importorskip("adapters.composition")
@@ -154,3 +155,47 @@ def test_deleting_and_adding_after_a_patch() -> None:
     expected = step(model)  # the new one is as the library made it
     assert len(of_modules(patch(model).patched)) == 4
     assert_same_step(step(model), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel for x, the adapter and the residual around the block; a stack of two adds it after the second."""
+    residuals = []
+    kernel = adapters_library.compacter_adapter
+    monkeypatch.setattr(
+        adapters_library, "compacter_adapter", lambda *a, **k: (residuals.append(k["residual"]), kernel(*a, **k))[1]
+    )
+    model = make(family)
+    patch(model)
+    step(model)
+    assert len(residuals) >= 4
+    assert all(isinstance(residual, tuple) for residual in residuals)
+    residuals.clear()
+    stacked = make(family, adapters.composition.Stack("a", "b"), a=compacter(), b=compacter())
+    patch(stacked)
+    step(stacked)
+    assert residuals
+    assert all(isinstance(residual, torch.Tensor) for residual in residuals)
+
+
+@pytest.mark.parametrize("name", ["compose_single", "compose_stack", "pre_block"])
+@pytest.mark.parametrize("whole_library", [False, True])
+def test_a_layer_with_a_method_of_its_own_is_called_as_before(name: str, whole_library: bool) -> None:
+    """It decides what runs, so nothing may bypass it."""
+    model = make()
+    layer = model.bert.encoder.layer[0].output
+    own, calls = getattr(layer, name), []
+
+    def method(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return own(*args, **options)
+
+    setattr(layer, name, method)
+    expected = step(model)
+    calls.clear()
+    patch(None if whole_library else model)
+    try:
+        assert_same_step(step(model), expected)
+    finally:
+        unpatch(None if whole_library else model)
+    assert calls

@@ -11,7 +11,13 @@ from torch import Tensor
 
 LINEAR = Case("linear", shape=(4, 3), width=24, bottleneck=20)
 ADAPTER = Case(shape=(4, 3), residual="other", rank=2)
-CASES = [LINEAR, ADAPTER, Case(shape=(4, 3)), Case(shape=(4, 3), residual="other", dtype=BF16, params=BF16)]
+CASES = [
+    LINEAR,
+    ADAPTER,
+    Case(shape=(4, 3)),
+    Case(shape=(4, 3), residual="both"),
+    Case(shape=(4, 3), residual="other", dtype=BF16, params=BF16),
+]
 
 
 def _inside(t: Tensor, larger: list[int], *index: slice) -> Tensor:

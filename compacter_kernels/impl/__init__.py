@@ -29,7 +29,12 @@ class LinearKernel(Protocol):
 
 
 class AdapterKernel(Protocol):
-    """A fused compacter_adapter for one problem. Tensors may be strided; none is changed."""
+    """A fused compacter_adapter for one problem. Tensors may be strided; none is changed.
+
+    adds_both: whether forward can add x besides another residual (also_x).
+    """
+
+    adds_both: bool
 
     def forward(
         self,
@@ -39,6 +44,7 @@ class AdapterKernel(Protocol):
         down: PHMWeights,
         up: PHMWeights,
         out: Tensor | None = None,
+        also_x: bool = False,
     ) -> Tensor: ...
 
     def backward(
@@ -52,6 +58,15 @@ class AdapterKernel(Protocol):
         wanted: tuple[bool, ...],
     ) -> Gradients:
         """Gradients of x, then rule, left, right, bias of down and of up; None where not wanted."""
+
+
+def forward_both(
+    kernel: AdapterKernel, x: Tensor, residual: Tensor, scale: float, down: PHMWeights, up: PHMWeights
+) -> Tensor:
+    """kernel.forward with x and another residual: in one pass where the kernel can, else torch adds them first."""
+    if kernel.adds_both:
+        return kernel.forward(x, residual, scale, down, up, also_x=True)
+    return kernel.forward(x, residual + x, scale, down, up)
 
 
 def not_fused(problem: Problem) -> str | None:

@@ -50,4 +50,4 @@ class _Linear(_OnThreads, native.Linear):
 
 
 class _Adapter(_OnThreads, native.Adapter):
-    pass
+    adds_both = True

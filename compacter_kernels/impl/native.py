@@ -101,6 +101,8 @@ class Linear(Kernel):
 class Adapter(Kernel):
     """compacter_adapter, an `AdapterKernel` but for its launch."""
 
+    adds_both = False
+
     def forward(
         self,
         x: Tensor,
@@ -109,6 +111,7 @@ class Adapter(Kernel):
         down: PHMWeights,
         up: PHMWeights,
         out: Tensor | None = None,
+        also_x: bool = False,
     ) -> Tensor:
         same, x, params = residual is x, x.contiguous(), self.contiguous((*down, *up))
         if same:
@@ -119,7 +122,7 @@ class Adapter(Kernel):
             out = torch.empty_like(x)
         added = 0 if residual is None else residual.data_ptr()
         call = (x.data_ptr(), added, out.data_ptr(), x.numel() // self.width, scale)
-        self.launch_forward(call, self.addresses(params))
+        self.launch_forward((*call, also_x) if self.adds_both else call, self.addresses(params))
         return out
 
     def backward(

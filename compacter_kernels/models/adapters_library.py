@@ -1,7 +1,8 @@
 """What is special to the library `adapters`: where its Compacter takes weights from, and its bottleneck in one kernel.
 
 The functions stand in for methods of `adapters` 1.3.0: `projection` for PHMLayer.forward, `bottleneck` for
-Adapter.forward and ParallelAdapter.forward, `compose_single` for BottleneckLayer.compose_single.
+Adapter.forward and ParallelAdapter.forward, `compose_single` and `layer_forward` for the methods compose_single and
+bottleneck_layer_forward of BottleneckLayer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.models import phm_modules
 from compacter_kernels.models.fused_names import fused_name
-from compacter_kernels.models.instances import hooked, is_ours
+from compacter_kernels.models.instances import hooked, is_ours, replaced_by_others
 from compacter_kernels.weights import PHMWeights
 
 # The methods that were replaced on the classes themselves: (class, name) -> the library's own.
@@ -62,12 +63,17 @@ def is_phm_layer(module: Any) -> bool:
 
 
 def bottleneck(
-    adapter: Any, x: Tensor, residual_input: Tensor | None, output_gating: bool = False, fused: str | None = None
+    adapter: Any,
+    x: Tensor,
+    residual_input: Tensor | None,
+    output_gating: bool = False,
+    fused: str | None = None,
+    also: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Instead of Adapter.forward and ParallelAdapter.forward: output, down, up and, with output_gating, the gate.
 
     fused: None for all of these; "output" where the caller needs neither down nor up, which are None then; "up" where
-    it needs up, as AdapterFusion does.
+    it needs up, as AdapterFusion does. also: what the caller adds to the output next, with fused="output" only.
     """
     from adapters.methods.modeling import Adapter, ParallelAdapter
 
@@ -75,7 +81,7 @@ def bottleneck(
     if fused is None or not _can_fuse(adapter, residual_input):
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
         plain: tuple[Any, ...] = library(adapter, x, residual_input, output_gating)
-        return plain
+        return plain if also is None else (plain[0] + also, *plain[1:])
     drops_path = not parallel and "DropPath" in adapter._modules  # ParallelAdapter has it but does not use it
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
@@ -95,12 +101,16 @@ def bottleneck(
         and residual.dtype == h.dtype
         and residual.shape == h.shape
     )
+    added: Any = residual if together else None
+    both = together and also is not None and not adapter.add_layer_norm_after
+    if both:
+        added = (residual, also)
     y = compacter_adapter(
         h,
         weights(layers[-2]),
         weights(up_layer),
         activation=fused_name(activation.f) or activation,
-        residual=residual if together else None,
+        residual=added,
         scale=scale,
     )
     up, gate = y, None
@@ -118,6 +128,8 @@ def bottleneck(
         y = _in_dtype_of(adapter.adapter_norm_after, y)
     if not together and residual is not None and not adapter.adapter_residual_before_ln:
         y = y + residual
+    if also is not None and not both:
+        y = y + also
     output = (y, None, up if fused == "up" else None)
     return (*output, gate) if adapter.use_gating and output_gating else output
 
@@ -142,6 +154,52 @@ def _in_dtype_of(module: Any, x: Tensor) -> Tensor:
     dtype = module.weight.dtype
     result: Tensor = module(x) if dtype == x.dtype else module(x.to(dtype)).to(x.dtype)
     return result
+
+
+def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Tensor:
+    """Instead of bottleneck_layer_forward: a single adapter adds the layer's residual in its kernel too."""
+    adapter = _single(layer)
+    if adapter is None or residual_input is None or not _alike(hidden_states, residual_input):
+        from adapters.methods.bottleneck import BottleneckLayer
+
+        library = original(BottleneckLayer, "bottleneck_layer_forward")
+        plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
+        return plain
+    y: Tensor = adapter(hidden_states, residual_input=hidden_states, fused="output", also=residual_input)[0]
+    return layer_norm(y) if layer_norm else y
+
+
+_BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _single(layer: Any) -> Any:
+    """The adapter that is all that runs behind this layer, where it comes before the layer's residual and norm."""
+    from adapters.composition import Stack
+    from adapters.methods.bottleneck import BottleneckLayer
+    from adapters.methods.modeling import Adapter
+
+    setup = layer.get_active_setup()
+    if type(setup) is not Stack or len(setup.children) != 1:
+        return None
+    adapter = layer._modules["adapters"]._modules.get(setup.children[0])
+    context = _forward_context()
+    if (
+        type(adapter) is Adapter
+        and adapter.residual_before_ln is True
+        and adapter.original_ln_after
+        and not adapter.original_ln_before
+        and not {"pre_forward", "post_forward"} & vars(adapter).keys()
+        and not (context is not None and context.output_adapter_gating_scores)
+        and takes_fused(adapter)
+        and all(getattr(type(layer), name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
+        and not any(replaced_by_others(layer, name) for name in _BYPASSED)
+    ):
+        return adapter
+    return None
 
 
 def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:

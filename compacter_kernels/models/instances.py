@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 PACKAGE = __name__.rpartition(".")[0]
-METHODS = ("forward", "post_forward", "compose_single")
+METHODS = ("forward", "post_forward", "compose_single", "bottleneck_layer_forward")
 
 
 def is_ours(method: Any) -> bool:

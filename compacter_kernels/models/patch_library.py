@@ -10,12 +10,13 @@ from compacter_kernels.models import adapters_library, attention_copies
 from compacter_kernels.models.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # of `adapters`: where the methods that are replaced read the same
-_METHODS = {
-    "Adapter": ("forward", adapters_library.bottleneck),
-    "ParallelAdapter": ("forward", adapters_library.bottleneck),
-    "PHMLayer": ("forward", adapters_library.projection),
-    "BottleneckLayer": ("compose_single", adapters_library.compose_single),
-}
+_METHODS = (
+    ("Adapter", "forward", adapters_library.bottleneck),
+    ("ParallelAdapter", "forward", adapters_library.bottleneck),
+    ("PHMLayer", "forward", adapters_library.projection),
+    ("BottleneckLayer", "compose_single", adapters_library.compose_single),
+    ("BottleneckLayer", "bottleneck_layer_forward", adapters_library.layer_forward),
+)
 
 
 def imported_library() -> Any:
@@ -63,5 +64,5 @@ def unpatch_library() -> Report:
 
 def _targets() -> list[tuple[type, str, Any]]:
     places = [sys.modules[f"adapters.methods.{name}"] for name in ("bottleneck", "modeling")]
-    kinds = {kind: next(vars(place)[kind] for place in places if kind in vars(place)) for kind in _METHODS}
-    return [(kinds[kind], name, function) for kind, (name, function) in _METHODS.items()]
+    kinds = {kind: next(vars(place)[kind] for place in places if kind in vars(place)) for kind, _, _ in _METHODS}
+    return [(kinds[kind], name, function) for kind, name, function in _METHODS]

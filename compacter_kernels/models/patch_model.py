@@ -55,13 +55,18 @@ def _patch_composition(layer: Any, library: Any) -> Result:
     """The layer that calls the adapters; it is worth a line only where it cannot be patched."""
     if not any(isinstance(a, library.Adapter) and _has_phm(a) for a in getattr(layer, "adapters", {}).values()):
         return None
-    own = adapters_library.original(library.BottleneckLayer, "compose_single")
-    if adapters_library.original(type(layer), "compose_single") is not own or replaced_by_others(
-        layer, "compose_single"
-    ):
+    if not _inherits(layer, "compose_single", library):
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
     put(layer, "compose_single", adapters_library.compose_single)
+    if _inherits(layer, "bottleneck_layer_forward", library):
+        put(layer, "bottleneck_layer_forward", adapters_library.layer_forward)
     return None
+
+
+def _inherits(layer: Any, name: str, library: Any) -> bool:
+    """Whether a layer has this method from the library, and not one of its own."""
+    own = adapters_library.original(library.BottleneckLayer, name)
+    return adapters_library.original(type(layer), name) is own and not replaced_by_others(layer, name)
 
 
 def _has_phm(adapter: Any) -> bool:

@@ -1,4 +1,4 @@
-// out = up(act(down(x))) + residual and its gradients, block by block. The scale is part of up's right and bias.
+// out = up(act(down(x))) + residual [+ x] and its gradients, block by block. The scale is part of up's right and bias.
 #pragma once
 
 #include "bottleneck.h"
@@ -38,6 +38,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
     Arena arena(memory);
     const AdapterScratch scratch(down, up, arena);
     const T *x = static_cast<const T*>(job.x), *residual = static_cast<const T*>(job.residual);
+    const T* also = job.also_x ? x : nullptr;
     T* out = static_cast<T*>(job.out);
     const bool streaming = job.streaming && can_stream(out, up.out_chunk());
     const Contraction contract_x(down.n, down.m, down.in_chunk(), down.left, scratch.x_contraction);
@@ -54,7 +55,8 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
         activate(job.activation, scratch.h, down.out);
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
-        expand(scratch.v2, residual ? residual + token * up.out : nullptr, out_rows, tokens, streaming ? nullptr : x_next);
+        expand(scratch.v2, residual ? residual + token * up.out : nullptr, also ? also + token * up.out : nullptr,
+               out_rows, tokens, streaming ? nullptr : x_next);
     }
     if (streaming) stream_fence();
 }
@@ -102,7 +104,7 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         if (down_sums.left) down_left(dz, x_rows, tokens, nullptr);
         if (up_sums.right) up_right(scratch.v2, g_rows, tokens, nullptr);
         if (grad_x)
-            expand(dz, job.residual ? g_rows : nullptr, grad_x + token * k, tokens, nullptr);
+            expand(dz, job.residual ? g_rows : nullptr, nullptr, grad_x + token * k, tokens, nullptr);
     }
     rule.flush();
     rule2.flush();

@@ -1,4 +1,4 @@
-// From lanes to rows of tokens, the only write:   out[q,u] = residual[q,u] + bias[q,u] + sum_c V[q,c] t_c[u]
+// From lanes to rows of tokens, the only write:   out[q,u] = residual[q,u] + also[q,u] + bias[q,u] + sum_c V[q,c] t_c[u]
 #pragma once
 
 #include "element.h"
@@ -12,17 +12,17 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
 
-    // Rows of `tokens` <= 16 tokens; residual may be null. `next`: rows of the
+    // Rows of `tokens` <= 16 tokens; residual and also may be null. `next`: rows of the
     // next block, which are fetched meanwhile; may be null.
-    void operator()(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
+    void operator()(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
-            blocks<4>(v, residual, out, tokens, next);
+            blocks<4>(v, residual, also, out, tokens, next);
         else if (m == 8)
-            blocks<8>(v, residual, out, tokens, next);
+            blocks<8>(v, residual, also, out, tokens, next);
         else if (m == 12)
-            blocks<12>(v, residual, out, tokens, next);
+            blocks<12>(v, residual, also, out, tokens, next);
         else
-            blocks<0>(v, residual, out, tokens, next);
+            blocks<0>(v, residual, also, out, tokens, next);
     }
 
 private:
@@ -30,12 +30,12 @@ private:
 
     // M: the number of terms where it is known at compile time, else 0.
     template <int M>
-    void blocks(const float* v, const T* residual, T* out, int64_t tokens, const T* next) const {
+    void blocks(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
         // Backwards: what was read last, the end of x's rows, is still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
-            const Chunk here{v + q * m * lanes, bias ? bias + at : nullptr, residual ? residual + at : nullptr,
-                             out + at, next ? next + at : nullptr};
+            const Chunk here{v + q * m * lanes,           bias ? bias + at : nullptr, residual ? residual + at : nullptr,
+                             also ? also + at : nullptr, out + at,                   next ? next + at : nullptr};
             if constexpr (many_registers && M)
                 if (n * chunk * static_cast<int64_t>(sizeof(T)) <= page) {
                     columns<M == 4 ? 4 : 2, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
@@ -50,7 +50,7 @@ private:
     // One chunk of a block: pointers to its first number.
     struct Chunk {
         const float *coef, *bias;
-        const T* residual;
+        const T *residual, *also;
         T* out;
         const T* next;
     };
@@ -63,7 +63,8 @@ private:
         const int64_t row = n * chunk;
         const bool streams = streaming;
         const float* coef = at.coef;
-        const T *residual = at.residual ? at.residual + u : nullptr, *next = at.next ? at.next + u : nullptr;
+        const T *residual = at.residual ? at.residual + u : nullptr, *also = at.also ? at.also + u : nullptr;
+        const T* next = at.next ? at.next + u : nullptr;
         const auto get = [count](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
         Vec t[M][U], start[U];
 #pragma GCC unroll 12
@@ -81,6 +82,11 @@ private:
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
                 residual += row;
+            }
+            if (also) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) sum[k] += get(also + k * W);
+                also += row;
             }
             if (!streams) {  // the line is there when the products are
 #pragma GCC unroll 4
@@ -123,12 +129,15 @@ private:
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
-        if (at.residual) {
+        const auto add = [&](const T* p) COMPACTER_INLINE_LAMBDA {
+            if (!p) return;
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[r][k] += get(at.residual + offset + r * row + k * W);
-        }
+                for (int k = 0; k < U; ++k) sum[r][k] += get(p + offset + r * row + k * W);
+        };
+        add(at.residual);
+        add(at.also);
         if (at.next) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)

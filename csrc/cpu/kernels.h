@@ -39,7 +39,7 @@ struct AdapterJob {
     DType dtype;
     const void *x, *residual, *grad_out;  // residual: null, x, or another tensor; backward: null or grad_out
     void* out;                            // forward: the output; backward: the gradient of x, or null
-    bool streaming;
+    bool streaming, also_x;               // also_x: forward, add x besides the residual
 };
 
 // A part is a range of tokens that starts at a multiple of block_tokens. `scratch` has as many floats as the

@@ -53,10 +53,10 @@ void backward(const Linear& l, const void* grad_out, void* grad_x, const Paramet
     write_gradients(p, gradients, 1.f, rows, row, parts);
 }
 
-void forward(const Adapter& a, const void* residual, void* out, int threads) {
+void forward(const Adapter& a, const void* residual, bool also_x, void* out, int threads) {
     const Kernels& kernel = kernels();
     AdapterJob job{dimensions(a.down), dimensions(a.up), a.activation, a.dtype, a.x, residual, nullptr, out,
-                   exceeds_caches(a.tokens, 2 * a.down.in, a.dtype)};
+                   exceeds_caches(a.tokens, 2 * a.down.in, a.dtype), also_x};
 
     const int64_t parts = part_count(a.tokens, work_per_token(a.down) + work_per_token(a.up), threads);
     const int64_t per_part = kernel.adapter_scratch(job.down, job.up);
@@ -73,7 +73,7 @@ void backward(const Adapter& a, const void* grad_out, void* grad_x, bool residua
               const Parameters& up_gradients, int threads) {
     const Kernels& kernel = kernels();
     AdapterJob job{dimensions(a.down), dimensions(a.up), a.activation, a.dtype, a.x, residual_is_x ? grad_out : nullptr,
-                   grad_out, grad_x, exceeds_caches(a.tokens, 3 * a.down.in, a.dtype)};
+                   grad_out, grad_x, exceeds_caches(a.tokens, 3 * a.down.in, a.dtype), false};
 
     const int64_t parts = part_count(a.tokens, 3 * (work_per_token(a.down) + work_per_token(a.up)), threads);
     const int64_t per_part = kernel.adapter_scratch(job.down, job.up);

@@ -6,7 +6,8 @@
 namespace compacter::cpu {
 
 void forward(const Linear& linear, void* out, int threads);
-void forward(const Adapter& adapter, const void* residual, void* out, int threads);
+// also_x adds x besides the residual.
+void forward(const Adapter& adapter, const void* residual, bool also_x, void* out, int threads);
 
 // grad_x null, or an array of `gradients` without data: not wanted. residual_is_x adds grad_out to grad_x.
 void backward(const Linear& linear, const void* grad_out, void* grad_x, const Parameters& gradients, int threads);

@@ -53,7 +53,7 @@ void linear_forward(const LinearJob& job, int64_t begin, int64_t end, float* mem
         const int64_t tokens = block_size(token, end);
         contract_x(x + token * f.in, tokens, scratch.z);
         mix(f, scratch.z, scratch.v);
-        expand(scratch.v, nullptr, out + token * f.out, tokens, nullptr);
+        expand(scratch.v, nullptr, nullptr, out + token * f.out, tokens, nullptr);
     }
     if (streaming) stream_fence();
 }
@@ -83,7 +83,7 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
         rule.next();
         if (sums.left) left_gradient(scratch.z, x_rows, tokens, rows_after(x, token, end, f.in));
         if (sums.right) right_gradient(scratch.v, g_rows, tokens, rows_after(g, token, end, f.out));
-        if (grad_x) expand(scratch.z, nullptr, grad_x + token * f.in, tokens, nullptr);
+        if (grad_x) expand(scratch.z, nullptr, nullptr, grad_x + token * f.in, tokens, nullptr);
     }
     rule.flush();
     if (streaming) stream_fence();

@@ -12,7 +12,7 @@ struct Case {
     int64_t k, d, n_down, n_up, rank_down, rank_up, tokens;
     DType x = DType::f32, parameters = DType::f32;
     Activation activation = Activation::gelu_new;
-    enum Residual { none, x_itself, other } residual = x_itself;
+    enum Residual { none, x_itself, other, both } residual = x_itself;
     bool bias = true, some_gradients = false;
     double scale = 1.;
     int64_t offset = 0;
@@ -46,7 +46,7 @@ inline std::vector<Case> cases() {
         c.x = static_cast<DType>(j % 3);
         c.parameters = static_cast<DType>(j / 2 % 4);
         c.activation = static_cast<Activation>(j % 11);
-        c.residual = static_cast<Case::Residual>(j / 3 % 3);
+        c.residual = static_cast<Case::Residual>(j / 3 % 4);
         c.bias = j % 5 != 0;
         c.some_gradients = j % 7 == 3;
         c.scale = j % 4 ? 1. : 0.37;

@@ -112,8 +112,9 @@ void check_adapter(const std::string& name, const Case& c, std::mt19937& random)
     if (c.some_gradients) drop_some(d_down), drop_some(d_up), dx = Tensor();
     const Adapter adapter{down.projection(), up.projection(), c.activation, float(c.scale), c.x, c.tokens, x.data()};
     const Tensor* residual = c.residual == Case::none ? nullptr : c.residual == Case::x_itself ? &x : &other;
-    cpu::forward(adapter, residual ? residual->data() : nullptr, out.data(), c.threads);
-    cpu::backward(adapter, g.data(), dx.data(), c.residual == Case::x_itself, d_down.parameters(), d_up.parameters(), c.threads);
+    const bool also_x = c.residual == Case::both;
+    cpu::forward(adapter, residual ? residual->data() : nullptr, also_x, out.data(), c.threads);
+    cpu::backward(adapter, g.data(), dx.data(), c.residual == Case::x_itself || also_x, d_down.parameters(), d_up.parameters(), c.threads);
 
     const Weights w1 = down.values(), w2 = up.values();
     const Numbers h1 = matrix(w1), h2 = matrix(w2);
@@ -122,7 +123,7 @@ void check_adapter(const std::string& name, const Case& c, std::mt19937& random)
     for (double& value : h) value = activation(c.activation, value);
     want_out = project(w2, h2, h, c.tokens);
     for (size_t j = 0; j < want_out.size(); ++j)
-        want_out[j] = want_out[j] * adapter.scale + (residual ? residual->values()[j] : 0.);
+        want_out[j] = want_out[j] * adapter.scale + (residual ? residual->values()[j] : 0.) + (also_x ? x.values()[j] : 0.);
     expect(name, "out", out, want_out);
 
     for (double& value : scaled) value *= adapter.scale;
@@ -130,7 +131,7 @@ void check_adapter(const std::string& name, const Case& c, std::mt19937& random)
     Numbers dy = project_backward(w2, h2, h, scaled, c.tokens, want_up);
     for (size_t j = 0; j < dy.size(); ++j) dy[j] *= activation_slope(c.activation, y[j]);
     Numbers want_dx = project_backward(w1, h1, x.values(), dy, c.tokens, want_down);
-    if (c.residual == Case::x_itself)
+    if (c.residual == Case::x_itself || also_x)
         for (size_t j = 0; j < want_dx.size(); ++j) want_dx[j] += g.values()[j];
     if (!c.some_gradients) expect(name, "dx", dx, want_dx);
     expect_gradients(name + " down", d_down, want_down);
@@ -147,7 +148,7 @@ void check_nan(const std::string& name, Activation activation) {
     Tensor x(c.tokens * c.k, DType::f32), out = x;
     const int64_t poisoned = 18;
     x.fill([&](int64_t j) { return j == poisoned * c.k + 5 ? NAN : double(j % 7) - 3.; });
-    cpu::forward(Adapter{down.projection(), up.projection(), activation, 1.f, c.x, c.tokens, x.data()}, x.data(), out.data(), 1);
+    cpu::forward(Adapter{down.projection(), up.projection(), activation, 1.f, c.x, c.tokens, x.data()}, x.data(), false, out.data(), 1);
     bool right = true;
     const Numbers values = out.values();
     for (int64_t j = 0; j < c.tokens * c.k; ++j) right &= std::isnan(values[j]) == (j / c.k == poisoned);

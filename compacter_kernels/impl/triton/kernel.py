@@ -182,6 +182,8 @@ class Linear(_Kernel):
 class Adapter(_Kernel):
     """compacter_adapter."""
 
+    adds_both = False
+
     def forward(
         self,
         x: Tensor,
