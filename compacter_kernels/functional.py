@@ -169,7 +169,7 @@ def compacter_adapter(
     also_x = False  # besides the residual
     if isinstance(residual, tuple):
         residual, also_x = _two_residuals(x, residual, out is None and plan.kernel is not None)
-    if residual is not None and residual is not x:
+    elif residual is not None and residual is not x:
         check_like(residual, "residual", x, x.shape)
     if out is not None:
         return _adapter_into(out, plan, x, down, up, activation, residual, scale)

@@ -158,8 +158,9 @@ def _in_dtype_of(module: Any, x: Tensor) -> Tensor:
 
 def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Tensor:
     """Instead of bottleneck_layer_forward: a single adapter adds the layer's residual in its kernel too."""
-    adapter = _single(layer)
-    if adapter is None or residual_input is None or not _alike(hidden_states, residual_input):
+    alike = residual_input is not None and _alike(hidden_states, residual_input)
+    adapter = _single(layer) if alike else None
+    if adapter is None:
         from adapters.methods.bottleneck import BottleneckLayer
 
         library = original(BottleneckLayer, "bottleneck_layer_forward")
