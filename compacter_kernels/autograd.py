@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import AdapterKernel, LinearKernel, forward_both
+from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, forward_both
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import PHMWeights
 
@@ -35,6 +35,14 @@ def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Ten
     return guarded
 
 
+def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
+    """function(*args) without recording; entering `no_grad` takes a while, and a backward mostly is without already."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    with torch.no_grad():
+        return function(*args)
+
+
 def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeights]:
     """rule, left, right, bias of down, then of up."""
     return PHMWeights._make(params[:4]), PHMWeights._make(params[4:])
@@ -43,15 +51,17 @@ def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeight
 class _Function(torch.autograd.Function):
     """The base of both. The first argument is no tensor, each other is one or None."""
 
+    _plain: Any  # `apply` without what torch does for functorch's tensors where there are none: 4 us of each call
+
+    def __init_subclass__(cls) -> None:
+        cls._plain = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """`Function.apply` without what torch does for functorch's tensors where there are none: 4 us of each call.
-
-        One that a transform left behind has no address, which a kernel finds out before it does anything.
-        """
+        """`Function.apply`. A tensor that a transform left behind has no address, which a kernel finds out first."""
         if not torch._C._are_functorch_transforms_active():
             try:
-                return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+                return cls._plain(*args)
             except RuntimeError:
                 if not any(t is not None and _wrapped(t) for t in args[1:]):
                     raise
@@ -70,8 +80,7 @@ class LinearFunction(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
-        with torch.no_grad():
-            grads = ctx.kernel.backward(x, grad, PHMWeights(*params), ctx.needs_input_grad[1:])
+        grads = _without_grad(ctx.kernel.backward, x, grad, PHMWeights(*params), ctx.needs_input_grad[1:])
         return (None, *_once(grads, grad, x, *params))
 
 
@@ -97,6 +106,5 @@ class AdapterFunction(_Function):
         x, *params = ctx.saved_tensors
         kernel, residual_is_x, scale = ctx.call
         wanted = ctx.needs_input_grad
-        with torch.no_grad():
-            grads = kernel.backward(x, grad, residual_is_x, scale, *_projections(params), wanted[2:])
+        grads = _without_grad(kernel.backward, x, grad, residual_is_x, scale, *_projections(params), wanted[2:])
         return (None, grad if wanted[1] else None, *_once(grads, grad, x, *params))

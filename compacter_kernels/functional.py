@@ -221,9 +221,10 @@ def _two_residuals(x: Tensor, pair: tuple[Tensor, Tensor], fused: bool) -> tuple
     """One residual, and whether x is to be added besides, which takes a call that can do it (fused)."""
     if len(pair) != 2:
         raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
-    for tensor in pair:
-        check_like(tensor, "residual", x, x.shape)
     one, other = pair if pair[1] is x else pair[::-1]
+    check_like(one, "residual", x, x.shape)
+    if other is not x:
+        check_like(other, "residual", x, x.shape)
     return (one, True) if fused and other is x and one is not x else (one + other, False)
 
 

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
-from compacter_kernels.models import attention_copies
+from compacter_kernels.models import library_shortcuts
 from compacter_kernels.models.report import Entry
 
 WIDTH, VOCABULARY = 32, 60
@@ -85,7 +85,7 @@ def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
 
 def of_modules(entries: tuple[Entry, ...]) -> list[Entry]:
     """The lines of a report that speak of modules, and not of the library."""
-    return [entry for entry in entries if entry != attention_copies.ENTRY]
+    return [entry for entry in entries if entry not in library_shortcuts.ENTRIES]
 
 
 def inputs(model: nn.Module, rows: int = 4, length: int = 6) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ def test_the_whole_library(whole_library: Report) -> None:
         "adapters.methods.bottleneck.BottleneckLayer",
         "adapters.methods.bottleneck.BottleneckLayer",
         "adapters.composition",
+        "adapters.methods.adapter_layer_base.AdapterLayerBase",
     ]
     patch()  # again
     model = make(a=compacter(), b=adapters.SeqBnConfig(reduction_factor=4), setup=adapters.composition.Stack("a", "b"))

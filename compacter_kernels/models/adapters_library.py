@@ -10,6 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from adapters.composition import Stack
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
 from compacter_kernels.functional import compacter_adapter, phm_linear
@@ -30,17 +34,11 @@ def original(kind: type, name: str) -> Any:
     raise AttributeError(f"{kind.__name__} has no {name}")
 
 
-def _forward_context() -> Any:
-    from adapters.context import ForwardContext
-
-    return ForwardContext.get_context()
-
-
 def weights(layer: Any) -> PHMWeights:
     """The weights of a PHMLayer; shared ones come from the ForwardContext, where the model's forward puts them."""
     if not (layer.shared_phm_rule or layer.shared_W_phm):
         return phm_modules.weights(layer)
-    shared = _forward_context().shared_parameters[layer.name]
+    shared = ForwardContext.get_context().shared_parameters[layer.name]
     rules = shared if layer.shared_phm_rule else layer
     if layer.shared_W_phm:
         return phm_modules.weights(layer, rules, shared, f"W_{layer.position}")
@@ -54,8 +52,6 @@ def projection(layer: nn.Module, x: Tensor) -> Tensor:
 
 def is_phm_layer(module: Any) -> bool:
     """Whether this is a PHMLayer of `adapters` that computes what PHMLayer does."""
-    from adapters.methods.modeling import PHMLayer
-
     kind = type(module)
     if kind is PHMLayer:
         return True
@@ -75,8 +71,6 @@ def bottleneck(
     fused: None for all of these; "output" where the caller needs neither down nor up, which are None then; "up" where
     it needs up, as AdapterFusion does. also: what the caller adds to the output next, with fused="output" only.
     """
-    from adapters.methods.modeling import Adapter, ParallelAdapter
-
     parallel = isinstance(adapter, ParallelAdapter)
     if fused is None or not _can_fuse(adapter, residual_input):
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
@@ -88,7 +82,7 @@ def bottleneck(
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
     layers, up_layer, activation = _parts(adapter)
-    dropout = adapter._modules["dropout"]
+    dropout, function = adapter._modules["dropout"], activation._modules.get("f") or activation.f
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     together = (
         fused == "output"
@@ -109,7 +103,7 @@ def bottleneck(
         h,
         weights(layers[-2]),
         weights(up_layer),
-        activation=fused_name(activation.f) or activation,
+        activation=fused_name(function) or activation,
         residual=added,
         scale=scale,
     )
@@ -161,16 +155,11 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
     alike = residual_input is not None and _alike(hidden_states, residual_input)
     adapter = _single(layer) if alike else None
     if adapter is None:
-        from adapters.methods.bottleneck import BottleneckLayer
-
         library = original(BottleneckLayer, "bottleneck_layer_forward")
         plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
         return plain
     y: Tensor = adapter(hidden_states, residual_input=hidden_states, fused="output", also=residual_input)[0]
     return layer_norm(y) if layer_norm else y
-
-
-_BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -179,28 +168,37 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _single(layer: Any) -> Any:
     """The adapter that is all that runs behind this layer, where it comes before the layer's residual and norm."""
-    from adapters.composition import Stack
-    from adapters.methods.bottleneck import BottleneckLayer
-    from adapters.methods.modeling import Adapter
-
     setup = layer.get_active_setup()
     if type(setup) is not Stack or len(setup.children) != 1:
         return None
     adapter = layer._modules["adapters"]._modules.get(setup.children[0])
-    context = _forward_context()
+    context = ForwardContext.get_context()
     if (
         type(adapter) is Adapter
         and adapter.residual_before_ln is True
         and adapter.original_ln_after
         and not adapter.original_ln_before
-        and not {"pre_forward", "post_forward"} & vars(adapter).keys()
+        and {"pre_forward", "post_forward"}.isdisjoint(vars(adapter))
         and not (context is not None and context.output_adapter_gating_scores)
         and takes_fused(adapter)
-        and all(getattr(type(layer), name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
-        and not any(replaced_by_others(layer, name) for name in _BYPASSED)
+        and _composes_as_library(layer)
     ):
         return adapter
     return None
+
+
+_BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
+_OTHERS = frozenset(_BYPASSED) - {"compose_single"}
+_inheriting: dict[type, bool] = {}  # whether a class has all of them from the library
+
+
+def _composes_as_library(layer: Any) -> bool:
+    """Whether the methods that are bypassed do what the library's do, on the layer's class and on the layer."""
+    kind = type(layer)
+    if kind not in _inheriting:
+        _inheriting[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
+    own = _OTHERS.isdisjoint(vars(layer)) and not replaced_by_others(layer, "compose_single")
+    return own and _inheriting[kind]
 
 
 def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
@@ -211,7 +209,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     """
     modules = layer._modules
     adapter = modules["adapters"]._modules[adapter_setup]
-    context = _forward_context()
+    context = ForwardContext.get_context()
     output_gating = context.output_adapter_gating_scores if context is not None else False
     needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
     options = {}
@@ -233,10 +231,10 @@ def takes_fused(adapter: Any) -> bool:
         return False
     if adapter._backward_hooks or adapter._backward_pre_hooks:
         return False
-    hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())
-    return all(
-        str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks
-    )  # FSDP looks away
+    if not (adapter._forward_hooks or adapter._forward_pre_hooks):
+        return True
+    hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())  # FSDP's look away
+    return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
 
 
 def describe(adapter: Any) -> str:

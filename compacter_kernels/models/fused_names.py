@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import FUSED
 
-_TORCH_MODULES: dict[type, str] = {
+_MODULES: dict[type, str] = {  # those of transformers come in when they are met
     nn.Identity: "identity",
     nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -54,15 +54,15 @@ def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     Told by its type alone, so that it may be asked in every call; a subclass is another function.
     """
     kind = type(activation)
-    if kind in _TORCH_MODULES:
-        return _TORCH_MODULES[kind]
+    if kind in _MODULES:
+        return _MODULES[kind]
     if isinstance(activation, nn.Module):
         if kind is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_new"
         if kind is nn.LeakyReLU:
             return "leakyrelu" if activation.negative_slope == 0.01 else None
-        if kind.__module__ == "transformers.activations":
-            return _TRANSFORMERS_MODULES.get(kind.__name__)
+        if kind.__module__ == "transformers.activations" and kind.__name__ in _TRANSFORMERS_MODULES:
+            return _MODULES.setdefault(kind, _TRANSFORMERS_MODULES[kind.__name__])
         return None
     try:
         return _FUNCTIONS.get(activation)

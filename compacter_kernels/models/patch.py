@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels.models import attention_copies
 from compacter_kernels.models.instances import is_ours, restore
-from compacter_kernels.models.patch_library import patch_library, unpatch_library
+from compacter_kernels.models.patch_library import loaded, patch_library, unpatch_library
 from compacter_kernels.models.patch_model import patch_model
 from compacter_kernels.models.report import Entry, Report
 
@@ -19,9 +18,9 @@ def patch(model: nn.Module | None = None) -> Report:
     The model keeps its modules, Parameters and state dict and computes the same function with the same gradients. What
     is recognised: the adapters of `adapters` 1.3, and modules built like OpenDelta's, T-Few's and the original
     repository's PHMLinear and HyperComplexAdapter. An adapter runs as one kernel where its options let it, with what is
-    between or around its projections done in torch; where they do not, its PHM layers run one by one. The copies that
-    `adapters` makes of query, key and value in every attention are left out, with the same results and for every model
-    of the process, until the last patched one is unpatched. Whether the rule is trained is left as it was:
+    between or around its projections done in torch; where they do not, its PHM layers run one by one. What `adapters`
+    does in every attention and linear layer for other methods is left out (`library_shortcuts`), with the same results
+    and for every model of the process, until the last patched one is unpatched. Whether the rule is trained is left:
     `learn_phm=False` is undone by the `train_adapter` of `adapters`, patched or not.
 
     Patching again is harmless, and covers adapters added since. A patched model can be copied and pickled, but not run
@@ -66,8 +65,8 @@ def unpatch(model: nn.Module | None = None) -> Report:
             restored.append(Entry(name, ", ".join(names)))
         elif is_ours(vars(module).get("_old_forward")):
             skipped.append(Entry(name, "its forward was wrapped after it was patched; remove that hook first"))
-    if attention_copies.put_back(model):
-        restored.append(attention_copies.ENTRY)
+    if shortcuts := loaded("library_shortcuts"):
+        restored += shortcuts.give_back(model)
     return Report(restored=tuple(restored), skipped=tuple(skipped))
 
 

@@ -6,29 +6,41 @@ import importlib
 import sys
 from typing import Any
 
-from compacter_kernels.models import adapters_library, attention_copies
+from torch import nn
+
 from compacter_kernels.models.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # of `adapters`: where the methods that are replaced read the same
 _METHODS = (
-    ("Adapter", "forward", adapters_library.bottleneck),
-    ("ParallelAdapter", "forward", adapters_library.bottleneck),
-    ("PHMLayer", "forward", adapters_library.projection),
-    ("BottleneckLayer", "compose_single", adapters_library.compose_single),
-    ("BottleneckLayer", "bottleneck_layer_forward", adapters_library.layer_forward),
+    ("Adapter", "forward", "bottleneck"),
+    ("ParallelAdapter", "forward", "bottleneck"),
+    ("PHMLayer", "forward", "projection"),
+    ("BottleneckLayer", "compose_single", "compose_single"),
+    ("BottleneckLayer", "bottleneck_layer_forward", "layer_forward"),
 )
 
 
-def imported_library() -> Any:
-    """`adapters.methods.bottleneck`, which names the classes that hold adapters; None where it was never imported."""
-    return sys.modules.get("adapters.methods.bottleneck")
+def part_of_ours(name: str) -> Any:
+    """Our module of that name, which imports `adapters`, in the one version that it is written for.
 
-
-def check_version() -> None:
-    """Raise RuntimeError for an `adapters` whose methods may be others than those that are replaced."""
+    Raises:
+        RuntimeError: another version, whose methods may be others than those that are replaced.
+    """
     version = sys.modules["adapters"].__version__
     if not version.startswith(SUPPORTED):
         raise RuntimeError(f"adapters {version} is not known to ck.patch, which replaces methods of 1.3; install that")
+    return importlib.import_module(f"compacter_kernels.models.{name}")
+
+
+def loaded(name: str) -> Any:
+    """Our module of that name, if anything needed it in this process."""
+    return sys.modules.get(f"compacter_kernels.models.{name}")
+
+
+def serves(model: nn.Module) -> bool:
+    """Whether the model has bottleneck adapters or PHM layers of `adapters`."""
+    modeling = sys.modules.get("adapters.methods.modeling")  # nothing of it is in a process that never imported it
+    return modeling is not None and any(isinstance(m, (modeling.Adapter, modeling.PHMLayer)) for m in model.modules())
 
 
 def patch_library() -> Report:
@@ -40,29 +52,29 @@ def patch_library() -> Report:
             f"ck.patch() without a model speeds up the library `adapters`, which cannot be imported ({error}); "
             "pip install adapters"
         ) from error
-    check_version()
+    ours, shortcuts = part_of_ours("adapters_library"), part_of_ours("library_shortcuts")
     patched = []
-    for kind, name, function in _targets():
-        adapters_library.originals.setdefault((kind, name), vars(kind)[name])
-        setattr(kind, name, function)
-        patched.append(Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process"))
-    attention_copies.leave_out(sys.modules["adapters"])
-    return Report(patched=(*patched, attention_copies.ENTRY))
+    for kind_name, name, function in _METHODS:
+        kind = getattr(ours, kind_name)
+        ours.originals.setdefault((kind, name), vars(kind)[name])
+        setattr(kind, name, getattr(ours, function))
+        patched.append(_entry(kind, name))
+    shortcuts.take(sys.modules["adapters"])
+    return Report(patched=(*patched, *shortcuts.ENTRIES))
 
 
 def unpatch_library() -> Report:
     """Put the methods of `adapters` back."""
+    ours, shortcuts = loaded("adapters_library"), loaded("library_shortcuts")
+    if shortcuts is None:
+        return Report()
     restored = []
-    for (kind, name), method in list(adapters_library.originals.items()):
+    for (kind, name), method in list(ours.originals.items()):
         setattr(kind, name, method)
-        del adapters_library.originals[kind, name]
-        restored.append(Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process"))
-    if attention_copies.put_back(sys.modules.get("adapters")):
-        restored.append(attention_copies.ENTRY)
-    return Report(restored=tuple(restored))
+        del ours.originals[kind, name]
+        restored.append(_entry(kind, name))
+    return Report(restored=(*restored, *shortcuts.give_back(sys.modules["adapters"])))
 
 
-def _targets() -> list[tuple[type, str, Any]]:
-    places = [sys.modules[f"adapters.methods.{name}"] for name in ("bottleneck", "modeling")]
-    kinds = {kind: next(vars(place)[kind] for place in places if kind in vars(place)) for kind, _, _ in _METHODS}
-    return [(kinds[kind], name, function) for kind, name, function in _METHODS]
+def _entry(kind: type, name: str) -> Entry:
+    return Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process")

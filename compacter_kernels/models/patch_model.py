@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels.models import adapters_library, attention_copies, bottlenecks, phm_modules
+from compacter_kernels.models import bottlenecks, phm_modules
 from compacter_kernels.models.instances import put, replaced_by_others
-from compacter_kernels.models.patch_library import check_version, imported_library
+from compacter_kernels.models.patch_library import part_of_ours, serves
 from compacter_kernels.models.report import Entry, Report
 from compacter_kernels.nn import PHMLinear
 
@@ -17,10 +17,7 @@ Result = tuple[bool, str] | None  # whether it is patched, and how or why not; N
 
 def patch_model(model: nn.Module) -> Report:
     """Put the functions onto the modules that are recognised."""
-    library = imported_library()
-    of_library = library is not None and any(isinstance(module, library.Adapter) for module in model.modules())
-    if of_library:
-        check_version()
+    library = part_of_ours("adapters_library") if serves(model) else None
     patched: list[Entry] = []
     skipped: list[Entry] = []
     whole: set[int] = set()  # the parts of adapters that are patched as a whole, which need no line of their own
@@ -28,9 +25,10 @@ def patch_model(model: nn.Module) -> Report:
         result = _patch_module(module, library, whole)
         if result is not None:
             (patched if result[0] else skipped).append(Entry(name, result[1]))
-    if of_library and patched:
-        attention_copies.leave_out(model)
-        patched.append(attention_copies.ENTRY)
+    if library is not None and patched:
+        shortcuts = part_of_ours("library_shortcuts")
+        shortcuts.take(model)
+        patched += shortcuts.ENTRIES
     return Report(patched=tuple(patched), skipped=tuple(skipped))
 
 
@@ -53,39 +51,36 @@ def _patch_module(module: nn.Module, library: Any, whole: set[int]) -> Result:
 
 def _patch_composition(layer: Any, library: Any) -> Result:
     """The layer that calls the adapters; it is worth a line only where it cannot be patched."""
-    if not any(isinstance(a, library.Adapter) and _has_phm(a) for a in getattr(layer, "adapters", {}).values()):
+    adapters = [a for a in getattr(layer, "adapters", {}).values() if isinstance(a, library.Adapter)]
+    if not any(library.is_phm_layer(adapter.adapter_up) for adapter in adapters):
         return None
     if not _inherits(layer, "compose_single", library):
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
-    put(layer, "compose_single", adapters_library.compose_single)
+    put(layer, "compose_single", library.compose_single)
     if _inherits(layer, "bottleneck_layer_forward", library):
-        put(layer, "bottleneck_layer_forward", adapters_library.layer_forward)
+        put(layer, "bottleneck_layer_forward", library.layer_forward)
     return None
 
 
 def _inherits(layer: Any, name: str, library: Any) -> bool:
     """Whether a layer has this method from the library, and not one of its own."""
-    own = adapters_library.original(library.BottleneckLayer, name)
-    return adapters_library.original(type(layer), name) is own and not replaced_by_others(layer, name)
-
-
-def _has_phm(adapter: Any) -> bool:
-    return adapters_library.is_phm_layer(adapter.adapter_up)
+    own = library.original(library.BottleneckLayer, name)
+    return library.original(type(layer), name) is own and not replaced_by_others(layer, name)
 
 
 def _patch_adapter(adapter: Any, library: Any, whole: set[int]) -> Result:
     if not any(phm_modules.is_projection(part) for part in adapter.modules()):
         return None  # the plain bottleneck adapter
-    owns = {adapters_library.original(kind, "forward") for kind in (library.Adapter, library.ParallelAdapter)}
-    if adapters_library.original(type(adapter), "forward") not in owns:
+    owns = {library.original(kind, "forward") for kind in (library.Adapter, library.ParallelAdapter)}
+    if library.original(type(adapter), "forward") not in owns:
         return False, f"{type(adapter).__name__} has a forward of its own; its PHM layers run one by one"
     if replaced_by_others(adapter, "forward"):
         return False, "its forward was replaced on the module; its PHM layers run one by one"
-    if not _has_phm(adapter):
+    if not library.is_phm_layer(adapter.adapter_up):
         return False, "one of its projections is not a PHM layer of `adapters`"
-    put(adapter, "forward", adapters_library.bottleneck)
+    put(adapter, "forward", library.bottleneck)
     whole.update(id(part) for part in adapter.modules())
-    return True, adapters_library.describe(adapter)
+    return True, library.describe(adapter)
 
 
 def _patch_bottleneck(adapter: Any, whole: set[int]) -> Result:
@@ -107,8 +102,8 @@ def _patch_bottleneck(adapter: Any, whole: set[int]) -> Result:
 def _patch_projection(layer: nn.Module, library: Any) -> tuple[bool, str]:
     if replaced_by_others(layer, "forward"):
         return False, "its forward was replaced on the module"
-    if library is not None and adapters_library.is_phm_layer(layer):
-        put(layer, "forward", adapters_library.projection)
+    if library is not None and library.is_phm_layer(layer):
+        put(layer, "forward", library.projection)
         return True, "one kernel for the layer"
     if unset := phm_modules.missing(layer):
         return False, f"{', '.join(unset)} have not been set yet"
