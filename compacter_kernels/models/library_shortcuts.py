@@ -4,8 +4,9 @@
   batches of different size, so all three are repeated to the largest. Where the sizes agree, as they do everywhere
   else, that is `tensor.repeat(1, 1, 1, 1)`: a copy, with a backward of its own.
 - `active_setup` for the search for active adapters, which every linear layer makes for LoRA, every attention for
-  prefixes and every block for ReFT, even in a model that has none of these. Its code and data have left the caches
-  since the last layer asked, so that a search takes some 60 us on a CPU; now a layer first looks whether it holds any.
+  prefixes and every block for ReFT, even in a model that has none of these. Between two large products its code and
+  data have left the caches, and it takes many times what it does in a loop; now a layer first looks whether it holds
+  any.
 """
 
 from __future__ import annotations
