@@ -42,14 +42,19 @@ def _holders() -> set[str]:
     return {name for name in names if library_shortcuts.matched in vars(sys.modules[name]).values()}
 
 
+def _nobody_uses_them() -> None:
+    """Take back what models had that were collected, too."""
+    library_shortcuts.take(adapters)
+    for user in list(library_shortcuts._users):
+        library_shortcuts.give_back(user)
+
+
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
+def alone() -> Any:
     """Without the models that other tests have patched and left."""
-    for user in list(library_shortcuts._users):
-        library_shortcuts.give_back(user)
+    _nobody_uses_them()
     yield
-    for user in list(library_shortcuts._users):
-        library_shortcuts.give_back(user)
+    _nobody_uses_them()
 
 
 SEARCH = AdapterLayerBase.get_active_setup

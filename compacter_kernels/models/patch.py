@@ -20,7 +20,7 @@ def patch(model: nn.Module | None = None) -> Report:
     repository's PHMLinear and HyperComplexAdapter. An adapter runs as one kernel where its options let it, with what is
     between or around its projections done in torch; where they do not, its PHM layers run one by one. What `adapters`
     does in every attention and linear layer for other methods is left out (`library_shortcuts`), with the same results
-    and for every model of the process, until the last patched one is unpatched. Whether the rule is trained is left:
+    and for every model of the process, until the last patched one is unpatched. What trains is left as it was:
     `learn_phm=False` is undone by the `train_adapter` of `adapters`, patched or not.
 
     Patching again is harmless, and covers adapters added since. A patched model can be copied and pickled, but not run
