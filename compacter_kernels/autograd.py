@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, forward_both
+from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, forward_with
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import PHMWeights
 
@@ -97,9 +97,7 @@ class AdapterFunction(_Function):
     ) -> Tensor:
         ctx.call = kernel, residual_is_x, scale = call
         ctx.save_for_backward(x, *params)
-        if residual_is_x and residual is not None:
-            return forward_both(kernel, x, residual, scale, *_projections(params))
-        return kernel.forward(x, x if residual_is_x else residual, scale, *_projections(params))
+        return forward_with(kernel, x, residual, residual_is_x, scale, *_projections(params))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from compacter_kernels import dispatch, ops
 from compacter_kernels.activations import resolve
 from compacter_kernels.autograd import AdapterFunction, LinearFunction
-from compacter_kernels.impl import forward_both
+from compacter_kernels.impl import forward_with
 from compacter_kernels.impl.precision import without_autocast
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_scale, check_weights, linear_problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
@@ -185,8 +185,8 @@ def compacter_adapter(
     ):
         same = residual is x
         result = AdapterFunction.apply((plan.kernel, same or also_x, scale), None if same else residual, x, *down, *up)
-    elif also_x and residual is not None:
-        result = forward_both(plan.kernel, x, residual, scale, down, up)
+    elif also_x:
+        result = forward_with(plan.kernel, x, residual, True, scale, down, up)
     else:
         result = plan.kernel.forward(x, residual, scale, down, up)
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import dispatch
-from compacter_kernels.impl import forward_both
+from compacter_kernels.impl import forward_with
 from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 from compacter_kernels.weights import PHMWeights
 
@@ -109,10 +109,7 @@ def _adapter(
     down = PHMWeights(down_rule, down_left, down_right, down_bias)
     up = PHMWeights(up_rule, up_left, up_right, up_bias)
     kernel = _kernel(adapter_problem(x, down, up, activation), impl)
-    if residual_is_x and residual is not None:
-        return forward_both(kernel, x, residual, scale, down, up)
-    result: Tensor = kernel.forward(x, x if residual_is_x else residual, scale, down, up)
-    return result
+    return forward_with(kernel, x, residual, residual_is_x, scale, down, up)
 
 
 @_adapter.register_fake

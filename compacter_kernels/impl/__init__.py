@@ -60,10 +60,18 @@ class AdapterKernel(Protocol):
         """Gradients of x, then rule, left, right, bias of down and of up; None where not wanted."""
 
 
-def forward_both(
-    kernel: AdapterKernel, x: Tensor, residual: Tensor, scale: float, down: PHMWeights, up: PHMWeights
+def forward_with(
+    kernel: AdapterKernel,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    down: PHMWeights,
+    up: PHMWeights,
 ) -> Tensor:
-    """kernel.forward with x and another residual: in one pass where the kernel can, else torch adds them first."""
+    """kernel.forward with a residual, with x as one, or with both: in one pass where the kernel can, else by torch."""
+    if not residual_is_x or residual is None:
+        return kernel.forward(x, x if residual_is_x else residual, scale, down, up)
     if kernel.adds_both:
         return kernel.forward(x, residual, scale, down, up, also_x=True)
     return kernel.forward(x, residual + x, scale, down, up)
