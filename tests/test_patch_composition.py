@@ -21,7 +21,7 @@ from adapters_models import (
 )
 from torch import nn
 
-from compacter_kernels.models import adapters_library
+from compacter_kernels.models import adapters_layer, adapters_library
 from compacter_kernels.models.patch import patch, unpatch
 
 ac = pytest.importorskip("adapters.composition")
@@ -162,9 +162,10 @@ def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatc
     """One kernel for x, the adapter and the residual around the block; a stack of two adds it after the second."""
     residuals = []
     kernel = adapters_library.compacter_adapter
-    monkeypatch.setattr(
-        adapters_library, "compacter_adapter", lambda *a, **k: (residuals.append(k["residual"]), kernel(*a, **k))[1]
-    )
+    for module in (adapters_library, adapters_layer):
+        monkeypatch.setattr(
+            module, "compacter_adapter", lambda *a, **k: (residuals.append(k["residual"]), kernel(*a, **k))[1]
+        )
     model = make(family)
     patch(model)
     step(model)

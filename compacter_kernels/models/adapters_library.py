@@ -1,8 +1,7 @@
 """What is special to the library `adapters`: where its Compacter takes weights from, and its bottleneck in one kernel.
 
 The functions stand in for methods of `adapters` 1.3.0: `projection` for PHMLayer.forward, `bottleneck` for
-Adapter.forward and ParallelAdapter.forward, `compose_single` and `layer_forward` for the methods compose_single and
-bottleneck_layer_forward of BottleneckLayer.
+Adapter.forward and ParallelAdapter.forward; those of the layer that calls the adapters are in `adapters_layer`.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from adapters.composition import Stack
 from adapters.context import ForwardContext
-from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
 from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.models import phm_modules
 from compacter_kernels.models.fused_names import fused_name
-from compacter_kernels.models.instances import hooked, is_ours, replaced_by_others
+from compacter_kernels.models.instances import hooked, is_ours
 from compacter_kernels.weights import PHMWeights
 
 # The methods that were replaced on the classes themselves: (class, name) -> the library's own.
@@ -64,18 +61,17 @@ def bottleneck(
     residual_input: Tensor | None,
     output_gating: bool = False,
     fused: str | None = None,
-    also: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Instead of Adapter.forward and ParallelAdapter.forward: output, down, up and, with output_gating, the gate.
 
     fused: None for all of these; "output" where the caller needs neither down nor up, which are None then; "up" where
-    it needs up, as AdapterFusion does. also: what the caller adds to the output next, with fused="output" only.
+    it needs up, as AdapterFusion does.
     """
     parallel = isinstance(adapter, ParallelAdapter)
     if fused is None or not _can_fuse(adapter, residual_input):
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # not a subclass's, which may call this
         plain: tuple[Any, ...] = library(adapter, x, residual_input, output_gating)
-        return plain if also is None else (plain[0] + also, *plain[1:])
+        return plain
     drops_path = not parallel and "DropPath" in adapter._modules  # ParallelAdapter has it but does not use it
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
@@ -90,21 +86,18 @@ def bottleneck(
         and channels is None
         and not adapter.use_gating
         and not (dropout.training and dropout.p > 0)
+        and not hooked(dropout)
         and not (drops_path and adapter.DropPath.training)
         and (adapter.adapter_residual_before_ln or not adapter.add_layer_norm_after)
         and residual.dtype == h.dtype
         and residual.shape == h.shape
     )
-    added: Any = residual if together else None
-    both = together and also is not None and not adapter.add_layer_norm_after
-    if both:
-        added = (residual, also)
     y = compacter_adapter(
         h,
         weights(layers[-2]),
         weights(up_layer),
         activation=fused_name(function) or activation,
-        residual=added,
+        residual=residual if together else None,
         scale=scale,
     )
     up, gate = y, None
@@ -122,8 +115,6 @@ def bottleneck(
         y = _in_dtype_of(adapter.adapter_norm_after, y)
     if not together and residual is not None and not adapter.adapter_residual_before_ln:
         y = y + residual
-    if also is not None and not both:
-        y = y + also
     output = (y, None, up if fused == "up" else None)
     return (*output, gate) if adapter.use_gating and output_gating else output
 
@@ -148,93 +139,6 @@ def _in_dtype_of(module: Any, x: Tensor) -> Tensor:
     dtype = module.weight.dtype
     result: Tensor = module(x) if dtype == x.dtype else module(x.to(dtype)).to(x.dtype)
     return result
-
-
-def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Tensor:
-    """Instead of bottleneck_layer_forward: a single adapter adds the layer's residual in its kernel too."""
-    alike = residual_input is not None and _alike(hidden_states, residual_input)
-    adapter = _single(layer) if alike else None
-    if adapter is None:
-        library = original(BottleneckLayer, "bottleneck_layer_forward")
-        plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
-        return plain
-    y: Tensor = adapter(hidden_states, residual_input=hidden_states, fused="output", also=residual_input)[0]
-    return layer_norm(y) if layer_norm else y
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
-
-
-def _single(layer: Any) -> Any:
-    """The adapter that is all that runs behind this layer, where it comes before the layer's residual and norm."""
-    setup = layer.get_active_setup()
-    if type(setup) is not Stack or len(setup.children) != 1:
-        return None
-    adapter = layer._modules["adapters"]._modules.get(setup.children[0])
-    context = ForwardContext.get_context()
-    if (
-        type(adapter) is Adapter
-        and adapter.residual_before_ln is True
-        and adapter.original_ln_after
-        and not adapter.original_ln_before
-        and {"pre_forward", "post_forward"}.isdisjoint(vars(adapter))
-        and not (context is not None and context.output_adapter_gating_scores)
-        and takes_fused(adapter)
-        and _composes_as_library(layer)
-    ):
-        return adapter
-    return None
-
-
-_BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
-_OTHERS = frozenset(_BYPASSED) - {"compose_single"}
-_inheriting: dict[type, bool] = {}  # whether a class has all of them from the library
-
-
-def _composes_as_library(layer: Any) -> bool:
-    """Whether the methods that are bypassed do what the library's do, on the layer's class and on the layer."""
-    kind = type(layer)
-    if kind not in _inheriting:
-        _inheriting[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
-    own = _OTHERS.isdisjoint(vars(layer)) and not replaced_by_others(layer, "compose_single")
-    return own and _inheriting[kind]
-
-
-def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
-    """Instead of BottleneckLayer.compose_single: lets the adapter add the residual inside its kernel.
-
-    `bottleneck_up` is set only where there is a fusion layer to read it, and then for every adapter of the layer, since
-    the library joins those of several adapters.
-    """
-    modules = layer._modules
-    adapter = modules["adapters"]._modules[adapter_setup]
-    context = ForwardContext.get_context()
-    output_gating = context.output_adapter_gating_scores if context is not None else False
-    needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
-    options = {}
-    if not output_gating and takes_fused(adapter):  # the gating scores are read from what is returned
-        options["fused"] = "up" if needs_up else "output"
-    outputs = adapter(
-        state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options
-    )
-    if output_gating:
-        layer._store_gating_score(adapter_setup, outputs[-1])
-    up = outputs[2] if needs_up else None
-    return state._replace(hidden_states=outputs[0], bottleneck_up=up, last=adapter_setup)
-
-
-def takes_fused(adapter: Any) -> bool:
-    """Whether `bottleneck` is what a call of this adapter runs, and no hook would miss what that leaves out."""
-    method = vars(adapter).get("forward", type(adapter).forward)
-    if not (method is bottleneck or (is_ours(method) and method.func is bottleneck)):
-        return False
-    if adapter._backward_hooks or adapter._backward_pre_hooks:
-        return False
-    if not (adapter._forward_hooks or adapter._forward_pre_hooks):
-        return True
-    hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())  # FSDP's look away
-    return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
 
 
 def describe(adapter: Any) -> str:

@@ -44,6 +44,9 @@ def active_setup(layer: Any) -> Any:
     setup = contexts[-1].adapter_setup if contexts else config.active_setup
     if setup is None or (config.skip_layers is not None and layer.layer_idx in config.skip_layers):
         return None
+    children = setup.children
+    if len(children) == 1 and type(children[0]) is str:  # what `flatten` makes a set of
+        return setup if children[0] in held else None
     return None if setup.flatten().isdisjoint(held) else setup
 
 

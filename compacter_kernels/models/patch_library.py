@@ -11,12 +11,12 @@ from torch import nn
 from compacter_kernels.models.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # of `adapters`: where the methods that are replaced read the same
-_METHODS = (
-    ("Adapter", "forward", "bottleneck"),
-    ("ParallelAdapter", "forward", "bottleneck"),
-    ("PHMLayer", "forward", "projection"),
-    ("BottleneckLayer", "compose_single", "compose_single"),
-    ("BottleneckLayer", "bottleneck_layer_forward", "layer_forward"),
+_METHODS = (  # class and method of `adapters`, our module and function
+    ("Adapter", "forward", "adapters_library", "bottleneck"),
+    ("ParallelAdapter", "forward", "adapters_library", "bottleneck"),
+    ("PHMLayer", "forward", "adapters_library", "projection"),
+    ("BottleneckLayer", "compose_single", "adapters_layer", "compose_single"),
+    ("BottleneckLayer", "bottleneck_layer_forward", "adapters_layer", "layer_forward"),
 )
 
 
@@ -54,10 +54,11 @@ def patch_library() -> Report:
         ) from error
     ours, shortcuts = part_of_ours("adapters_library"), part_of_ours("library_shortcuts")
     patched = []
-    for kind_name, name, function in _METHODS:
-        kind = getattr(ours, kind_name)
+    for kind_name, name, module, function in _METHODS:
+        stand_in = part_of_ours(module)
+        kind = getattr(stand_in, kind_name)
         ours.originals.setdefault((kind, name), vars(kind)[name])
-        setattr(kind, name, getattr(ours, function))
+        setattr(kind, name, getattr(stand_in, function))
         patched.append(_entry(kind, name))
     shortcuts.take(sys.modules["adapters"])
     return Report(patched=(*patched, *shortcuts.ENTRIES))

@@ -17,12 +17,15 @@ Result = tuple[bool, str] | None  # whether it is patched, and how or why not; N
 
 def patch_model(model: nn.Module) -> Report:
     """Put the functions onto the modules that are recognised."""
-    library = part_of_ours("adapters_library") if serves(model) else None
+    library, layers = map(part_of_ours, ("adapters_library", "adapters_layer")) if serves(model) else (None, None)
     patched: list[Entry] = []
     skipped: list[Entry] = []
     whole: set[int] = set()  # the parts of adapters that are patched as a whole, which need no line of their own
     for name, module in model.named_modules():
-        result = _patch_module(module, library, whole)
+        if layers is not None and isinstance(module, layers.BottleneckLayer):
+            result = _patch_layer(module, library, layers)
+        else:
+            result = _patch_module(module, library, whole)
         if result is not None:
             (patched if result[0] else skipped).append(Entry(name, result[1]))
     if library is not None and patched:
@@ -33,8 +36,6 @@ def patch_model(model: nn.Module) -> Report:
 
 
 def _patch_module(module: nn.Module, library: Any, whole: set[int]) -> Result:
-    if library is not None and isinstance(module, library.BottleneckLayer):
-        return _patch_composition(module, library)
     if library is not None and isinstance(module, library.Adapter):
         return _patch_adapter(module, library, whole)
     if bottlenecks.is_bottleneck(module):
@@ -49,22 +50,22 @@ def _patch_module(module: nn.Module, library: Any, whole: set[int]) -> Result:
     return None
 
 
-def _patch_composition(layer: Any, library: Any) -> Result:
+def _patch_layer(layer: Any, library: Any, layers: Any) -> Result:
     """The layer that calls the adapters; it is worth a line only where it cannot be patched."""
     adapters = [a for a in getattr(layer, "adapters", {}).values() if isinstance(a, library.Adapter)]
     if not any(library.is_phm_layer(adapter.adapter_up) for adapter in adapters):
         return None
-    if not _inherits(layer, "compose_single", library):
+    inherits = [name for name in layers.METHODS if _inherits(layer, name, library, layers)]
+    if "compose_single" not in inherits:
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
-    put(layer, "compose_single", library.compose_single)
-    if _inherits(layer, "bottleneck_layer_forward", library):
-        put(layer, "bottleneck_layer_forward", library.layer_forward)
+    for name in inherits:
+        put(layer, name, layers.METHODS[name])
     return None
 
 
-def _inherits(layer: Any, name: str, library: Any) -> bool:
+def _inherits(layer: Any, name: str, library: Any, layers: Any) -> bool:
     """Whether a layer has this method from the library, and not one of its own."""
-    own = library.original(library.BottleneckLayer, name)
+    own = library.original(layers.BottleneckLayer, name)
     return library.original(type(layer), name) is own and not replaced_by_others(layer, name)
 
 

@@ -1,0 +1,141 @@
+"""The layers of `adapters` that call adapters: `compose_single` and `layer_forward` stand in for methods of
+BottleneckLayer, compose_single and bottleneck_layer_forward.
+
+A single, plain adapter, as most models have them, adds the residual around its layer in its kernel. Between two large
+products Python's own code has left the caches: what counts there is how many different functions a call passes through,
+and hardly how much it reads, so `layer_forward` asks by itself, at once, what `bottleneck` and the library would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters.composition import Stack
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import Adapter
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from compacter_kernels.functional import compacter_adapter
+from compacter_kernels.models.adapters_library import bottleneck, is_phm_layer, original, weights
+from compacter_kernels.models.fused_names import fused_name
+from compacter_kernels.models.instances import hooked, is_ours
+
+_BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
+_inheriting: dict[type, bool] = {}  # whether a class of layers has all of these from the library
+
+
+def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Tensor:
+    """Instead of bottleneck_layer_forward: x + up(act(down(x))) + residual_input, with the layer's norm if it has one."""
+    x, residual = hidden_states, residual_input
+    alike = residual is not None and x.shape == residual.shape and x.dtype == residual.dtype
+    adapter = _single(layer) if alike else None
+    if adapter is None:
+        library = original(BottleneckLayer, "bottleneck_layer_forward")
+        plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
+        return plain
+    down, activation = adapter._modules["adapter_down"]._modules.values()
+    y = compacter_adapter(
+        x,
+        weights(down),
+        weights(adapter._modules["adapter_up"]),
+        activation=fused_name(activation._modules.get("f") or activation.f) or activation,
+        residual=(x, residual),  # type: ignore[arg-type]
+        scale=adapter.scaling,
+    )
+    return layer_norm(y) if layer_norm else y
+
+
+def _single(layer: Any) -> Any:
+    """The adapter that is all that runs behind this layer, before its residual and norm; None if there is more to it."""
+    setup = layer.get_active_setup()
+    if type(setup) is not Stack or len(setup.children) != 1 or not _composes_as_library(layer):
+        return None
+    name = setup.children[0]
+    adapter = layer._modules["adapters"]._modules.get(name) if type(name) is str else None
+    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _gates_are_asked_for() else None
+
+
+def _composes_as_library(layer: Any) -> bool:
+    """Whether the methods that are bypassed do what the library's do, on the layer's class and on the layer."""
+    kind, own = type(layer), vars(layer)
+    if kind not in _inheriting:
+        _inheriting[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
+    for name in _BYPASSED:
+        if name in own and not is_ours(own[name]):
+            return False
+    return _inheriting[kind]
+
+
+def _gates_are_asked_for() -> bool:
+    contexts = ForwardContext.get_contexts()
+    return bool(contexts and contexts[-1].output_adapter_gating_scores)
+
+
+def _is_plain(adapter: Any) -> bool:
+    """Whether it computes x + scale * up(act(down(x))) with two PHM layers, and nobody listens to any part of it."""
+    own, modules = vars(adapter), adapter._modules
+    if (
+        adapter.add_layer_norm_before
+        or adapter.add_layer_norm_after
+        or adapter.use_gating
+        or adapter.original_ln_before
+        or not adapter.original_ln_after
+        or adapter.residual_before_ln is not True
+        or "pre_forward" in own
+        or "post_forward" in own
+        or "DropPath" in modules
+    ):
+        return False
+    dropout, layers, up = modules["dropout"], modules["adapter_down"], modules["adapter_up"]
+    if (dropout.p > 0 and dropout.training) or len(layers._modules) != 2:
+        return False
+    down, activation = layers._modules.values()
+    if not (_runs_bottleneck(adapter) and is_phm_layer(down) and is_phm_layer(up)):
+        return False
+    if "scaling" not in own and adapter.scaling.numel() != 1:  # a Parameter is not in there
+        return False
+    parts = (adapter, layers, down, activation, *activation._modules.values(), up, dropout)
+    return not (_has_any_global_hook() or hooked(*parts))
+
+
+def _runs_bottleneck(adapter: Any) -> bool:
+    method = vars(adapter).get("forward", type(adapter).forward)
+    return method is bottleneck or (is_ours(method) and method.func is bottleneck)
+
+
+def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
+    """Instead of BottleneckLayer.compose_single: lets the adapter add the residual inside its kernel.
+
+    `bottleneck_up` is set only where there is a fusion layer to read it, and then for every adapter of the layer, since
+    the library joins those of several adapters.
+    """
+    modules = layer._modules
+    adapter = modules["adapters"]._modules[adapter_setup]
+    context = ForwardContext.get_context()
+    output_gating = context.output_adapter_gating_scores if context is not None else False
+    needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
+    options = {}
+    if not output_gating and _takes_fused(adapter):  # the gating scores are read from what is returned
+        options["fused"] = "up" if needs_up else "output"
+    outputs = adapter(
+        state.hidden_states, residual_input=state.adapter_residual, output_gating=output_gating, **options
+    )
+    if output_gating:
+        layer._store_gating_score(adapter_setup, outputs[-1])
+    up = outputs[2] if needs_up else None
+    return state._replace(hidden_states=outputs[0], bottleneck_up=up, last=adapter_setup)
+
+
+def _takes_fused(adapter: Any) -> bool:
+    """Whether `bottleneck` is what a call of this adapter runs, and no hook would miss what that leaves out."""
+    if not _runs_bottleneck(adapter) or adapter._backward_hooks or adapter._backward_pre_hooks:
+        return False
+    if not (adapter._forward_hooks or adapter._forward_pre_hooks):
+        return True
+    hooks = (*adapter._forward_hooks.values(), *adapter._forward_pre_hooks.values())  # FSDP's look away
+    return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
+
+
+METHODS = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}  # of BottleneckLayer
