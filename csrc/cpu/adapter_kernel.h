@@ -46,17 +46,18 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        // In cache the room for the output takes as long to come as x.
+        // In cache the room for the output takes as long to come as x; a residual of its own takes longest.
         T* out_rows = out + token * up.out;
         const T* x_next = rows_after(x, token, end, down.in);
-        contract_x(x + token * down.in, tokens, scratch.z, streaming ? x_next : out_rows);
+        const T* other = residual && residual != x ? residual + token * up.out : nullptr;
+        contract_x(x + token * down.in, tokens, scratch.z, other ? other : streaming ? x_next : out_rows);
         mix(down, scratch.z, scratch.v);
         preactivation(down, scratch.v, scratch.h);
         activate(job.activation, scratch.h, down.out);
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
         expand(scratch.v2, residual ? residual + token * up.out : nullptr, also ? also + token * up.out : nullptr,
-               out_rows, tokens, streaming ? nullptr : x_next);
+               out_rows, tokens, streaming && !other ? nullptr : x_next);
     }
     if (streaming) stream_fence();
 }
