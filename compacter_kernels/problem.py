@@ -120,7 +120,15 @@ def adapter_problem(
 
 
 def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise unless `value` is a tensor of that shape with the dtype and device of x."""
+    """Raise unless `value` is a tensor of that shape with the dtype, device and layout of x, which has been checked."""
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype == x.dtype
+        and value.device == x.device
+        and value.layout == x.layout
+    ):
+        return
     _check_tensor(value, name)
     assert isinstance(value, Tensor)
     if value.shape != shape:

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
-from compacter_kernels.models import library_shortcuts
+from compacter_kernels.models import adapters_layer, adapters_library, library_shortcuts
 from compacter_kernels.models.report import Entry
 
 WIDTH, VOCABULARY = 32, 60
@@ -81,6 +81,17 @@ def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
     model.train_adapter(setup)
     draw_anew(model)
     return model
+
+
+def residuals_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Filled with the residual of each call of the kernel for a whole adapter."""
+    residuals: list[Any] = []
+    kernel = adapters_library.compacter_adapter
+    for module in (adapters_library, adapters_layer):
+        monkeypatch.setattr(
+            module, "compacter_adapter", lambda *a, **k: (residuals.append(k["residual"]), kernel(*a, **k))[1]
+        )
+    return residuals
 
 
 def of_modules(entries: tuple[Entry, ...]) -> list[Entry]:

@@ -6,11 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_models import FAMILIES, PAST_KEY_VALUE, WIDTH, assert_same_step, compacter, inputs, make, of_modules, step
+from adapters_models import (
+    FAMILIES,
+    PAST_KEY_VALUE,
+    WIDTH,
+    assert_same_step,
+    compacter,
+    inputs,
+    make,
+    of_modules,
+    residuals_of_calls,
+    step,
+)
 from oracle import BF16
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from compacter_kernels.models import adapters_library
 from compacter_kernels.models.patch import patch, unpatch
 
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)
@@ -178,13 +189,22 @@ def test_autocast(family: str) -> None:
 def test_a_hook_inside_the_adapter_is_run() -> None:
     model = make()
     adapter = model.bert.encoder.layer[0].output.adapters["a"]
-    for part in (adapter.adapter_up, adapter.adapter_down[0], adapter.non_linearity.f, adapter.adapter_down):
+    down, up = adapter.adapter_down, adapter.adapter_up
+    for part in (up, down[0], adapter.non_linearity.f, down, adapter.dropout):
         handle = part.register_forward_hook(lambda module, args, output: output * 2)
         expected = step(model)
         patch(model)
         assert_same_step(step(model), expected)
         unpatch(model)
         handle.remove()
+
+
+def test_a_hook_on_all_modules_sees_the_adapters() -> None:
+    model, seen = make(), []
+    patch(model)
+    with register_module_forward_hook(lambda module, args, output: seen.append(type(module).__name__)):
+        step(model)
+    assert seen.count("Adapter") == 4
 
 
 def test_a_hook_on_the_adapter_sees_all_three_tensors() -> None:
@@ -200,17 +220,11 @@ def test_a_hook_on_the_adapter_sees_all_three_tensors() -> None:
 
 
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    kernel = adapters_library.compacter_adapter
-
-    def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        calls.append(options["residual"] is not None)
-        return kernel(x, *args, **options)
-
-    monkeypatch.setattr(adapters_library, "compacter_adapter", counted)
+    residuals = residuals_of_calls(monkeypatch)
     model = make()
     step(model)
-    assert not calls
+    assert not residuals
     patch(model)
     step(model)
-    assert calls == [True] * 4
+    assert len(residuals) == 4
+    assert None not in residuals

@@ -17,11 +17,11 @@ from adapters_models import (
     inputs,
     make,
     of_modules,
+    residuals_of_calls,
     step,
 )
 from torch import nn
 
-from compacter_kernels.models import adapters_layer, adapters_library
 from compacter_kernels.models.patch import patch, unpatch
 
 ac = pytest.importorskip("adapters.composition")
@@ -160,12 +160,7 @@ def test_deleting_and_adding_after_a_patch() -> None:
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel for x, the adapter and the residual around the block; a stack of two adds it after the second."""
-    residuals = []
-    kernel = adapters_library.compacter_adapter
-    for module in (adapters_library, adapters_layer):
-        monkeypatch.setattr(
-            module, "compacter_adapter", lambda *a, **k: (residuals.append(k["residual"]), kernel(*a, **k))[1]
-        )
+    residuals = residuals_of_calls(monkeypatch)
     model = make(family)
     patch(model)
     step(model)

@@ -1,9 +1,11 @@
-"""The layers of `adapters` that call adapters: `compose_single` and `layer_forward` stand in for methods of
-BottleneckLayer, compose_single and bottleneck_layer_forward.
+"""The layers of `adapters` that call its adapters.
+
+`compose_single` and `layer_forward` stand in for the methods compose_single and bottleneck_layer_forward of
+BottleneckLayer.
 
 A single, plain adapter, as most models have them, adds the residual around its layer in its kernel. Between two large
 products Python's own code has left the caches: what counts there is how many different functions a call passes through,
-and hardly how much it reads, so `layer_forward` asks by itself, at once, what `bottleneck` and the library would.
+and hardly how much they read. So `layer_forward` leaves out what the library and `bottleneck` pass through.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _inheriting: dict[type, bool] = {}  # whether a class of layers has all of these
 
 
 def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Tensor:
-    """Instead of bottleneck_layer_forward: x + up(act(down(x))) + residual_input, with the layer's norm if it has one."""
+    """Instead of bottleneck_layer_forward: x + up(act(down(x))) + residual_input, and the norm if there is one."""
     x, residual = hidden_states, residual_input
     alike = residual is not None and x.shape == residual.shape and x.dtype == residual.dtype
     adapter = _single(layer) if alike else None
@@ -48,7 +50,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
 
 
 def _single(layer: Any) -> Any:
-    """The adapter that is all that runs behind this layer, before its residual and norm; None if there is more to it."""
+    """The adapter that is all that runs behind this layer, before its residual and norm; None if there is more."""
     setup = layer.get_active_setup()
     if type(setup) is not Stack or len(setup.children) != 1 or not _composes_as_library(layer):
         return None

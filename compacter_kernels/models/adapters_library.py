@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.models import phm_modules
 from compacter_kernels.models.fused_names import fused_name
-from compacter_kernels.models.instances import hooked, is_ours
+from compacter_kernels.models.instances import hooked
 from compacter_kernels.weights import PHMWeights
 
 # The methods that were replaced on the classes themselves: (class, name) -> the library's own.
@@ -35,7 +35,7 @@ def weights(layer: Any) -> PHMWeights:
     """The weights of a PHMLayer; shared ones come from the ForwardContext, where the model's forward puts them."""
     if not (layer.shared_phm_rule or layer.shared_W_phm):
         return phm_modules.weights(layer)
-    shared = ForwardContext.get_context().shared_parameters[layer.name]
+    shared = ForwardContext.get_contexts()[-1].shared_parameters[layer.name]
     rules = shared if layer.shared_phm_rule else layer
     if layer.shared_W_phm:
         return phm_modules.weights(layer, rules, shared, f"W_{layer.position}")

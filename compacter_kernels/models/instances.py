@@ -7,6 +7,7 @@ module, and it can be told from whatever others put there without any other mark
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ METHODS = ("forward", "post_forward", "compose_single", "bottleneck_layer_forwar
 
 def is_ours(method: Any) -> bool:
     """Whether this is a method that `put` made."""
-    return isinstance(method, functools.partial) and getattr(method.func, "__module__", "").startswith(PACKAGE)
+    if type(method) is not functools.partial or type(method.func) is not types.FunctionType:
+        return False
+    return method.func.__module__.startswith(PACKAGE)
 
 
 def put(module: nn.Module, name: str, function: Callable[..., Any], **options: Any) -> None:
