@@ -37,6 +37,7 @@ SETUPS: dict[str, Any] = {
     "Stack of Fuse": ac.Stack("c", ac.Fuse("a", "b")),
     "Fuse of Stacks": ac.Fuse(ac.Stack("a", "c"), "b"),
     "Stack of Parallel": ac.Stack("c", ac.Parallel("a", "b")),
+    "Stack of nothing but a Parallel": ac.Stack(ac.Parallel("a", "b")),
     "Average of Stacks": ac.Average(ac.Stack("a", "c"), "b", weights=[0.5, 0.5]),
     "BatchSplit with a plain adapter": ac.BatchSplit("a", "plain", "c", batch_sizes=[1, 2, 1]),
     "plain first": ac.BatchSplit("plain", "a", batch_sizes=[1, 3]),
