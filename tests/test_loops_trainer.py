@@ -52,6 +52,7 @@ def test_trainer(kind: str, tmp_path: Path) -> None:
         "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     }.items():
         model, base = make(kind)
+        model.config.use_cache = False  # as it is under checkpointing: a cache gives attention keys of other strides
         start = values(model)
         losses = fit(model, kind, tmp_path / name, **options)
         assert len(losses) == 12
