@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.models.adapters_library import bottleneck, is_phm_layer, original, weights
-from compacter_kernels.models.fused_names import fused_name
-from compacter_kernels.models.instances import hooked, is_ours
+from compacter_kernels.models.adapters_library import activation_of, bottleneck, is_phm_layer, original, parts, weights
+from compacter_kernels.models.instances import hooked, is_ours, replaced_by_others
 
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
 _inheriting: dict[type, bool] = {}  # whether a class of layers has all of these from the library
@@ -37,12 +36,12 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
         library = original(BottleneckLayer, "bottleneck_layer_forward")
         plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
         return plain
-    down, activation = adapter._modules["adapter_down"]._modules.values()
+    (down, _), up, activation = parts(adapter)
     y = compacter_adapter(
         x,
         weights(down),
-        weights(adapter._modules["adapter_up"]),
-        activation=fused_name(activation._modules.get("f") or activation.f) or activation,
+        weights(up),
+        activation=activation_of(activation),
         residual=(x, residual),  # type: ignore[arg-type]
         scale=adapter.scaling,
     )
@@ -56,23 +55,24 @@ def _single(layer: Any) -> Any:
         return None
     name = setup.children[0]
     adapter = layer._modules["adapters"]._modules.get(name) if type(name) is str else None
-    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _gates_are_asked_for() else None
+    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _output_gating() else None
 
 
 def _composes_as_library(layer: Any) -> bool:
     """Whether the methods that are bypassed do what the library's do, on the layer's class and on the layer."""
-    kind, own = type(layer), vars(layer)
+    kind = type(layer)
     if kind not in _inheriting:
         _inheriting[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
     for name in _BYPASSED:
-        if name in own and not is_ours(own[name]):
+        if replaced_by_others(layer, name):
             return False
     return _inheriting[kind]
 
 
-def _gates_are_asked_for() -> bool:
+def _output_gating() -> Any:
+    """Whether the caller of the model asks for the scores of gates."""
     contexts = ForwardContext.get_contexts()
-    return bool(contexts and contexts[-1].output_adapter_gating_scores)
+    return contexts[-1].output_adapter_gating_scores if contexts else False
 
 
 def _is_plain(adapter: Any) -> bool:
@@ -90,16 +90,15 @@ def _is_plain(adapter: Any) -> bool:
         or "DropPath" in modules
     ):
         return False
-    dropout, layers, up = modules["dropout"], modules["adapter_down"], modules["adapter_up"]
-    if (dropout.p > 0 and dropout.training) or len(layers._modules) != 2:
+    (layers, up, activation), dropout = parts(adapter), modules["dropout"]
+    if (dropout.p > 0 and dropout.training) or len(layers) != 2:
         return False
-    down, activation = layers._modules.values()
-    if not (_runs_bottleneck(adapter) and is_phm_layer(down) and is_phm_layer(up)):
+    if not (_runs_bottleneck(adapter) and is_phm_layer(layers[0]) and is_phm_layer(up)):
         return False
     if "scaling" not in own and adapter.scaling.numel() != 1:  # a Parameter is not in there
         return False
-    parts = (adapter, layers, down, activation, *activation._modules.values(), up, dropout)
-    return not (_has_any_global_hook() or hooked(*parts))
+    inner = (modules["adapter_down"], layers[0], activation, *activation._modules.values(), up, dropout)
+    return not (_has_any_global_hook() or hooked(adapter, *inner))
 
 
 def _runs_bottleneck(adapter: Any) -> bool:
@@ -115,8 +114,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     """
     modules = layer._modules
     adapter = modules["adapters"]._modules[adapter_setup]
-    context = ForwardContext.get_context()
-    output_gating = context.output_adapter_gating_scores if context is not None else False
+    output_gating = _output_gating()
     needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
     options = {}
     if not output_gating and _takes_fused(adapter):  # the gating scores are read from what is returned
@@ -140,4 +138,7 @@ def _takes_fused(adapter: Any) -> bool:
     return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
 
 
-METHODS = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}  # of BottleneckLayer
+STAND_INS = {
+    (BottleneckLayer, "compose_single"): compose_single,
+    (BottleneckLayer, "bottleneck_layer_forward"): layer_forward,
+}

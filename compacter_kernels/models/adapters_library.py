@@ -77,8 +77,8 @@ def bottleneck(
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
-    layers, up_layer, activation = _parts(adapter)
-    dropout, function = adapter._modules["dropout"], activation._modules.get("f") or activation.f
+    layers, up_layer, activation = parts(adapter)
+    dropout = adapter._modules["dropout"]
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     together = (
         fused == "output"
@@ -96,7 +96,7 @@ def bottleneck(
         h,
         weights(layers[-2]),
         weights(up_layer),
-        activation=fused_name(function) or activation,
+        activation=activation_of(activation),
         residual=residual if together else None,
         scale=scale,
     )
@@ -119,15 +119,20 @@ def bottleneck(
     return (*output, gate) if adapter.use_gating and output_gating else output
 
 
-def _parts(adapter: Any) -> tuple[tuple[Any, ...], Any, Any]:
+def parts(adapter: Any) -> tuple[tuple[Any, ...], Any, Any]:
     """adapter_down's layers, adapter_up and non_linearity, without the search that nn.Module makes for each."""
     modules = adapter._modules
     return tuple(modules["adapter_down"]._modules.values()), modules["adapter_up"], modules["non_linearity"]
 
 
+def activation_of(non_linearity: Any) -> Any:
+    """What the kernel is to take for it: a fused name, or the module, to be called."""
+    return fused_name(non_linearity._modules.get("f") or non_linearity.f) or non_linearity
+
+
 def _can_fuse(adapter: Any, residual_input: Tensor | None) -> bool:
     """Whether the kernel may stand for the calls of both projections and what lies between them."""
-    layers, up, activation = _parts(adapter)
+    layers, up, activation = parts(adapter)
     if residual_input is None or not is_phm_layer(up) or len(layers) != 2 + adapter.add_layer_norm_before:
         return False
     inner = (adapter._modules["adapter_down"], layers[-2], activation, *activation._modules.values(), up)
@@ -155,3 +160,10 @@ def describe(adapter: Any) -> str:
     names = [name for name, there in outside.items() if there]
     how = f"one kernel, but for: {', '.join(names)}" if names else "one kernel"
     return how if adapter.adapter_up.learn_phm else f"{how} (learn_phm=False, but train_adapter trains the rule too)"
+
+
+STAND_INS = {
+    (Adapter, "forward"): bottleneck,
+    (ParallelAdapter, "forward"): bottleneck,
+    (PHMLayer, "forward"): projection,
+}

@@ -11,13 +11,6 @@ from torch import nn
 from compacter_kernels.models.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # of `adapters`: where the methods that are replaced read the same
-_METHODS = (  # class and method of `adapters`, our module and function
-    ("Adapter", "forward", "adapters_library", "bottleneck"),
-    ("ParallelAdapter", "forward", "adapters_library", "bottleneck"),
-    ("PHMLayer", "forward", "adapters_library", "projection"),
-    ("BottleneckLayer", "compose_single", "adapters_layer", "compose_single"),
-    ("BottleneckLayer", "bottleneck_layer_forward", "adapters_layer", "layer_forward"),
-)
 
 
 def part_of_ours(name: str) -> Any:
@@ -52,13 +45,11 @@ def patch_library() -> Report:
             f"ck.patch() without a model speeds up the library `adapters`, which cannot be imported ({error}); "
             "pip install adapters"
         ) from error
-    ours, shortcuts = part_of_ours("adapters_library"), part_of_ours("library_shortcuts")
+    ours, layers, shortcuts = map(part_of_ours, ("adapters_library", "adapters_layer", "library_shortcuts"))
     patched = []
-    for kind_name, name, module, function in _METHODS:
-        stand_in = part_of_ours(module)
-        kind = getattr(stand_in, kind_name)
+    for (kind, name), stand_in in (ours.STAND_INS | layers.STAND_INS).items():
         ours.originals.setdefault((kind, name), vars(kind)[name])
-        setattr(kind, name, getattr(stand_in, function))
+        setattr(kind, name, stand_in)
         patched.append(_entry(kind, name))
     shortcuts.take(sys.modules["adapters"])
     return Report(patched=(*patched, *shortcuts.ENTRIES))

@@ -55,17 +55,19 @@ def _patch_layer(layer: Any, library: Any, layers: Any) -> Result:
     adapters = [a for a in getattr(layer, "adapters", {}).values() if isinstance(a, library.Adapter)]
     if not any(library.is_phm_layer(adapter.adapter_up) for adapter in adapters):
         return None
-    inherits = [name for name in layers.METHODS if _inherits(layer, name, library, layers)]
-    if "compose_single" not in inherits:
+    inherited = {
+        name: function for (kind, name), function in layers.STAND_INS.items() if _inherits(layer, kind, name, library)
+    }
+    if "compose_single" not in inherited:
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
-    for name in inherits:
-        put(layer, name, layers.METHODS[name])
+    for name, function in inherited.items():
+        put(layer, name, function)
     return None
 
 
-def _inherits(layer: Any, name: str, library: Any, layers: Any) -> bool:
-    """Whether a layer has this method from the library, and not one of its own."""
-    own = library.original(layers.BottleneckLayer, name)
+def _inherits(layer: Any, kind: type, name: str, library: Any) -> bool:
+    """Whether a layer has this method from that class of the library, and not one of its own."""
+    own = library.original(kind, name)
     return library.original(type(layer), name) is own and not replaced_by_others(layer, name)
 
 
