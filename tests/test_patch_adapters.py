@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters.methods.modeling import Activation_Function_Class
 from adapters_models import (
     FAMILIES,
     PAST_KEY_VALUE,
@@ -197,6 +198,18 @@ def test_a_hook_inside_the_adapter_is_run() -> None:
         assert_same_step(step(model), expected)
         unpatch(model)
         handle.remove()
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}], ids=["layer's residual inside", "dropout outside"])
+def test_an_activation_that_was_exchanged(options: dict[str, Any]) -> None:
+    """The library runs the one in adapter_down, whatever non_linearity still holds."""
+    model = make(a=compacter(**options))
+    for module in model.modules():
+        if hasattr(module, "adapter_down"):
+            module.adapter_down[1] = Activation_Function_Class("tanh")
+    expected = step(model)
+    patch(model)
+    assert_same_step(step(model), expected)
 
 
 def test_a_hook_on_all_modules_sees_the_adapters() -> None:

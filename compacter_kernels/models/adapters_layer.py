@@ -36,7 +36,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
         library = original(BottleneckLayer, "bottleneck_layer_forward")
         plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
         return plain
-    (down, _), up, activation = parts(adapter)
+    (down, activation), up = parts(adapter)
     y = compacter_adapter(
         x,
         weights(down),
@@ -90,14 +90,14 @@ def _is_plain(adapter: Any) -> bool:
         or "DropPath" in modules
     ):
         return False
-    (layers, up, activation), dropout = parts(adapter), modules["dropout"]
+    (layers, up), dropout = parts(adapter), modules["dropout"]
     if (dropout.p > 0 and dropout.training) or len(layers) != 2:
         return False
     if not (_runs_bottleneck(adapter) and is_phm_layer(layers[0]) and is_phm_layer(up)):
         return False
     if "scaling" not in own and adapter.scaling.numel() != 1:  # a Parameter is not in there
         return False
-    inner = (modules["adapter_down"], layers[0], activation, *activation._modules.values(), up, dropout)
+    inner = (modules["adapter_down"], *layers, *layers[1]._modules.values(), up, dropout)
     return not (_has_any_global_hook() or hooked(adapter, *inner))
 
 

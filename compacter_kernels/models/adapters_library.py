@@ -77,7 +77,7 @@ def bottleneck(
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
-    layers, up_layer, activation = parts(adapter)
+    layers, up_layer = parts(adapter)
     dropout = adapter._modules["dropout"]
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     together = (
@@ -96,7 +96,7 @@ def bottleneck(
         h,
         weights(layers[-2]),
         weights(up_layer),
-        activation=activation_of(activation),
+        activation=activation_of(layers[-1]),
         residual=residual if together else None,
         scale=scale,
     )
@@ -119,23 +119,23 @@ def bottleneck(
     return (*output, gate) if adapter.use_gating and output_gating else output
 
 
-def parts(adapter: Any) -> tuple[tuple[Any, ...], Any, Any]:
-    """adapter_down's layers, adapter_up and non_linearity, without the search that nn.Module makes for each."""
+def parts(adapter: Any) -> tuple[tuple[Any, ...], Any]:
+    """adapter_down's layers, the last of them the activation, and adapter_up, without nn.Module's search for each."""
     modules = adapter._modules
-    return tuple(modules["adapter_down"]._modules.values()), modules["adapter_up"], modules["non_linearity"]
+    return tuple(modules["adapter_down"]._modules.values()), modules["adapter_up"]
 
 
-def activation_of(non_linearity: Any) -> Any:
+def activation_of(layer: Any) -> Any:
     """What the kernel is to take for it: a fused name, or the module, to be called."""
-    return fused_name(non_linearity._modules.get("f") or non_linearity.f) or non_linearity
+    return fused_name(layer._modules.get("f") or layer.f) or layer
 
 
 def _can_fuse(adapter: Any, residual_input: Tensor | None) -> bool:
     """Whether the kernel may stand for the calls of both projections and what lies between them."""
-    layers, up, activation = parts(adapter)
+    layers, up = parts(adapter)
     if residual_input is None or not is_phm_layer(up) or len(layers) != 2 + adapter.add_layer_norm_before:
         return False
-    inner = (adapter._modules["adapter_down"], layers[-2], activation, *activation._modules.values(), up)
+    inner = (adapter._modules["adapter_down"], *layers[-2:], *layers[-1]._modules.values(), up)
     return is_phm_layer(layers[-2]) and not hooked(*inner)
 
 
