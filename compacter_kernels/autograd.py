@@ -1,4 +1,4 @@
-"""The fused impls under autograd. Saved for backward: x and the parameters, nothing else."""
+"""The fused impls under autograd. Saved for backward: x and the parameters; where a norm follows, what it norms too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, forward_with
+from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, NormingKernel, forward_with
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import NormWeights, PHMWeights
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -106,3 +106,36 @@ class AdapterFunction(_Function):
         wanted = ctx.needs_input_grad
         grads = _without_grad(kernel.backward, x, grad, residual_is_x, scale, *_projections(params), wanted[2:])
         return (None, grad if wanted[1] else None, *_once(grads, grad, x, *params))
+
+
+class NormedAdapterFunction(_Function):
+    """A frozen layer norm of compacter_adapter with x and another residual. call: the kernel, scale and the norm's eps.
+
+    x or a parameter must require a gradient: a second derivative raises by their graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: tuple[NormingKernel, float, float],
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *params: Tensor | None,
+    ) -> Tensor:
+        ctx.call = kernel, scale, eps = call
+        norm = NormWeights(weight, bias, eps)
+        out, y = kernel.forward_normed(x, residual, scale, *_projections(params), norm, keep=True)
+        ctx.save_for_backward(x, y, weight, bias, *params)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, bias, *params = ctx.saved_tensors
+        kernel, scale, eps = ctx.call
+        wanted, norm = ctx.needs_input_grad, NormWeights(weight, bias, eps)
+        wanted = (wanted[2], *wanted[5:])
+        grads = _without_grad(kernel.backward_normed, x, y, grad, scale, *_projections(params), norm, wanted)
+        of_residual, of_x, *others = _once(grads, grad, x, *params)
+        return (None, of_residual, of_x, None, None, *others)

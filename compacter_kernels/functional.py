@@ -18,7 +18,7 @@ from compacter_kernels.problem import Problem, adapter_problem, check_like, chec
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 
 _plans: dict[Any, dispatch.Plan] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _signature(weights: PHMWeights) -> tuple[Any, ...]:
@@ -53,7 +53,8 @@ def _auto(impl: str) -> Any:
     return _environ.get(_variable) if impl == "auto" else None
 
 
-def _any_requires_grad(weights: PHMWeights) -> bool:
+def any_requires_grad(weights: PHMWeights) -> bool:
+    """Whether one of these weights does; the short way for every call."""
     rule, left, right, bias = weights
     return (
         rule.requires_grad
@@ -113,9 +114,9 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
         plan = _plans[key] = dispatch.plan(linear_problem(x, weights), impl)
     if plan.kernel is None:
         result: Tensor = plan.module.linear(x, weights)
-    elif x.__class__ not in _PLAIN:
+    elif x.__class__ not in PLAIN_TENSORS:
         result = ops.linear(x, weights, plan.name)
-    elif torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
+    elif torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(weights)):
         result = LinearFunction.apply(plan.kernel, x, *weights)
     else:
         result = plan.kernel.forward(x, weights)
@@ -153,9 +154,40 @@ def compacter_adapter(
         RuntimeError: an explicit impl that cannot serve this call.
     """
     if not isinstance(scale, float):
-        up, scale = _with_scale(up, scale)
+        up, scale = with_scale(up, scale)
     if torch.compiler.is_compiling():
         return _compiled_adapter(x, down, up, activation, residual, scale, out, impl)
+    plan = adapter_plan(x, down, up, activation, impl)
+    also_x = False  # besides the residual
+    if isinstance(residual, tuple):
+        residual, also_x = _two_residuals(x, residual, out is None and plan.kernel is not None)
+    elif residual is not None and residual is not x:
+        check_like(residual, "residual", x, x.shape)
+    if out is not None:
+        return _adapter_into(out, plan, x, down, up, activation, residual, scale)
+    if plan.kernel is None:
+        result: Tensor = plan.module.adapter(x, down, up, resolve(activation), residual, scale)
+    elif x.__class__ not in PLAIN_TENSORS:
+        result = ops.adapter(x, residual, also_x, scale, down, up, str(activation), plan.name)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or any_requires_grad(down)
+        or any_requires_grad(up)
+        or (residual is not None and residual.requires_grad)
+    ):
+        same = residual is x
+        result = AdapterFunction.apply((plan.kernel, same or also_x, scale), None if same else residual, x, *down, *up)
+    elif also_x:
+        result = forward_with(plan.kernel, x, residual, True, scale, down, up)
+    else:
+        result = plan.kernel.forward(x, residual, scale, down, up)
+    return result
+
+
+def adapter_plan(
+    x: Tensor, down: PHMWeights, up: PHMWeights, activation: str | Callable[[Tensor], Tensor], impl: str
+) -> dispatch.Plan:
+    """The plan of a call of `compacter_adapter`; raises what that raises."""
     try:
         projections = (_signature(down), _signature(up))
         key = (x.shape[-1], x.dtype, x.device, x.layout, projections, activation, impl, _auto(impl))
@@ -166,30 +198,7 @@ def compacter_adapter(
         plan = dispatch.plan(adapter_problem(x, down, up, activation), impl)
         if isinstance(activation, str):
             _plans[key] = plan
-    also_x = False  # besides the residual
-    if isinstance(residual, tuple):
-        residual, also_x = _two_residuals(x, residual, out is None and plan.kernel is not None)
-    elif residual is not None and residual is not x:
-        check_like(residual, "residual", x, x.shape)
-    if out is not None:
-        return _adapter_into(out, plan, x, down, up, activation, residual, scale)
-    if plan.kernel is None:
-        result: Tensor = plan.module.adapter(x, down, up, resolve(activation), residual, scale)
-    elif x.__class__ not in _PLAIN:
-        result = ops.adapter(x, residual, also_x, scale, down, up, str(activation), plan.name)
-    elif torch.is_grad_enabled() and (
-        x.requires_grad
-        or _any_requires_grad(down)
-        or _any_requires_grad(up)
-        or (residual is not None and residual.requires_grad)
-    ):
-        same = residual is x
-        result = AdapterFunction.apply((plan.kernel, same or also_x, scale), None if same else residual, x, *down, *up)
-    elif also_x:
-        result = forward_with(plan.kernel, x, residual, True, scale, down, up)
-    else:
-        result = plan.kernel.forward(x, residual, scale, down, up)
-    return result
+    return plan
 
 
 def explain(
@@ -209,7 +218,7 @@ def explain(
     """
     if up is None:
         return dispatch.explain(linear_problem(x, down), impl)
-    up, _ = _with_scale(up, scale)
+    up, _ = with_scale(up, scale)
     explanation = dispatch.explain(adapter_problem(x, down, up, activation), impl)
     if isinstance(residual, tuple):
         residual, _ = _two_residuals(x, residual, False)
@@ -228,7 +237,7 @@ def _two_residuals(x: Tensor, pair: tuple[Tensor, Tensor], fused: bool) -> tuple
     return (one, True) if fused and other is x and one is not x else (one + other, False)
 
 
-def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
+def with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
     """A number as it is; a tensor as weights of up, where autograd differentiates it."""
     if isinstance(scale, Tensor):
         check_weights(up, "up")

@@ -55,6 +55,14 @@ class PHMWeights(NamedTuple):
         return PHMWeights(self.rule, self.left, times(self.right), bias)
 
 
+class NormWeights(NamedTuple):
+    """What a layer norm over the last dimension is made of: weight and bias (k,), and the eps of its variance."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
 def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:
     """H of unchecked weights, computed in `dtype`, as the paper writes it: n Kronecker products, then their sum."""
     rule, left = weights.rule.to(dtype), weights.left.to(dtype)

@@ -51,4 +51,13 @@ struct Adapter {
     const void* x;
 };
 
+// The layer norm behind an adapter: normed = (y - mean) / sqrt(variance + eps) * weight + bias over each row y of k numbers
+// that the adapter gives, its residuals added. weight and bias (k,); the others (tokens, k), contiguous in the dtype of x.
+struct LayerNorm {
+    Array weight, bias;
+    float eps;
+    void* y;       // forward writes it, for backward to read; may be where the normed rows go
+    void* grad_y;  // backward writes it: the gradient of y, which is also that of a residual
+};
+
 }  // namespace compacter

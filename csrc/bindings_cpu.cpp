@@ -46,6 +46,26 @@ struct CpuAdapter : AdapterPlan {
         py::gil_scoped_release release;
         cpu::backward(adapter, input(grad_out), output(grad_x), residual_is_x, down_gradients, up_gradients, threads);
     }
+
+    // With x and another residual, and a layer norm behind them whose weight and bias have the dtype of x.
+    void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t y, uintptr_t out, int64_t tokens, double scale,
+                        uintptr_t weight, uintptr_t bias, double eps, int threads, const py::list& parameters) const {
+        Addresses addresses(parameters, 2);
+        const Adapter adapter = at(x, tokens, scale, addresses);
+        const LayerNorm norm{{output(weight), dtype}, {output(bias), dtype}, static_cast<float>(eps), output(y), nullptr};
+        py::gil_scoped_release release;
+        cpu::forward(adapter, input(residual), true, output(out), threads, &norm);
+    }
+
+    void backward_normed(uintptr_t x, uintptr_t y, uintptr_t grad_out, uintptr_t grad_y, uintptr_t grad_x, int64_t tokens,
+                         double scale, uintptr_t weight, double eps, int threads, const py::list& parameters) const {
+        Addresses addresses(parameters, 4);
+        const Adapter adapter = at(x, tokens, scale, addresses);
+        const LayerNorm norm{{output(weight), dtype}, {}, static_cast<float>(eps), output(y), output(grad_y)};
+        const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);
+        py::gil_scoped_release release;
+        cpu::backward(adapter, input(grad_out), output(grad_x), true, down_gradients, up_gradients, threads, &norm);
+    }
 };
 
 }  // namespace
@@ -69,7 +89,9 @@ void add_cpu(py::module_& module) {
     py::class_<CpuAdapter>(module, "Adapter", py::module_local())
         .def(py::init<int, int, const Shape&, const Shape&, const std::array<int, 8>&>())
         .def("forward", &CpuAdapter::forward)
-        .def("backward", &CpuAdapter::backward);
+        .def("backward", &CpuAdapter::backward)
+        .def("forward_normed", &CpuAdapter::forward_normed)
+        .def("backward_normed", &CpuAdapter::backward_normed);
 }
 
 }  // namespace compacter::bindings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import NormWeights, PHMWeights
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -32,9 +32,11 @@ class AdapterKernel(Protocol):
     """A fused compacter_adapter for one problem. Tensors may be strided; none is changed.
 
     adds_both: whether forward can add x besides another residual (also_x).
+    norms: whether it is a `NormingKernel` too.
     """
 
     adds_both: bool
+    norms: bool
 
     def forward(
         self,
@@ -58,6 +60,35 @@ class AdapterKernel(Protocol):
         wanted: tuple[bool, ...],
     ) -> Gradients:
         """Gradients of x, then rule, left, right, bias of down and of up; None where not wanted."""
+
+
+class NormingKernel(Protocol):
+    """A fused norm(y), y = scale * up(act(down(x))) + x + residual, with a layer norm in x's dtype over its rows."""
+
+    def forward_normed(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        scale: float,
+        down: PHMWeights,
+        up: PHMWeights,
+        norm: NormWeights,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """norm(y), and y where it is to be kept for backward, else anything."""
+
+    def backward_normed(
+        self,
+        x: Tensor,
+        y: Tensor,
+        grad: Tensor,
+        scale: float,
+        down: PHMWeights,
+        up: PHMWeights,
+        norm: NormWeights,
+        wanted: tuple[bool, ...],
+    ) -> Gradients:
+        """The gradient of residual; then as `AdapterKernel.backward`, by `wanted`."""
 
 
 def forward_with(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from compacter_kernels.impl import native, not_fused
+from compacter_kernels.impl import Gradients, empty_gradients, native, not_fused
 from compacter_kernels.problem import Problem
+from compacter_kernels.weights import NormWeights, PHMWeights
 
 _C = native.MODULE
 _get_num_threads = torch.get_num_threads
@@ -50,4 +52,63 @@ class _Linear(_OnThreads, native.Linear):
 
 
 class _Adapter(_OnThreads, native.Adapter):
-    adds_both = True
+    adds_both = norms = True
+
+    def forward_normed(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        scale: float,
+        down: PHMWeights,
+        up: PHMWeights,
+        norm: NormWeights,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x, residual, params = x.contiguous(), residual.contiguous(), self.contiguous((*down, *up))
+        weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
+        out = torch.empty_like(x)
+        y = torch.empty_like(x) if keep else out
+        self.plan.forward_normed(
+            x.data_ptr(),
+            residual.data_ptr(),
+            y.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self.width,
+            scale,
+            weight.data_ptr(),
+            bias.data_ptr(),
+            norm.eps,
+            _get_num_threads(),
+            self.addresses(params),
+        )
+        return out, y
+
+    def backward_normed(
+        self,
+        x: Tensor,
+        y: Tensor,
+        grad: Tensor,
+        scale: float,
+        down: PHMWeights,
+        up: PHMWeights,
+        norm: NormWeights,
+        wanted: tuple[bool, ...],
+    ) -> Gradients:
+        x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous((*down, *up))
+        weight = norm.weight.contiguous()
+        grad_y, results = torch.empty_like(y), empty_gradients([x, *params], wanted)
+        grad_x, *grads = native.addresses(results)
+        self.plan.backward_normed(
+            x.data_ptr(),
+            y.data_ptr(),
+            grad.data_ptr(),
+            grad_y.data_ptr(),
+            grad_x,
+            x.numel() // self.width,
+            scale,
+            weight.data_ptr(),
+            norm.eps,
+            _get_num_threads(),
+            self.addresses(params) + grads,
+        )
+        return (grad_y, *results)

@@ -43,7 +43,8 @@ def plan_arguments(problem: Problem) -> tuple[Any, ...]:
     return (_DTYPES[problem.dtype], *activation, *shapes, dtypes)
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where the tensors are; 0: no such tensor."""
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
@@ -75,7 +76,7 @@ class Kernel:
 
     def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
         """Where the parameters are."""
-        return list(map(_data_ptr, tensors)) if self.has_all else _addresses(tensors)  # type: ignore[arg-type]
+        return list(map(_data_ptr, tensors)) if self.has_all else addresses(tensors)  # type: ignore[arg-type]
 
 
 class Linear(Kernel):
@@ -92,7 +93,7 @@ class Linear(Kernel):
     def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
         x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous(weights)
         results = empty_gradients([x, *params], wanted)
-        grad_x, *grads = _addresses(results)
+        grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
         self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, self.addresses(params) + grads)
         return tuple(results)
@@ -101,7 +102,7 @@ class Linear(Kernel):
 class Adapter(Kernel):
     """compacter_adapter, an `AdapterKernel` but for its launch."""
 
-    adds_both = False
+    adds_both = norms = False
 
     def forward(
         self,
@@ -137,7 +138,7 @@ class Adapter(Kernel):
     ) -> Gradients:
         x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous((*down, *up))
         results = empty_gradients([x, *params], wanted)
-        grad_x, *grads = _addresses(results)
+        grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
         call = (x.data_ptr(), grad.data_ptr(), grad_x, residual_is_x, tokens, scale)
         self.launch_backward(call, tokens, self.addresses(params) + grads)

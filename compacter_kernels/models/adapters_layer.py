@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.models.adapters_library import activation_of, bottleneck, is_phm_layer, original, parts, weights
 from compacter_kernels.models.instances import hooked, is_ours, replaced_by_others
+from compacter_kernels.models.normed_adapter import norm_weights, normed_adapter
 
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
 _inheriting: dict[type, bool] = {}  # whether a class of layers has all of these from the library
@@ -36,15 +37,13 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
         library = original(BottleneckLayer, "bottleneck_layer_forward")
         plain: Tensor = library(layer, hidden_states, residual_input, layer_norm)
         return plain
+    assert residual is not None
     (down, activation), up = parts(adapter)
-    y = compacter_adapter(
-        x,
-        weights(down),
-        weights(up),
-        activation=activation_of(activation),
-        residual=(x, residual),  # type: ignore[arg-type]
-        scale=adapter.scaling,
-    )
+    name, scale = activation_of(activation), adapter.scaling
+    norm = norm_weights(layer_norm, x) if layer_norm and residual is not x else None
+    if norm is not None:
+        return normed_adapter(x, weights(down), weights(up), norm, activation=name, residual=residual, scale=scale)
+    y = compacter_adapter(x, weights(down), weights(up), activation=name, residual=(x, residual), scale=scale)
     return layer_norm(y) if layer_norm else y
 
 

@@ -1,8 +1,10 @@
-// out = up(act(down(x))) + residual [+ x] and its gradients, block by block. The scale is part of up's right and bias.
+// out = up(act(down(x))) + residual [+ x], or the layer norm of that, and its gradients, block by block. The scale is part
+// of up's right and bias.
 #pragma once
 
 #include "bottleneck.h"
 #include "linear_kernel.h"
+#include "norm.h"
 
 namespace compacter::COMPACTER_ISA {
 
@@ -39,27 +41,29 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
     const AdapterScratch scratch(down, up, arena);
     const T *x = static_cast<const T*>(job.x), *residual = static_cast<const T*>(job.residual);
     const T* also = job.also_x ? x : nullptr;
-    T* out = static_cast<T*>(job.out);
-    const bool streaming = job.streaming && can_stream(out, up.out_chunk());
+    T *out = static_cast<T*>(job.out), *y = job.norm.weight ? static_cast<T*>(job.y) : out;
+    const bool streaming = job.streaming && !job.norm.weight && can_stream(out, up.out_chunk());
     const Contraction contract_x(down.n, down.m, down.in_chunk(), down.left, scratch.x_contraction);
     const Expansion<T> expand{up.n, up.m, up.out_chunk(), up.right, up.bias, streaming};
+    const Normalisation<T> norm{job.norm, up.out, job.streaming && y != out && can_stream(out, up.out)};
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         // In cache the room for the output takes as long to come as x; a residual of its own takes longest.
-        T* out_rows = out + token * up.out;
+        T* y_rows = y + token * up.out;
         const T* x_next = rows_after(x, token, end, down.in);
         const T* other = residual && residual != x ? residual + token * up.out : nullptr;
-        contract_x(x + token * down.in, tokens, scratch.z, other ? other : streaming ? x_next : out_rows);
+        contract_x(x + token * down.in, tokens, scratch.z, other ? other : streaming ? x_next : y_rows);
         mix(down, scratch.z, scratch.v);
         preactivation(down, scratch.v, scratch.h);
         activate(job.activation, scratch.h, down.out);
         contract_bottleneck(up, scratch.h, scratch.z2);
         mix(up, scratch.z2, scratch.v2);
         expand(scratch.v2, residual ? residual + token * up.out : nullptr, also ? also + token * up.out : nullptr,
-               out_rows, tokens, streaming && !other ? nullptr : x_next);
+               y_rows, tokens, streaming && !other ? nullptr : x_next);
+        if (job.norm.weight) norm.forward(y_rows, tokens, out + token * up.out);
     }
-    if (streaming) stream_fence();
+    if (streaming || norm.streaming) stream_fence();
 }
 
 template <class T>
@@ -68,20 +72,24 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
     const Factors &down = job.down, &up = job.up;
     Arena arena(memory);
     const AdapterScratch scratch(down, up, arena);
-    const T *x = static_cast<const T*>(job.x), *g = static_cast<const T*>(job.grad_out);
-    T* grad_x = static_cast<T*>(job.out);
     const int64_t k = down.in;
+    const T *x = static_cast<const T*>(job.x), *y = static_cast<const T*>(job.y);
+    const T *grad_out = static_cast<const T*>(job.grad_out);
+    T *grad_x = static_cast<T*>(job.out), *grad_y = static_cast<T*>(job.grad_y);
+    const T* g = job.norm.weight ? grad_y : grad_out;
     const bool streaming = job.streaming && can_stream(grad_x, down.in_chunk());
     const Contraction contract_x(down.n, down.m, down.in_chunk(), down.left, scratch.x_contraction);
     const Contraction contract_g(up.n, up.m, up.out_chunk(), up.right, scratch.g_contraction);
     const WeightGradient<T> down_left{down.n, down.m, down.in_chunk(), down_sums.left, nullptr};
     const WeightGradient<T> up_right{up.n, up.m, up.out_chunk(), up_sums.right, up_sums.bias};
     const Expansion<T> expand{down.n, down.m, down.in_chunk(), down.left, nullptr, streaming};
+    const Normalisation<T> norm{job.norm, k, false};
     RuleGradient rule(down, down_sums.rule, scratch.kept), rule2(up, up_sums.rule, scratch.kept2);
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const T *x_rows = x + token * k, *g_rows = g + token * k;
+        if (job.norm.weight) norm.backward(y + token * k, grad_out + token * k, tokens, grad_y + token * k);
         contract_x(x_rows, tokens, rule.z(), rows_after(x, token, end, k));
         mix(down, rule.z(), scratch.v);
         preactivation(down, scratch.v, scratch.h);
@@ -89,7 +97,7 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         contract_bottleneck(up, scratch.h, rule2.z());
         mix(up, rule2.z(), scratch.v2);
 
-        contract_g(g_rows, tokens, rule2.dv(), rows_after(g, token, end, k));
+        contract_g(g_rows, tokens, rule2.dv(), rows_after(grad_out, token, end, k));
         float* dz2 = scratch.z2;
         mix_transposed(up, rule2.dv(), dz2);
         rule2.next();

@@ -87,6 +87,14 @@ void stage(const Projection& p, float scale, Scratch& scratch, Factors& f) {
     f.bias = staged(p.weights.bias, count.bias, scale, scratch);
 }
 
+int64_t staged_floats(const LayerNorm& norm, int64_t k) {
+    return (usable_as_is(norm.weight, 1.f) ? 0 : Scratch::padded(k)) + (usable_as_is(norm.bias, 1.f) ? 0 : Scratch::padded(k));
+}
+
+Norm stage(const LayerNorm& norm, int64_t k, Scratch& scratch) {
+    return {staged(norm.weight, k, 1.f, scratch), staged(norm.bias, k, 1.f, scratch), norm.eps};
+}
+
 int64_t sums_floats(const Projection& p, const Parameters& gradients) {
     const Sizes count = sizes(p);
     const auto if_wanted = [](bool wanted, int64_t floats) { return wanted ? Scratch::padded(floats) : 0; };

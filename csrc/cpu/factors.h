@@ -10,6 +10,9 @@ int64_t staged_floats(const Projection& projection, float scale);
 Factors dimensions(const Projection& projection);
 void stage(const Projection& projection, float scale, Scratch& scratch, Factors& f);  // right and bias times scale
 
+int64_t staged_floats(const LayerNorm& norm, int64_t k);
+Norm stage(const LayerNorm& norm, int64_t k, Scratch& scratch);
+
 // One row of sums per part.
 int64_t sums_floats(const Projection& projection, const Parameters& gradients);
 Sums place_sums(const Projection& projection, const Parameters& gradients, float* row);

@@ -33,13 +33,21 @@ struct LinearJob {
     bool streaming;
 };
 
+// A layer norm's parameters as fp32, [k]; null: no norm.
+struct Norm {
+    const float *weight, *bias;
+    float eps;
+};
+
 struct AdapterJob {
     Factors down, up;
     Activation activation;
     DType dtype;
-    const void *x, *residual, *grad_out;  // residual: null, x, or another tensor; backward: null or grad_out
+    const void *x, *residual, *grad_out;  // residual: null, x, or another tensor; backward: any, if x was one
     void* out;                            // forward: the output; backward: the gradient of x, or null
     bool streaming, also_x;               // also_x: forward, add x besides the residual
+    Norm norm{};
+    void *y = nullptr, *grad_y = nullptr;  // with a norm: what is normed; backward: room for its gradient
 };
 
 // A part is a range of tokens that starts at a multiple of block_tokens. `scratch` has as many floats as the

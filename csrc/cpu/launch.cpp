@@ -18,6 +18,19 @@ bool exceeds_caches(int64_t tokens, int64_t numbers_per_token, DType dtype) {
 
 void clear(float* floats, int64_t count) { std::fill_n(floats, count, 0.f); }
 
+int64_t adapter_floats(const Adapter& a, const LayerNorm* norm) {
+    return staged_floats(a.down, 1.f) + staged_floats(a.up, a.scale) + (norm ? staged_floats(*norm, a.down.in) : 0);
+}
+
+void stage_adapter(const Adapter& a, const LayerNorm* norm, Scratch& scratch, AdapterJob& job) {
+    stage(a.down, 1.f, scratch, job.down);
+    stage(a.up, a.scale, scratch, job.up);
+    if (!norm) return;
+    job.norm = stage(*norm, a.down.in, scratch);
+    job.y = norm->y;
+    job.grad_y = norm->grad_y;
+}
+
 }  // namespace
 
 void forward(const Linear& l, void* out, int threads) {
@@ -53,16 +66,15 @@ void backward(const Linear& l, const void* grad_out, void* grad_x, const Paramet
     write_gradients(p, gradients, 1.f, rows, row, parts);
 }
 
-void forward(const Adapter& a, const void* residual, bool also_x, void* out, int threads) {
+void forward(const Adapter& a, const void* residual, bool also_x, void* out, int threads, const LayerNorm* norm) {
     const Kernels& kernel = kernels();
     AdapterJob job{dimensions(a.down), dimensions(a.up), a.activation, a.dtype, a.x, residual, nullptr, out,
-                   exceeds_caches(a.tokens, 2 * a.down.in, a.dtype), also_x};
+                   exceeds_caches(a.tokens, (norm ? 3 : 2) * a.down.in, a.dtype), also_x};
 
     const int64_t parts = part_count(a.tokens, work_per_token(a.down) + work_per_token(a.up), threads);
     const int64_t per_part = kernel.adapter_scratch(job.down, job.up);
-    Scratch scratch(staged_floats(a.down, 1.f) + staged_floats(a.up, a.scale) + parts * per_part);
-    stage(a.down, 1.f, scratch, job.down);
-    stage(a.up, a.scale, scratch, job.up);
+    Scratch scratch(adapter_floats(a, norm) + parts * per_part);
+    stage_adapter(a, norm, scratch, job);
     float* memory = scratch.take(parts * per_part);
     for_each_part(a.tokens, parts, [&](int64_t part, int64_t begin, int64_t end) {
         kernel.adapter_forward(job, begin, end, memory + part * per_part);
@@ -70,17 +82,16 @@ void forward(const Adapter& a, const void* residual, bool also_x, void* out, int
 }
 
 void backward(const Adapter& a, const void* grad_out, void* grad_x, bool residual_is_x, const Parameters& down_gradients,
-              const Parameters& up_gradients, int threads) {
+              const Parameters& up_gradients, int threads, const LayerNorm* norm) {
     const Kernels& kernel = kernels();
     AdapterJob job{dimensions(a.down), dimensions(a.up), a.activation, a.dtype, a.x, residual_is_x ? grad_out : nullptr,
-                   grad_out, grad_x, exceeds_caches(a.tokens, 3 * a.down.in, a.dtype), false};
+                   grad_out, grad_x, exceeds_caches(a.tokens, (norm ? 5 : 3) * a.down.in, a.dtype), false};
 
     const int64_t parts = part_count(a.tokens, 3 * (work_per_token(a.down) + work_per_token(a.up)), threads);
     const int64_t per_part = kernel.adapter_scratch(job.down, job.up);
     const int64_t down_row = sums_floats(a.down, down_gradients), row = down_row + sums_floats(a.up, up_gradients);
-    Scratch scratch(staged_floats(a.down, 1.f) + staged_floats(a.up, a.scale) + parts * (per_part + row));
-    stage(a.down, 1.f, scratch, job.down);
-    stage(a.up, a.scale, scratch, job.up);
+    Scratch scratch(adapter_floats(a, norm) + parts * (per_part + row));
+    stage_adapter(a, norm, scratch, job);
     float *memory = scratch.take(parts * per_part), *rows = scratch.take(parts * row);
     for_each_part(a.tokens, parts, [&](int64_t part, int64_t begin, int64_t end) {
         float* sums = rows + part * row;

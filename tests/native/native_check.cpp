@@ -101,7 +101,21 @@ void check_linear(const std::string& name, const Case& c, std::mt19937& random) 
     expect(name, "repeats bitwise", grads.same_bits(again));
 }
 
-void check_adapter(const std::string& name, const Case& c, std::mt19937& random) {
+// The norm's weight and bias in the dtype of x, and the two tensors that a call hands over for it.
+struct StoredNorm {
+    Tensor weight, bias, y, grad_y;
+
+    StoredNorm(const Case& c, std::mt19937& random)
+        : weight(c.k, c.x, c.offset), bias(c.k, c.x, c.offset), y(c.tokens * c.k, c.x, c.offset), grad_y(y) {
+        weight.randomise(random, 1.);
+        bias.randomise(random, 0.5);
+    }
+
+    LayerNorm norm() { return {weight.array(), bias.array(), 1e-5f, y.data(), grad_y.data()}; }
+};
+
+// With a norm, each step is checked from what the step before it stored.
+void check_adapter(const std::string& name, const Case& c, bool normed, std::mt19937& random) {
     Stored down(c, true), up(c, false), d_down(c, true), d_up(c, false);
     down.randomise(random);
     up.randomise(random);
@@ -113,26 +127,42 @@ void check_adapter(const std::string& name, const Case& c, std::mt19937& random)
     const Adapter adapter{down.projection(), up.projection(), c.activation, float(c.scale), c.x, c.tokens, x.data()};
     const Tensor* residual = c.residual == Case::none ? nullptr : c.residual == Case::x_itself ? &x : &other;
     const bool also_x = c.residual == Case::both;
-    cpu::forward(adapter, residual ? residual->data() : nullptr, also_x, out.data(), c.threads);
-    cpu::backward(adapter, g.data(), dx.data(), c.residual == Case::x_itself || also_x, d_down.parameters(), d_up.parameters(), c.threads);
+    StoredNorm n(c, random);
+    const LayerNorm norm = n.norm();
+    cpu::forward(adapter, residual ? residual->data() : nullptr, also_x, out.data(), c.threads, normed ? &norm : nullptr);
+    cpu::backward(adapter, g.data(), dx.data(), c.residual == Case::x_itself || also_x, d_down.parameters(), d_up.parameters(), c.threads,
+                  normed ? &norm : nullptr);
 
     const Weights w1 = down.values(), w2 = up.values();
     const Numbers h1 = matrix(w1), h2 = matrix(w2);
     const Numbers y = project(w1, h1, x.values(), c.tokens);
-    Numbers h = y, want_out, scaled = g.values();
+    Numbers h = y, want_out;
     for (double& value : h) value = activation(c.activation, value);
     want_out = project(w2, h2, h, c.tokens);
     for (size_t j = 0; j < want_out.size(); ++j)
         want_out[j] = want_out[j] * adapter.scale + (residual ? residual->values()[j] : 0.) + (also_x ? x.values()[j] : 0.);
-    expect(name, "out", out, want_out);
+    expect(name, "out", normed ? n.y : out, want_out);
+    if (normed) {
+        const Rows rows(n.y.values(), c.k, norm.eps);
+        expect(name, "normed", out, rows.normed(n.weight.values(), n.bias.values()));
+        if (c.k > 1)  // of a single number it is 0 but for rounding
+            expect(name, "dy", n.grad_y, rows.backward(n.weight.values(), g.values()));
+        Tensor in_place = out;
+        LayerNorm over = norm;
+        over.y = in_place.data();
+        cpu::forward(adapter, residual ? residual->data() : nullptr, also_x, in_place.data(), c.threads, &over);
+        expect(name, "normed in place", in_place.same_bits(out));
+    }
 
+    const Numbers grad = (normed ? n.grad_y : g).values();
+    Numbers scaled = grad;
     for (double& value : scaled) value *= adapter.scale;
     Weights want_down, want_up;
     Numbers dy = project_backward(w2, h2, h, scaled, c.tokens, want_up);
     for (size_t j = 0; j < dy.size(); ++j) dy[j] *= activation_slope(c.activation, y[j]);
     Numbers want_dx = project_backward(w1, h1, x.values(), dy, c.tokens, want_down);
     if (c.residual == Case::x_itself || also_x)
-        for (size_t j = 0; j < want_dx.size(); ++j) want_dx[j] += g.values()[j];
+        for (size_t j = 0; j < want_dx.size(); ++j) want_dx[j] += grad[j];
     if (!c.some_gradients) expect(name, "dx", dx, want_dx);
     expect_gradients(name + " down", d_down, want_down);
     expect_gradients(name + " up", d_up, want_up);
@@ -165,7 +195,8 @@ int main() {
         std::mt19937 random(1);
         for (const check::Case& c : check::cases()) {
             check::check_linear(isa + " linear " + c.name(), c, random);
-            check::check_adapter(isa + " adapter " + c.name(), c, random);
+            for (const bool normed : {false, true})
+                check::check_adapter(isa + (normed ? " normed adapter " : " adapter ") + c.name(), c, normed, random);
         }
         for (int code = 0; code <= static_cast<int>(Activation::quick_gelu); ++code)
             check::check_nan(isa + " activation " + std::to_string(code), static_cast<Activation>(code));

@@ -94,4 +94,36 @@ inline double activation_slope(Activation kind, double y) {
     return (activation(kind, y + step) - activation(kind, y - step)) / (2. * step);
 }
 
+// The layer norm over rows of k numbers.
+struct Rows {
+    Numbers z, rate;
+    size_t k;
+
+    Rows(const Numbers& y, int64_t width, double eps) : z(y), k(static_cast<size_t>(width)) {
+        for (auto row = z.begin(); row != z.end(); row += width) {
+            double mean = 0., variance = 0.;
+            for (size_t u = 0; u < k; ++u) mean += row[u] / double(k);
+            for (size_t u = 0; u < k; ++u) variance += (row[u] - mean) * (row[u] - mean) / double(k);
+            rate.push_back(1. / std::sqrt(variance + eps));
+            for (size_t u = 0; u < k; ++u) row[u] = (row[u] - mean) * rate.back();
+        }
+    }
+
+    Numbers normed(const Numbers& weight, const Numbers& bias) const {
+        Numbers out(z.size());
+        for (size_t j = 0; j < z.size(); ++j) out[j] = z[j] * weight[j % k] + bias[j % k];
+        return out;
+    }
+
+    // dz/dy = rate (1 - 1/k - z z^T / k), applied to g weight
+    Numbers backward(const Numbers& weight, const Numbers& g) const {
+        Numbers dy(z.size());
+        for (size_t first = 0; first < z.size(); first += k)
+            for (size_t u = 0; u < k; ++u)
+                for (size_t v = 0; v < k; ++v)
+                    dy[first + u] += ((u == v) - (1. + z[first + u] * z[first + v]) / double(k)) * g[first + v] * weight[v] * rate[first / k];
+        return dy;
+    }
+};
+
 }  // namespace compacter::check

@@ -182,7 +182,7 @@ class Linear(_Kernel):
 class Adapter(_Kernel):
     """compacter_adapter."""
 
-    adds_both = False
+    adds_both = norms = False
 
     def forward(
         self,

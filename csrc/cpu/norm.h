@@ -1,0 +1,116 @@
+// The layer norm behind an adapter, row by row while a block of rows is in the first cache:
+//
+//     m = sum_u y[u] / k      r = 1 / sqrt(sum_u (y[u] - m)^2 / k + eps)      z[u] = (y[u] - m) r      out[u] = z[u] w[u] + b[u]
+//     dy[u] = r (g[u] w[u] - sum_v g[v] w[v] / k - z[u] sum_v g[v] w[v] z[v] / k)
+//
+// Backward takes m and r again from y, which it reads anyway.
+#pragma once
+
+#include "element.h"
+#include "kernels.h"
+
+namespace compacter::COMPACTER_ISA {
+
+template <class T>
+struct Normalisation {
+    cpu::Norm norm;
+    int64_t k;
+    bool streaming;  // forward
+
+    // `out` may be `y`.
+    void forward(const T* y, int64_t tokens, T* out) const {
+        const bool streams = streaming;
+        for (; tokens > 0; --tokens, y += k, out += k) {
+            const Row row = moments(y, out, nullptr);
+            each([&](int64_t u, auto, auto numbers) COMPACTER_INLINE_LAMBDA {
+                const Vec z = (numbers.get(y + u) - row.mean) * row.rate;
+                numbers.put(out + u, z * numbers.get(norm.weight + u) + numbers.get(norm.bias + u), streams);
+            });
+        }
+    }
+
+    // g: the gradient of what forward wrote; dy: where that of y goes.
+    void backward(const T* y, const T* g, int64_t tokens, T* dy) const {
+        for (; tokens > 0; --tokens, y += k, g += k, dy += k) {
+            const Row row = moments(y, dy, g);
+            Vec sum[unroll] = {}, along[unroll] = {};
+            each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
+                const Vec gw = numbers.get(g + u) * numbers.get(norm.weight + u);
+                sum[slot] += gw;
+                along[slot] += gw * ((numbers.get(y + u) - row.mean) * row.rate);
+            });
+            const Vec mean = average(sum), slope = average(along);
+            each([&](int64_t u, auto, auto numbers) COMPACTER_INLINE_LAMBDA {
+                const Vec z = (numbers.get(y + u) - row.mean) * row.rate;
+                numbers.put(dy + u, row.rate * (numbers.get(g + u) * numbers.get(norm.weight + u) - mean - z * slope), false);
+            });
+        }
+    }
+
+private:
+    static constexpr int unroll = 4;
+
+    struct Row {
+        Vec mean, rate;
+    };
+
+    // Also fetches the rows that are to be written and read next.
+    Row moments(const T* y, const T* written, const T* read) const {
+        Vec sum[unroll] = {}, squares[unroll] = {};
+        each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
+            sum[slot] += numbers.get(y + u);
+            if (slot % vectors_per_line<T> == 0) {
+                __builtin_prefetch(written + u, 1, 3);
+                if (read) __builtin_prefetch(read + u, 0, 3);
+            }
+        });
+        const Vec mean = average(sum);
+        each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
+            const Vec apart = numbers.only(numbers.get(y + u) - mean);
+            squares[slot] += apart * apart;
+        });
+        return {mean, splat(1.f / __builtin_sqrtf(average(squares)[0] + norm.eps))};
+    }
+
+    Vec average(const Vec (&sums)[unroll]) const {
+        const Quad four = add_quarters((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        return splat(((four[0] + four[1]) + (four[2] + four[3])) / static_cast<float>(k));
+    }
+
+    // A vector of a row, the last of which may be cut after `count` numbers.
+    template <bool Cut>
+    struct Numbers {
+        int64_t count;
+
+        template <class P>
+        COMPACTER_INLINE Vec get(const P* p) const { return Cut ? load(p, count) : load(p); }
+
+        COMPACTER_INLINE void put(T* p, Vec v, bool streams) const {
+            if constexpr (Cut)
+                store(p, v, count);
+            else if (streams)
+                stream(p, v);
+            else
+                store(p, v);
+        }
+
+        // Zeros behind the last number.
+        COMPACTER_INLINE Vec only(Vec v) const {
+            float kept[W];
+            store(kept, v);
+            return get(kept);
+        }
+    };
+
+    // body(u, which of `unroll` sums, Numbers) for each vector of a row.
+    template <class Body>
+    COMPACTER_INLINE void each(const Body& body) const {
+        columns<unroll, 1>(k, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+            const Numbers<decltype(cut)::value> numbers{count};
+#pragma GCC unroll 4
+            for (int slot = 0; slot < decltype(vectors)::value; ++slot) body(u + slot * W, slot, numbers);
+        });
+    }
+};
+
+}  // namespace compacter::COMPACTER_ISA

@@ -1,0 +1,243 @@
+"""An adapter, both residuals and the frozen layer norm behind them in one kernel, against the same in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import BF16, FP16, FP32, FP64, Case, Oracle, Tensors, assert_same_bits, bits, copies, error, weights
+from test_strides import LAYOUTS
+from torch import Tensor, nn
+
+import compacter_kernels as ck
+from compacter_kernels.accuracy import floor
+from compacter_kernels.impl.cpu import unavailable
+from compacter_kernels.models import normed_adapter as room
+from compacter_kernels.models.normed_adapter import norm_weights, normed_adapter
+from compacter_kernels.saved import saved_bytes
+from compacter_kernels.weights import NormWeights
+
+built = pytest.mark.skipif(unavailable() is not None, reason=f"cpu: {unavailable()}")
+EPS = 1e-5
+CASES = [
+    Case(residual="both", shape=(37,)),
+    Case(residual="both", shape=(2, 3), width=30, bottleneck=18, n=6, rank=2, bias=False, scale=0.37),
+    Case(residual="both", shape=(3, 5), width=70, bottleneck=6, n=2, up_rank=3, activation="relu"),
+    Case(residual="both", shape=(16,), width=772, bottleneck=8, params=BF16),
+    Case(residual="both", shape=(33,), width=48, n=12, dtype=BF16),
+    Case(residual="both", shape=(33,), width=36, dtype=FP16, params=FP64),
+    Case(residual="both", shape=(0,)),
+    Case(residual="both", shape=()),
+    Case(residual="both", shape=(17,), rank=None),  # not fused: adapter and norm one by one
+    Case(residual="both", shape=(17,), dtype=FP64, params=FP64),
+]
+
+
+def _norm(case: Case, dtype: torch.dtype | None = None) -> NormWeights:
+    rng = torch.Generator().manual_seed(case.width)
+    weight, bias = (torch.randn(case.width, generator=rng, dtype=FP64) for _ in range(2))
+    return NormWeights(weight.to(case.dtype).to(dtype or case.dtype), bias.to(case.dtype).to(dtype or case.dtype), EPS)
+
+
+def _fused(case: Case, tensors: Tensors, norm: NormWeights, scale: Any = None) -> Tensor:
+    return normed_adapter(
+        tensors["x"],
+        weights(tensors, "down."),
+        weights(tensors, "up."),
+        norm,
+        activation=case.activation,
+        residual=tensors["residual"],
+        scale=case.scale if scale is None else scale,
+    )
+
+
+def _apart(case: Case, tensors: Tensors, norm: NormWeights) -> Tensor:
+    return nn.functional.layer_norm(case.call(tensors, "dense"), (case.width,), norm.weight, norm.bias, EPS)
+
+
+def _run(function: Callable[..., Tensor], case: Case, tensors: Tensors, norm: NormWeights, grad: Tensor) -> Tensors:
+    out = function(case, tensors, norm)
+    grads = torch.autograd.grad(out, list(tensors.values()), grad)
+    return {"out": out.detach(), **dict(zip(tensors, grads, strict=True))}
+
+
+def _oracle(case: Case, tensors: Tensors, grad: Tensor) -> Oracle:
+    exact = _run(_apart, case, copies(tensors, FP64), _norm(case, FP64), grad.to(FP64))
+    dense = _run(_apart, case, copies(tensors), _norm(case), grad)
+    limits = {name: max(2 * error(t, exact[name]), floor(t.dtype, FP32)) for name, t in dense.items()}
+    return Oracle(exact, limits, {"out": case.dtype, **{name: t.dtype for name, t in tensors.items()}})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case) -> None:
+    """Output and every gradient; nothing of the caller's is changed, and without a gradient the output is the same."""
+    tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
+    before = copies(tensors)
+    got = _run(_fused, case, tensors, norm, grad)
+    _oracle(case, tensors, grad).check(got)
+    assert_same_bits(tensors, before)
+    assert torch.equal(norm.weight, _norm(case).weight) and torch.equal(grad, case.grad_output())
+    with torch.no_grad():
+        assert torch.equal(bits(_fused(case, tensors, norm)), bits(got["out"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_layouts(layout: Callable[[Tensor], Tensor]) -> None:
+    case = Case(residual="both", shape=(4, 3), rank=2)
+    tensors = case.tensors()
+    for name in ("x", "residual"):
+        tensors[name] = layout(tensors[name]).requires_grad_()
+    norm, grad = _norm(case), layout(case.grad_output())
+    strided = NormWeights(*(torch.stack((t, t + 1), 1)[:, 0] for t in norm[:2]), EPS)
+    _oracle(case, tensors, grad).check(_run(_fused, case, tensors, strided, grad))
+
+
+@pytest.mark.parametrize("missing", ["residual", "x", "down.left", "up.right"])
+def test_gradients_that_nobody_wants(missing: str) -> None:
+    case = Case(residual="both", shape=(19,))
+    tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
+    expected = _run(_fused, case, tensors, norm, grad)
+    tensors[missing].requires_grad_(False)
+    out = _fused(case, tensors, norm)
+    wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+    got = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
+    assert_same_bits(got, {name: expected[name] for name in wanted})
+
+
+def test_only_the_residual_is_trained() -> None:
+    """Then a second derivative goes through the norm, which torch has and the kernel has not."""
+    case = Case(residual="both", shape=(19,))
+    tensors, norm = case.tensors(), _norm(case)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == "residual")
+    (first,) = torch.autograd.grad(_fused(case, tensors, norm).square().sum(), tensors["residual"], create_graph=True)
+    expected = _apart(case, tensors, norm).square().sum()
+    (other,) = torch.autograd.grad(expected, tensors["residual"], create_graph=True)
+    second, also = (torch.autograd.grad(g.square().sum(), tensors["residual"])[0] for g in (first, other))
+    torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, also, rtol=1e-3, atol=1e-4)
+
+
+@built
+@pytest.mark.parametrize("of", ["x", "residual", "down.rule"])
+def test_a_second_derivative_raises(of: str) -> None:
+    case = Case(residual="both", shape=(19,))
+    tensors = case.tensors()
+    loss = _fused(case, tensors, _norm(case)).square().sum()
+    (grad,) = torch.autograd.grad(loss, tensors[of], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_a_learned_scale() -> None:
+    case = Case(residual="both", shape=(19,))
+    tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
+    scale, exact = (torch.tensor([0.7], dtype=dtype, requires_grad=True) for dtype in (FP32, FP64))
+    (got,) = torch.autograd.grad(_fused(case, tensors, norm, scale), scale, grad)
+    wide = copies(tensors, FP64)
+    y = case.call(wide, "dense", scale=exact)
+    out = nn.functional.layer_norm(y, (case.width,), norm.weight.double(), norm.bias.double(), EPS)
+    (expected,) = torch.autograd.grad(out, exact, grad.double())
+    assert abs(got.item() - expected.item()) <= 1e-5 * abs(expected.item())
+
+
+@built
+def test_saved_for_backward() -> None:
+    """x, what is normed, and parameters."""
+    case = Case(residual="both", shape=(1000,), bottleneck=24)
+    tensors, norm = case.tensors(), _norm(case)
+    given = [*(t for name, t in tensors.items() if name not in ("x", "residual")), norm.weight, norm.bias]
+    assert saved_bytes(lambda: _fused(case, tensors, norm), given) == 2 * tensors["x"].numel() * 4
+
+
+@built
+def test_a_norm_that_changed_before_the_backward() -> None:
+    case = Case(residual="both", shape=(3,))
+    norm = _norm(case)
+    out = _fused(case, case.tensors(), norm)
+    norm.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
+    case = Case(residual="both", shape=(37,), activation="relu")
+    tensors, norm = case.tensors(), _norm(case)
+    with torch.no_grad():
+        tensors["residual"][18, 3] = value
+        out = _fused(case, tensors, norm)
+    assert out[18].isnan().all() and out.isnan().sum() == case.width
+
+
+def test_nearly_equal_numbers() -> None:
+    """A row far from 0 with a small variance: that of a formula in one pass would be lost in rounding."""
+    case = Case(residual="both", shape=(5,), width=768, bottleneck=8)
+    tensors, norm = case.tensors(), _norm(case)
+    with torch.no_grad():
+        tensors["residual"].add_(1000.0)
+        exact = _apart(case, copies(tensors, FP64), _norm(case, FP64))
+        assert error(_fused(case, tensors, norm), exact) <= 2 * error(_apart(case, tensors, norm), exact)
+
+
+def test_threads_give_the_same_bits() -> None:
+    case = Case(residual="both", shape=(700,), width=96)
+    tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        runs.append(_run(_fused, case, tensors, norm, grad))
+    torch.set_num_threads(threads)
+    assert_same_bits(runs[1], runs[2])
+    assert_same_bits(*({name: t for name, t in r.items() if "." not in name} for r in runs[:2]))
+
+
+@built
+def test_one_kernel_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(residual="both", shape=(3,))
+    monkeypatch.setattr(room, "compacter_adapter", None)
+    _fused(case, case.tensors(), _norm(case)).sum().backward()
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An impl without norms serves the adapter alone."""
+    case, calls = Case(residual="both", shape=(3,)), []
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "factored")
+    monkeypatch.setattr(room, "compacter_adapter", lambda *a, **k: (calls.append(1), ck.compacter_adapter(*a, **k))[1])
+    _fused(case, case.tensors(), _norm(case)).sum().backward()
+    assert calls
+
+
+def _norms() -> dict[str, nn.Module]:
+    class Own(nn.LayerNorm):
+        pass
+
+    hooked, replaced = nn.LayerNorm(24), nn.LayerNorm(24)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    return {
+        "another class": Own(24).requires_grad_(False),
+        "hooked": hooked.requires_grad_(False),
+        "replaced": replaced.requires_grad_(False),
+        "trained": nn.LayerNorm(24),
+        "no bias": nn.LayerNorm(24, bias=False).requires_grad_(False),
+        "no weights": nn.LayerNorm(24, elementwise_affine=False),
+        "two dimensions": nn.LayerNorm((3, 24)).requires_grad_(False),
+        "another dtype": nn.LayerNorm(24, dtype=BF16).requires_grad_(False),
+    }
+
+
+@pytest.mark.parametrize("name", _norms())
+def test_norms_that_are_called(name: str) -> None:
+    assert norm_weights(_norms()[name], torch.ones(2, 3, 24)) is None
+
+
+def test_a_norm_that_is_not_called() -> None:
+    norm = nn.LayerNorm(24, eps=0.5).requires_grad_(False)
+    found = norm_weights(norm, torch.ones(2, 3, 24))
+    assert found is not None and found.weight is norm.weight and found.bias is norm.bias and found.eps == 0.5
+    with torch.autocast("cpu", BF16):
+        assert norm_weights(norm, torch.ones(2, 3, 24)) is None
