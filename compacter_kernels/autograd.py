@@ -13,6 +13,8 @@ from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import NormWeights, PHMWeights
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -111,7 +113,8 @@ class AdapterFunction(_Function):
 class NormedAdapterFunction(_Function):
     """A frozen layer norm of compacter_adapter with x and another residual. call: the kernel, scale and the norm's eps.
 
-    x or a parameter must require a gradient: a second derivative raises by their graph.
+    x or a parameter must require a gradient: a second derivative raises by their graph. What was normed gives its
+    memory to its gradient where nobody can ask for it again: the graph is not kept, no hook has seen what was saved.
     """
 
     @staticmethod
@@ -124,7 +127,8 @@ class NormedAdapterFunction(_Function):
         bias: Tensor,
         *params: Tensor | None,
     ) -> Tensor:
-        ctx.call = kernel, scale, eps = call
+        kernel, scale, eps = call
+        ctx.call, ctx.own = call, _saving_hooks(False) is None
         norm = NormWeights(weight, bias, eps)
         out, y = kernel.forward_normed(x, residual, scale, *_projections(params), norm, keep=True)
         ctx.save_for_backward(x, y, weight, bias, *params)
@@ -136,6 +140,7 @@ class NormedAdapterFunction(_Function):
         kernel, scale, eps = ctx.call
         wanted, norm = ctx.needs_input_grad, NormWeights(weight, bias, eps)
         wanted = (wanted[2], *wanted[5:])
-        grads = _without_grad(kernel.backward_normed, x, y, grad, scale, *_projections(params), norm, wanted)
+        spend = ctx.own and not _keeps_graph()
+        grads = _without_grad(kernel.backward_normed, x, y, grad, scale, *_projections(params), norm, wanted, spend)
         of_residual, of_x, *others = _once(grads, grad, x, *params)
         return (None, of_residual, of_x, None, None, *others)

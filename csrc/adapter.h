@@ -57,7 +57,7 @@ struct LayerNorm {
     Array weight, bias;
     float eps;
     void* y;       // forward writes it, for backward to read; may be where the normed rows go
-    void* grad_y;  // backward writes it: the gradient of y, which is also that of a residual
+    void* grad_y;  // backward writes it: the gradient of y, which is also that of a residual; may be y
 };
 
 }  // namespace compacter

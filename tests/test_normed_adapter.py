@@ -153,6 +153,38 @@ def test_saved_for_backward() -> None:
 
 
 @built
+@pytest.mark.parametrize("options", [{"retain_graph": True}, {"create_graph": True}], ids=str)
+def test_backward_twice(options: dict[str, bool]) -> None:
+    """What was normed outlives a backward that keeps the graph."""
+    case = Case(residual="both", shape=(19,))
+    tensors, grad = case.tensors(), case.grad_output()
+    out = _fused(case, tensors, _norm(case))
+    first = torch.autograd.grad(out, list(tensors.values()), grad, **options)
+    second = torch.autograd.grad(out, list(tensors.values()), grad)
+    assert_same_bits(dict(zip(tensors, first, strict=True)), dict(zip(tensors, second, strict=True)))
+
+
+@built
+def test_what_hooks_have_seen_stays() -> None:
+    case, seen = Case(residual="both", shape=(19,)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append((t, t.clone())), t)[1], lambda t: t):
+        out = _fused(case, case.tensors(), _norm(case))
+    out.sum().backward()
+    assert seen and all(torch.equal(t, before) for t, before in seen)
+
+
+@built
+def test_a_plain_backward_spends_what_was_normed() -> None:
+    """The residual's gradient lies where that lay."""
+    case = Case(residual="both", shape=(19,))
+    tensors = case.tensors()
+    out = _fused(case, tensors, _norm(case))
+    address = out.grad_fn.saved_tensors[1].data_ptr()  # type: ignore[union-attr]
+    (grad,) = torch.autograd.grad(out.sum(), tensors["residual"])
+    assert grad.data_ptr() == address
+
+
+@built
 def test_a_norm_that_changed_before_the_backward() -> None:
     case = Case(residual="both", shape=(3,))
     norm = _norm(case)
@@ -239,5 +271,12 @@ def test_a_norm_that_is_not_called() -> None:
     norm = nn.LayerNorm(24, eps=0.5).requires_grad_(False)
     found = norm_weights(norm, torch.ones(2, 3, 24))
     assert found is not None and found.weight is norm.weight and found.bias is norm.bias and found.eps == 0.5
+
+
+def test_autocast_leaves_layer_norms_alone() -> None:
+    """So that a kernel may compute one without asking for it."""
+    x, weight, bias = (torch.randn(3, 24) for _ in range(3))
+    expected = nn.functional.layer_norm(x, (24,), weight[0], bias[0])
     with torch.autocast("cpu", BF16):
-        assert norm_weights(norm, torch.ones(2, 3, 24)) is None
+        found = nn.functional.layer_norm(x, (24,), weight[0], bias[0])
+    assert found.dtype == FP32 and torch.equal(found, expected)

@@ -87,8 +87,9 @@ class NormingKernel(Protocol):
         up: PHMWeights,
         norm: NormWeights,
         wanted: tuple[bool, ...],
+        spend: bool,
     ) -> Gradients:
-        """The gradient of residual; then as `AdapterKernel.backward`, by `wanted`."""
+        """The gradient of residual, in y's memory if that may be spent; then as `AdapterKernel.backward`."""
 
 
 def forward_with(

@@ -93,10 +93,11 @@ class _Adapter(_OnThreads, native.Adapter):
         up: PHMWeights,
         norm: NormWeights,
         wanted: tuple[bool, ...],
+        spend: bool,
     ) -> Gradients:
         x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous((*down, *up))
         weight = norm.weight.contiguous()
-        grad_y, results = torch.empty_like(y), empty_gradients([x, *params], wanted)
+        grad_y, results = y if spend else torch.empty_like(y), empty_gradients([x, *params], wanted)
         grad_x, *grads = native.addresses(results)
         self.plan.backward_normed(
             x.data_ptr(),

@@ -19,7 +19,7 @@ from compacter_kernels.weights import NormWeights, PHMWeights
 
 def norm_weights(norm: Any, x: Tensor) -> NormWeights | None:
     """The weights of a layer norm that does to rows like x's what nn.LayerNorm does, frozen and unheard; else None."""
-    if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling():
         return None
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     if weight is None or bias is None or weight.requires_grad or bias.requires_grad:

@@ -29,7 +29,7 @@ struct Normalisation {
         }
     }
 
-    // g: the gradient of what forward wrote; dy: where that of y goes.
+    // g: the gradient of what forward wrote; dy, where that of y goes, may be `y`.
     void backward(const T* y, const T* g, int64_t tokens, T* dy) const {
         for (; tokens > 0; --tokens, y += k, g += k, dy += k) {
             const Row row = moments(y, dy, g);

@@ -154,6 +154,16 @@ void check_adapter(const std::string& name, const Case& c, bool normed, std::mt1
         expect(name, "normed in place", in_place.same_bits(out));
     }
 
+    if (normed) {
+        LayerNorm over = norm;
+        over.grad_y = n.y.data();
+        Stored again_down(c, true), again_up(c, false);
+        Tensor again = dx;
+        cpu::backward(adapter, g.data(), again.data(), c.residual == Case::x_itself || also_x, again_down.parameters(), again_up.parameters(),
+                      c.threads, &over);
+        expect(name, "dy in place of y", n.y.same_bits(n.grad_y) && again.same_bits(dx));
+    }
+
     const Numbers grad = (normed ? n.grad_y : g).values();
     Numbers scaled = grad;
     for (double& value : scaled) value *= adapter.scale;
