@@ -21,7 +21,7 @@ struct Normalisation {
     void forward(const T* y, int64_t tokens, T* out) const {
         const bool streams = streaming;
         for (; tokens > 0; --tokens, y += k, out += k) {
-            const Row row = moments(y, out, nullptr);
+            const Row row = moments(y, streams ? nullptr : out, nullptr);
             each([&](int64_t u, auto, auto numbers) COMPACTER_INLINE_LAMBDA {
                 const Vec z = (numbers.get(y + u) - row.mean) * row.rate;
                 numbers.put(out + u, z * numbers.get(norm.weight + u) + numbers.get(norm.bias + u), streams);
@@ -54,13 +54,13 @@ private:
         Vec mean, rate;
     };
 
-    // Also fetches the rows that are to be written and read next.
+    // Also fetches the rows that are to be written and read next; null: none.
     Row moments(const T* y, const T* written, const T* read) const {
         Vec sum[unroll] = {}, squares[unroll] = {};
         each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
             sum[slot] += numbers.get(y + u);
             if (slot % vectors_per_line<T> == 0) {
-                __builtin_prefetch(written + u, 1, 3);
+                if (written) __builtin_prefetch(written + u, 1, 3);
                 if (read) __builtin_prefetch(read + u, 0, 3);
             }
         });
