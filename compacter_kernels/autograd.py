@@ -138,8 +138,8 @@ class NormedAdapterFunction(_Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, *params = ctx.saved_tensors
         kernel, scale, eps = ctx.call
-        wanted, norm = ctx.needs_input_grad, NormWeights(weight, bias, eps)
-        wanted = (wanted[2], *wanted[5:])
+        _, _, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
+        norm, wanted = NormWeights(weight, bias, eps), (x_wanted, *params_wanted)
         spend = ctx.own and not _keeps_graph()
         grads = _without_grad(kernel.backward_normed, x, y, grad, scale, *_projections(params), norm, wanted, spend)
         of_residual, of_x, *others = _once(grads, grad, x, *params)

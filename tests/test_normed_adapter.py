@@ -28,6 +28,7 @@ CASES = [
     Case(residual="both", shape=(16,), width=772, bottleneck=8, params=BF16),
     Case(residual="both", shape=(33,), width=48, n=12, dtype=BF16),
     Case(residual="both", shape=(33,), width=36, dtype=FP16, params=FP64),
+    Case(residual="both", shape=(20011,), width=192),  # more than caches hold: stores go past them
     Case(residual="both", shape=(0,)),
     Case(residual="both", shape=()),
     Case(residual="both", shape=(17,), rank=None),  # not fused: adapter and norm one by one

@@ -152,10 +152,8 @@ void check_adapter(const std::string& name, const Case& c, bool normed, std::mt1
         over.y = in_place.data();
         cpu::forward(adapter, residual ? residual->data() : nullptr, also_x, in_place.data(), c.threads, &over);
         expect(name, "normed in place", in_place.same_bits(out));
-    }
 
-    if (normed) {
-        LayerNorm over = norm;
+        over = norm;
         over.grad_y = n.y.data();
         Stored again_down(c, true), again_up(c, false);
         Tensor again = dx;
