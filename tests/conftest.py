@@ -60,3 +60,11 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def seed() -> None:
     """Modules draw the same weights in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """A test that changes torch's number of threads gives it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from oracle import BF16, FUSED, IMPLS, Case, assert_same_bits, reference, run
@@ -13,13 +11,6 @@ CASES = [
     Case(shape=(1000,), width=96, bottleneck=24, n=12),
     Case(shape=(1000,), width=96, bottleneck=24, rank=2, dtype=BF16, residual="other"),
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -215,15 +215,14 @@ def test_nearly_equal_numbers() -> None:
         assert error(_fused(case, tensors, norm), exact) <= 2 * error(_apart(case, tensors, norm), exact)
 
 
+@pytest.mark.usefixtures("threads")
 def test_threads_give_the_same_bits() -> None:
     case = Case(residual="both", shape=(700,), width=96)
     tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
-    threads = torch.get_num_threads()
     runs = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
         runs.append(_run(_fused, case, tensors, norm, grad))
-    torch.set_num_threads(threads)
     assert_same_bits(runs[1], runs[2])
     assert_same_bits(*({name: t for name, t in r.items() if "." not in name} for r in runs[:2]))
 
