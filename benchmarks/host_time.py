@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 import compacter_kernels as ck
-from compacter_kernels import functional, machine
+from compacter_kernels import machine, route
 from compacter_kernels.accuracy import Case, Shape, random_case
 from compacter_kernels.impl import cuda, triton as package
 
@@ -66,7 +66,7 @@ def replaced_cuda_launch() -> Iterator[None]:
         mock.patch.object(cuda, "_device", return_value=(132, 227 * 1024, 228 * 1024, 90)),
         mock.patch.object(cuda, "_current_device", cuda._current_device if on_gpu else int),  # int() is 0
         mock.patch.object(cuda, "_current_stream", cuda._current_stream if on_gpu else int),
-        mock.patch.object(functional, "_plans", {}),
+        mock.patch.object(route, "_plans", {}),
     ):
         yield
 
@@ -86,7 +86,7 @@ def replaced_launch() -> Iterator[None]:
         mock.patch.object(launch.Tiled, "fits", return_value=True),
         mock.patch.object(launch, "_current_device", launch._current_device or (lambda: 0)),
         mock.patch.object(launch, "_current_stream", launch._current_stream or (lambda device: 0)),
-        mock.patch.object(functional, "_plans", {}),  # no plan of a launch that is none is kept
+        mock.patch.object(route, "_plans", {}),  # no plan of a launch that is none is kept
     ):
         yield
 

@@ -17,7 +17,7 @@ from compacter_kernels.models.load import load_adapter
 from compacter_kernels.models.patch import patch, unpatch
 from compacter_kernels.models.save import save_adapter
 from compacter_kernels.nn import CompacterAdapter, Compression, PHMLinear, from_dense
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import NormWeights, PHMWeights
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "CompacterConfig",
     "CompacterPlusPlusConfig",
     "Compression",
+    "NormWeights",
     "PHMLinear",
     "PHMWeights",
     "__version__",

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import AdapterKernel, Gradients, LinearKernel, NormingKernel, forward_with
+from compacter_kernels.calls import AdapterCall, Call, LinearCall
+from compacter_kernels.impl import Gradients, Kernel
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.weights import NormWeights, PHMWeights
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def forward(kernel: Kernel[Any], call: Call) -> Tensor:
+    """kernel.forward(call), recorded."""
+    result: Tensor
+    if call.__class__ is LinearCall:
+        x, weights = call
+        result = LinearFunction.apply(kernel, call, x, *weights)
+    else:
+        x, down, up, residual, _, _, norm = call  # type: ignore[misc]
+        weight, bias = (None, None) if norm is None else norm[:2]
+        result = AdapterFunction.apply(kernel, call, residual, x, weight, bias, *down, *up)
+    return result
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -45,102 +58,77 @@ def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
         return function(*args)
 
 
-def _projections(params: Sequence[Tensor | None]) -> tuple[PHMWeights, PHMWeights]:
-    """rule, left, right, bias of down, then of up."""
-    return PHMWeights._make(params[:4]), PHMWeights._make(params[4:])
-
-
 class _Function(torch.autograd.Function):
-    """The base of both. The first argument is no tensor, each other is one or None."""
+    """The base of both: `apply` without what torch does for the tensors of transforms, 4 us of each call.
 
-    _plain: Any  # `apply` without what torch does for functorch's tensors where there are none: 4 us of each call
+    A transform never comes here (`functional`).
+    """
 
     def __init_subclass__(cls) -> None:
-        cls._plain = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """`Function.apply`. A tensor that a transform left behind has no address, which a kernel finds out first."""
-        if not torch._C._are_functorch_transforms_active():
-            try:
-                return cls._plain(*args)
-            except RuntimeError:
-                if not any(t is not None and _wrapped(t) for t in args[1:]):
-                    raise
-        return super().apply(*args)  # type: ignore[no-untyped-call]
+        cls.apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc, method-assign]
 
 
 class LinearFunction(_Function):
-    """phm_linear through a fused kernel."""
+    """phm_linear through a fused kernel. The call is of the same tensors as the other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: LinearKernel, x: Tensor, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel[LinearCall], call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, *params)
-        return kernel.forward(x, PHMWeights(*params))  # type: ignore[arg-type]
+        return kernel.forward(call)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
-        grads = _without_grad(ctx.kernel.backward, x, grad, PHMWeights(*params), ctx.needs_input_grad[1:])
-        return (None, *_once(grads, grad, x, *params))
+        call = LinearCall(x, PHMWeights(*params))
+        grads = _without_grad(ctx.kernel.backward, call, grad, ctx.needs_input_grad[2:])
+        return (None, None, *_once(grads, grad, x, *params))
 
 
 class AdapterFunction(_Function):
-    """compacter_adapter through a fused kernel. call: the kernel, whether x is a residual, and scale."""
+    """compacter_adapter through a fused kernel. The call is of the same tensors as the other arguments.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: tuple[AdapterKernel, bool, float],
-        residual: Tensor | None,
-        x: Tensor,
-        *params: Tensor | None,
-    ) -> Tensor:
-        ctx.call = kernel, residual_is_x, scale = call
-        ctx.save_for_backward(x, *params)
-        return forward_with(kernel, x, residual, residual_is_x, scale, *_projections(params))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *params = ctx.saved_tensors
-        kernel, residual_is_x, scale = ctx.call
-        wanted = ctx.needs_input_grad
-        grads = _without_grad(kernel.backward, x, grad, residual_is_x, scale, *_projections(params), wanted[2:])
-        return (None, grad if wanted[1] else None, *_once(grads, grad, x, *params))
-
-
-class NormedAdapterFunction(_Function):
-    """A frozen layer norm of compacter_adapter with x and another residual. call: the kernel, scale and the norm's eps.
-
-    x or a parameter must require a gradient: a second derivative raises by their graph. What was normed gives its
-    memory to its gradient where nobody can ask for it again: the graph is not kept, no hook has seen what was saved.
+    A norm is frozen, and x or a parameter requires a gradient: a second derivative raises by their graph. What was
+    normed gives its memory to its gradient where nobody can ask for it again: the graph is not kept, no hook has seen
+    what was saved.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[NormingKernel, float, float],
-        residual: Tensor,
+        kernel: Kernel[AdapterCall],
+        call: AdapterCall,
+        residual: Tensor | None,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         *params: Tensor | None,
     ) -> Tensor:
-        kernel, scale, eps = call
-        ctx.call, ctx.own = call, _saving_hooks(False) is None
-        norm = NormWeights(weight, bias, eps)
-        out, y = kernel.forward_normed(x, residual, scale, *_projections(params), norm, keep=True)
-        ctx.save_for_backward(x, y, weight, bias, *params)
+        norm, rows = call.norm, None
+        if norm is None:
+            ctx.rest = kernel, call.add_x, call.scale, 0.0, False
+        else:
+            ctx.rest = kernel, call.add_x, call.scale, norm.eps, _saving_hooks(False) is None
+            rows = torch.empty_like(x, memory_format=torch.contiguous_format)
+            call = call._replace(norm=norm._replace(rows=rows))
+        out = kernel.forward(call)
+        ctx.save_for_backward(x, rows, weight, bias, *params)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, bias, *params = ctx.saved_tensors
-        kernel, scale, eps = ctx.call
-        _, _, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
-        norm, wanted = NormWeights(weight, bias, eps), (x_wanted, *params_wanted)
-        spend = ctx.own and not _keeps_graph()
-        grads = _without_grad(kernel.backward_normed, x, y, grad, scale, *_projections(params), norm, wanted, spend)
-        of_residual, of_x, *others = _once(grads, grad, x, *params)
-        return (None, of_residual, of_x, None, None, *others)
+        x, rows, weight, bias, *params = ctx.saved_tensors
+        kernel, add_x, scale, eps, own = ctx.rest
+        _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
+        norm, of_residual = None, grad
+        if rows is not None:
+            of_residual = rows if own and not _keeps_graph() else torch.empty_like(rows)
+            norm = NormWeights(weight, bias, eps, rows, of_residual)
+        call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
+        grads = _without_grad(kernel.backward, call, grad, (x_wanted, *params_wanted))
+        if norm is None:
+            guarded = _once(grads, grad, x, *params)
+        else:
+            of_residual, *guarded = _once((of_residual, *grads), grad, x, *params)  # type: ignore[assignment]
+        of_x, *others = guarded
+        return (None, None, of_residual if residual_wanted else None, of_x, None, None, *others)

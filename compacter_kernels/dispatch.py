@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from compacter_kernels.impl import architecture, cpu, cuda, dense, factored, triton
+import torch
+
+from compacter_kernels import proof
+from compacter_kernels.impl import Impl, Kernel, architecture, cpu, cuda, dense, factored, triton
 from compacter_kernels.measured import measured
 from compacter_kernels.problem import Problem
 
-IMPLS = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
+IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
 PLAIN = ("dense", "factored")  # plain torch: autograd and torch.compile see through them
 PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # in which "auto" asks, after what was measured
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
@@ -22,13 +24,26 @@ logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
 
 
-class Plan(NamedTuple):
-    """An impl chosen for a problem. kernel is None for the plain-torch impls, which are differentiable themselves."""
+class OnlyTorch(NamedTuple):
+    """Why "auto" takes an impl of plain torch; required: why an explicit choice of another is refused too."""
 
+    why: str
+    required: bool
+
+
+class Plan(NamedTuple):
+    """An impl chosen for a problem.
+
+    kernel: None where a fused impl runs through its operator. odd: whether a tensor is of another class than torch's.
+    settled: whether a later call would choose the same.
+    """
+
+    problem: Problem
     name: str
     reason: str
-    module: ModuleType
-    kernel: Any
+    kernel: Kernel[Any] | None
+    odd: bool
+    settled: bool
 
 
 class Explanation(NamedTuple):
@@ -56,22 +71,40 @@ def auto_impl() -> str:
     return os.environ.get(ENVIRONMENT) or "auto"
 
 
-def _why_not(name: str, problem: Problem) -> str | None:
-    module = IMPLS[name]
-    reason: str | None = module.unavailable() or module.refuses(problem)
-    return reason
+def _why_not(name: str, problem: Problem, only_torch: OnlyTorch | None) -> str | None:
+    """Why this impl does not serve, or None."""
+    impl = IMPLS[name]
+    barred = only_torch.why if only_torch is not None and name not in PLAIN else None
+    return impl.unavailable() or impl.refuses(problem) or barred
 
 
-def _first(problem: Problem) -> tuple[str, str]:
+def _unproved(name: str, problem: Problem, shown: tuple[str, ...]) -> str | None:
+    """Why "auto" does not trust this impl on the device, or None. shown: those that a committed file shows there."""
+    if name in PLAIN or not proof.asked(problem):
+        return None
+    if proof.comparable():
+        return proof.failure(problem, name, IMPLS[name]) or None
+    found = proof.known(problem, name)
+    if found is None and name not in shown:
+        return "it has not proved itself on this device, and nothing can be compared now; call it once before"
+    return found or None
+
+
+def _first(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str]:
     """What "auto" takes, and the reason."""
-    timed = measured(problem)
-    order = [*timed.impls, *(name for name in PREFERENCE if name not in timed.impls)]
-    name = next(name for name in order if _why_not(name, problem) is None)
+    timed, passed = measured(problem), []
+    for name in (*timed.impls, *(name for name in PREFERENCE if name not in timed.impls)):
+        reason = _why_not(name, problem, only_torch) or _unproved(name, problem, timed.impls)
+        if reason is None:
+            break
+        passed.append(f"{name}: {reason}")
     if name in timed.impls:
         why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
     else:
         why = "the first of auto's order that serves this call" + _unmeasured(problem)
-    return name, "; ".join([why, *(f"{n}: {_why_not(n, problem)}" for n in order[: order.index(name)])])
+    if name not in PLAIN and proof.asked(problem) and proof.known(problem, name) == "":
+        why += ", and right on this device when tried"
+    return name, "; ".join([why, *passed])
 
 
 def _unmeasured(problem: Problem) -> str:
@@ -88,7 +121,7 @@ def check_name(impl: object, source: str = "impl") -> str:
     return str(impl)
 
 
-def choose(problem: Problem, impl: str) -> tuple[str, str]:
+def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> tuple[str, str]:
     """The impl that serves the problem, and the reason.
 
     Raises:
@@ -99,30 +132,41 @@ def choose(problem: Problem, impl: str) -> tuple[str, str]:
     if check_name(impl) == "auto":
         impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
-        return _first(problem)
-    reason = _why_not(impl, problem)
+        return _first(problem, only_torch)
+    required = only_torch is not None and only_torch.required
+    reason = _why_not(impl, problem, only_torch if required else None)
     if reason is not None:
-        others = [name for name in PREFERENCE if _why_not(name, problem) is None]
+        others = [name for name in PREFERENCE if _why_not(name, problem, only_torch) is None]
         raise RuntimeError(
             f"{source}={impl!r} cannot serve this {problem.operation}: {reason}. Try {', '.join(others)}"
         )
     return impl, f"chosen by {source}={impl!r}"
 
 
-def plan(problem: Problem, impl: str) -> Plan:
-    """Choose the impl, announce it once, and prepare its kernel."""
-    name, reason = choose(problem, impl)
-    if (problem.operation, name) not in _announced:
-        _announced.add((problem.operation, name))
-        logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
-    module = IMPLS[name]
-    kernel = None if name in PLAIN else module.prepare(problem)
-    return Plan(name, reason, module, kernel)
+def plan(
+    problem: Problem, impl: str, only_torch: OnlyTorch | None = None, seen: bool = False, odd: bool = False
+) -> Plan:
+    """Choose the impl and prepare its kernel; where torch is to see the call, none of a fused impl."""
+    name, reason = choose(problem, impl, only_torch)
+    if seen and name not in PLAIN:
+        return Plan(problem, name, reason, None, odd, True)
+    if not torch.compiler.is_compiling():
+        _announce(problem.operation, name, reason)
+    settled = not proof.asked(problem) or proof.comparable()
+    return Plan(problem, name, reason, IMPLS[name].prepare(problem), odd, settled)
 
 
-def explain(problem: Problem, impl: str = "auto") -> Explanation:
+def _announce(operation: str, name: str, reason: str) -> None:
+    """Say once which impl an operation runs through."""
+    if (operation, name) not in _announced:
+        _announced.add((operation, name))
+        logger.info("%s runs through impl %r (%s)", operation, name, reason)
+
+
+def explain(problem: Problem, impl: str = "auto", only_torch: OnlyTorch | None = None) -> Explanation:
     """The impl for this problem, and for each other one why not."""
-    name, reason = choose(problem, impl)
+    name, reason = choose(problem, impl, only_torch)
     but = f"can serve this call, but {name} was {reason.split(';')[0]}"
-    others = {other: _why_not(other, problem) or but for other in IMPLS if other != name}
+    failed = {other: proof.known(problem, other) for other in IMPLS if proof.asked(problem)}
+    others = {o: _why_not(o, problem, only_torch) or failed.get(o) or but for o in IMPLS if o != name}
     return Explanation(name, reason, others)

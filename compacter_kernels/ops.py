@@ -1,6 +1,6 @@
-"""The fused impls as torch.library operators, which torch.compile and torch.export see as one node each.
+"""The fused impls as torch.library operators: one node each for torch.compile, torch.export and dispatch modes.
 
-Eager calls never come through here. `impl` names a fused impl; the plain-torch ones need no operator.
+Plain eager calls never come through here. `impl` names a fused impl; the plain-torch ones need no operator.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import dispatch
-from compacter_kernels.impl import forward_with
+from compacter_kernels.calls import AdapterCall, Call, LinearCall
 from compacter_kernels.problem import Problem, adapter_problem, linear_problem
 from compacter_kernels.weights import PHMWeights
 
@@ -49,8 +49,8 @@ def _absent(grads: list[Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Te
 
 @torch.library.custom_op("compacter_kernels::phm_linear", mutates_args=())
 def _linear(x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    weights = PHMWeights(rule, left, right, bias)
-    result: Tensor = _kernel(linear_problem(x, weights), impl).forward(x, weights)
+    call = LinearCall(x, PHMWeights(rule, left, right, bias))
+    result: Tensor = _kernel(linear_problem(*call), impl).forward(call)
     return result
 
 
@@ -63,9 +63,8 @@ def _(x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
 def _linear_backward(
     grad: Tensor, x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str
 ) -> list[Tensor]:
-    weights = PHMWeights(rule, left, right, bias)
-    grads = _kernel(linear_problem(x, weights), impl).backward(x, grad, weights, (True,) * 5)
-    return _present(grads, x)
+    call = LinearCall(x, PHMWeights(rule, left, right, bias))
+    return _present(_kernel(linear_problem(*call), impl).backward(call, grad, (True,) * 5), x)
 
 
 @_linear_backward.register_fake
@@ -101,7 +100,7 @@ def _adapter(
     up_left: Tensor,
     up_right: Tensor,
     up_bias: Tensor | None,
-    residual_is_x: bool,
+    add_x: bool,
     activation: str,
     scale: float,
     impl: str,
@@ -109,7 +108,8 @@ def _adapter(
     down = PHMWeights(down_rule, down_left, down_right, down_bias)
     up = PHMWeights(up_rule, up_left, up_right, up_bias)
     kernel = _kernel(adapter_problem(x, down, up, activation), impl)
-    return forward_with(kernel, x, residual, residual_is_x, scale, down, up)
+    result: Tensor = kernel.forward(AdapterCall(x, down, up, residual, add_x, scale))
+    return result
 
 
 @_adapter.register_fake
@@ -129,7 +129,7 @@ def _adapter_backward(
     up_left: Tensor,
     up_right: Tensor,
     up_bias: Tensor | None,
-    residual_is_x: bool,
+    add_x: bool,
     activation: str,
     scale: float,
     impl: str,
@@ -137,7 +137,7 @@ def _adapter_backward(
     down = PHMWeights(down_rule, down_left, down_right, down_bias)
     up = PHMWeights(up_rule, up_left, up_right, up_bias)
     kernel = _kernel(adapter_problem(x, down, up, activation), impl)
-    return _present(kernel.backward(x, grad, residual_is_x, scale, down, up, (True,) * 9), x)
+    return _present(kernel.backward(AdapterCall(x, down, up, None, add_x, scale), grad, (True,) * 9), x)
 
 
 @_adapter_backward.register_fake
@@ -162,25 +162,14 @@ _adapter.register_autograd(_adapter_grad, setup_context=_adapter_setup)
 _adapter_backward.register_autograd(_second_derivative)
 
 
-def linear(x: Tensor, weights: PHMWeights, impl: str) -> Tensor:
-    """phm_linear through the operator."""
-    assert weights.right is not None
-    rule, left, right, bias = weights
-    result: Tensor = _linear(x, rule, left, right, bias, impl)
-    return result
-
-
-def adapter(
-    x: Tensor,
-    residual: Tensor | None,
-    also_x: bool,
-    scale: float,
-    down: PHMWeights,
-    up: PHMWeights,
-    activation: str,
-    impl: str,
-) -> Tensor:
-    """compacter_adapter through the operator; also_x: x is a residual besides the other."""
-    same = residual is x
-    result: Tensor = _adapter(x, None if same else residual, *down, *up, same or also_x, activation, scale, impl)
+def forward(call: Call, problem: Problem, impl: str) -> Tensor:
+    """The call through its operator."""
+    result: Tensor
+    if call.__class__ is LinearCall:
+        x, weights = call
+        result = _linear(x, *weights, impl)
+    else:
+        assert isinstance(call, AdapterCall) and problem.activation is not None
+        x, down, up, residual, add_x, scale, _ = call
+        result = _adapter(x, residual, *down, *up, add_x, problem.activation.name, scale, impl)
     return result

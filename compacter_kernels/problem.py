@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.activations import Activation, resolve
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import NormWeights, PHMWeights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -48,8 +48,9 @@ def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(value.dtype)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
 
@@ -123,6 +124,7 @@ def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[in
     """Raise unless `value` is a tensor of that shape with the dtype, device and layout of x, which has been checked."""
     if (
         isinstance(value, Tensor)
+        and not value.is_nested
         and value.shape == shape
         and value.dtype == x.dtype
         and value.device == x.device
@@ -146,3 +148,18 @@ def check_scale(scale: Tensor, up: PHMWeights) -> None:
         raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
     if scale.device != up.device:
         raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")
+
+
+def check_norm(norm: NormWeights, x: Tensor) -> None:
+    """Raise unless `norm` is a layer norm over the rows of x, which has been checked."""
+    if not isinstance(norm, NormWeights):
+        raise TypeError(f"norm must be NormWeights(weight, bias, eps), got {type(norm).__name__}")
+    for field, tensor in zip(("weight", "bias"), norm, strict=False):
+        _check_tensor(tensor, f"norm.{field}", 1)
+        assert isinstance(tensor, Tensor)
+        if tensor.shape != x.shape[-1:]:
+            raise ValueError(f"norm.{field} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"norm.{field} must have the dtype of x, {_name(x.dtype)}, got {_name(tensor.dtype)}")
+        if tensor.device != x.device:
+            raise ValueError(f"norm.{field} is on {tensor.device}, x on {x.device}; move one of them")

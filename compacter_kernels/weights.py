@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,14 @@ class PHMWeights(NamedTuple):
         """Where the weights are."""
         return self.rule.device
 
+    def named(self, side: str) -> list[tuple[str, Tensor]]:
+        """The tensors that are there, with their names: down.rule, down.left and so on for the side "down"."""
+        return [(f"{side}.{name}", t) for name, t in zip(self._fields, self, strict=True) if t is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PHMWeights:
+        """The same weights with `change` applied to each tensor."""
+        return PHMWeights(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
+
     def scaled(self, scale: Tensor) -> PHMWeights:
         """Weights whose projection is `scale` times this one, differentiable in `scale` (a tensor of one number).
 
@@ -56,11 +65,17 @@ class PHMWeights(NamedTuple):
 
 
 class NormWeights(NamedTuple):
-    """What a layer norm over the last dimension is made of: weight and bias (k,), and the eps of its variance."""
+    """A layer norm over the last dimension: weight and bias (k,), and the eps that is added to the variance.
+
+    rows, grad_rows: only between autograd and a kernel. Forward writes what it normalises into rows (it may be None),
+    backward reads it there and writes its gradient into grad_rows, which may be the same memory. Both are like x.
+    """
 
     weight: Tensor
     bias: Tensor
-    eps: float
+    eps: float = 1e-5
+    rows: Tensor | None = None
+    grad_rows: Tensor | None = None
 
 
 def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:

@@ -38,6 +38,15 @@ inline Activation activation_of(int code) {
 inline const void* input(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 inline void* output(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// A tensor that must be there, unless it has no rows.
+inline void* of_rows(uintptr_t address, int64_t rows) {
+    if (!address && rows) throw std::invalid_argument("a tensor of the call has no memory: its address is 0");
+    return output(address);
+}
+
+// The one tensor that is added first: the residual, or else x if that is added.
+inline uintptr_t added(uintptr_t x, uintptr_t residual, bool add_x) { return !residual && add_x ? x : residual; }
+
 // The list at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
 class Addresses {
   public:
@@ -77,8 +86,7 @@ struct ProjectionPlan {
         if (has_bias) w.bias.dtype = dtype_of(dtypes[3]);
     }
 
-    // The parameters, or their gradients.
-    Parameters at(Addresses& addresses) const {
+    Parameters gradients(Addresses& addresses) const {
         Parameters w = projection.weights;
         for (Array* array : {&w.rule, &w.left, &w.right, &w.bias}) array->data = addresses.next();
         if (!has_bias) w.bias.data = nullptr;
@@ -87,7 +95,10 @@ struct ProjectionPlan {
 
     Projection with(Addresses& addresses) const {
         Projection p = projection;
-        p.weights = at(addresses);
+        p.weights = gradients(addresses);
+        const Parameters& w = p.weights;
+        if (!w.rule.data || !w.left.data || !w.right.data || (has_bias && !w.bias.data))
+            throw std::invalid_argument("a parameter has no memory: its address is 0");
         return p;
     }
 };
@@ -100,7 +111,7 @@ struct LinearPlan {
         : dtype(input_dtype_of(dtype)), plan(shape, dtypes.data()) {}
 
     Linear at(uintptr_t x, int64_t tokens, Addresses& addresses) const {
-        return {plan.with(addresses), dtype, tokens, input(x)};
+        return {plan.with(addresses), dtype, tokens, of_rows(x, tokens)};
     }
 
     // Without addresses: what depends on the sizes alone.
@@ -122,7 +133,8 @@ struct AdapterPlan {
     }
 
     Adapter at(uintptr_t x, int64_t tokens, double scale, Addresses& addresses) const {
-        return {down.with(addresses), up.with(addresses), activation, static_cast<float>(scale), dtype, tokens, input(x)};
+        return {down.with(addresses), up.with(addresses), activation, static_cast<float>(scale), dtype, tokens,
+                of_rows(x, tokens)};
     }
 
     Adapter sizes(int64_t tokens) const {

@@ -12,8 +12,9 @@ struct CpuLinear : LinearPlan {
     void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::list& parameters) const {
         Addresses addresses(parameters, 1);
         const Linear linear = at(x, tokens, addresses);
+        void* const result = of_rows(out, tokens);
         py::gil_scoped_release release;
-        cpu::forward(linear, output(out), threads);
+        cpu::forward(linear, result, threads);
     }
 
     // parameters, then their gradients
@@ -21,50 +22,61 @@ struct CpuLinear : LinearPlan {
                   const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
-        const Parameters gradients = plan.at(addresses);
+        const Parameters gradients = plan.gradients(addresses);
+        const void* const grad = of_rows(grad_out, tokens);
         py::gil_scoped_release release;
-        cpu::backward(linear, input(grad_out), output(grad_x), gradients, threads);
+        cpu::backward(linear, grad, output(grad_x), gradients, threads);
     }
 };
 
 struct CpuAdapter : AdapterPlan {
     using AdapterPlan::AdapterPlan;
 
-    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, bool also_x, int threads,
+    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale, int threads,
                  const py::list& parameters) const {
-        Addresses addresses(parameters, 2);
-        const Adapter adapter = at(x, tokens, scale, addresses);
-        py::gil_scoped_release release;
-        cpu::forward(adapter, input(residual), also_x, output(out), threads);
+        run_forward(x, residual, out, add_x, tokens, scale, threads, parameters, nullptr);
     }
 
-    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
                   int threads, const py::list& parameters) const {
-        Addresses addresses(parameters, 4);
-        const Adapter adapter = at(x, tokens, scale, addresses);
-        const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);
-        py::gil_scoped_release release;
-        cpu::backward(adapter, input(grad_out), output(grad_x), residual_is_x, down_gradients, up_gradients, threads);
+        run_backward(x, grad_out, grad_x, add_x, tokens, scale, threads, parameters, nullptr);
     }
 
-    // With x and another residual, and a layer norm behind them whose weight and bias have the dtype of x.
-    void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t y, uintptr_t out, int64_t tokens, double scale,
-                        uintptr_t weight, uintptr_t bias, double eps, int threads, const py::list& parameters) const {
+    // With a layer norm behind, whose weight and bias have the dtype of x. rows: where what is normed goes.
+    void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t out, uintptr_t weight, uintptr_t bias, uintptr_t rows,
+                        bool add_x, int64_t tokens, double scale, double eps, int threads,
+                        const py::list& parameters) const {
+        const LayerNorm norm{{of_rows(weight, 1), dtype}, {of_rows(bias, 1), dtype}, static_cast<float>(eps),
+                             of_rows(rows, tokens), nullptr};
+        run_forward(x, residual, out, add_x, tokens, scale, threads, parameters, &norm);
+    }
+
+    void backward_normed(uintptr_t x, uintptr_t grad_out, uintptr_t weight, uintptr_t rows, uintptr_t grad_rows,
+                         uintptr_t grad_x, bool add_x, int64_t tokens, double scale, double eps, int threads,
+                         const py::list& parameters) const {
+        const LayerNorm norm{{of_rows(weight, 1), dtype}, {}, static_cast<float>(eps), of_rows(rows, tokens),
+                             of_rows(grad_rows, tokens)};
+        run_backward(x, grad_out, grad_x, add_x, tokens, scale, threads, parameters, &norm);
+    }
+
+  private:
+    void run_forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale, int threads,
+                     const py::list& parameters, const LayerNorm* norm) const {
         Addresses addresses(parameters, 2);
         const Adapter adapter = at(x, tokens, scale, addresses);
-        const LayerNorm norm{{output(weight), dtype}, {output(bias), dtype}, static_cast<float>(eps), output(y), nullptr};
+        void* const result = of_rows(out, tokens);
         py::gil_scoped_release release;
-        cpu::forward(adapter, input(residual), true, output(out), threads, &norm);
+        cpu::forward(adapter, input(added(x, residual, add_x)), add_x && residual, result, threads, norm);
     }
 
-    void backward_normed(uintptr_t x, uintptr_t y, uintptr_t grad_out, uintptr_t grad_y, uintptr_t grad_x, int64_t tokens,
-                         double scale, uintptr_t weight, double eps, int threads, const py::list& parameters) const {
+    void run_backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
+                      int threads, const py::list& parameters, const LayerNorm* norm) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
-        const LayerNorm norm{{output(weight), dtype}, {}, static_cast<float>(eps), output(y), output(grad_y)};
-        const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);
+        const Parameters down_gradients = down.gradients(addresses), up_gradients = up.gradients(addresses);
+        const void* const grad = of_rows(grad_out, tokens);
         py::gil_scoped_release release;
-        cpu::backward(adapter, input(grad_out), output(grad_x), true, down_gradients, up_gradients, threads, &norm);
+        cpu::backward(adapter, grad, output(grad_x), add_x, down_gradients, up_gradients, threads, norm);
     }
 };
 

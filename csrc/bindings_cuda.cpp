@@ -27,7 +27,7 @@ struct CudaLinear : LinearPlan {
 
     void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 1);
-        cuda::forward(at(x, tokens, addresses), output(out), device, output(stream));
+        cuda::forward(at(x, tokens, addresses), of_rows(out, tokens), device, output(stream));
     }
 
     // parameters, then their gradients
@@ -35,7 +35,7 @@ struct CudaLinear : LinearPlan {
                   uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
-        cuda::backward(linear, input(grad_out), output(grad_x), plan.at(addresses),
+        cuda::backward(linear, of_rows(grad_out, tokens), output(grad_x), plan.gradients(addresses),
                        static_cast<float*>(output(workspace)), device, output(stream));
     }
 };
@@ -51,18 +51,21 @@ struct CudaAdapter : AdapterPlan {
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
 
-    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t tokens, double scale, uintptr_t stream,
-                 const py::list& parameters) const {
+    // Of x and a residual it adds one.
+    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
+                 uintptr_t stream, const py::list& parameters) const {
+        if (add_x && residual) throw std::invalid_argument("one of x and the residual can be added, not both");
         Addresses addresses(parameters, 2);
-        cuda::forward(at(x, tokens, scale, addresses), input(residual), output(out), device, output(stream));
+        cuda::forward(at(x, tokens, scale, addresses), input(added(x, residual, add_x)), of_rows(out, tokens), device,
+                      output(stream));
     }
 
-    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool residual_is_x, int64_t tokens, double scale,
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
                   uintptr_t workspace, uintptr_t stream, const py::list& parameters) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
-        const Parameters down_gradients = down.at(addresses), up_gradients = up.at(addresses);
-        cuda::backward(adapter, input(grad_out), output(grad_x), residual_is_x, down_gradients, up_gradients,
+        const Parameters down_gradients = down.gradients(addresses), up_gradients = up.gradients(addresses);
+        cuda::backward(adapter, of_rows(grad_out, tokens), output(grad_x), add_x, down_gradients, up_gradients,
                        static_cast<float*>(output(workspace)), device, output(stream));
     }
 };

@@ -154,9 +154,9 @@ def test_export(strict: bool, impl: str) -> None:
 
 def test_first_call_may_be_a_compiled_one() -> None:
     """No plan, no log line and no module is there yet."""
-    from compacter_kernels import dispatch, functional
+    from compacter_kernels import dispatch, route
 
-    functional._plans.clear()
+    route._plans.clear()
     dispatch._announced.clear()
     compiled, backend = _compiled(ck.CompacterAdapter(24, reduction_factor=2))
     compiled(torch.randn(5, 24)).sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels import dispatch, functional, measured
+from compacter_kernels import dispatch, measured, proof, route
 from compacter_kernels.measured import Class, Measured
 
 LINEAR, ADAPTER = Case("linear"), Case()
@@ -21,7 +21,7 @@ LINEAR, ADAPTER = Case("linear"), Case()
 
 @pytest.fixture(autouse=True)
 def nothing_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(route, "_plans", {})
     monkeypatch.setattr(dispatch, "_announced", set())
 
 
@@ -58,6 +58,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch.IMPLS[name], "unavailable", lambda: None)
         monkeypatch.setattr(dispatch.IMPLS[name], "refuses", lambda problem: None)
+    monkeypatch.setattr(proof, "failure", lambda problem, name, impl: "")
+    monkeypatch.setattr(proof, "known", lambda problem, name: "")
 
 
 def _chosen(case: Case) -> dispatch.Explanation:
@@ -71,7 +73,9 @@ def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(measured, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
     found = _chosen(Case(dtype=BF16))
     assert found.impl == "triton"
-    assert found.reason == "the fastest measured on such calls of those that serve this one (a file)"
+    assert found.reason.startswith(
+        "the fastest measured on such calls of those that serve this one (a file), and right"
+    )
     assert found.others["cuda"].startswith("can serve this call, but triton was the fastest measured")
     for other in (Case(), Case("linear", dtype=BF16), Case(dtype=BF16, n=12), Case(dtype=BF16, rank=2)):
         unmeasured = _chosen(other)
@@ -131,16 +135,15 @@ def test_another_device_is_refused(impl: str) -> None:
 
 
 def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the impls that run from now on."""
+    """The names of the impls that are prepared from now on."""
     seen: list[str] = []
 
-    def record(module: Any, name: str, attribute: str) -> None:
-        original = getattr(module, attribute)
-        monkeypatch.setattr(module, attribute, lambda *args: [seen.append(name), original(*args)][1])
+    def record(module: Any, name: str) -> None:
+        original = module.prepare
+        monkeypatch.setattr(module, "prepare", lambda problem: [seen.append(name), original(problem)][1])
 
     for name, module in dispatch.IMPLS.items():
-        for attribute in ("linear", "adapter") if name in dispatch.PLAIN else ("prepare",):
-            record(module, name, attribute)
+        record(module, name)
     return seen
 
 
@@ -170,7 +173,7 @@ def test_environment_may_change_between_calls(monkeypatch: pytest.MonkeyPatch) -
     for impl in ("dense", "factored", "dense"):
         monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
         ADAPTER.call(tensors)
-    assert seen == ["dense", "factored", "dense"]
+    assert seen == ["dense", "factored"]  # a plan is made once
 
 
 @pytest.mark.parametrize("value", ["", "auto"])

@@ -162,7 +162,7 @@ TABLE += [
 def test_error_names_the_argument(
     call: Callable[[], object], kind: type[Exception], match: str, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ck.functional, "_plans", {})
+    monkeypatch.setattr(ck.route, "_plans", {})
     if warm:
         linear()
         adapter()

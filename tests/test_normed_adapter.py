@@ -12,10 +12,9 @@ from test_strides import LAYOUTS
 from torch import Tensor, nn
 
 import compacter_kernels as ck
+from compacter_kernels import route
 from compacter_kernels.accuracy import floor
 from compacter_kernels.impl.cpu import unavailable
-from compacter_kernels.models import normed_adapter as room
-from compacter_kernels.models.normed_adapter import norm_weights, normed_adapter
 from compacter_kernels.saved import saved_bytes
 from compacter_kernels.weights import NormWeights
 
@@ -29,6 +28,9 @@ CASES = [
     Case(residual="both", shape=(33,), width=48, n=12, dtype=BF16),
     Case(residual="both", shape=(33,), width=36, dtype=FP16, params=FP64),
     Case(residual="both", shape=(20011,), width=192),  # more than caches hold: stores go past them
+    Case(residual="other", shape=(37,)),
+    Case(residual="x", shape=(37,), rank=2),
+    Case(residual="none", shape=(37,)),
     Case(residual="both", shape=(0,)),
     Case(residual="both", shape=()),
     Case(residual="both", shape=(17,), rank=None),  # not fused: adapter and norm one by one
@@ -42,15 +44,17 @@ def _norm(case: Case, dtype: torch.dtype | None = None) -> NormWeights:
     return NormWeights(weight.to(case.dtype).to(dtype or case.dtype), bias.to(case.dtype).to(dtype or case.dtype), EPS)
 
 
-def _fused(case: Case, tensors: Tensors, norm: NormWeights, scale: Any = None) -> Tensor:
-    return normed_adapter(
+def _fused(case: Case, tensors: Tensors, norm: NormWeights, scale: Any = None, out: Tensor | None = None) -> Tensor:
+    residual = {"none": None, "x": tensors["x"]}.get(case.residual, tensors.get("residual"))
+    return ck.compacter_adapter(
         tensors["x"],
         weights(tensors, "down."),
         weights(tensors, "up."),
-        norm,
         activation=case.activation,
-        residual=tensors["residual"],
+        residual=(tensors["x"], residual) if case.residual == "both" else residual,
         scale=case.scale if scale is None else scale,
+        norm=norm,
+        out=out,
     )
 
 
@@ -228,49 +232,72 @@ def test_threads_give_the_same_bits() -> None:
 
 
 @built
-def test_one_kernel_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(residual="both", shape=(3,))
-    monkeypatch.setattr(room, "compacter_adapter", None)
+@pytest.mark.parametrize("residual", ["none", "x", "other", "both"])
+def test_one_kernel_computes_it(residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(residual=residual, shape=(3,))
+    monkeypatch.setattr(route, "F", None)
     _fused(case, case.tensors(), _norm(case)).sum().backward()
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An impl without norms serves the adapter alone."""
-    case, calls = Case(residual="both", shape=(3,)), []
+    """An impl without norms serves the adapter alone, and the norm is torch's."""
+    case = Case(residual="both", shape=(3,))
+    expected = _fused(case, case.tensors(), _norm(case))
     monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "factored")
-    monkeypatch.setattr(room, "compacter_adapter", lambda *a, **k: (calls.append(1), ck.compacter_adapter(*a, **k))[1])
-    _fused(case, case.tensors(), _norm(case)).sum().backward()
-    assert calls
+    torch.testing.assert_close(_fused(case, case.tensors(), _norm(case)), expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(route, "F", None)
+    with pytest.raises(AttributeError, match="layer_norm"):
+        _fused(case, case.tensors(), _norm(case))
 
 
-def _norms() -> dict[str, nn.Module]:
-    class Own(nn.LayerNorm):
-        pass
-
-    hooked, replaced = nn.LayerNorm(24), nn.LayerNorm(24)
-    hooked.register_forward_hook(lambda *_: None)
-    replaced.forward = lambda x: x  # type: ignore[method-assign]
-    return {
-        "another class": Own(24).requires_grad_(False),
-        "hooked": hooked.requires_grad_(False),
-        "replaced": replaced.requires_grad_(False),
-        "trained": nn.LayerNorm(24),
-        "no bias": nn.LayerNorm(24, bias=False).requires_grad_(False),
-        "no weights": nn.LayerNorm(24, elementwise_affine=False),
-        "two dimensions": nn.LayerNorm((3, 24)).requires_grad_(False),
-        "another dtype": nn.LayerNorm(24, dtype=BF16).requires_grad_(False),
-    }
+@pytest.mark.parametrize("impl", ["auto", "factored"])
+def test_a_norm_that_trains(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights get their gradients, whatever computes the adapter."""
+    monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
+    case = Case(residual="both", shape=(19,))
+    tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
+    got, expected = [], []
+    for function, found in ((_fused, got), (_apart, expected)):
+        leaves = [t.clone().requires_grad_() for t in norm[:2]]
+        out = function(case, tensors, NormWeights(*leaves, EPS))
+        found += torch.autograd.grad(out, [*leaves, *tensors.values()], grad)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", _norms())
-def test_norms_that_are_called(name: str) -> None:
-    assert norm_weights(_norms()[name], torch.ones(2, 3, 24)) is None
+@pytest.mark.parametrize("place", [torch.empty_like, lambda x: x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]])
+def test_out(place: Callable[[Tensor], Tensor]) -> None:
+    case = Case(residual="both", shape=(19,))
+    tensors, norm = case.tensors(), _norm(case)
+    with torch.no_grad():
+        out = place(tensors["x"])
+        assert _fused(case, tensors, norm, out=out) is out
+        assert torch.equal(bits(out), bits(_fused(case, tensors, norm)))
 
 
-def test_a_norm_that_is_not_called() -> None:
-    norm = nn.LayerNorm(24, eps=0.5).requires_grad_(False)
-    found = norm_weights(norm, torch.ones(2, 3, 24))
-    assert found is not None and found.weight is norm.weight and found.bias is norm.bias and found.eps == 0.5
+def test_compiled() -> None:
+    case = Case(residual="both", shape=(19,))
+    tensors, norm = case.tensors(), _norm(case)
+    with torch.no_grad():
+        compiled = torch.compile(_fused, backend="eager", fullgraph=True)(case, tensors, norm)
+        torch.testing.assert_close(compiled, _fused(case, tensors, norm), rtol=1e-4, atol=1e-5)
+
+
+WRONG: list[tuple[Any, type[Exception], str]] = [
+    (3, TypeError, "norm must be NormWeights.* got int"),
+    (NormWeights(torch.ones(23), torch.ones(24)), ValueError, r"norm\.weight must have shape \(24,\), got \(23,\)"),
+    (NormWeights(torch.ones(24), torch.ones(24, 1)), ValueError, r"norm\.bias must have 1 dimension"),
+    (NormWeights(torch.ones(24), torch.ones(24, dtype=BF16)), TypeError, r"norm\.bias must have the dtype of x"),
+    (NormWeights(torch.ones(24, device="meta"), torch.ones(24)), ValueError, r"norm\.weight is on meta"),
+]
+
+
+@pytest.mark.parametrize(("norm", "kind", "match"), WRONG, ids=[match for _, _, match in WRONG])
+def test_a_norm_that_does_not_fit(norm: Any, kind: type[Exception], match: str) -> None:
+    case = Case(residual="both", shape=(3,))
+    for _ in range(2):
+        with pytest.raises(kind, match=match):
+            _fused(case, case.tensors(), norm)
+        _fused(case, case.tensors(), _norm(case))
 
 
 def test_autocast_leaves_layer_norms_alone() -> None:

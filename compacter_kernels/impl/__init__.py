@@ -1,112 +1,55 @@
 """The implementations. Each is a module of its own, light to import; none imports another.
 
-Every impl module has `unavailable()` and `refuses(problem)`. Plain-torch impls then have `linear` and `adapter`, which
-autograd differentiates by itself; fused ones have `prepare(problem)`, which returns a `LinearKernel` or an
-`AdapterKernel`, and share the functions at the end of this page. `native` is what the targets of csrc/ share.
+An impl module has the three functions of `Impl`; what `prepare` returns is a `Kernel`, made once for a problem.
+`native` is what the targets of csrc/ share, `plain` what dense and factored share; `memory` and `precision` serve both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from compacter_kernels.calls import Call
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import NormWeights, PHMWeights
 
 Gradients = tuple[Tensor | None, ...]
+C = TypeVar("C", bound=Call, contravariant=True)
 
 
-class LinearKernel(Protocol):
-    """A fused phm_linear for one problem. Tensors may be strided; none is changed."""
+class Kernel(Protocol[C]):
+    """One operation for one problem. Tensors may be strided; none is changed but `out`.
 
-    def forward(self, x: Tensor, weights: PHMWeights, out: Tensor | None = None) -> Tensor: ...
-
-    def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
-        """Gradients of x, rule, left, right, bias; None where not wanted."""
-
-
-class AdapterKernel(Protocol):
-    """A fused compacter_adapter for one problem. Tensors may be strided; none is changed.
-
-    adds_both: whether forward can add x besides another residual (also_x).
-    norms: whether it is a `NormingKernel` too.
+    differentiable: whether autograd sees through forward, which then is all that is called.
+    norms: whether forward and backward take a call with a norm.
     """
 
-    adds_both: bool
+    differentiable: bool
     norms: bool
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        out: Tensor | None = None,
-        also_x: bool = False,
-    ) -> Tensor: ...
+    def forward(self, call: C, out: Tensor | None = None) -> Tensor:
+        """The result, in `out` where one is given: contiguous, and apart from all that is read."""
 
-    def backward(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        residual_is_x: bool,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        wanted: tuple[bool, ...],
-    ) -> Gradients:
-        """Gradients of x, then rule, left, right, bias of down and of up; None where not wanted."""
+    def backward(self, call: C, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        """The gradients of x, then of rule, left, right, bias of each projection; None where not wanted.
+
+        The gradient of a residual is grad itself; behind a norm it is what the norm's grad_rows then hold.
+        """
 
 
-class NormingKernel(Protocol):
-    """A fused norm(y), y = scale * up(act(down(x))) + x + residual, with a layer norm in x's dtype over its rows."""
+class Impl(Protocol):
+    """What the module of an implementation has."""
 
-    def forward_normed(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        norm: NormWeights,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """norm(y), and y where it is to be kept for backward, else anything."""
+    def unavailable(self) -> str | None:
+        """Why it cannot run in this process, or None."""
 
-    def backward_normed(
-        self,
-        x: Tensor,
-        y: Tensor,
-        grad: Tensor,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        norm: NormWeights,
-        wanted: tuple[bool, ...],
-        spend: bool,
-    ) -> Gradients:
-        """The gradient of residual, in y's memory if that may be spent; then as `AdapterKernel.backward`."""
+    def refuses(self, problem: Problem) -> str | None:
+        """Why it cannot serve this problem, or None."""
 
-
-def forward_with(
-    kernel: AdapterKernel,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_is_x: bool,
-    scale: float,
-    down: PHMWeights,
-    up: PHMWeights,
-) -> Tensor:
-    """kernel.forward with a residual, with x as one, or with both: in one pass where the kernel can, else by torch."""
-    if not residual_is_x or residual is None:
-        return kernel.forward(x, x if residual_is_x else residual, scale, down, up)
-    if kernel.adds_both:
-        return kernel.forward(x, residual, scale, down, up, also_x=True)
-    return kernel.forward(x, residual + x, scale, down, up)
+    def prepare(self, problem: Problem) -> Kernel[Any]:
+        """The kernel for this problem. What depends on the problem alone is done here, once."""
 
 
 def not_fused(problem: Problem) -> str | None:
@@ -131,11 +74,6 @@ def architecture(device: torch.device) -> str:
 
 # torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
 architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Each tensor itself where it is contiguous, else a contiguous copy."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Gradients, empty_gradients, native, not_fused
+from compacter_kernels.calls import AdapterCall
+from compacter_kernels.impl import Gradients, Kernel, empty_gradients, native, not_fused
+from compacter_kernels.impl.memory import addresses, readable
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import NormWeights, PHMWeights
 
 _C = native.MODULE
 _get_num_threads = torch.get_num_threads
@@ -27,8 +28,8 @@ def refuses(problem: Problem) -> str | None:
     return not_fused(problem)
 
 
-def prepare(problem: Problem) -> Any:
-    """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
+def prepare(problem: Problem) -> Kernel[Any]:
+    """The kernel for this problem."""
     arguments = native.plan_arguments(problem)
     if problem.operation == "linear":
         return _Linear(problem, _C.Linear(*arguments))
@@ -54,62 +55,46 @@ class _Linear(_OnThreads, native.Linear):
 class _Adapter(_OnThreads, native.Adapter):
     adds_both = norms = True
 
-    def forward_normed(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        norm: NormWeights,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        x, residual, params = x.contiguous(), residual.contiguous(), self.contiguous((*down, *up))
-        weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
-        out = torch.empty_like(x)
-        y = torch.empty_like(x) if keep else out
+    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
+        x, down, up, residual, add_x, scale, norm = call
+        if norm is None:
+            return super().forward(call, out)
+        x, params = readable(x, "x"), self.parameters.readable((*down, *up))
+        weight, bias = readable(norm.weight, "norm.weight"), readable(norm.bias, "norm.bias")
+        if residual is not None:
+            residual = readable(residual, "residual")
+        if out is None:
+            out = torch.empty_like(x)
+        rows = out if norm.rows is None else norm.rows
         self.plan.forward_normed(
-            x.data_ptr(),
-            residual.data_ptr(),
-            y.data_ptr(),
-            out.data_ptr(),
+            *addresses((x, residual, out, weight, bias, rows)),
+            add_x,
             x.numel() // self.width,
             scale,
-            weight.data_ptr(),
-            bias.data_ptr(),
             norm.eps,
             _get_num_threads(),
-            self.addresses(params),
+            self.parameters.addresses(params),
         )
-        return out, y
+        return out
 
-    def backward_normed(
-        self,
-        x: Tensor,
-        y: Tensor,
-        grad: Tensor,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        norm: NormWeights,
-        wanted: tuple[bool, ...],
-        spend: bool,
-    ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), self.contiguous((*down, *up))
-        weight = norm.weight.contiguous()
-        grad_y, results = y if spend else torch.empty_like(y), empty_gradients([x, *params], wanted)
-        grad_x, *grads = native.addresses(results)
+    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        norm = call.norm
+        if norm is None:
+            return super().backward(call, grad, wanted)
+        x = readable(call.x, "x")
+        grad, params = readable(grad, "the gradient of the output"), self.parameters.readable((*call.down, *call.up))
+        assert norm.rows is not None
+        rows, weight = readable(norm.rows, "what is normed"), readable(norm.weight, "norm.weight")
+        results = empty_gradients([x, *params], wanted)
+        grad_x, *grads = addresses(results)
         self.plan.backward_normed(
-            x.data_ptr(),
-            y.data_ptr(),
-            grad.data_ptr(),
-            grad_y.data_ptr(),
+            *addresses((x, grad, weight, rows, norm.grad_rows)),
             grad_x,
+            call.add_x,
             x.numel() // self.width,
-            scale,
-            weight.data_ptr(),
+            call.scale,
             norm.eps,
             _get_num_threads(),
-            self.addresses(params) + grads,
+            self.parameters.addresses(params) + grads,
         )
-        return (grad_y, *results)
+        return tuple(results)

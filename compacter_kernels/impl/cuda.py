@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compacter_kernels.impl import native, not_fused
+from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.problem import Problem, Projection
 
 OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are pairs of bfloat16
@@ -96,8 +96,8 @@ def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | No
 _refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def prepare(problem: Problem) -> Any:
-    """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
+def prepare(problem: Problem) -> Kernel[Any]:
+    """The kernel for this problem."""
     return _Linear(problem) if problem.operation == "linear" else _Adapter(problem)
 
 

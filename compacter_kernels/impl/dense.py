@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor
 
 from compacter_kernels.activations import Activation
-from compacter_kernels.impl.precision import without_autocast, working_dtype
+from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.impl import Kernel
+from compacter_kernels.impl.plain import Plain
+from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 
@@ -25,21 +31,27 @@ def _project(x: Tensor, weights: PHMWeights) -> Tensor:
     return y if weights.bias is None else y + weights.bias.to(x.dtype)
 
 
-@without_autocast
-def linear(x: Tensor, weights: PHMWeights) -> Tensor:
+def linear(call: LinearCall) -> Tensor:
     """y = x H + b: x (..., in) -> (..., out), in x's dtype; computed in float32, or float64 for a float64 x."""
+    x, weights = call
     return _project(x.to(working_dtype(x)), weights).to(x.dtype)
 
 
-@without_autocast
-def adapter(
-    x: Tensor, down: PHMWeights, up: PHMWeights, activation: Activation, residual: Tensor | None, scale: float
-) -> Tensor:
-    """scale * up(act(down(x))) [+ residual]: (..., k) -> (..., k), in x's dtype."""
-    wide = x.to(working_dtype(x))
-    y = _project(activation.function(_project(wide, down)), up)
-    if scale != 1.0:
-        y = y * scale
-    if residual is not None:
-        y = y + (wide if residual is x else residual.to(wide.dtype))
-    return y.to(x.dtype)
+def adapter(call: AdapterCall, activation: Activation) -> Tensor:
+    """scale * up(act(down(x))) [+ x] [+ residual]: (..., k) -> (..., k), in x's dtype."""
+    wide = call.x.to(working_dtype(call.x))
+    y = _project(activation.function(_project(wide, call.down)), call.up)
+    if call.scale != 1.0:
+        y = y * call.scale
+    if call.add_x:
+        y = y + wide
+    if call.residual is not None:
+        y = y + call.residual.to(wide.dtype)
+    return y.to(call.x.dtype)
+
+
+def prepare(problem: Problem) -> Kernel[Any]:
+    """The kernel for this problem."""
+    if problem.activation is None:
+        return Plain(linear)
+    return Plain(functools.partial(adapter, activation=problem.activation))

@@ -6,10 +6,16 @@ repeated; the rule folds into the factor on the narrow side. All sums run also o
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor
 
 from compacter_kernels.activations import Activation
-from compacter_kernels.impl.precision import without_autocast, working_dtype
+from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.impl import Kernel
+from compacter_kernels.impl.plain import Plain
+from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -53,21 +59,27 @@ def _rows(x: Tensor) -> Tensor:
     return x.to(working_dtype(x)).reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
-@without_autocast
-def linear(x: Tensor, weights: PHMWeights) -> Tensor:
+def linear(call: LinearCall) -> Tensor:
     """y = x H + b: x (..., in) -> (..., out), in x's dtype; computed in float32, or float64 for a float64 x."""
+    x, weights = call
     return _project(_rows(x), weights).to(x.dtype).reshape(*x.shape[:-1], weights.out_features)
 
 
-@without_autocast
-def adapter(
-    x: Tensor, down: PHMWeights, up: PHMWeights, activation: Activation, residual: Tensor | None, scale: float
-) -> Tensor:
-    """scale * up(act(down(x))) [+ residual]: (..., k) -> (..., k), in x's dtype."""
-    rows = _rows(x)
-    y = _project(activation.function(_project(rows, down)), up)
-    if scale != 1.0:
-        y = y * scale
-    if residual is not None:
-        y = y + (rows if residual is x else _rows(residual))
+def adapter(call: AdapterCall, activation: Activation) -> Tensor:
+    """scale * up(act(down(x))) [+ x] [+ residual]: (..., k) -> (..., k), in x's dtype."""
+    x, rows = call.x, _rows(call.x)
+    y = _project(activation.function(_project(rows, call.down)), call.up)
+    if call.scale != 1.0:
+        y = y * call.scale
+    if call.add_x:
+        y = y + rows
+    if call.residual is not None:
+        y = y + _rows(call.residual)
     return y.to(x.dtype).reshape(x.shape)
+
+
+def prepare(problem: Problem) -> Kernel[Any]:
+    """The kernel for this problem."""
+    if problem.activation is None:
+        return Plain(linear)
+    return Plain(functools.partial(adapter, activation=problem.activation))

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from adapters.composition import Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.models.adapters_library import activation_of, bottleneck, is_phm_layer, original, parts, weights
 from compacter_kernels.models.instances import hooked, is_ours, replaced_by_others
-from compacter_kernels.models.normed_adapter import norm_weights, normed_adapter
+from compacter_kernels.weights import NormWeights
 
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
 _inheriting: dict[type, bool] = {}  # whether a class of layers has all of these from the library
@@ -40,11 +41,21 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
     assert residual is not None
     (down, activation), up = parts(adapter)
     name, scale = activation_of(activation), adapter.scaling
-    norm = norm_weights(layer_norm, x) if layer_norm and residual is not x else None
-    if norm is not None:
-        return normed_adapter(x, weights(down), weights(up), norm, activation=name, residual=residual, scale=scale)
-    y = compacter_adapter(x, weights(down), weights(up), activation=name, residual=(x, residual), scale=scale)
-    return layer_norm(y) if layer_norm else y
+    norm = norm_weights(layer_norm, x) if layer_norm else None
+    both = (x, residual)
+    y = compacter_adapter(x, weights(down), weights(up), activation=name, residual=both, scale=scale, norm=norm)
+    return layer_norm(y) if layer_norm and norm is None else y
+
+
+def norm_weights(norm: Any, x: Tensor) -> NormWeights | None:
+    """The weights of a layer norm that does to rows like x's what nn.LayerNorm does, frozen and unheard; else None."""
+    if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling():
+        return None
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    if weight is None or bias is None or weight.requires_grad or bias.requires_grad or hooked(norm):
+        return None
+    fits = weight.shape == x.shape[-1:] and weight.dtype == bias.dtype == x.dtype and weight.device == x.device
+    return NormWeights(weight, bias, norm.eps) if fits else None
 
 
 def _single(layer: Any) -> Any:

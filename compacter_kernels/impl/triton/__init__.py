@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compacter_kernels.impl import not_fused
+from compacter_kernels.impl import Kernel, not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
@@ -38,8 +38,8 @@ def refuses(problem: Problem) -> str | None:
     return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 
 
-def prepare(problem: Problem) -> Any:
-    """The kernel for this problem: a `LinearKernel` or an `AdapterKernel`."""
+def prepare(problem: Problem) -> Kernel[Any]:
+    """The kernel for this problem."""
     from compacter_kernels.impl.triton.kernel import Adapter, Linear
 
     return Linear(problem) if problem.operation == "linear" else Adapter(problem)

@@ -1,4 +1,4 @@
-"""The Triton kernels as a `LinearKernel` and an `AdapterKernel`: tensors in, tensors out."""
+"""The Triton kernels as a `Kernel` of each operation: tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Gradients, architecture, contiguous, empty_gradients
+from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.impl import Gradients, architecture, empty_gradients
+from compacter_kernels.impl.memory import Parameters, readable
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
@@ -18,7 +20,6 @@ from compacter_kernels.impl.triton.plan import Options, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import PHMWeights
 
 REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
 Optionals = Sequence[Tensor | None]
@@ -51,7 +52,10 @@ def reduction(s: Sizes) -> dict[str, Any]:
 class _Kernel:
     """What both operations share: sizes, configurations, launches."""
 
+    differentiable = norms = False
+
     def __init__(self, problem: Problem) -> None:
+        self.parameters = Parameters(problem)
         self.device = problem.device.index or 0
         self.multiprocessors, name = 4, "interpreter"
         if problem.device.type == "cuda":
@@ -161,16 +165,17 @@ class Linear(_Kernel):
         super().__init__(problem)
         self.out_features = problem.projections[0].out_features
 
-    def forward(self, x: Tensor, weights: PHMWeights, out: Tensor | None = None) -> Tensor:
-        x = x.contiguous()
-        rule, left, right, bias = contiguous(weights)
+    def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
+        x = readable(call.x, "x")
+        rule, left, right, bias = self.parameters.readable(call.weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
         self._forward(x, None, out, (rule, left, None, None, None, None, right, bias), 1.0)
         return out
 
-    def backward(self, x: Tensor, grad: Tensor, weights: PHMWeights, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), contiguous(weights)
+    def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
+        params = self.parameters.readable(call.weights)
         results = empty_gradients([x, *params], wanted)
         dx, d_rule, d_left, d_right, d_bias = results
         rule, left, right, _ = params
@@ -182,40 +187,22 @@ class Linear(_Kernel):
 class Adapter(_Kernel):
     """compacter_adapter."""
 
-    adds_both = norms = False
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        same, x = residual is x, x.contiguous()
-        if same:
-            residual = x
-        elif residual is not None:
-            residual = residual.contiguous()
+    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
+        x, params = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))
+        added = x if call.add_x else None
+        if call.residual is not None:
+            residual = readable(call.residual, "residual")
+            added = residual + x if call.add_x else residual
         if out is None:
             out = torch.empty_like(x)
-        self._forward(x, residual, out, contiguous((*down, *up)), scale)
+        self._forward(x, added, out, params, call.scale)
         return out
 
-    def backward(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        residual_is_x: bool,
-        scale: float,
-        down: PHMWeights,
-        up: PHMWeights,
-        wanted: tuple[bool, ...],
-    ) -> Gradients:
-        x, grad, params = x.contiguous(), grad.contiguous(), contiguous((*down, *up))
+    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
+        params = self.parameters.readable((*call.down, *call.up))
         results = empty_gradients([x, *params], wanted)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
         grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
-        self._backward(x, grad, dx, params[:7], scale, residual_is_x, grads)
+        self._backward(x, grad, dx, params[:7], call.scale, call.add_x, grads)
         return tuple(results)

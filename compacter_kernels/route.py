@@ -1,0 +1,237 @@
+"""The way of a call down to its kernel. How calls of one signature go is found out once.
+
+An ordinary call goes straight to the kernel, through autograd where a gradient is recorded. Where somebody else takes
+part (`modes`), or a tensor is of a class of its own, torch must see the call: a fused impl runs as its operator, and
+"auto" takes an impl of plain torch where no operator will do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compacter_kernels import autograd, dispatch, modes, ops
+from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failure, fake, ordinary
+from compacter_kernels.impl import Kernel
+from compacter_kernels.impl.memory import NoStorageError, check_all
+from compacter_kernels.problem import Problem, adapter_problem, check_like, check_norm, linear_problem
+from compacter_kernels.weights import PHMWeights
+
+Activation = str | Callable[[Tensor], Tensor] | None
+_plans: dict[Any, dispatch.Plan] = {}
+_facts = attrgetter("shape", "dtype", "device")
+# os.environ raises and catches two exceptions for a variable that is not set, in every call; its raw dict does not.
+_environ: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_variable = os.environ.encodekey(dispatch.ENVIRONMENT)
+
+
+def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Tensor:
+    """The result of a call, in `out` where one is given."""
+    if torch.compiler.is_compiling() or not modes.alone():
+        plan = _plan(call, activation, impl)
+    else:
+        try:
+            x, chosen = call[0], _environ.get(_variable) if impl == "auto" else None
+            key = (x.__class__, x.shape[-1], x.dtype, x.device, x.layout, _signature(call), activation, impl, chosen)
+            found = _plans.get(key)
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+            found = key = None  # the checks below say what is wrong
+        if found is None:
+            found = _plan(call, activation, impl)
+            if key is not None and found.settled and not callable(activation):
+                _plans[key] = found
+        plan = found
+    if out is not None or (call.__class__ is AdapterCall and call[6] is not None):
+        return _with_options(plan, call, activation, out, impl)
+    return _without_options(plan, call)
+
+
+def _without_options(plan: dispatch.Plan, call: Call) -> Tensor:
+    """A call that has neither an `out` nor a norm, or one whose kernel takes that."""
+    kernel = plan.kernel
+    if kernel is None or plan.odd:
+        return _through_torch(plan, call)
+    try:
+        return _direct(kernel, call)
+    except NoStorageError:
+        _check_again(call)
+        # a transform that is over left a wrapper, through which torch's own operations look
+        return _direct(kernel, call.map(lambda t: t.view_as(t)))
+
+
+def _check_again(call: Call) -> None:
+    """The checks of a plan and those that it takes for granted, such as the layout of the weights."""
+    _problem(call, "identity")
+    if isinstance(call, AdapterCall) and call.residual is not None:
+        check_like(call.residual, "residual", call.x, call.x.shape)
+
+
+def _direct(kernel: Kernel[Any], call: Call) -> Tensor:
+    if kernel.differentiable:
+        _check_memory(call.named())
+    elif torch.is_grad_enabled() and _requires_grad(call):
+        return autograd.forward(kernel, call)
+    return kernel.forward(call)
+
+
+def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -> dispatch.Explanation:
+    """The impl that `run` takes, and why; raises what that raises before it computes."""
+    problem = _problem(call, activation)
+    if out is not None:
+        _check_out(out, call)
+    return dispatch.explain(problem, impl, _only_torch(call))
+
+
+def _signature(call: Call) -> tuple[Any, ...]:
+    """All that the checks depend on besides x, cheap enough to be taken in every call."""
+    if call.__class__ is LinearCall:
+        return _of_weights(call[1])
+    _, down, up, residual, _, _, norm = call  # type: ignore[misc]
+    if norm is None:
+        return (_of_weights(down), _of_weights(up), residual.__class__)
+    return (_of_weights(down), _of_weights(up), residual.__class__, norm.__class__, _of(norm.weight), _of(norm.bias))
+
+
+def _of_weights(weights: PHMWeights) -> tuple[Any, ...]:
+    kind, (rule, left, right, bias) = weights.__class__, weights
+    if right is None or bias is None:
+        return (kind, *[_of(t) for t in weights])
+    classes = (rule.__class__, left.__class__, right.__class__, bias.__class__)
+    return (kind, classes, _facts(rule), _facts(left), _facts(right), _facts(bias))
+
+
+def _of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.__class__, _facts(tensor))
+
+
+def _problem(call: Call, activation: Activation) -> Problem:
+    """The problem of a call, checked."""
+    if isinstance(call, LinearCall):
+        return linear_problem(*call)
+    problem = adapter_problem(call.x, call.down, call.up, activation)  # type: ignore[arg-type]
+    if call.norm is not None:
+        check_norm(call.norm, call.x)
+    return problem
+
+
+def _plan(call: Call, activation: Activation, impl: str) -> dispatch.Plan:
+    """How this call goes; all checks are made here."""
+    problem, odd = _problem(call, activation), any(not ordinary(tensor) for _, tensor in call.named())
+    seen = odd or torch.compiler.is_compiling() or modes.recorded()
+    return dispatch.plan(problem, impl, _only_torch(call), seen, odd)
+
+
+def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
+    """Why only an impl of plain torch can serve now, or None."""
+    foreign = [f"{name} is a {type(t).__name__}" for name, t in call.named() if not (ordinary(t) or fake(t))]
+    if foreign:
+        return dispatch.OnlyTorch(", ".join(foreign), False)
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    if modes.transformed():
+        why = "a transform of torch.func or forward-mode AD is active, for which the kernels have no rule"
+        return dispatch.OnlyTorch(why, True)
+    if modes.only_torch_operators():
+        return dispatch.OnlyTorch("torch.jit.trace and torch.onnx.export record torch's own operators", False)
+    return None
+
+
+def _requires_grad(call: Call) -> bool:
+    if call.__class__ is LinearCall:
+        return call[0].requires_grad or _any_requires_grad(call[1])
+    x, down, up, residual, _, _, _ = call  # type: ignore[misc]
+    return (
+        x.requires_grad
+        or _any_requires_grad(down)
+        or _any_requires_grad(up)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def _any_requires_grad(weights: PHMWeights) -> bool:
+    rule, left, right, bias = weights
+    return (
+        rule.requires_grad
+        or left.requires_grad
+        or (right is not None and right.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:
+    """The call where torch sees it."""
+    try:
+        if plan.kernel is None:
+            return ops.forward(call, plan.problem, plan.name)
+        return plan.kernel.forward(call)
+    except Exception as error:
+        if not all(fake(tensor) for _, tensor in call.named()):
+            explain_failure(call.named(), error)
+        raise
+
+
+def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: Tensor | None, impl: str) -> Tensor:
+    """A call with an `out`, a norm, or both."""
+    if out is not None:
+        _check_out(out, call)
+    if isinstance(call, AdapterCall) and call.norm is not None and not _takes_norm(plan, call):
+        weight, bias, eps, *_ = call.norm
+        _check_memory([("norm.weight", weight), ("norm.bias", bias)])
+        y = run(call._replace(norm=None), activation, None, plan.name)
+        try:
+            result = F.layer_norm(y, weight.shape, weight, bias, eps)
+        except Exception as error:
+            explain_failure(call.named(), error)
+            raise
+    elif out is not None and _writes_into(plan, call, out):
+        assert plan.kernel is not None
+        return plan.kernel.forward(call, out)
+    else:
+        result = _without_options(plan, call)
+    if out is None:
+        return result
+    try:
+        return out.copy_(result)
+    except Exception as error:
+        explain_failure([("out", out)], error)
+        raise
+
+
+def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
+    """Whether the kernel computes the norm too: a frozen one, where a second derivative would raise as it should."""
+    norm = call.norm
+    if plan.kernel is None or not plan.kernel.norms or norm is None:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    if norm.weight.requires_grad or norm.bias.requires_grad:
+        return False
+    without = call._replace(residual=None)
+    return call.residual is None or not call.residual.requires_grad or _requires_grad(without)
+
+
+def _check_out(out: Tensor, call: Call) -> None:
+    check_like(out, "out", call.x, call.x.shape)
+    if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(call)):
+        raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
+    _check_memory([("out", out)])
+
+
+def _check_memory(tensors: list[tuple[str, Tensor]]) -> None:
+    """For tensors that torch itself reads or writes; it looks at no memory."""
+    if not torch.compiler.is_compiling() and modes.alone():
+        check_all([(name, tensor) for name, tensor in tensors if ordinary(tensor)])
+
+
+def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:
+    """Whether a kernel can write there: it is contiguous, and apart from all that is read."""
+    if plan.kernel is None or plan.kernel.differentiable or not ordinary(out) or not out.is_contiguous():
+        return False
+    address = out.untyped_storage().data_ptr()
+    return all(tensor.untyped_storage().data_ptr() != address for _, tensor in call.named())

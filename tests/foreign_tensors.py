@@ -1,0 +1,235 @@
+"""Every argument of the functions as a tensor of another kind, in each kind of call: what comes of it, as JSON.
+
+    python tests/foreign_tensors.py KIND
+
+A process of its own for each kind (test_foreign_tensors.py), since an address that is not one ends the process. An
+outcome is "right", "wrong", or the error that was raised. Kinds are functions of a plain tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import compacter_kernels as ck
+
+WIDTH, BOTTLENECK, N = 24, 12, 4
+FIELDS = ("rule", "left", "right", "bias")
+
+
+def two_tensor(tensor: Tensor) -> Tensor:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    wrapped: Tensor = TwoTensor(tensor.detach(), tensor.detach().clone())
+    return wrapped
+
+
+def dtensor(tensor: Tensor) -> Tensor:
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found: Tensor = distribute_tensor(tensor.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
+    return found
+
+
+@functools.cache
+def fake_mode() -> Any:
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def fake(tensor: Tensor) -> Tensor:
+    found: Tensor = fake_mode().from_tensor(tensor.detach())
+    return found
+
+
+def meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
+
+
+def freed(tensor: Tensor) -> Tensor:
+    other = tensor.detach().clone()
+    other.untyped_storage().resize_(0)
+    return other
+
+
+def shortened(tensor: Tensor) -> Tensor:
+    other = tensor.detach().clone()
+    other.untyped_storage().resize_(other.untyped_storage().nbytes() // 2)
+    return other
+
+
+def strided_and_freed(tensor: Tensor) -> Tensor:
+    other = torch.stack((tensor.detach(),) * 2, -1)[..., 0]
+    other.untyped_storage().resize_(0)
+    return other
+
+
+def sparse(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_sparse()
+
+
+def opaque(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_mkldnn()
+
+
+def nested(tensor: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(tensor.detach().unbind()))
+
+
+def quantised(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor.detach(), 0.1, 0, torch.qint8)
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    function.__name__: function
+    for function in (
+        *(two_tensor, dtensor, fake, meta, freed, shortened, strided_and_freed, sparse, opaque, nested, quantised),
+    )
+}
+LINEAR = ("x", *(f"weights.{f}" for f in FIELDS))
+ADAPTER = ("x", *(f"{side}.{f}" for side in ("down", "up") for f in FIELDS), "residual", "scale")
+ADAPTER += ("norm.weight", "norm.bias", "out")
+
+
+# What torch itself compiles, a plain impl or the copy into an `out`, looks at no memory, and nested tensors end torch.
+COMPILED = ("x", "down.left", "up.bias", "residual")
+
+
+def tensors() -> dict[str, Tensor]:
+    """Plain tensors for all arguments, the same numbers in every run."""
+    torch.manual_seed(0)
+    found = {"x": torch.randn(5, WIDTH), "residual": torch.randn(5, WIDTH), "scale": torch.tensor([0.7])}
+    for side, wide_in, wide_out in (("down", WIDTH, BOTTLENECK), ("up", BOTTLENECK, WIDTH)):
+        found[f"{side}.rule"] = torch.randn(N, N, N) / 2
+        found[f"{side}.left"] = torch.randn(N, wide_in // N, 1) / 2
+        found[f"{side}.right"] = torch.randn(N, 1, wide_out // N) / 2
+        found[f"{side}.bias"] = torch.randn(wide_out)
+    found["norm.weight"], found["norm.bias"] = torch.rand(WIDTH), torch.randn(WIDTH)
+    return found
+
+
+def weights(given: dict[str, Tensor], side: str) -> ck.PHMWeights:
+    return ck.PHMWeights(*(given[f"{side}.{field}"] for field in FIELDS))
+
+
+def linear(given: dict[str, Tensor], impl: str = "auto") -> Tensor:
+    named = {name.replace("weights.", "down."): tensor for name, tensor in given.items()}
+    return ck.phm_linear(named["x"], weights(named, "down"), impl=impl)
+
+
+def adapter(given: dict[str, Tensor], impl: str = "auto", what: str = "") -> Tensor:
+    """what: the argument in question; a scale, a norm or an `out` is passed only where it is that."""
+    down, up = weights(given, "down"), weights(given, "up")
+    options: dict[str, Any] = {"residual": (given["x"], given["residual"])}
+    if what == "scale":
+        options["scale"] = given["scale"]
+    if what.startswith("norm"):
+        options["norm"] = ck.NormWeights(given["norm.weight"], given["norm.bias"])
+    if what == "out":
+        options["out"] = given["out"]
+    return ck.compacter_adapter(given["x"], down, up, impl=impl, **options)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """What a result of another class stands for."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return getattr(tensor, "a", tensor)
+
+
+def outcome(call: Callable[[], list[Tensor]], expected: list[Tensor]) -> str:
+    try:
+        got = [plain(tensor) for tensor in call()]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "right" if all(map(close, got, expected)) else "wrong"
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    if got.is_meta or hasattr(got, "fake_mode"):  # no numbers
+        return got.shape == expected.shape
+    return torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def calls(
+    function: Callable[..., Tensor], name: str, impl: str, given: dict[str, Tensor], foreign: Any
+) -> Iterator[Any]:
+    """The name of each kind of call, and that call: its output, and where a gradient is recorded that of x or left."""
+    options = {"what": name} if function is adapter else {}
+
+    def once() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(given, impl, **options)]
+
+    def recorded() -> list[Tensor]:
+        other = "x" if name.endswith("left") else "weights.left" if function is linear else "up.left"
+        leaf = given[other].detach().requires_grad_()
+        out = function({**given, other: leaf}, impl, **options)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaf)]
+
+    def compiled() -> list[Tensor]:
+        torch._dynamo.reset()
+        try:
+            with torch.no_grad():
+                return [torch.compile(function, backend="eager")(given, impl, **options)]
+        except AssertionError as error:  # torch's own, for a FakeTensor among others
+            raise RuntimeError(error) from error
+
+    yield "no grad", once
+    if name != "out":
+        yield "grad", recorded
+    if name in COMPILED and impl == "auto" and foreign is not nested:
+        yield "compiled", compiled
+
+
+def main(kind: str) -> dict[str, str]:
+    """The outcome of each call with one argument of that kind, then with all of them."""
+    found = {}
+    foreign = KINDS[kind]
+    for function, names in ((linear, LINEAR), (adapter, ADAPTER)):
+        for impl in ("auto", "factored"):
+            for name in (*names, "all"):
+                base = tensors() | {"out": torch.zeros(5, WIDTH)}
+                base |= {name.replace("down.", "weights."): t for name, t in base.items() if name.startswith("down.")}
+                given = {n: foreign(t) if name in (n, "all") else t for n, t in base.items()}
+                for (how, call), (_, plain_call) in zip(
+                    calls(function, name, impl, given, foreign), calls(function, name, impl, base, foreign), strict=True
+                ):
+                    found[f"{function.__name__} {impl} {name} {how}"] = outcome(call, plain_call())
+    return found
+
+
+def modules(kind: str) -> dict[str, str]:
+    """The same of a parameter of the modules."""
+    found = {}
+    for name in ("down.W_left", "up.W_right", "down.phm_rule", "up.b"):
+        module = ck.CompacterAdapter(WIDTH, reduction_factor=2)
+        x = torch.randn(5, WIDTH)
+        expected = [module(x).detach()]
+        owner, _, field = name.rpartition(".")
+        part = module.get_submodule(owner)
+        value = KINDS[kind](getattr(part, field))
+        try:
+            part._parameters[field] = nn.Parameter(value, requires_grad=False)
+        except RuntimeError:
+            continue  # no parameter of this kind
+        with torch.no_grad():
+            found[name] = outcome(lambda module=module, x=x: [module(x)], expected)
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps(main(sys.argv[1]) | modules(sys.argv[1])))
