@@ -1,8 +1,8 @@
 """A fused impl on a GPU is taken by "auto" once it has shown there, in this process, that it computes the right thing.
 
 The first call of each problem runs a small case through the impl and through `factored` in float64, the output and
-every gradient, which takes a few milliseconds beside compiling the kernel. Nothing can be compared while a CUDA graph is
-captured, a compiler traces or a dispatch mode is active: then an impl counts that proved itself before.
+every gradient, which takes a few milliseconds beside compiling the kernel. Nothing can be compared while a CUDA graph
+is captured, a compiler traces or a dispatch mode is active: then an impl counts that proved itself before.
 """
 
 from __future__ import annotations
@@ -80,13 +80,6 @@ def _compare(problem: Problem, impl: Impl) -> str:
     """The tensors that are too far off, in words."""
     call, grad = _case(problem)
     exact_call = call.map(Tensor.double)
-    exact_problem = problem._replace(
-        dtype=torch.float64,
-        projections=tuple(
-            p._replace(dtypes=tuple(None if d is None else torch.float64 for d in p.dtypes))
-            for p in problem.projections
-        ),
-    )
     names = ["the output", *(f"the gradient of {name}" for name, _ in call.named() if name != "residual")]
     with torch.no_grad():
         got, exact = (

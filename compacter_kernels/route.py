@@ -217,7 +217,10 @@ def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
 
 
 def _check_out(out: Tensor, call: Call) -> None:
-    check_like(out, "out", call.x, call.x.shape)
+    x = call.x
+    like = isinstance(out, Tensor) and out.layout == x.layout and _facts(out) == _facts(x)
+    if not like:
+        check_like(out, "out", x, x.shape)
     if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(call)):
         raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
     _check_memory([("out", out)])
@@ -234,4 +237,6 @@ def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:
     if plan.kernel is None or plan.kernel.differentiable or not ordinary(out) or not out.is_contiguous():
         return False
     address = out.untyped_storage().data_ptr()
-    return all(tensor.untyped_storage().data_ptr() != address for _, tensor in call.named())
+    parts = [part if isinstance(part, tuple) else (part,) for part in call]
+    read = [t for part in parts for t in part if isinstance(t, Tensor)]
+    return all(tensor.untyped_storage().data_ptr() != address for tensor in read)

@@ -51,7 +51,7 @@ def test_jit_trace(module: nn.Module, trained: bool, tmp_path: Path) -> None:
     """What is traced consists of torch's own operators, and is saved and loaded as such."""
     traced = torch.jit.trace(module.requires_grad_(trained), torch.randn(5, WIDTH))
     check(traced, module)
-    assert "compacter_kernels" not in str(traced.inlined_graph)
+    assert "compacter_kernels::" not in str(traced.inlined_graph)
     traced.save(tmp_path / "traced.pt")
     check(torch.jit.load(tmp_path / "traced.pt"), module)
 
@@ -146,7 +146,7 @@ TOKENS = torch.randint(2, 20, (3, 6), generator=torch.Generator().manual_seed(0)
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_whole_models_traced(kind: str) -> None:
-    model = Logits(MODELS[kind]())
+    model = Logits(MODELS[kind]()).eval()
     expected = model(TOKENS)
     traced = torch.jit.trace(model, TOKENS[:2], check_trace=False)
     ck.unpatch(model.model) if kind == "patch" else None
@@ -155,6 +155,6 @@ def test_whole_models_traced(kind: str) -> None:
 
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_a_whole_model_as_onnx(dynamo: bool, tmp_path: Path) -> None:
-    model = Logits(injected())
+    model = Logits(injected()).eval()
     found = onnx_of(model, dynamo, (TOKENS,), tmp_path)
     torch.testing.assert_close(found(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,82 @@
+"""The walk of x: from the public function down to the kernel, each file once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import FUSED, Case, weights
+from test_layout import RANK, room
+from torch import Tensor
+
+import compacter_kernels as ck
+
+PACKAGE = Path(ck.__file__).parent
+
+
+def holds(value: object, x: Tensor) -> bool:
+    return value is x or (isinstance(value, tuple) and any(part is x for part in value))
+
+
+def files_of(call: Callable[[], object], x: Tensor) -> list[str]:
+    """The modules that are called with x, or with a call that holds it, in order; one after itself counts once."""
+    found: list[str] = []
+
+    def profile(frame: Any, event: str, arg: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event != "call" or PACKAGE not in path.parents:
+            return
+        code = frame.f_code
+        arguments = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+        rest = [frame.f_locals.get(name) for name in code.co_varnames[code.co_argcount : code.co_argcount + 2]]
+        if not any(holds(value, x) for value in (*arguments, *rest)):
+            return
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not found or found[-1] != name:
+            found.append(name)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("how", ["no grad", "grad", "out"])
+@pytest.mark.parametrize("case", [Case("linear"), Case(residual="both"), Case(residual="x")], ids=str)
+def test_each_file_once_and_downwards(case: Case, how: str, impl: str) -> None:
+    if how == "out" and case.operation == "linear":
+        pytest.skip("phm_linear has no out")
+    tensors = case.tensors()
+    options = {"out": torch.empty_like(tensors["x"])} if how == "out" else {}
+    with torch.set_grad_enabled(how == "grad"):
+
+        def call() -> Tensor:
+            return case.call(tensors, impl, **options)
+
+        call()  # makes the plan
+        found = files_of(call, tensors["x"])
+    assert found[0] == "functional"
+    assert len(found) == len(set(found)), found
+    ranks = [RANK[room(f"compacter_kernels.{name}")] for name in found]
+    assert ranks == sorted(ranks, reverse=True), found
+    assert ("autograd" in found) == (how == "grad")
+
+
+def test_explain_reads_the_same_call() -> None:
+    """What is wrong with an argument is said by both in the same words."""
+    tensors = Case(residual="other").tensors()
+    down, up = weights(tensors, "down."), weights(tensors, "up.")
+    for options in ({"residual": torch.ones(3)}, {"scale": "2"}, {"norm": 3}, {"out": 3}, {"impl": "gpu"}):
+        said = []
+        for function in (ck.compacter_adapter, ck.explain):
+            with torch.no_grad(), pytest.raises((TypeError, ValueError)) as error:
+                function(tensors["x"], down, up, **options)
+            said.append(str(error.value))
+        assert said[0] == said[1]
