@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out
 PYTEST ?=
+WORKERS ?= logical
 BENCH ?= --quick
 TRAIN ?=
 TRITON ?= 3.9.0
@@ -14,11 +15,15 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
 
+# by pytest-xdist, on the machine's cores (WORKERS=0: in one process); one thread each, as more would wait for one another
+PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
+TESTS := OMP_NUM_THREADS=1 python -m pytest $(PARALLEL)
+
 INTERPRETER := build/triton-$(TRITON)
 EXECUTED := build/cuda_on_cpu
 LATER := build/transformers-$(TRANSFORMERS)
 
-.PHONY: demo test transformers interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: demo test instruction-sets transformers interpret aot cuda-on-cpu ptxas lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does
 # (setup.py): 0 without, 1 required, unset if possible
@@ -37,24 +42,28 @@ demo: $(READY)
 	compacter-kernels train $(TRAIN) --out $(OUT)/train
 
 test: $(READY)
-	python -m pytest $(PYTEST)
+	$(TESTS) $(PYTEST)
+
+# the cpu kernels once more under each instruction set of this machine, narrower than the one that `make test` runs
+instruction-sets: $(READY)
+	OMP_NUM_THREADS=1 python tests/instruction_sets.py $(PARALLEL)
 
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY)
 	test -d $(LATER)/transformers || $(PIP) --target $(LATER) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(LATER) python -m pytest -W ignore -rN tests/test_inject.py tests/test_inject_options.py
+	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton"
 interpret: $(READY)
 	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
-	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore -rN -k 'triton and not 1000' \
+	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore -rN -k 'triton and not 1000' \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
 		tests/test_triton_functions.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY)
 	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
-	PYTHONPATH=$(INTERPRETER) python -m pytest -W ignore tests/test_triton_launch.py
+	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
 # the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda", then every instance
@@ -62,11 +71,11 @@ aot: $(READY)
 cuda-on-cpu: $(READY)
 	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python)
 	cmake --build $(EXECUTED)
-	CUDA_ON_CPU=$(EXECUTED) python -m pytest -rN -k 'cuda and not 1000' tests/test_cuda_kernels.py tests/test_agreement.py \
+	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not 1000' tests/test_cuda_kernels.py tests/test_agreement.py \
 		tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py tests/test_strides.py \
 		tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
 	settings=$$(python tests/cuda_on_cpu/build.py $(EXECUTED) $(EXECUTED)/sanitized sanitized) && \
-		eval "$$settings python -m pytest -rN tests/test_cuda_kernels.py"
+		eval "$$settings $(TESTS) -rN tests/test_cuda_kernels.py"
 
 # the CUDA kernels, compiled by nvcc for each architecture: no spills, no stack
 ptxas: $(READY)

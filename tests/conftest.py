@@ -19,6 +19,13 @@ from compacter_kernels.dispatch import ENVIRONMENT
 pytest.register_assert_rewrite("oracle")
 
 
+def pytest_report_header() -> list[str]:
+    """The impls that no test runs through."""
+    from oracle import ABSENT
+
+    return [f"not tested: impl {name}: {reason}" for name, reason in ABSENT.items()]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""

@@ -57,15 +57,10 @@ CASES = [
     Case(residual="both"),
     Case(residual="other", dtype=BF16, bias=False, scale=0.5, activation="relu"),
 ]
-FUNCTIONS = [
-    pytest.param(case, *impl.values, marks=impl.marks, id=f"{case}-{impl.values[0]}")
-    for case in CASES
-    for impl in FUSED
-]
-FUNCTIONS.append(pytest.param(CASES[0], "factored", id=f"{CASES[0]}-factored"))
+FUNCTIONS = [*((case, impl) for case in CASES for impl in FUSED), (CASES[0], "factored")]
 
 
-@pytest.mark.parametrize(("case", "impl"), FUNCTIONS)
+@pytest.mark.parametrize(("case", "impl"), FUNCTIONS, ids=str)
 def test_function(case: Case, impl: str) -> None:
     """One graph for all token counts, forward and backward, and the results of eager mode."""
     compiled, backend = _compiled(lambda tensors: case.call(tensors, impl))

@@ -12,12 +12,20 @@ from torch.utils.data import DataLoader, Dataset
 
 import compacter_kernels as ck
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CASES = [
     Case(shape=(400,), width=96, bottleneck=24, n=8),
     Case(shape=(300,), width=48, bottleneck=24, n=3, dtype=BF16, residual="other"),
     Case("linear", shape=(400,), width=96, bottleneck=48, n=12),
     Case("linear", shape=(7,), width=24, bottleneck=48, rank=3),
 ]
+
+
+@pytest.fixture
+def two_threads(threads: None) -> None:
+    """Of OpenMP in each call, whatever the environment says."""
+    torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -28,6 +36,7 @@ def test_four_threads_at_once(impl: str) -> None:
     failures: list[BaseException] = []
 
     def work(i: int) -> None:
+        torch.set_num_threads(2)  # OpenMP has a number for each thread
         try:
             start.wait()
             for turn in range(3 * len(CASES)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,15 +21,20 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=_C.build_info()["isa"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture
+def given_back() -> Iterator[None]:
     before = _C.isa()
+    yield
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=_C.build_info()["isa"])
+def isa(request: pytest.FixtureRequest, given_back: None) -> str:
     try:
         _C.set_isa(request.param)
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    yield request.param
-    _C.set_isa(before)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,6 +44,17 @@ def test_agreement(case: Case, isa: str) -> None:
     first = run(case, tensors, "cpu")
     reference(case).check(first)
     assert_same_bits(run(case, tensors, "cpu"), first)
+
+
+@pytest.mark.usefixtures("given_back")
+def test_the_environment_chooses_or_the_widest() -> None:
+    """`make instruction-sets` relies on it."""
+    chosen, widest = _C.isa(), ""
+    for name in _C.build_info()["isa"]:  # from the narrowest
+        with contextlib.suppress(ValueError):
+            _C.set_isa(name)
+            widest = name
+    assert chosen == (os.environ.get("COMPACTER_KERNELS_ISA") or widest)
 
 
 def test_unknown_name_raises() -> None:

@@ -82,7 +82,7 @@ def test_opendelta_with_a_tuple() -> None:
         ),
         *((f, False) for f in (F.softplus, nn.ELU(), nn.LeakyReLU(0.2), nn.ReLU6(), lambda x: x.clamp(-30, 30) ** 2)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("kind", [OriginalAdapter, TFewAdapter])
 def test_activations(kind: type[nn.Module], f: Any, fused: bool) -> None:

@@ -1,4 +1,6 @@
-// From lanes to rows of tokens, the only write:   out[q,u] = residual[q,u] + also[q,u] + bias[q,u] + sum_c V[q,c] t_c[u]
+// From lanes to rows of tokens, the only write:   out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
+//
+// In this order: where a residual is far larger than the adapter's output, each addition after it costs a rounding of its size.
 #pragma once
 
 #include "element.h"
@@ -78,16 +80,6 @@ private:
             Vec sum[U];
 #pragma GCC unroll 4
             for (int k = 0; k < U; ++k) sum[k] = start[k];
-            if (residual) {
-#pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
-                residual += row;
-            }
-            if (also) {
-#pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[k] += get(also + k * W);
-                also += row;
-            }
             if (!streams) {  // the line is there when the products are
 #pragma GCC unroll 4
                 for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(out + k * W, 1, 3);
@@ -102,6 +94,16 @@ private:
                 const Vec weight = splat(coef[c * lanes]);
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[k] += weight * t[c][k];
+            }
+            if (also) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) sum[k] += get(also + k * W);
+                also += row;
+            }
+            if (residual) {
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
+                residual += row;
             }
             put<U, Cut>(out, sum, count, streams);
         }
@@ -136,8 +138,6 @@ private:
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[r][k] += get(p + offset + r * row + k * W);
         };
-        add(at.residual);
-        add(at.also);
         if (at.next) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
@@ -158,6 +158,8 @@ private:
                 for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
         }
+        add(at.also);
+        add(at.residual);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) put<U, Cut>(out + r * row, sum[r], count, streaming);
     }

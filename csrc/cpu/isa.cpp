@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef COMPACTER_HAS_AVX2
+#include <cpuid.h>
+#endif
+
 namespace compacter {
 
 namespace plain {
@@ -27,13 +31,22 @@ struct Candidate {
     bool supported;
 };
 
+#ifdef COMPACTER_HAS_AVX2
+// __builtin_cpu_supports knows no "f16c" before GCC 11 and in older clang.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<Candidate> candidates() {
     std::vector<Candidate> all{{&plain::kernels, true}};
 #ifdef COMPACTER_HAS_AVX2
-    all.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    all.push_back({&avx2::kernels, avx2});
 #endif
 #ifdef COMPACTER_HAS_AVX512
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     all.push_back({&avx512::kernels, avx512});
 #endif

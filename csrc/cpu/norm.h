@@ -1,8 +1,11 @@
 // The layer norm behind an adapter, row by row while a block of rows is in the first cache:
 //
-//     m = sum_u y[u] / k      r = 1 / sqrt(sum_u (y[u] - m)^2 / k + eps)      z[u] = (y[u] - m) r      out[u] = z[u] w[u] + b[u]
+//     m = sum_u y[u] / k      c = sum_u (y[u] - m) / k      r = 1 / sqrt(sum_u (y[u] - m)^2 / k - c^2 + eps)
+//     z[u] = ((y[u] - m) - c) r      out[u] = z[u] w[u] + b[u]
 //     dy[u] = r (g[u] w[u] - sum_v g[v] w[v] / k - z[u] sum_v g[v] w[v] z[v] / k)
 //
+// c is 0 but for rounding. Of a row far from 0 the sum m is off, by more the fewer vectors it is spread over, and no
+// fp32 is close to the mean; c, of small numbers, is what m lacks (Chan, Golub and LeVeque, 1983).
 // Backward takes m and r again from y, which it reads anyway.
 #pragma once
 
@@ -23,7 +26,7 @@ struct Normalisation {
         for (; tokens > 0; --tokens, y += k, out += k) {
             const Row row = moments(y, streams ? nullptr : out, nullptr);
             each([&](int64_t u, auto, auto numbers) COMPACTER_INLINE_LAMBDA {
-                const Vec z = (numbers.get(y + u) - row.mean) * row.rate;
+                const Vec z = row.z(numbers.get(y + u));
                 numbers.put(out + u, z * numbers.get(norm.weight + u) + numbers.get(norm.bias + u), streams);
             });
         }
@@ -37,11 +40,11 @@ struct Normalisation {
             each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
                 const Vec gw = numbers.get(g + u) * numbers.get(norm.weight + u);
                 sum[slot] += gw;
-                along[slot] += gw * ((numbers.get(y + u) - row.mean) * row.rate);
+                along[slot] += gw * row.z(numbers.get(y + u));
             });
             const Vec mean = average(sum), slope = average(along);
             each([&](int64_t u, auto, auto numbers) COMPACTER_INLINE_LAMBDA {
-                const Vec z = (numbers.get(y + u) - row.mean) * row.rate;
+                const Vec z = row.z(numbers.get(y + u));
                 numbers.put(dy + u, row.rate * (numbers.get(g + u) * numbers.get(norm.weight + u) - mean - z * slope), false);
             });
         }
@@ -51,12 +54,14 @@ private:
     static constexpr int unroll = 4;
 
     struct Row {
-        Vec mean, rate;
+        Vec mean, rest, rate;
+
+        COMPACTER_INLINE Vec z(Vec y) const { return ((y - mean) - rest) * rate; }
     };
 
     // Also fetches the rows that are to be written and read next; null: none.
     Row moments(const T* y, const T* written, const T* read) const {
-        Vec sum[unroll] = {}, squares[unroll] = {};
+        Vec sum[unroll] = {}, rests[unroll] = {}, squares[unroll] = {};
         each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
             sum[slot] += numbers.get(y + u);
             if (slot % vectors_per_line<T> == 0) {
@@ -67,9 +72,13 @@ private:
         const Vec mean = average(sum);
         each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
             const Vec apart = numbers.only(numbers.get(y + u) - mean);
+            rests[slot] += apart;
             squares[slot] += apart * apart;
         });
-        return {mean, splat(1.f / __builtin_sqrtf(average(squares)[0] + norm.eps))};
+        const Vec rest = average(rests);
+        float variance = (average(squares) - rest * rest)[0];
+        if (variance < 0) variance = 0;  // of equal numbers; NaN stays
+        return {mean, rest, splat(1.f / __builtin_sqrtf(variance + norm.eps))};
     }
 
     Vec average(const Vec (&sums)[unroll]) const {
