@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.dispatch import check_name
-from compacter_kernels.functional import phm_linear
+from compacter_kernels.functional import phm_linear, phm_matrix
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.representation import arguments
 from compacter_kernels.problem import divisors
@@ -52,6 +52,7 @@ class PHMLinear(nn.Module):
 
     Args:
         in_features, out_features: widths; phm_dim must divide both.
+        bias, device, dtype: as nn.Linear has them, also in its order, without names. All else is given by name.
         phm_rule: a Parameter (n, n, n), or a pair of them where the rule is factorised, to share with other modules.
         learn_phm: False keeps the rule as it is, whatever a training script does to requires_grad.
         init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
@@ -76,10 +77,12 @@ class PHMLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         phm_dim: int = 4,
         phm_rank: int = 1,
-        bias: bool = True,
         factorized_phm_W: bool = True,
         factorized_phm_rule: bool = False,
         phm_rule: Rule | None = None,
@@ -88,10 +91,10 @@ class PHMLinear(nn.Module):
         phm_init_range: float = 1e-4,
         phm_c_init: str = "normal",
         impl: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool):  # the authors' PHMLinear has phm_dim there
+            raise TypeError(f"bias must be True or False, got {bias!r}; phm_dim is given by name, phm_dim={bias!r}")
         check_phm_dim(phm_dim, phm_rank, in_features=in_features, out_features=out_features)
         check_options(init, phm_c_init, phm_init_range)
         check_name(impl)
@@ -194,6 +197,21 @@ class PHMLinear(nn.Module):
         if self.factorized_phm_W:
             return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), b)
         return PHMWeights(rule, self._weight("W"), None, b)
+
+    @property
+    def weight(self) -> Tensor:
+        """H^T (out, in), as nn.Linear has it, for code that reads the matrix; computed anew in each read.
+
+        It is differentiable, in the dtype of the layer's parameters. What is written into it is lost. A call of the
+        layer itself never builds it, and keeps more digits in bfloat16 and float16.
+        """
+        weights = self.weights()
+        return phm_matrix(weights).T.to(weights.left.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The parameter `b`, by nn.Linear's name."""
+        return own(self, "b")  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
