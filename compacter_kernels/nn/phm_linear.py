@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compacter_kernels.dispatch import check_name
 from compacter_kernels.functional import phm_linear, phm_matrix
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
+from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.nn.representation import arguments
 from compacter_kernels.problem import divisors
 from compacter_kernels.weights import PHMWeights, factorised_rule
@@ -149,8 +150,9 @@ class PHMLinear(nn.Module):
         names: this layer's parameter -> the owner's, for example phm_rule="phm_rule", W_left="W_down_left".
         """
         for name, theirs in names.items():
-            if getattr(owner, theirs).shape != getattr(self, name).shape:
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the owner's {theirs} another")
+            shape = full_shape(getattr(self, name))
+            if full_shape(getattr(owner, theirs)) != shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {theirs} another")
         for name, theirs in names.items():
             delattr(self, name)
             self._borrowed[name] = (owner, theirs)
@@ -178,12 +180,12 @@ class PHMLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, except a shared rule and what is borrowed; biases are zero."""
-        held = [name for name in self.factor_names() if name not in self._borrowed]
-        reset_factors((getattr(self, name) for name in held), self.init)
+        reset_factors([getattr(self, name) for name in self.factor_names() if name not in self._borrowed], self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
         if self.b is not None:
-            nn.init.zeros_(self.b)
+            with gathered([self.b], change=True):
+                nn.init.zeros_(self.b)
 
     def weights(self) -> PHMWeights:
         """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
@@ -230,6 +232,6 @@ def _given(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.
     for rule, shape in zip(rules, shapes, strict=True):
         if not isinstance(rule, nn.Parameter):
             raise TypeError(f"phm_rule must be a torch.nn.Parameter, so that it is shared, got {type(rule).__name__}")
-        if tuple(rule.shape) != shape:
-            raise ValueError(f"phm_rule must have shape {shape}, got {tuple(rule.shape)}")
+        if tuple(full_shape(rule)) != shape:
+            raise ValueError(f"phm_rule must have shape {shape}, got {tuple(full_shape(rule))}")
     return rules  # type: ignore[return-value]

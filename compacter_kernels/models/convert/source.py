@@ -19,6 +19,7 @@ from compacter_kernels.models.files import (
     read_tensors,
     refuse_pickled,
 )
+from compacter_kernels.models.wrappers import check_gathered, plain_path, unwrapped
 
 SIGNS = {
     "compacter-kernels": r"(.*\.)?compacter\.(down|up|shared)\..*",
@@ -50,7 +51,10 @@ def open_source(source: Any) -> Source:
         TypeError, ValueError, FileNotFoundError: of another type, malformed, pickled, not there.
     """
     if isinstance(source, nn.Module):
-        return Source({key: tensor.detach() for key, tensor in source.state_dict().items()}, model=source)
+        check_gathered(source)
+        model = unwrapped(source)
+        tensors = {plain_path(model, key): tensor.detach() for key, tensor in model.state_dict().items()}
+        return Source(tensors, model=model)
     if isinstance(source, Mapping):
         wrong = [key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         if wrong:
