@@ -10,7 +10,10 @@ import torch
 from families import build, output
 from test_save_load import trained
 from torch import distributed, multiprocessing
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from compacter_kernels import CompacterConfig, inject
 from compacter_kernels.models.files import TENSORS
 from compacter_kernels.models.load import load_adapter
 from compacter_kernels.models.save import save_adapter
@@ -39,7 +42,29 @@ def _work(rank: int, folder: Path) -> None:
     load_adapter(again, folder / "sharded")
     save_adapter(again, folder / "again")
     distributed.barrier()
+    _of_fsdp1(folder)
     distributed.destroy_process_group()
+
+
+def _of_fsdp1(folder: Path) -> None:
+    """Whose parameters are pieces of a flat one, and whose names all have more in them."""
+    policy = ModuleWrapPolicy({type(build("bert").bert.encoder.layer[0])})
+    model = FullyShardedDataParallel(
+        trained(build("bert"), seed=7), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    for call in (lambda: save_adapter(model, folder / "no"), lambda: load_adapter(model, folder / "sharded")):
+        with pytest.raises(ValueError, match=r"within `with FullyShardedDataParallel\.summon_full_params"):
+            call()
+    with FullyShardedDataParallel.summon_full_params(model):
+        load_adapter(model, folder / "sharded")
+    expected = output("bert", trained(build("bert")))
+    torch.testing.assert_close(output("bert", model), expected, rtol=1e-5, atol=1e-5)
+    with FullyShardedDataParallel.summon_full_params(model, rank0_only=True, writeback=False):
+        save_adapter(model, folder / "summoned")
+    for wrapped in (model, torch.nn.parallel.DistributedDataParallel(trained(build("bert"))), _sharded(build("bert"))):
+        with pytest.raises(ValueError, match="put in adapters first, and distribute the model then"):
+            inject(wrapped, CompacterConfig(reduction_factor=4), name="more")
+    distributed.barrier()
 
 
 @pytest.mark.slow
@@ -48,7 +73,8 @@ def test_two_processes(tmp_path: Path) -> None:
     multiprocessing.spawn(_work, (tmp_path,), nprocs=2)
     save_adapter(trained(build("bert")), tmp_path / "expected")
     expected = (tmp_path / "expected" / TENSORS).read_bytes()
-    for name in ("sharded", "plain", "again"):
+    assert not (tmp_path / "no").exists()
+    for name in ("sharded", "plain", "again", "summoned"):
         assert (tmp_path / name / TENSORS).read_bytes() == expected, name
     loaded = load_adapter(build("bert"), tmp_path / "sharded")
     assert torch.equal(output("bert", loaded), output("bert", trained(build("bert"))))

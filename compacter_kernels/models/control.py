@@ -11,6 +11,7 @@ from torch import nn
 from compacter_kernels.models.injection import activate, injection, slots, use
 from compacter_kernels.models.keys import parts_in
 from compacter_kernels.models.slots import NAME
+from compacter_kernels.nn.partitioned import full_shape
 
 
 class Count(NamedTuple):
@@ -20,7 +21,8 @@ class Count(NamedTuple):
     base: int
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} trainable of {self.base:,} ({100 * self.trainable / self.base:.3f} %)"
+        share = f" ({100 * self.trainable / self.base:.3f} %)" if self.base else ""
+        return f"{self.trainable:,} trainable of {self.base:,}{share}"
 
 
 def known(model: nn.Module, name: str) -> str:
@@ -100,15 +102,16 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
 
 
 def count_parameters(model: nn.Module) -> Count:
-    """The numbers that train, and those of the base: the model without adapters.
+    """The numbers that train, and those of the base: the model without adapters. Sharded parameters count as a whole.
 
     Raises:
         ValueError: a model without adapters.
     """
     injection(model)
     added = {id(p) for path, p in model.named_parameters() if f".{NAME}." in f".{path}"}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Count(trainable, sum(p.numel() for p in model.parameters() if id(p) not in added))
+    sizes = [(p, full_shape(p).numel()) for p in model.parameters()]
+    trainable = sum(size for p, size in sizes if p.requires_grad)
+    return Count(trainable, sum(size for p, size in sizes if id(p) not in added))
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

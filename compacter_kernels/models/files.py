@@ -1,4 +1,4 @@
-"""The two files of an adapter folder: `adapter_config.json` and a safetensors file, read with checks, written at once.
+"""The files of an adapter folder, `adapter_config.json` and a safetensors file: read with checks, written at once.
 
 Nothing is ever unpickled. The config holds the tensor file's SHA-256, so that a pair of which one half was replaced, or
 damaged, is told.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 DIGEST = "adapter_model_sha256"
-JSON_LIMIT = 1 << 20
+INDEX = ".safetensors.index.json"  # how the name of an index of shards ends
+JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -60,8 +62,8 @@ def find_folder(
         raise FileNotFoundError(f"{missing}, and the hub gave none: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The object in a JSON file of at most that many bytes.
 
     Raises:
         FileNotFoundError, ValueError: no such file; one that is too large, not UTF-8, not JSON or not one object.
@@ -79,9 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
         return found
 
     with path.open("rb") as file:
-        data = file.read(JSON_LIMIT + 1)
-    if len(data) > JSON_LIMIT:
-        refuse(f"it is larger than {JSON_LIMIT} bytes")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        refuse(f"it is larger than {limit} bytes")
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep
@@ -98,15 +100,56 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError, ValueError: no such file; only a pickled one beside it; one that is truncated or malformed.
         ImportError: safetensors is not installed.
     """
-    safetensors = require_safetensors()
     if not path.is_file():
         refuse_pickled(path.parent)
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    if is_shard(path.name):
+        raise ValueError(f"{path} is one of several shards; give their folder, which must hold the *{INDEX} too")
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: larger than what can be mapped
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's name is that of one part of several: model-00001-of-00002.safetensors."""
+    part = re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", name)
+    return part is not None and int(part[2]) > 1
+
+
+def read_sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in several files, which its index lists, mapped into memory.
+
+    Raises:
+        FileNotFoundError, ValueError: no index, or one that is malformed or names files elsewhere; a shard that is not
+            there, is malformed, or holds other tensors than the index says.
+        ImportError: safetensors is not installed.
+    """
+    places = read_json(index, INDEX_LIMIT).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
+    for shard in places.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {shard!r}")
+    shards = sorted(set(places.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {', '.join(missing[:4])}, of {len(shards)} shards, and it is not there")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        found = _mapped(index.parent / shard)
+        listed = {key for key, place in places.items() if place == shard}
+        for what, keys in (("lacks", listed - found.keys()), ("has beside those of the index", found.keys() - listed)):
+            if keys:
+                raise ValueError(f"{index.parent / shard} {what} {len(keys)} tensors: {', '.join(sorted(keys)[:4])}")
+        tensors |= found
+    return tensors
 
 
 def refuse_pickled(path: Path) -> None:

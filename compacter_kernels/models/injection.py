@@ -14,6 +14,7 @@ from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.shared import SharedWeights
 from compacter_kernels.models.sites import Site, find_copied, find_sites
 from compacter_kernels.models.slots import NAME, AdapterSlot, CopySlot, Slot, trained_copy
+from compacter_kernels.models.wrappers import base_layer, check_injectable, check_outside_peft, unwrapped
 from compacter_kernels.nn import CompacterAdapter
 
 logger = logging.getLogger("compacter_kernels")
@@ -50,7 +51,7 @@ def injection(model: nn.Module) -> Injection:
     Raises:
         ValueError: the model has no adapters.
     """
-    found = getattr(model, NAME, None)
+    found = getattr(unwrapped(model), NAME, None)
     if not isinstance(found, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
     return found
@@ -80,9 +81,11 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     config = CompacterConfig() if config is None else config
     if not isinstance(config, CompacterConfig):
         raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
-    present = getattr(model, NAME, None)
+    check_injectable(model)
+    inner = unwrapped(model)
+    present = getattr(inner, NAME, None)
     check_name(name, present.configs if isinstance(present, Injection) else ())
-    place(model, name, config, prepare(model, config, impl))
+    place(inner, name, config, prepare(inner, config, impl))
     return model
 
 
@@ -103,6 +106,7 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     """
     sites = find_sites(model, config)
     copied = find_copied(model, config)
+    check_outside_peft(model, [site.write for site in sites], copied)
     for path, site in itertools.product(copied, sites):
         if f"{site.write}.".startswith(f"{path}."):
             raise ValueError(
@@ -130,7 +134,8 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         model.requires_grad_(False)
     for site in prepared.sites:
         write, read = model.get_submodule(site.write), model.get_submodule(site.read)
-        slot = getattr(write, NAME, None) or AdapterSlot(write, read)
+        home, _, child = site.write.rpartition(".")
+        slot = getattr(base_layer(write), NAME, None) or AdapterSlot(write, read, model.get_submodule(home), child)
         slot[name] = prepared.adapters[site.write].train(write.training)
     for path, module in prepared.copies.items():
         base = model.get_submodule(path)

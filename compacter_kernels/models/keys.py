@@ -13,20 +13,9 @@ from torch import Tensor, nn
 
 from compacter_kernels.models.injection import Prepared, injection, slots
 from compacter_kernels.models.slots import NAME
+from compacter_kernels.models.wrappers import plain_path, unwrapped
 
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of activation checkpointing
 Parts = Iterable[tuple[str, nn.Module]]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, of one that torch.compile or DistributedDataParallel returned."""
-    while True:
-        inner = model._modules.get("_orig_mod")
-        if type(model).__name__ == "DistributedDataParallel":
-            inner = model._modules.get("module")
-        if inner is None:
-            return model
-        model = inner
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -38,7 +27,7 @@ def base_prefix(model: nn.Module) -> str:
 
 def is_head(model: nn.Module, key: str) -> bool:
     """Whether a name in a file belongs to no part of the model's base, such as `classifier.compacter.weight`."""
-    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    base = unwrapped(model.get_submodule(base_prefix(model).removesuffix(".")))
     return key.partition(".")[0] not in {NAME, *(name for name, _ in base.named_children())}
 
 
@@ -62,17 +51,15 @@ def named_tensors(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
     """Parameters and buffers by their names in a file, each once.
 
     Raises:
-        ValueError: two of one name, in the base and beside it.
+        ValueError: two of one name, in the base and beside it; what peft trains in copies of its own.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     prefix = base_prefix(model)
     for path, module in parts:
+        where, module = plain_path(model, path), unwrapped(module)
         for name, tensor in module.state_dict(keep_vars=True).items():
-            key = f"{path}.{name}"
-            for wrapper in WRAPPERS:
-                key = key.replace(wrapper, "")
-            key = key.removeprefix(prefix)
+            key = f"{where}.{plain_path(module, name)}".removeprefix(prefix)
             if key in found:
                 raise ValueError(f"two tensors of {type(model).__name__} would have the name {key}")
             if isinstance(tensor, Tensor) and id(tensor) not in seen:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.files import CONFIG, DIGEST, TENSORS, check_digest, find_folder, read_json, read_tensors
 from compacter_kernels.models.injection import Injection, Prepared, activate, check_name, place, prepare, to_device_of
-from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of, unwrapped
+from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of
 from compacter_kernels.models.save import PEFT_TYPE, VERSION, of_model
 from compacter_kernels.models.slots import NAME
+from compacter_kernels.models.wrappers import check_gathered, check_injectable, unwrapped
+from compacter_kernels.nn.partitioned import full_shape, gathered
 
 Model = TypeVar("Model", bound=nn.Module)
 OF_START = ("init", "phm_init_range", "phm_c_init", "dtype")  # of no meaning once there are values
@@ -52,6 +54,7 @@ def load_adapter(
         FileNotFoundError, ImportError: no such folder or files, safetensors is not installed.
     """
     check_name(name)
+    check_gathered(model)
     base = unwrapped(model)
     path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
     found = read_json(path / CONFIG)
@@ -67,6 +70,7 @@ def load_adapter(
         _check_same(config, present.configs[name], name, heads)
         targets = named_tensors(base, parts_in(base, name))
     else:
+        check_injectable(model)
         prepared = _prepare(base, config, impl, path / CONFIG)
         targets = named_tensors(base, parts_of(prepared))
     if not heads:
@@ -135,9 +139,9 @@ def check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], 
     """Raise ValueError unless the tensors are those that the targets ask for, by name, shape and kind of dtype."""
     missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     wrong = [
-        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}"
+        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(full_shape(target))}"
         for key, target in targets.items()
-        if key in tensors and tensors[key].shape != target.shape
+        if key in tensors and tensors[key].shape != full_shape(target)
     ]
     for what, keys in (("lacks", missing), ("has, and the model does not,", unexpected)):
         if keys:
@@ -159,10 +163,11 @@ def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     elsewhere = [key for key, target in targets.items() if target.is_meta]
     if elsewhere:
         raise ValueError(f"{elsewhere[0]} would be on meta; give the model its weights before its adapters")
-    for key, target in targets.items():
-        value = tensors[key]
-        if hasattr(target, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
+    with gathered(targets.values(), change=True):
+        for key, target in targets.items():
+            value = tensors[key]
+            if hasattr(target, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
 
-            value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)  # type: ignore[attr-defined]
-        target.copy_(value)
+                value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+            target.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, distributed as dist, nn
 from compacter_kernels.models.control import known
 from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
-from compacter_kernels.models.keys import named_tensors, parts_in, unwrapped
+from compacter_kernels.models.keys import named_tensors, parts_in
+from compacter_kernels.models.wrappers import check_gathered, unwrapped
+from compacter_kernels.nn.partitioned import gathered
 
 VERSION = 1
 PEFT_TYPE = "COMPACTER"
@@ -22,21 +25,25 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
 
     Shared weights once, trained layer norms and heads included, in the dtypes that they have; docs/checkpoints.md says
     under which names. A folder that exists keeps its other files. In a distributed run call it on all ranks: sharded
-    parameters are gathered there, and rank 0 writes.
+    parameters are gathered there (those of FSDP1 by its `summon_full_params`), and rank 0 writes.
 
     Raises:
         ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta").
         OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
     """
     require_safetensors()
+    check_gathered(model)
     model = unwrapped(model)
     here = injection(model)
     name = here.active if name is None else known(model, name)
     if name is None:
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
-    tensors = {key: _whole(key, tensor) for key, tensor in named_tensors(model, parts_in(model, name)).items()}
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
+    named = named_tensors(model, parts_in(model, name))
+    with gathered(named.values()):
+        tensors = {key: _gathered(tensor) for key, tensor in named.items()}
+        if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            _check_values(tensors)
+            write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -56,13 +63,13 @@ def of_model(model: nn.Module) -> dict[str, Any]:
     return {key: value if isinstance(value, str | int) else None for key, value in found.items()}
 
 
-def _whole(key: str, tensor: Tensor) -> Tensor:
-    """A tensor with all its values, gathered where it is sharded."""
+def _gathered(tensor: Tensor) -> Tensor:
+    """A tensor of FSDP2 with all its values; any other as it is."""
     tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    if tensor.is_meta or not tensor.numel():
-        raise ValueError(
-            f"{key} holds no values here: it is on meta, or sharded in a way that is not known (not FSDP2)"
-        )
-    return tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel():
+            raise ValueError(f"{key} holds no values here: it is on meta, or sharded otherwise than by FSDP or ZeRO")

@@ -11,12 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compacter_kernels.models.wrappers import base_layer, is_a
 from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.nn.partitioned import gathered
 
 NAME = "compacter"
 REPLICATED = (
     "nn.DataParallel runs copies of a module, which would use adapters on another device; use one process for each "
     "device instead, with DistributedDataParallel: torchrun --nproc-per-node=N"
+)
+
+WRAPPED_LATER = (
+    "peft has wrapped {child}, a layer that Compacter adapters follow: they would read its output without what peft "
+    "adds, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
+    "or leave this layer out of peft's target_modules; peft's unload() undoes it"
 )
 
 
@@ -38,14 +46,22 @@ class AdapterSlot(Slot):
     """Adapters behind a module: y = adapter(y), or y + adapter(x) with the block's input x where it is parallel.
 
     write: the module whose output they take, a tensor or a tuple that begins with it. read: the one whose input is x.
+    home, child: the module that holds `write`, and under which name.
+
+    Of a layer that peft has wrapped, the adapters take the wrapper's output. The slot stands beside the layer itself,
+    which is all that is left when peft merges or unloads.
     """
 
-    def __init__(self, write: nn.Module, read: nn.Module) -> None:
+    def __init__(self, write: nn.Module, read: nn.Module, home: nn.Module, child: str) -> None:
         super().__init__()
         self._x: Tensor | None = None
-        self._write = (write,)  # in a tuple, so that it is no child
-        self._handles = [read.register_forward_pre_hook(self._before), write.register_forward_hook(self._after)]
-        setattr(write, NAME, self)
+        layer = base_layer(write)
+        self._write = (layer,)  # in a tuple, so that it is no child
+        self._home = (home, child)
+        self._wrapper = (write,) if write is not layer else ()
+        self._handles = [base_layer(read).register_forward_pre_hook(self._before)]
+        self._handles += [module.register_forward_hook(self._after) for module in (*self._wrapper, layer)]
+        setattr(layer, NAME, self)
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         adapter = self.in_use()
@@ -56,7 +72,13 @@ class AdapterSlot(Slot):
         adapter: CompacterAdapter | None = self.in_use()
         if adapter is None:
             return output
-        if module is not self._write[0]:
+        home, child = self._home
+        outer = home._modules[child]
+        if outer is not module and outer is not None and is_a(outer, "BaseTunerLayer") and base_layer(outer) is module:
+            if outer not in self._wrapper:
+                raise RuntimeError(WRAPPED_LATER.format(child=child))
+            return output  # the wrapper's comes next
+        if module is not self._write[0] and module not in self._wrapper:
             raise RuntimeError(REPLICATED)
         y = output[0] if isinstance(output, tuple) else output
         if adapter.add_residual:
@@ -106,7 +128,8 @@ def trained_copy(base: nn.Module) -> nn.Module:
     slot = base._modules.pop(NAME, None)
     forward = vars(base).pop("forward", None)
     try:
-        return copy.deepcopy(base).requires_grad_(True)
+        with gathered(base.parameters()):
+            return copy.deepcopy(base).requires_grad_(True)
     finally:
         if forward is not None:
             base.forward = forward

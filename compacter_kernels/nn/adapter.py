@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
+from compacter_kernels.nn.hooks import runs
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim, own, rule_shapes
 from compacter_kernels.nn.representation import arguments
@@ -23,6 +24,9 @@ class CompacterAdapter(nn.Module):
     The down projection takes hidden_size to hidden_size // reduction_factor, the up projection takes it back. The
     parameters are those of `PHMLinear` under `down.` and `up.`, then `scaling`, `norm_before.*`, `norm_after.*` where
     they are asked for.
+
+    One kernel computes `down` and `up` together. With hooks on one of them, such as those of pruning, or with another
+    module in its place, they are called as modules instead, one after the other.
 
     Args:
         hidden_size: the width of x; phm_dim must divide it and the bottleneck.
@@ -137,16 +141,24 @@ class CompacterAdapter(nn.Module):
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
         late |= residual is not None and residual.dtype != h.dtype
+        down: Any = self._modules["down"]
+        up: Any = self._modules["up"]
         scaling = own(self, "scaling")
-        y = compacter_adapter(
-            h,
-            self.down.weights(),
-            self.up.weights(),
-            activation=self.activation,
-            residual=None if late else residual,
-            scale=self.scale if scaling is None else scaling,  # type: ignore[arg-type]
-            impl=self.impl,
-        )
+        scale = self.scale if scaling is None else scaling
+        if runs(PHMLinear.forward, down, up):
+            y = compacter_adapter(
+                h,
+                down.weights(),
+                up.weights(),
+                activation=self.activation,
+                residual=None if late else residual,
+                scale=scale,  # type: ignore[arg-type]
+                impl=self.impl,
+            )
+        else:
+            late = True
+            y = up(resolve(self.activation).function(down(h)))
+            y = (y * scale).to(y.dtype)
         if not late:
             return y if self.norm_after is None else self.norm_after(y)
         y = F.dropout(y, self.dropout, self.training)
@@ -156,19 +168,38 @@ class CompacterAdapter(nn.Module):
             y = y + residual
         return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompacterAdapter:
+        """What `to`, `double`, `to_empty` and their like call: a rule that down and up share is one afterwards too.
+
+        torch puts new Parameters in place of those on meta, one for each name that a Parameter has; it has no public
+        name for this.
+        """
+        down, up = (self._modules[position]._parameters for position in ("down", "up"))  # type: ignore[union-attr]
+        shared = [name for name, rule in down.items() if rule is not None and up.get(name) is rule]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse:
+            up.update({name: down[name] for name in shared})
+        return self
+
     def extra_repr(self) -> str:
         """The arguments that rebuild this adapter; a rule passed in appears by the name phm_rule."""
         down = self.down
+        if not self._as_built():
+            return f"{self.hidden_size}"
         return arguments(
             self,
             "hidden_size",
-            names={"phm_rule": "phm_rule"} if self.down.shared_phm_rule and not self._own_rule else {},
+            names={"phm_rule": "phm_rule"} if down.shared_phm_rule and not self._own_rule else {},
             phm_bias=down.b is not None,
             **{name: getattr(down, name) for name in _OF_PROJECTION},
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+        return f"{type(self).__name__}({self.extra_repr()})" if self._as_built() else super().__repr__()
+
+    def _as_built(self) -> bool:
+        """Whether nobody has put another module in the place of a projection, which no argument would say."""
+        return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
 
 
 _OF_PROJECTION = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import init as torch_init
+
+from compacter_kernels.nn.partitioned import gathered
 
 STYLES = ("paper", "adapters")
 RULE_DISTRIBUTIONS = ("normal", "uniform")
@@ -25,14 +28,14 @@ def check_options(init: str, phm_c_init: str, phm_init_range: float) -> None:
 
 
 @torch.no_grad()
-def reset_factors(factors: Iterable[Tensor], init: str) -> None:
+def reset_factors(factors: Sequence[Tensor], init: str) -> None:
     """Draw W_left, W_right or W, slice by slice.
 
     paper: xavier uniform with gain sqrt 2, the "glorot-uniform" of the authors' Compacter runs.
     adapters: xavier normal with gain 1, what `adapters` draws whatever its option says.
     """
-    for factor in factors:
-        for matrix in factor:
+    with gathered(factors, change=True):
+        for matrix in itertools.chain.from_iterable(factors):
             if init == "paper":
                 torch_init.xavier_uniform_(matrix, gain=math.sqrt(2))
             else:
@@ -40,10 +43,11 @@ def reset_factors(factors: Iterable[Tensor], init: str) -> None:
 
 
 @torch.no_grad()
-def reset_rule(rules: Iterable[Tensor], spread: float, distribution: str) -> None:
+def reset_rule(rules: Sequence[Tensor], spread: float, distribution: str) -> None:
     """Draw phm_rule, or its two factors: normal with that deviation, or uniform in [-spread, spread]."""
-    for rule in rules:
-        if distribution == "normal":
-            rule.normal_(0.0, spread)
-        else:
-            rule.uniform_(-spread, spread)
+    with gathered(rules, change=True):
+        for rule in rules:
+            if distribution == "normal":
+                rule.normal_(0.0, spread)
+            else:
+                rule.uniform_(-spread, spread)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.dispatch import check_name
-from compacter_kernels.functional import phm_linear
+from compacter_kernels.functional import phm_linear, phm_matrix
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
+from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.nn.representation import arguments
 from compacter_kernels.problem import divisors
 from compacter_kernels.weights import PHMWeights, factorised_rule
@@ -52,6 +53,7 @@ class PHMLinear(nn.Module):
 
     Args:
         in_features, out_features: widths; phm_dim must divide both.
+        bias, device, dtype: as nn.Linear has them, also in its order, without names. All else is given by name.
         phm_rule: a Parameter (n, n, n), or a pair of them where the rule is factorised, to share with other modules.
         learn_phm: False keeps the rule as it is, whatever a training script does to requires_grad.
         init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
@@ -76,10 +78,12 @@ class PHMLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         phm_dim: int = 4,
         phm_rank: int = 1,
-        bias: bool = True,
         factorized_phm_W: bool = True,
         factorized_phm_rule: bool = False,
         phm_rule: Rule | None = None,
@@ -88,10 +92,10 @@ class PHMLinear(nn.Module):
         phm_init_range: float = 1e-4,
         phm_c_init: str = "normal",
         impl: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool):  # the authors' PHMLinear has phm_dim there
+            raise TypeError(f"bias must be True or False, got {bias!r}; phm_dim is given by name, phm_dim={bias!r}")
         check_phm_dim(phm_dim, phm_rank, in_features=in_features, out_features=out_features)
         check_options(init, phm_c_init, phm_init_range)
         check_name(impl)
@@ -146,8 +150,9 @@ class PHMLinear(nn.Module):
         names: this layer's parameter -> the owner's, for example phm_rule="phm_rule", W_left="W_down_left".
         """
         for name, theirs in names.items():
-            if getattr(owner, theirs).shape != getattr(self, name).shape:
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the owner's {theirs} another")
+            shape = full_shape(getattr(self, name))
+            if full_shape(getattr(owner, theirs)) != shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {theirs} another")
         for name, theirs in names.items():
             delattr(self, name)
             self._borrowed[name] = (owner, theirs)
@@ -175,12 +180,12 @@ class PHMLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, except a shared rule and what is borrowed; biases are zero."""
-        held = [name for name in self.factor_names() if name not in self._borrowed]
-        reset_factors((getattr(self, name) for name in held), self.init)
+        reset_factors([getattr(self, name) for name in self.factor_names() if name not in self._borrowed], self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
         if self.b is not None:
-            nn.init.zeros_(self.b)
+            with gathered([self.b], change=True):
+                nn.init.zeros_(self.b)
 
     def weights(self) -> PHMWeights:
         """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
@@ -194,6 +199,21 @@ class PHMLinear(nn.Module):
         if self.factorized_phm_W:
             return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), b)
         return PHMWeights(rule, self._weight("W"), None, b)
+
+    @property
+    def weight(self) -> Tensor:
+        """H^T (out, in), as nn.Linear has it, for code that reads the matrix; computed anew in each read.
+
+        It is differentiable, in the dtype of the layer's parameters. What is written into it is lost. A call of the
+        layer itself never builds it, and keeps more digits in bfloat16 and float16.
+        """
+        weights = self.weights()
+        return phm_matrix(weights).T.to(weights.left.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The parameter `b`, by nn.Linear's name."""
+        return own(self, "b")  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
@@ -212,6 +232,6 @@ def _given(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.
     for rule, shape in zip(rules, shapes, strict=True):
         if not isinstance(rule, nn.Parameter):
             raise TypeError(f"phm_rule must be a torch.nn.Parameter, so that it is shared, got {type(rule).__name__}")
-        if tuple(rule.shape) != shape:
-            raise ValueError(f"phm_rule must have shape {shape}, got {tuple(rule.shape)}")
+        if tuple(full_shape(rule)) != shape:
+            raise ValueError(f"phm_rule must have shape {shape}, got {tuple(full_shape(rule))}")
     return rules  # type: ignore[return-value]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from compacter_kernels.models.architectures import ARCHITECTURES
 from compacter_kernels.models.convert.checkpoint import Checkpoint, MissingRuleError, about_model, sizes
@@ -20,7 +20,7 @@ from compacter_kernels.models.convert.places import (
     t5_block,
     t5_module,
 )
-from compacter_kernels.models.convert.source import Source
+from compacter_kernels.models.convert.source import Source, is_whole_model
 from compacter_kernels.models.save import of_model
 
 VERSION = "adapters.1.3.0"
@@ -94,7 +94,7 @@ def read(source: Source, name: str | None, rule: Mapping[str, Tensor] | None) ->
         checkpoint.shared = dict(rule)
         checkpoint.notes.append(f"the file lacks {', '.join(rule)}; what was given is taken")
     _require_shared(checkpoint, options)
-    head = {k: t for k, t in source.tensors.items() if head_of(k)} if source.model is not None else source.head
+    head = source.head if "config" in source.config else source.tensors  # of an adapter's folder, or of a whole model
     checkpoint.copies = {key: tensor for key, tensor in head.items() if head_of(key)}
     options["modules_to_save"] = heads_in(checkpoint.copies)
     flexible = sorted(key for key in {**source.head, **source.tensors} if key.startswith("heads."))
@@ -122,6 +122,8 @@ def _config(source: Source, name: str | None) -> tuple[dict[str, Any], dict[str,
         if name not in names:
             raise ValueError(f"there are no adapters of the name {name!r}; there are {', '.join(names)}")
         return found.get(name).to_dict(), of_model(source.model), name
+    if is_whole_model(source) and "adapters" in source.config:
+        return _config_of_model(source.config, name)
     config = source.config.get("config")
     if not isinstance(config, dict):
         raise ValueError("tensors of `adapters` need their adapter_config.json; give the folder that holds both")
@@ -132,6 +134,31 @@ def _config(source: Source, name: str | None) -> tuple[dict[str, Any], dict[str,
         old = {"gelu": "gelu_new", "gelu_orig": "gelu"}
         config["non_linearity"] = old.get(str(config.get("non_linearity")), config.get("non_linearity"))
     return config, about_model(source.config), str(source.config.get("name"))
+
+
+def _config_of_model(found: Mapping[str, Any], name: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The same from the config.json of a whole model, where the library keeps the configs of all its adapters."""
+    about = found["adapters"] if isinstance(found["adapters"], dict) else {}
+    names, configs = about.get("adapters"), about.get("config_map")
+    if not isinstance(names, dict) or not isinstance(configs, dict) or not names:
+        raise ValueError("config.json says nothing of the adapters that are in the model")
+    if name is None and len(names) > 1:
+        raise ValueError(f"there are adapters of {len(names)} names; give name=, one of {', '.join(names)}")
+    name = name or next(iter(names))
+    if name not in names:
+        raise ValueError(f"there are no adapters of the name {name!r}; there are {', '.join(names)}")
+    config = configs.get(str(names[name]))
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"config.json does not say the options of {name!r}, only {names[name]!r}; load the model with `adapters` "
+            "and convert it, or what its save_adapter writes"
+        )
+    if config.get("non_linearity") in ("gelu", "gelu_orig") and "init_weights_seed" not in config:
+        raise ValueError(
+            "config.json does not say which version of the library wrote it, and its 'gelu' was once gelu_new; load "
+            "the model with that version and convert it, or what its save_adapter writes"
+        )
+    return config, about_model(found), name
 
 
 def _options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
@@ -261,8 +288,3 @@ def write(checkpoint: Checkpoint, name: str | None) -> tuple[dict[str, Tensor], 
     about = {"model_type": model_type, "hidden_size": checkpoint.model.get("hidden_size") or hidden, "name": name}
     head = {key: tensor for key, tensor in checkpoint.copies.items() if head_of(key)}
     return tensors, {**about, "config": options, "model_class": None, "model_name": None, "version": VERSION}, head
-
-
-def is_live(model: nn.Module | None) -> bool:
-    """Whether a model is one of the `adapters` library."""
-    return getattr(model, "adapters_config", None) is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 from compacter_kernels.models.convert.checkpoint import Checkpoint, MissingRuleError
 from compacter_kernels.models.convert.conversion import FORMATS, convert, read
-from compacter_kernels.models.convert.source import LAYERS, open_source, recognise
+from compacter_kernels.models.convert.source import LAYERS, format_of, open_source
 
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     """What a source holds."""
     source = open_source(args.source)
-    source_format = args.source_format or recognise(source.tensors)
+    source_format = args.source_format or format_of(source)
     found: dict[str, Any] = {"source": str(args.source), "source_format": source_format, "complete": True}
     if source_format in LAYERS:
         return {**found, "tensors": len(source.tensors)}

@@ -20,13 +20,11 @@ from compacter_kernels.models.convert.source import (
     LAYERS,
     SIGNS,
     Source,
+    format_of,
     open_source,
-    recognise,
 )
 from compacter_kernels.models.files import TENSORS, read_tensors, write_file, write_folder
-from compacter_kernels.models.injection import Injection
 from compacter_kernels.models.save import of_model
-from compacter_kernels.models.slots import NAME
 
 FORMATS = tuple(SIGNS)
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
@@ -65,7 +63,8 @@ def convert(
     """Convert a Compacter checkpoint between libraries, value by value; docs/checkpoints.md lists the formats.
 
     Args:
-        source: a safetensors file, a folder with one, a state dict, or a live model of any of the libraries.
+        source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards, a state dict, or a
+            live model of any of the libraries.
         target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original", "opendelta", "t-few",
             "hypernets", or "phm_linear" (the state dict of `PHMLinear` layers).
         target: where to write: a folder, for the formats without a config a .safetensors file. None: nowhere.
@@ -88,7 +87,7 @@ def convert(
         if kind not in FORMATS and not (kind is None and what == "source_format"):
             raise ValueError(f"{what}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
     opened = open_source(source)
-    source_format = source_format or _format_of(opened)
+    source_format = source_format or format_of(opened)
     if source_format in LAYERS or target_format == "phm_linear":
         converted = _layers(opened, source_format, target_format)
     else:
@@ -133,14 +132,6 @@ def read(
         raise ValueError(f"non_linearity={non_linearity!r}, but the source says {stated!r}")
     checkpoint.check()
     return checkpoint
-
-
-def _format_of(source: Source) -> str:
-    if isinstance(getattr(source.model, NAME, None), Injection):
-        return "compacter-kernels"
-    if adapters.is_live(source.model):
-        return "adapters"
-    return recognise(source.tensors)
 
 
 def _rule(given: Rule) -> dict[str, Tensor]:

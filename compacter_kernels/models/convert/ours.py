@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compacter_kernels.models.convert.checkpoint import Checkpoint, about_model
 from compacter_kernels.models.convert.places import head_of
-from compacter_kernels.models.convert.source import Source
+from compacter_kernels.models.convert.source import Source, is_whole_model
 from compacter_kernels.models.files import CONFIG
 from compacter_kernels.models.injection import injection
 from compacter_kernels.models.keys import named_tensors, parts_in
@@ -33,6 +33,12 @@ def read(source: Source, name: str | None) -> Checkpoint:
             raise ValueError(f"the model has no adapters {name!r}; it has {', '.join(here.configs)}")
         tensors = {key: t.detach() for key, t in named_tensors(source.model, parts_in(source.model, name)).items()}
         config, model = here.configs[name], describe(source.model)
+    elif is_whole_model(source):
+        raise ValueError(
+            f"it holds a whole {source.config['model_type']} with adapters in it, whose options no file says. Make "
+            "them anew: inject(model, config, name=...) with the same config, model.load_state_dict of these tensors, "
+            "then save_adapter(model, folder), which can be converted"
+        )
     elif not source.config:
         raise ValueError(f"tensors of our format need their {CONFIG}; give the folder that holds both")
     else:

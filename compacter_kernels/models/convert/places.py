@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compacter_kernels.models.architectures import ARCHITECTURES, Architecture
 from compacter_kernels.models.sites import HEADS, block_pattern
+from compacter_kernels.models.wrappers import plain_names
 
 KINDS = {"attention": "mh_adapter", "feed_forward": "output_adapter", "cross_attention": "cross_adapter"}
 _BASE = r"bert|roberta|electra|distilbert|vit|wav2vec2|model|transformer(?=\.(?:h|encoder|decoder|shared_parameters)\.)"
@@ -28,11 +29,12 @@ class Place(NamedTuple):
 
 
 def relative(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names in the model's base: `bert.encoder...` of a model with a head is `encoder...`.
+    """The tensors by their names in the plain model's base: `module.bert.encoder...` of DDP is `encoder...`.
 
     Raises:
         ValueError: two of one name.
     """
+    tensors = plain_names(tensors)
     found = {re.sub(rf"^(?:{_BASE})\.", "", key): tensor for key, tensor in tensors.items()}
     if len(found) < len(tensors):
         twice = next(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from compacter_kernels.models.files import (
     CONFIG,
     DIGEST,
+    INDEX,
     TENSORS,
     check_digest,
+    is_shard,
     read_json,
+    read_sharded,
     read_tensors,
     refuse_pickled,
 )
+from compacter_kernels.models.injection import Injection
+from compacter_kernels.models.save import PEFT_TYPE
+from compacter_kernels.models.slots import NAME
+from compacter_kernels.models.wrappers import check_gathered, plain_path, unwrapped
 
 SIGNS = {
     "compacter-kernels": r"(.*\.)?compacter\.(down|up|shared)\..*",
@@ -50,7 +57,10 @@ def open_source(source: Any) -> Source:
         TypeError, ValueError, FileNotFoundError: of another type, malformed, pickled, not there.
     """
     if isinstance(source, nn.Module):
-        return Source({key: tensor.detach() for key, tensor in source.state_dict().items()}, model=source)
+        check_gathered(source)
+        model = unwrapped(source)
+        tensors = {plain_path(model, key): tensor.detach() for key, tensor in model.state_dict().items()}
+        return Source(tensors, model=model)
     if isinstance(source, Mapping):
         wrong = [key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         if wrong:
@@ -61,7 +71,7 @@ def open_source(source: Any) -> Source:
     path = Path(source)
     if path.is_file():
         refuse_pickled(path)
-        return Source(read_tensors(path))
+        return Source(read_sharded(path) if path.name.endswith(INDEX) else read_tensors(path))
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there")
     return _folder(path)
@@ -71,31 +81,56 @@ def _folder(folder: Path) -> Source:
     config = next((read_json(folder / name) for name in (CONFIG, "config.json") if (folder / name).is_file()), {})
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
     preferred = [name for name in (TENSORS, ADAPTERS_TENSORS) if name in names]
-    if not names:
+    indices = sorted(path.name for path in folder.glob(f"*{INDEX}"))
+    whole = [name for name in names if not is_shard(name)]
+    if preferred:
+        tensors = read_tensors(folder / preferred[0])
+        check_digest(folder / preferred[0], config.get(DIGEST))
+    elif len(indices) == 1 and not whole:
+        tensors = read_sharded(folder / indices[0])
+    elif len(names) == 1 and not indices:
+        tensors = read_tensors(folder / names[0])
+    elif not names and not indices:
         refuse_pickled(folder)
-        raise FileNotFoundError(f"{folder} has no .safetensors file")
-    if not preferred and len(names) > 1:
-        raise ValueError(f"{folder} has {len(names)} .safetensors files; give one of them: {', '.join(names[:8])}")
-    name = (preferred or names)[0]
-    tensors = read_tensors(folder / name)
-    check_digest(folder / name, config.get(DIGEST))
+        below = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+        where = f", but its folders {', '.join(dict.fromkeys(below))} have; give one of them" if below else ""
+        raise FileNotFoundError(f"{folder} has no .safetensors file{where}")
+    elif not whole and not indices:
+        raise FileNotFoundError(f"{folder} has shards of a checkpoint, such as {names[0]}, and no *{INDEX} beside them")
+    else:
+        found = [*indices, *whole]
+        raise ValueError(f"{folder} holds {len(found)} checkpoints; give one of them: {', '.join(found[:8])}")
     head = read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
     return Source(tensors, config, head)
 
 
-def recognise(names: Iterable[str]) -> str:
-    """The format that these names of tensors belong to.
+def format_of(source: Source) -> str:
+    """The format of a source, by its model or else by the names of its tensors.
 
     Raises:
-        ValueError: to none, or to several.
+        ValueError: of none, or of several.
     """
-    names = list(names)
+    if isinstance(getattr(source.model, NAME, None), Injection):
+        return "compacter-kernels"
+    if getattr(source.model, "adapters_config", None) is not None:
+        return "adapters"
+    names, config = list(source.tensors), source.config
+    method = config.get("peft_type", PEFT_TYPE)
+    if method != PEFT_TYPE:
+        raise ValueError(f"it holds adapters of another method than Compacter, peft_type {method!r}")
     found = [kind for kind, sign in SIGNS.items() if any(re.fullmatch(sign, name) for name in names)]
     found = [kind for kind in found if kind not in LAYERS] or found[:1]  # adapters hold layers
+    if not found and is_whole_model(source):
+        raise ValueError(f"it holds a whole model of the type {config['model_type']!r}, and no Compacter adapters")
     if len(found) != 1:
         what = f"fit {' and '.join(found)}" if found else f"fit no format: {', '.join(sorted(names)[:4]) or 'none'}"
         raise ValueError(f"the names of the tensors {what}; give source_format=, one of {', '.join(SIGNS)}")
     return found[0]
+
+
+def is_whole_model(source: Source) -> bool:
+    """Whether this is a folder that `save_pretrained` of transformers wrote: its config.json is that of a model."""
+    return isinstance(source.config.get("model_type"), str) and "transformers_version" in source.config
 
 
 def non_linearity_in(model: nn.Module | None) -> str | None:

@@ -1,0 +1,136 @@
+"""Beside LoRA of peft: which of the two comes first is kept, or said; files have the names of the plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, inputs, output
+from test_save_load import trained
+from torch import Tensor, nn
+
+import compacter_kernels as ck
+from compacter_kernels.models.files import TENSORS
+from compacter_kernels.models.load import load_adapter
+from compacter_kernels.models.save import save_adapter
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("safetensors")
+
+
+def lora(model: nn.Module, **options: Any) -> Any:
+    """The model with LoRA whose weights are not zero."""
+    config = peft.LoraConfig(**{"target_modules": ["output.dense", "query"], **options})
+    wrapped = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0.0, 0.3)
+    return wrapped
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "undo", "options"),
+    [
+        ("the wrapper", "merge_and_unload", {}),
+        ("the model", "merge_and_unload", {"is_parallel": True}),
+        ("the wrapper", "unload", {}),
+        ("the model", "merge_adapter", {}),
+    ],
+)
+def test_adapters_behind_lora(given: str, undo: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """They read what LoRA has changed, stay where they are when it is merged, and load into the plain model."""
+    wrapped = lora(build("bert"))
+    plain_with_lora = output("bert", wrapped)
+    trained(wrapped if given == "the wrapper" else wrapped.base_model.model, **options)
+    both = output("bert", wrapped)
+    assert not torch.allclose(both, plain_with_lora, rtol=1e-2)
+    with ck.disable_adapters(wrapped):
+        assert_close(output("bert", wrapped), plain_with_lora)
+    ck.inject(wrapped, ck.CompacterConfig(reduction_factor=4, **options), name="second")
+    ck.set_adapter(wrapped, "default")
+    save_adapter(wrapped, tmp_path / "wrapped")
+    found = getattr(wrapped, undo)()
+    model = wrapped.base_model.model
+    save_adapter(model, tmp_path / "after")
+    expected = (tmp_path / "wrapped" / TENSORS).read_bytes()
+    assert (tmp_path / "after" / TENSORS).read_bytes() == expected
+    fresh = load_adapter(build("bert"), tmp_path / "wrapped")
+    save_adapter(fresh, tmp_path / "fresh")
+    assert (tmp_path / "fresh" / TENSORS).read_bytes() == expected
+    if undo == "unload":
+        assert_close(output("bert", found), output("bert", fresh))
+    else:
+        assert_close(output("bert", model), both)
+    ck.remove_adapters(model)
+    assert_close(output("bert", model), output("bert", build("bert")) if undo == "unload" else plain_with_lora)
+
+
+def test_lora_behind_adapters_is_refused_before_anything_is_lost() -> None:
+    """Merging would let the adapters read another output; the first call says so, and unload undoes it."""
+    model = trained(build("bert"))
+    expected = output("bert", model)
+    wrapped = lora(model)
+    with pytest.raises(RuntimeError, match=r"peft has wrapped dense, .*Call get_peft_model first and inject"):
+        output("bert", wrapped)
+    assert torch.equal(output("bert", wrapped.unload()), expected)
+
+
+def test_lora_on_other_layers(tmp_path: Path) -> None:
+    """Either order, and merging, change nothing."""
+    save_adapter(trained(build("bert")), tmp_path / "plain")
+    first, second = (lora(model, target_modules=["query"]) for model in (trained(build("bert")), build("bert")))
+    load_adapter(second, tmp_path / "plain")
+    for index, wrapped in enumerate((first, second)):
+        save_adapter(wrapped, tmp_path / str(index))
+        assert (tmp_path / str(index) / TENSORS).read_bytes() == (tmp_path / "plain" / TENSORS).read_bytes()
+    assert torch.equal(output("bert", first), output("bert", second))
+    expected = output("bert", first)
+    assert_close(output("bert", first.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "named"),
+    [
+        ({"task_type": "SEQ_CLS"}, {}, "classifier belongs to what peft"),
+        ({"modules_to_save": ["LayerNorm"]}, {}, r"LayerNorm\.original_module belongs to what peft"),
+        ({}, {"target_modules": ["base_layer"]}, r"base_layer belongs to what peft"),
+    ],
+    ids=["head", "layer norms", "wrapped layers"],
+)
+def test_what_peft_trains_is_not_taken(options: dict[str, Any], config: dict[str, Any], named: str) -> None:
+    wrapped = lora(build("bert"), **options)
+    names = [name for name, _ in wrapped.named_modules()]
+    trains = [p.requires_grad for p in wrapped.parameters()]
+    with pytest.raises(ValueError, match=named):
+        ck.inject(wrapped, ck.CompacterConfig(reduction_factor=4, **config))
+    assert [name for name, _ in wrapped.named_modules()] == names
+    assert [p.requires_grad for p in wrapped.parameters()] == trains
+
+
+def test_a_head_that_peft_copies_later(tmp_path: Path) -> None:
+    """There are two trained heads then, and which belongs to the adapters cannot be known."""
+    wrapped = lora(trained(build("bert")), target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"classifier\..* lies in what peft trains itself"):
+        save_adapter(wrapped, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    expected = wrapped(**inputs("bert"))[0]
+    merged = wrapped.merge_and_unload()
+    assert_close(output("bert", merged), expected)
+    save_adapter(merged, tmp_path / "adapter")
+
+
+def test_both_train() -> None:
+    wrapped = lora(build("bert"))
+    ck.inject(wrapped, ck.CompacterConfig(reduction_factor=4))
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
+    output("bert", wrapped).square().sum().backward()
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
+    assert all(p.grad is not None for _, p in ck.adapter_parameters(wrapped))
