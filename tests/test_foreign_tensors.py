@@ -23,12 +23,24 @@ built = pytest.mark.skipif(unavailable() is not None, reason=f"cpu: {unavailable
 PARAMETERS = {"down.W_left": "down.left", "up.W_right": "up.right", "down.phm_rule": "down.rule", "up.b": "up.bias"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_argument(kind: str) -> None:
+def outcomes(kind: str) -> dict[str, str]:
     script = Path(__file__).with_name("foreign_tensors.py")
     done = subprocess.run([sys.executable, str(script), kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_a_sharded_model_whose_adapter_is_called_by_itself() -> None:
+    found = outcomes("sharded")
+    assert found.pop("gathered False") == found.pop("gathered True") == "right"
+    for outcome in found.values():
+        assert "down.rule is a DTensor" in outcome and "call the module that gathers them" in outcome
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_argument(kind: str) -> None:
+    found = outcomes(kind)
     assert len(found) > 60
     for call, outcome in found.items():
         name = PARAMETERS.get(call) or call.split()[2]
