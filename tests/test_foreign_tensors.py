@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_tensors import KINDS, adapter, linear, tensors, weights
+from foreign_tensors import KINDS, adapter, linear, plain, tensors, weights
 from torch import Tensor
 
 import compacter_kernels as ck
@@ -132,3 +132,21 @@ def test_a_negative_view() -> None:
     for name in ("x", "residual"):
         expected = adapter({**given, name: -given[name]})
         assert torch.equal(adapter({**given, name: torch._neg_view(given[name])}), expected), name
+
+
+@pytest.mark.parametrize("kind", ["two_tensor", "freed", "strided_and_freed"])
+def test_a_patched_model(kind: str) -> None:
+    """One weight of an adapter is of that kind; the layer norm behind it is frozen, and so in the kernel."""
+    pytest.importorskip("adapters")
+    from adapters_models import inputs, make
+
+    model = make("bert").eval().requires_grad_(False)
+    ck.patch(model)
+    expected = model(**inputs(model)).logits
+    layer = next(m for m in model.modules() if hasattr(m, "W_left") and not hasattr(m, "W_down_left"))
+    layer._parameters["W_left"] = torch.nn.Parameter(KINDS[kind](layer.W_left), requires_grad=False)
+    if kind == "two_tensor":
+        torch.testing.assert_close(plain(model(**inputs(model)).logits), expected, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(RuntimeError, match=r"(down|up)\.left has no memory"):
+            model(**inputs(model))
