@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import ordinary
+from compacter_kernels.calls import ORDINARY
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -63,7 +63,7 @@ def _kind(tensor: Tensor) -> str:
 
 def readable(tensor: Tensor, name: str) -> Tensor:
     """The tensor, or a contiguous copy of it; raises as `check_memory`."""
-    if not tensor.is_contiguous() or tensor.is_neg() or not ordinary(tensor) or _too_short(tensor):
+    if not tensor.is_contiguous() or tensor.is_neg() or tensor.__class__ not in ORDINARY or _too_short(tensor):
         check_memory(tensor, name)
         return tensor.contiguous().resolve_neg()
     return tensor
