@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from compacter_kernels import autograd, dispatch, modes, ops
 from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failure, fake, ordinary
-from compacter_kernels.impl import Kernel
 from compacter_kernels.impl.memory import NoStorageError, check_all
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.impl.plain import Plain
@@ -61,27 +60,27 @@ def _without_options(plan: dispatch.Plan, call: Call) -> Tensor:
     if kernel is None or plan.odd:
         return _through_torch(plan, call)
     try:
-        return _direct(plan, kernel, call)
+        if not kernel.differentiable:
+            if torch.is_grad_enabled() and _requires_grad(call):
+                return autograd.forward(kernel, call)
+        elif isinstance(kernel, Plain) and not plan.seen:
+            kernel.check(call)
+        return kernel.forward(call)
     except NoStorageError:
-        _check_again(call)
-        # a transform that is over left a wrapper, through which torch's own operations look
-        return _direct(plan, kernel, call.map(lambda t: t.view_as(t)))
+        return _without_options(plan, _looked_through(call))
 
 
-def _direct(plan: dispatch.Plan, kernel: Kernel[Any], call: Call) -> Tensor:
-    if not kernel.differentiable:
-        if torch.is_grad_enabled() and _requires_grad(call):
-            return autograd.forward(kernel, call)
-    elif isinstance(kernel, Plain) and not plan.seen:
-        kernel.check(call)
-    return kernel.forward(call)
+def _looked_through(call: Call) -> Call:
+    """A call of tensors that have storage, where a transform that is over left wrappers around them.
 
-
-def _check_again(call: Call) -> None:
-    """The checks of a plan and those that it takes for granted, such as the layout of the weights."""
-    _problem(call, "identity")
+    Torch's own operations look through such a wrapper. Raises for any other tensor that has none.
+    """
+    _problem(call, "identity")  # what a plan takes for granted, such as the layout of the weights
     if isinstance(call, AdapterCall) and call.residual is not None:
         check_like(call.residual, "residual", call.x, call.x.shape)
+    found = call.map(lambda t: t.view_as(t))
+    check_all(found.named())
+    return found
 
 
 def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -> dispatch.Explanation:
