@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compacter_kernels.models.config import DTYPES, CompacterConfig
+from compacter_kernels.models.copies import CopySlot, trained_copy
+from compacter_kernels.models.fast_path import FastPath
+from compacter_kernels.models.freeze import freeze
+from compacter_kernels.models.lost import Watch
+from compacter_kernels.models.obstacles import check_beside, check_name, check_nested, check_own_names
+from compacter_kernels.models.offload import device_of
 from compacter_kernels.models.shared import SharedWeights
-from compacter_kernels.models.sites import Site, find_copied, find_sites
-from compacter_kernels.models.slots import NAME, AdapterSlot, CopySlot, Slot, trained_copy
+from compacter_kernels.models.sites import Site, find_copied, find_sites, is_layer_norm
+from compacter_kernels.models.slots import NAME, AdapterSlot, Added, Slot, slot_of
 from compacter_kernels.nn import CompacterAdapter
 
 logger = logging.getLogger("compacter_kernels")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Injection(nn.Module):
+class Injection(Added, nn.Module):
     """The child `compacter` of an injected model: its configs by name, and the weights that its adapters share."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,9 +34,21 @@ class Injection(nn.Module):
         self.shared = nn.ModuleDict()
         self.configs: dict[str, CompacterConfig] = {}
         self.active: str | None = None
-        self.trained_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.trained_before = {plain(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.placed: dict[str, Slot] = {}
+        self.fast_path = FastPath(model)
+        self.watch = Watch()
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self._handles = [m.register_forward_hook(self._need_gradient) for m in _embeddings(model)]
+        self._handles.append(model.register_forward_pre_hook(self._look))
+
+    def slots(self) -> set[Slot]:
+        """What stands beside modules of the model, those too that were exchanged since."""
+        return set(self.placed.values())
+
+    def _look(self, model: nn.Module, inputs: Any) -> None:
+        if self.active is not None:
+            self.watch.look(model, self.placed, self.active)
 
     def _need_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Under reentrant checkpointing a layer whose input needs no gradient would give its adapters none."""
@@ -40,6 +58,7 @@ class Injection(nn.Module):
 
     def detach(self) -> None:
         """Take the hooks off the model."""
+        self.fast_path.allow(True)
         for handle in self._handles:
             handle.remove()
 
@@ -54,6 +73,11 @@ def injection(model: nn.Module) -> Injection:
     if not isinstance(found, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
     return found
+
+
+def plain(path: str) -> str:
+    """The name of a module or parameter in a model itself, where torch.compile has wrapped it."""
+    return path.replace("_orig_mod.", "")
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
@@ -101,15 +125,26 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     Raises:
         TypeError, ValueError: as `inject`.
     """
+    check_nested(model)
     sites = find_sites(model, config)
     copied = find_copied(model, config)
+    adapted = [site.write for site in sites]
+    check_own_names(model, (*adapted, *copied))
+    check_beside(model, adapted, copied)
     for path, site in itertools.product(copied, sites):
         if f"{site.write}.".startswith(f"{path}."):
             raise ValueError(
                 f"{path} holds {site.write}, which gets an adapter, and cannot be trained whole: see modules_to_save"
             )
     shared, adapters = _build(model, config, sites, impl, device)
-    return Prepared(sites, shared, adapters, {path: trained_copy(model.get_submodule(path)) for path in copied})
+    return Prepared(sites, shared, adapters, {path: _copy(model, path, config) for path in copied})
+
+
+def _copy(model: nn.Module, path: str, config: CompacterConfig) -> nn.Module:
+    try:
+        return trained_copy(model.get_submodule(path), None if config.dtype is None else DTYPES[config.dtype])
+    except ValueError as error:
+        raise ValueError(f"modules_to_save: {path}: {error}") from error
 
 
 def to_device_of(model: nn.Module, prepared: Prepared) -> None:
@@ -130,12 +165,18 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         model.requires_grad_(False)
     for site in prepared.sites:
         write, read = model.get_submodule(site.write), model.get_submodule(site.read)
-        slot = getattr(write, NAME, None) or AdapterSlot(write, read)
-        slot[name] = prepared.adapters[site.write].train(write.training)
+        slot: Any = slot_of(write) or AdapterSlot(write)
+        slot.put_adapter(name, prepared.adapters[site.write].train(write.training), read, prepared.shared)
+        present.placed[plain(site.write)] = slot
     for path, module in prepared.copies.items():
         base = model.get_submodule(path)
-        slot = getattr(base, NAME, None) or CopySlot(base)
-        slot[name] = module
+        slot = slot_of(base) or CopySlot(base)
+        slot.put_copy(name, module, config.dtype is not None)
+        present.placed[plain(path)] = slot
+        if not is_layer_norm(base):
+            present.watch.add(plain(path), model.get_submodule(path.rpartition(".")[0]), slot)
+    present.fast_path.allow(True)
+    present.fast_path = FastPath(model)
     if prepared.shared is not None:
         present.shared[name] = prepared.shared
     present.configs[name] = config
@@ -147,8 +188,10 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
 
 def use(model: nn.Module, name: str | None) -> None:
     """Compute with the adapters of that name; with None, as the base does."""
-    injection(model).active = name
-    for _, slot in slots(model):
+    here = injection(model)
+    here.active = name
+    here.fast_path.allow(name is None)
+    for slot in here.slots():
         slot.active = name
 
 
@@ -158,7 +201,7 @@ def activate(model: nn.Module, name: str) -> None:
     here = injection(model)
     for key, weights in here.shared.items():
         _train(weights, here.configs[key], key == name)
-    for _, slot in slots(model):
+    for slot in here.slots():
         for key, module in slot.items():
             _train(module, here.configs[key], key == name)
 
@@ -166,15 +209,10 @@ def activate(model: nn.Module, name: str) -> None:
 def _train(module: nn.Module, config: CompacterConfig, on: bool) -> None:
     for path, parameter in module.named_parameters():
         fixed = not config.learn_phm and path.rpartition(".")[2].startswith("phm_rule")
-        parameter.requires_grad_(on and not fixed)
-
-
-def check_name(name: str, present: Container[str] = ()) -> None:
-    """Raise ValueError for what cannot name adapters, or names some already."""
-    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"name must be a plain name of an adapter, such as 'default', got {name!r}")
-    if name in present:
-        raise ValueError(f"the model has adapters of the name {name!r} already; give another name=, or remove them")
+        if on and not fixed:
+            parameter.requires_grad_(True)
+        else:
+            freeze(parameter)
 
 
 def _build(
@@ -197,10 +235,12 @@ def _build(
 def _adapter(
     model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
 ) -> CompacterAdapter:
-    like = computes_like(model, module)
+    like, width = computes_like(model, module), width_of(model, module, site.write)
+    if config.is_parallel:
+        _check_parallel(model.get_submodule(site.read), site, width)
     try:
         return CompacterAdapter(
-            width_of(model, module, site.write),
+            width,
             reduction_factor=config.reduction_factor_of(site.layer),
             impl=impl,
             device=device or like.device,
@@ -211,6 +251,17 @@ def _adapter(
         raise ValueError(f"{site.write}: {error}") from error
 
 
+def _check_parallel(read: nn.Module, site: Site, width: int) -> None:
+    sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
+    taken = next((size for size in sizes if isinstance(size, int)), width)
+    if taken != width:
+        raise ValueError(
+            f"is_parallel: {site.read} takes {taken} numbers, {site.write} gives {width}, and a parallel adapter computes "
+            "from what a block takes what is added to its output. Name whole blocks in target_modules, leave it out for "
+            "a model of the table, or set is_parallel=False"
+        )
+
+
 def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
     """The width of what a module puts out.
 
@@ -219,6 +270,8 @@ def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
     """
     sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # of a Linear, of GPT-2's Conv1D
     own = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(module, nn.MultiheadAttention):
+        own = module.embed_dim
     width = next((size for size in (*sizes, own) if isinstance(size, int)), None)
     if width is None:
         raise ValueError(f"{path} is a {type(module).__name__} whose width is unknown; name linear layers instead")
@@ -227,10 +280,9 @@ def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
 
 def computes_like(model: nn.Module, module: nn.Module) -> Tensor:
     """An empty tensor on the device of a module, in the dtype that it computes in, quantised or not."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     dtypes = [getattr(module, "compute_dtype", None), *(p.dtype for p in (*module.parameters(), *model.parameters()))]
     dtype = next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
-    return torch.empty(0, device=device, dtype=dtype)
+    return torch.empty(0, device=device_of(module), dtype=dtype)
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from compacter_kernels.models.control import known
 from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
 from compacter_kernels.models.keys import named_tensors, parts_in, unwrapped
+from compacter_kernels.models.lost import lost
 
 VERSION = 1
 PEFT_TYPE = "COMPACTER"
@@ -25,7 +26,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     parameters are gathered there, and rank 0 writes.
 
     Raises:
-        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta").
+        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta");
+            one of which modules with adapters or trained copies were exchanged since.
         OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
     """
     require_safetensors()
@@ -34,6 +36,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     name = here.active if name is None else known(model, name)
     if name is None:
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
+    gone = list(lost(model, here.placed, name))
+    if gone:
+        raise ValueError(
+            f"modules that had adapters or trained copies of {name!r} were exchanged for others since: "
+            f"{', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}. Put back what was there; or exchange modules "
+            "first, then inject or load_adapter"
+        )
     tensors = {key: _whole(key, tensor) for key, tensor in named_tensors(model, parts_in(model, name)).items()}
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
