@@ -141,7 +141,7 @@ def trained_copy(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """
     floating = [p.is_floating_point() for name, p in base.named_parameters() if not name.startswith(f"{NAME}.")]
     if not floating or not all(floating):
-        raise ValueError(f"a {type(base).__name__} without floating parameters cannot be trained (is it quantised?)")
+        raise ValueError(f"a {type(base).__name__} of no or of quantised parameters cannot be trained; leave it out")
     slot = slot_of(base)
     if any(isinstance(part, Slot) and part is not slot for part in base.modules()):
         raise ValueError(f"a {type(base).__name__} that holds adapters or trained copies cannot be trained whole")
@@ -156,10 +156,20 @@ def trained_copy(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for part in copied.modules():
         for name in [name for name, value in vars(part).items() if value is stays]:
             del vars(part)[name]
-    copied.__class__ = getattr(type(base), PLAIN, type(base))
+    if PLAIN in vars(type(base)):
+        copied.__class__ = getattr(type(base), PLAIN)
     if OWN_FORWARD in vars(copied):
         copied.forward = vars(copied).pop(OWN_FORWARD)
+    _drop_hooks(copied)
     return copied.to(dtype).requires_grad_(True)
+
+
+def _drop_hooks(copied: nn.Module) -> None:
+    """The module's hooks run when it is called, and it hands over to the copy: only those that make weights stay."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        hooks = vars(copied)[name]
+        for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+            del hooks[key]
 
 
 def _of_the_instance(module: nn.Module) -> list[str]:

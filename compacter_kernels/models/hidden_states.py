@@ -36,6 +36,8 @@ def first_output(module: nn.Module, output: Any) -> Tensor:
     Raises:
         TypeError: there is none.
     """
+    if isinstance(output, Tensor):
+        return output
     found = output
     if isinstance(output, Mapping):
         found = next(iter(output.values()), None)

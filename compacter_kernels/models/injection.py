@@ -256,9 +256,9 @@ def _check_parallel(read: nn.Module, site: Site, width: int) -> None:
     taken = next((size for size in sizes if isinstance(size, int)), width)
     if taken != width:
         raise ValueError(
-            f"is_parallel: {site.read} takes {taken} numbers, {site.write} gives {width}, and a parallel adapter computes "
-            "from what a block takes what is added to its output. Name whole blocks in target_modules, leave it out for "
-            "a model of the table, or set is_parallel=False"
+            f"is_parallel: {site.read} takes {taken} numbers and {site.write} gives {width}, which is no block that a "
+            "parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for a model of the "
+            "table, or set is_parallel=False"
         )
 
 

@@ -182,7 +182,7 @@ def _named(model: nn.Module, ends: Sequence[str]) -> list[str]:
     found = [name for name in names if any(_ends_with(name, end) for end in ends)]
     for name in found:
         _check_called(model, name, "modules_to_save")
-    return found
+    return [name for name in found if model.get_submodule(name).state_dict()]  # a ReLU has nothing to train
 
 
 def heads(model: nn.Module) -> list[str]:

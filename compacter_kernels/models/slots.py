@@ -22,7 +22,7 @@ REPLICATED = (
 )
 REPLACED = (
     "a {now} stands in place of the {before} that an adapter was put behind, and the adapter is no part of the model "
-    "any more; quantise (torch.ao's quantize_dynamic) or exchange layers first, then inject or load_adapter"
+    "any more; quantise (quantize_dynamic, for inference) or exchange layers first, then inject or load_adapter"
 )
 
 
