@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import itertools
+from collections.abc import Container, Iterable, Sequence
 
 from torch import nn
 
@@ -49,8 +50,13 @@ def check_nested(model: nn.Module) -> None:
         )
 
 
-def check_beside(model: nn.Module, adapted: Iterable[str], copied: Iterable[str]) -> None:
+def check_beside(model: nn.Module, adapted: Sequence[str], copied: Sequence[str]) -> None:
     """Raise ValueError if a module is to have an adapter that is trained whole, in these adapters or in others."""
+    for path, write in itertools.product(copied, adapted):
+        if f"{write}.".startswith(f"{path}."):
+            raise ValueError(
+                f"{path} holds {write}, which gets an adapter, and cannot be trained whole: see modules_to_save"
+            )
     for paths, kind, other in ((adapted, AdapterSlot, "trained copies"), (copied, CopySlot, "adapters")):
         for path in paths:
             slot = slot_of(model.get_submodule(path))
