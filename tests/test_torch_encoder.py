@@ -60,6 +60,17 @@ def test_eval_computes_what_training_does(name: str) -> None:
         assert all(vars(module).get(key) == before.get(key) for key in names)
 
 
+@torch.no_grad()
+def test_a_single_layer_is_as_it_was_while_adapters_are_disabled() -> None:
+    model = encoder().layers[0].eval()
+    x = torch.randn(2, 5, WIDTH)
+    plain = model(x)
+    ck.inject(model, ck.CompacterConfig(reduction_factor=4, phm_init_range=1.0, target_modules=["linear2"]))
+    assert not torch.allclose(model(x), plain, atol=1e-3)
+    with ck.disable_adapters(model):
+        assert torch.equal(model(x), plain)
+
+
 def test_what_the_attention_never_calls_is_refused() -> None:
     model = encoder()
     with pytest.raises(ValueError, match=r"self_attn.out_proj is never called, layers.0.self_attn reads .*'self_attn'"):

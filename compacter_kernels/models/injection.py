@@ -37,11 +37,16 @@ class Injection(Added, nn.Module):
         self.watch = Watch()
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self._handles = [m.register_forward_hook(self._need_gradient) for m in _embeddings(model)]
-        self._handles.append(model.register_forward_pre_hook(self._look))
 
     def slots(self) -> set[Slot]:
         """What stands beside modules of the model, those too that were exchanged since."""
         return set(self.placed.values())
+
+    def watch_head(self, model: nn.Module, path: str, slot: CopySlot) -> None:
+        """Say so in a later call if the module of that name was exchanged, and its trained copy with it."""
+        if not len(self.watch):
+            self._handles.append(model.register_forward_pre_hook(self._look))
+        self.watch.add(path, model.get_submodule(path.rpartition(".")[0]), slot)
 
     def _look(self, model: nn.Module, inputs: Any) -> None:
         if self.active is not None:
@@ -125,7 +130,7 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         slot.put_copy(name, module, config.dtype is not None)
         present.placed[plain(path)] = slot
         if not is_layer_norm(base):
-            present.watch.add(plain(path), model.get_submodule(path.rpartition(".")[0]), slot)
+            present.watch_head(model, plain(path), slot)
     present.fast_path.allow(True)
     present.fast_path = FastPath(model)
     if prepared.shared is not None:

@@ -33,6 +33,9 @@ class Watch:
     def __init__(self) -> None:
         self._heads: list[tuple[str, nn.Module, str, CopySlot]] = []
 
+    def __len__(self) -> int:
+        return len(self._heads)
+
     def add(self, path: str, parent: nn.Module, slot: CopySlot) -> None:
         """Watch the module of that name, a child of that parent."""
         if all(slot is not other for *_, other in self._heads):
