@@ -82,6 +82,32 @@ def test_what_the_attention_never_calls_is_refused() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+class Plain(nn.MultiheadAttention):
+    """As users shorten it: what is called is still torch's forward."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Calling(nn.MultiheadAttention):
+    """Has a forward of its own, which calls its parts."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.out_proj(x)
+        return out
+
+
+def test_subclasses_of_the_attention() -> None:
+    config = ck.CompacterConfig(reduction_factor=4, target_modules=["out_proj"])
+    with pytest.raises(ValueError, match=r"0.out_proj is never called"):
+        ck.inject(nn.Sequential(Plain(WIDTH, 2)), config)
+    model = nn.Sequential(Calling(WIDTH, 2))
+    x = torch.randn(2, WIDTH)
+    plain = model(x)
+    ck.inject(model, config)
+    assert torch.equal(model(x), model[0].out_proj.compacter["default"](plain))
+
+
 def test_wavlm_reads_the_weights_of_its_projections() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -39,6 +39,8 @@ def known(model: nn.Module, name: str) -> str:
 def set_adapter(model: nn.Module, name: str) -> None:
     """Use and train the adapters of that name; the others stay where they are, unused and frozen.
 
+    A loss that was computed before still gives its gradients to the adapters that it was computed with.
+
     Raises:
         ValueError: a model without adapters, or without these.
     """

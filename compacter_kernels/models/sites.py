@@ -121,7 +121,7 @@ def _targets(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
 
 def _check_called(model: nn.Module, name: str, option: str) -> None:
     if not called(model, name):
-        attention = name.rpartition(".")[0]
+        attention = name.rpartition(".")[0] or type(model).__name__
         raise ValueError(
             f"{option}: {name} is never called, {attention} reads its weights itself; name the attention, "
             f"{attention.rpartition('.')[2]!r}"
