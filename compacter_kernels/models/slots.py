@@ -57,7 +57,8 @@ def slot_of(module: nn.Module) -> Slot | None:
 class _InFlight(threading.local):
     """The slot between whose two modules this thread computes, and the input that its parallel adapter waits for.
 
-    On no module, so that calls of several threads stay apart, and models can be copied after one that was interrupted.
+    On no module, so that calls of several threads stay apart, and models can be copied after one that was interrupted;
+    its input stays until the thread's next call of a parallel adapter.
     """
 
     waiting: tuple[AdapterSlot, Tensor] | None = None
