@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from compacter_kernels.models.injection import Prepared, injection, slots
+from compacter_kernels.models.injection import injection, slots
+from compacter_kernels.models.prepare import Prepared
 from compacter_kernels.models.slots import NAME
 from compacter_kernels.models.wrappers import plain_path, unwrapped
 

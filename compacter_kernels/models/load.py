@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.files import CONFIG, DIGEST, TENSORS, check_digest, find_folder, read_json, read_tensors
-from compacter_kernels.models.injection import Injection, Prepared, activate, check_name, place, prepare, to_device_of
+from compacter_kernels.models.injection import Injection, activate, place
 from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of
+from compacter_kernels.models.obstacles import check_name
+from compacter_kernels.models.prepare import Prepared, prepare, to_device_of
 from compacter_kernels.models.save import PEFT_TYPE, VERSION, of_model
 from compacter_kernels.models.slots import NAME
 from compacter_kernels.models.wrappers import check_gathered, check_injectable, unwrapped

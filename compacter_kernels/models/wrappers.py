@@ -56,11 +56,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return around(model)[-1]
 
 
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer itself, of one that peft has wrapped; any other module as it is."""
-    while is_a(module, "BaseTunerLayer") and (inside := held(module)) is not None:
-        module = inside[1]
-    return module
+def peft_layer(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """What peft has put around a layer, of all that stands in the layer's place; None where there is no such."""
+    for module in around(outer):
+        if module is not layer and is_a(module, "BaseTunerLayer"):
+            return module if unwrapped(module) is layer else None
+    return None
 
 
 def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
