@@ -16,7 +16,7 @@ from compacter_kernels.models.injection import Injection, Prepared, activate, ch
 from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of
 from compacter_kernels.models.save import PEFT_TYPE, VERSION, of_model
 from compacter_kernels.models.slots import NAME
-from compacter_kernels.models.wrappers import check_gathered, check_injectable, unwrapped
+from compacter_kernels.models.wrappers import check_fillable, check_gathered, check_injectable, unwrapped
 from compacter_kernels.nn.partitioned import full_shape, gathered
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +55,7 @@ def load_adapter(
     """
     check_name(name)
     check_gathered(model)
+    check_fillable(model)
     base = unwrapped(model)
     path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
     found = read_json(path / CONFIG)
