@@ -39,7 +39,10 @@ def test_around_the_model_and_around_layers(wrapper: str, tmp_path: Path) -> Non
     whole, layers = wrap(build("bert")), trained(build("bert"), seed=5)
     layers.bert.encoder.layer[0] = wrap(layers.bert.encoder.layer[0])
     layers.bert.encoder.layer[1].output = wrap(layers.bert.encoder.layer[1].output)
-    for index, model in enumerate((whole, layers)):
+    before = build("bert")
+    before.bert.encoder.layer[0] = wrap(before.bert.encoder.layer[0])
+    before.bert.encoder.layer[1].output.LayerNorm = wrap(before.bert.encoder.layer[1].output.LayerNorm)
+    for index, model in enumerate((whole, layers, before)):
         load_adapter(model, tmp_path / "plain")
         save_adapter(model, tmp_path / str(index))
         assert (tmp_path / str(index) / TENSORS).read_bytes() == expected, index

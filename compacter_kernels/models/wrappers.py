@@ -72,24 +72,23 @@ def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
 
 
 def plain_path(model: nn.Module, path: str) -> str:
-    """The name, in the model without wrappers, of what has this name in the model.
-
-    Raises:
-        ValueError: it lies in a copy that peft trains.
-    """
+    """The name, in the model without wrappers, of what has this name in the model."""
     kept = []
     for module, name in _steps(model, path):
-        if isinstance(module, nn.Module):
-            if is_a(module, TRAINED_BY_PEFT):
-                raise ValueError(
-                    f"{path} lies in what peft trains itself (its modules_to_save); "
-                    "save the adapters before get_peft_model, or after merge_and_unload"
-                )
-            inside = held(module)
-            if inside is not None and inside[0] == name:
-                continue
-        kept.append(name)
+        inside = held(module) if isinstance(module, nn.Module) else None
+        if inside is None or inside[0] != name:
+            kept.append(name)
     return ".".join(kept)
+
+
+def check_not_copied_by_peft(model: nn.Module, path: str) -> None:
+    """Raise ValueError for what lies in a module that peft has copied to train: there are two of that name then."""
+    for module, _ in _steps(model, path):
+        if isinstance(module, nn.Module) and is_a(module, TRAINED_BY_PEFT):
+            raise ValueError(
+                f"{path} lies in what peft trains itself (its modules_to_save); save the adapters before "
+                "get_peft_model, or after merge_and_unload"
+            )
 
 
 def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
