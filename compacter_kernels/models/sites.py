@@ -13,6 +13,7 @@ from compacter_kernels.models.architectures import ARCHITECTURES, Architecture, 
 from compacter_kernels.models.config import CompacterConfig
 from compacter_kernels.models.obstacles import called
 from compacter_kernels.models.slots import Added
+from compacter_kernels.models.wrappers import plain_path
 
 LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
 HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
@@ -73,14 +74,17 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     kinds = dict.fromkeys(ARCHITECTURES[kind] for kind in model_types(model) if kind in ARCHITECTURES)
     blocks = [(kind, block) for kind in kinds for name in wanted if wanted[name] and (block := getattr(kind, name))]
     patterns = [(kind, block, block_pattern(kind, block.write)) for kind, block in blocks]
-    names = [name for name, _ in own_modules(model)]
+    full: dict[str, str] = {}  # by the names without wrappers; of a wrapper and what it wraps, the wrapper's
+    for name, _ in own_modules(model):
+        full.setdefault(plain_path(model, name), name)
+    names = list(full)
     offsets = _offsets(names, list(kinds))
     for name in names:
         for kind, block, pattern in patterns:
             match = pattern.fullmatch(name)
             if match:
                 read = _read(names, kind, block, match)
-                yield Site(name, read, offsets[match["stack"]] + int(match["layer"]))
+                yield Site(full[name], full[read], offsets[match["stack"]] + int(match["layer"]))
                 break
 
 
