@@ -59,6 +59,17 @@ def test_a_model_is_copied_after_a_call_that_was_interrupted() -> None:
     assert torch.equal(output("llama", copy.deepcopy(model)), output("llama", model))
 
 
+@torch.no_grad()
+def test_a_block_whose_ends_are_compiled_apart() -> None:
+    """The input that waits goes from one graph to the other."""
+    model = ck.inject(build("bert"), parallel())
+    expected = output("bert", model)
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.compile(backend="eager")
+        layer.attention.output.compile(backend="eager")
+    assert torch.equal(output("bert", model), expected)
+
+
 Pair = collections.namedtuple("Pair", ["hidden", "rest"])
 KINDS: dict[str, Any] = {
     "tensor": lambda h: h,

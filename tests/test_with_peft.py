@@ -10,6 +10,7 @@ import torch
 from families import build, inputs, output
 from test_save_load import trained
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import compacter_kernels as ck
 from compacter_kernels.models.files import TENSORS
@@ -134,3 +135,43 @@ def test_both_train() -> None:
     output("bert", wrapped).square().sum().backward()
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
     assert all(p.grad is not None for _, p in ck.adapter_parameters(wrapped))
+
+
+@pytest.mark.parametrize("first", ["wrap", "inject"])
+def test_what_is_around_lora(first: str) -> None:
+    """Activation checkpointing of a layer with LoRA: the adapters still read what LoRA has changed, and once."""
+    expected = output("bert", trained(lora(build("bert"))))
+    wrapped = lora(build("bert"))
+    if first == "inject":
+        trained(wrapped)
+    for layer in wrapped.base_model.model.bert.encoder.layer:
+        layer.output.dense = checkpoint_wrapper(layer.output.dense)
+    if first == "wrap":
+        trained(wrapped)
+    assert torch.equal(output("bert", wrapped), expected)
+    ck.remove_adapters(wrapped)
+    assert torch.equal(output("bert", wrapped), output("bert", lora(build("bert"))))
+
+
+def test_a_parallel_adapter_beside_a_layer_with_lora() -> None:
+    """Its input is that of the wrapper, and of the layer after merging."""
+    wrapped = lora(build("bert"))
+    config = ck.CompacterConfig(
+        reduction_factor=4, phm_init_range=1.0, is_parallel=True, target_modules=["attention.output.dense"]
+    )
+    ck.inject(wrapped, config)
+    attention, x = wrapped.base_model.model.bert.encoder.layer[0].attention.output, torch.randn(2, 3, 32)
+    both = attention.dense(x)
+    with ck.disable_adapters(wrapped):
+        plain = attention.dense(x)
+    assert torch.equal(both, attention.dense.base_layer.compacter["default"](x, plain))
+    wrapped.merge_and_unload()
+    assert_close(attention.dense(x), both)
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    wrapped = trained(lora(build("bert")))
+    expected = output("bert", wrapped)
+    compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
+    assert_close(output("bert", compiled), expected)

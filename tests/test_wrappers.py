@@ -81,3 +81,30 @@ def test_inject_through_a_wrapper() -> None:
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert torch.equal(output("bert", model), output("bert", plain))
     assert ck.count_parameters(compiled) == ck.count_parameters(plain)
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+@pytest.mark.parametrize("first", ["wrap", "inject"])
+def test_layers_that_adapters_follow_are_wrapped(first: str, is_parallel: bool) -> None:
+    """The slot stands beside the layer itself: one for all names, gone after remove_adapters."""
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query = checkpointing.checkpoint_wrapper(layer.attention.self.query)
+            layer.output.dense = checkpointing.checkpoint_wrapper(layer.output.dense)
+        model.classifier = checkpointing.checkpoint_wrapper(model.classifier)
+        return model
+
+    expected = output("bert", trained(build("bert"), is_parallel=is_parallel))
+    if first == "wrap":
+        model = trained(wrapped(build("bert")), is_parallel=is_parallel)
+    else:
+        model = wrapped(trained(build("bert"), is_parallel=is_parallel))
+    assert torch.equal(output("bert", model), expected)
+    trained(model, seed=5, name="second", is_parallel=is_parallel)
+    assert not torch.equal(output("bert", model), expected)
+    ck.set_adapter(model, "default")
+    assert torch.equal(output("bert", model), expected)
+    ck.remove_adapters(model)
+    assert torch.equal(output("bert", model), output("bert", build("bert")))
+    assert not any(isinstance(module, ck.CompacterAdapter) for module in model.modules())

@@ -60,17 +60,10 @@ def slot_of(module: nn.Module) -> Slot | None:
     return found if isinstance(found, Slot) else None
 
 
-class _InFlight(threading.local):
-    """The slot between whose two modules this thread computes, and the input that its parallel adapter waits for.
-
-    On no module, so that calls of several threads stay apart, and models can be copied after one that was interrupted;
-    its input stays until the thread's next call of a parallel adapter.
-    """
-
-    waiting: tuple[AdapterSlot, Tensor] | None = None
-
-
-_in_flight = _InFlight()
+# `waiting`: the slot between whose two modules this thread computes, and the input that its parallel adapter waits for,
+# which stays until the next call of one. On no module, so that calls of several threads stay apart and models can be
+# copied after a call that was interrupted. No subclass of threading.local: torch.compile loses what is set on such.
+_in_flight = threading.local()
 
 
 class AdapterSlot(Slot):
@@ -155,7 +148,8 @@ class AdapterSlot(Slot):
         read, first = self._reads[self.active]  # type: ignore[index]
         if read is self._write[0]:
             return first_input(module, args, kwargs, first)
-        waiting, _in_flight.waiting = _in_flight.waiting, None
+        waiting: tuple[AdapterSlot, Tensor] | None = getattr(_in_flight, "waiting", None)
+        _in_flight.waiting = None
         if waiting is None or waiting[0] is not self:
             raise RuntimeError(
                 f"a parallel adapter takes the input of a {type(read).__name__}, which was not called before the "
