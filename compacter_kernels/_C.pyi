@@ -12,9 +12,9 @@ def set_isa(name: str) -> None: ...
 
 class Linear:
     def __init__(self, dtype: int, shape: Shape, dtypes: Sequence[int]) -> None: ...
-    def forward(self, x: Address, out: Address, tokens: int, threads: int, params: list[Address]) -> None: ...
+    def forward(self, x: Address, out: Address, tokens: int, threads: int, params: tuple[Address, ...]) -> None: ...
     def backward(
-        self, x: Address, grad: Address, grad_x: Address, tokens: int, threads: int, params: list[Address]
+        self, x: Address, grad: Address, grad_x: Address, tokens: int, threads: int, params: tuple[Address, ...]
     ) -> None: ...
 
 class Adapter:
@@ -28,7 +28,7 @@ class Adapter:
         tokens: int,
         scale: float,
         threads: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
     def backward(
         self,
@@ -39,37 +39,33 @@ class Adapter:
         tokens: int,
         scale: float,
         threads: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
     def forward_normed(
         self,
         x: Address,
         residual: Address,
         out: Address,
-        weight: Address,
-        bias: Address,
-        rows: Address,
         add_x: bool,
         tokens: int,
         scale: float,
+        norm: tuple[Address, ...],  # weight, bias, rows
         eps: float,
         threads: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
     def backward_normed(
         self,
         x: Address,
         grad: Address,
-        weight: Address,
-        rows: Address,
-        grad_rows: Address,
         grad_x: Address,
         add_x: bool,
         tokens: int,
         scale: float,
+        norm: tuple[Address, ...],  # weight, rows, grad_rows
         eps: float,
         threads: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
 
 class CudaLinear:
@@ -87,7 +83,7 @@ class CudaLinear:
     ) -> None: ...
     def refuses(self) -> str: ...
     def workspace(self, tokens: int) -> int: ...
-    def forward(self, x: Address, out: Address, tokens: int, stream: int, params: list[Address]) -> None: ...
+    def forward(self, x: Address, out: Address, tokens: int, stream: int, params: tuple[Address, ...]) -> None: ...
     def backward(
         self,
         x: Address,
@@ -96,7 +92,7 @@ class CudaLinear:
         tokens: int,
         workspace: Address,
         stream: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
 
 class CudaAdapter:
@@ -123,7 +119,7 @@ class CudaAdapter:
         tokens: int,
         scale: float,
         stream: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...
     def backward(
         self,
@@ -135,5 +131,5 @@ class CudaAdapter:
         scale: float,
         workspace: Address,
         stream: int,
-        params: list[Address],
+        params: tuple[Address, ...],
     ) -> None: ...

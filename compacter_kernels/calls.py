@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compacter_kernels.weights import NormWeights, PHMWeights
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class LinearCall(NamedTuple):
@@ -84,7 +84,7 @@ Call = LinearCall | AdapterCall
 
 def ordinary(tensor: Tensor) -> bool:
     """Whether this is a tensor of torch's own class, which has an address, and no wrapper or stand-in of one."""
-    return tensor.__class__ in _ORDINARY
+    return tensor.__class__ in ORDINARY
 
 
 def fake(tensor: Tensor) -> bool:

@@ -218,7 +218,7 @@ def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
 
 def _check_out(out: Tensor, call: Call) -> None:
     x = call.x
-    like = isinstance(out, Tensor) and out.layout == x.layout and _facts(out) == _facts(x)
+    like = isinstance(out, Tensor) and not out.is_nested and out.layout == x.layout and _facts(out) == _facts(x)
     if not like:
         check_like(out, "out", x, x.shape)
     if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(call)):

@@ -47,22 +47,22 @@ inline void* of_rows(uintptr_t address, int64_t rows) {
 // The one tensor that is added first: the residual, or else x if that is added.
 inline uintptr_t added(uintptr_t x, uintptr_t residual, bool add_x) { return !residual && add_x ? x : residual; }
 
-// The list at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
+// The tuple at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
 class Addresses {
   public:
-    Addresses(const py::list& given, size_t projections) : given_(given) {
+    Addresses(const py::tuple& given, size_t projections) : given_(given) {
         if (given.size() != 4 * projections)
             throw std::invalid_argument(std::to_string(4 * projections) + " addresses of parameters are needed, got " +
                                         std::to_string(given.size()));
     }
     void* next() {
-        void* const address = PyLong_AsVoidPtr(PyList_GET_ITEM(given_.ptr(), taken_++));
+        void* const address = PyLong_AsVoidPtr(PyTuple_GET_ITEM(given_.ptr(), taken_++));
         if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
         return address;
     }
 
   private:
-    const py::list& given_;
+    const py::tuple& given_;
     Py_ssize_t taken_ = 0;
 };
 

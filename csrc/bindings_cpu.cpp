@@ -9,7 +9,7 @@ namespace {
 struct CpuLinear : LinearPlan {
     using LinearPlan::LinearPlan;
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::list& parameters) const {
+    void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::tuple& parameters) const {
         Addresses addresses(parameters, 1);
         const Linear linear = at(x, tokens, addresses);
         void* const result = of_rows(out, tokens);
@@ -19,7 +19,7 @@ struct CpuLinear : LinearPlan {
 
     // parameters, then their gradients
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, int threads,
-                  const py::list& parameters) const {
+                  const py::tuple& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
         const Parameters gradients = plan.gradients(addresses);
@@ -33,27 +33,30 @@ struct CpuAdapter : AdapterPlan {
     using AdapterPlan::AdapterPlan;
 
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale, int threads,
-                 const py::list& parameters) const {
+                 const py::tuple& parameters) const {
         run_forward(x, residual, out, add_x, tokens, scale, threads, parameters, nullptr);
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
-                  int threads, const py::list& parameters) const {
+                  int threads, const py::tuple& parameters) const {
         run_backward(x, grad_out, grad_x, add_x, tokens, scale, threads, parameters, nullptr);
     }
 
-    // With a layer norm behind, whose weight and bias have the dtype of x. rows: where what is normed goes.
-    void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t out, uintptr_t weight, uintptr_t bias, uintptr_t rows,
-                        bool add_x, int64_t tokens, double scale, double eps, int threads,
-                        const py::list& parameters) const {
+    using Three = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+
+    // With a layer norm behind, whose weight and bias have the dtype of x. of_norm: weight, bias, where what is normed goes.
+    void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
+                        const Three& of_norm, double eps, int threads, const py::tuple& parameters) const {
+        const auto [weight, bias, rows] = of_norm;
         const LayerNorm norm{{of_rows(weight, 1), dtype}, {of_rows(bias, 1), dtype}, static_cast<float>(eps),
                              of_rows(rows, tokens), nullptr};
         run_forward(x, residual, out, add_x, tokens, scale, threads, parameters, &norm);
     }
 
-    void backward_normed(uintptr_t x, uintptr_t grad_out, uintptr_t weight, uintptr_t rows, uintptr_t grad_rows,
-                         uintptr_t grad_x, bool add_x, int64_t tokens, double scale, double eps, int threads,
-                         const py::list& parameters) const {
+    // of_norm: weight, what was normed, where its gradient goes
+    void backward_normed(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
+                         const Three& of_norm, double eps, int threads, const py::tuple& parameters) const {
+        const auto [weight, rows, grad_rows] = of_norm;
         const LayerNorm norm{{of_rows(weight, 1), dtype}, {}, static_cast<float>(eps), of_rows(rows, tokens),
                              of_rows(grad_rows, tokens)};
         run_backward(x, grad_out, grad_x, add_x, tokens, scale, threads, parameters, &norm);
@@ -61,7 +64,7 @@ struct CpuAdapter : AdapterPlan {
 
   private:
     void run_forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale, int threads,
-                     const py::list& parameters, const LayerNorm* norm) const {
+                     const py::tuple& parameters, const LayerNorm* norm) const {
         Addresses addresses(parameters, 2);
         const Adapter adapter = at(x, tokens, scale, addresses);
         void* const result = of_rows(out, tokens);
@@ -70,7 +73,7 @@ struct CpuAdapter : AdapterPlan {
     }
 
     void run_backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
-                      int threads, const py::list& parameters, const LayerNorm* norm) const {
+                      int threads, const py::tuple& parameters, const LayerNorm* norm) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
         const Parameters down_gradients = down.gradients(addresses), up_gradients = up.gradients(addresses);

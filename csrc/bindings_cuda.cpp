@@ -25,14 +25,14 @@ struct CudaLinear : LinearPlan {
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::list& parameters) const {
+    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 1);
         cuda::forward(at(x, tokens, addresses), of_rows(out, tokens), device, output(stream));
     }
 
     // parameters, then their gradients
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, uintptr_t workspace,
-                  uintptr_t stream, const py::list& parameters) const {
+                  uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
         cuda::backward(linear, of_rows(grad_out, tokens), output(grad_x), plan.gradients(addresses),
@@ -53,7 +53,7 @@ struct CudaAdapter : AdapterPlan {
 
     // Of x and a residual it adds one.
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
-                 uintptr_t stream, const py::list& parameters) const {
+                 uintptr_t stream, const py::tuple& parameters) const {
         if (add_x && residual) throw std::invalid_argument("one of x and the residual can be added, not both");
         Addresses addresses(parameters, 2);
         cuda::forward(at(x, tokens, scale, addresses), input(added(x, residual, add_x)), of_rows(out, tokens), device,
@@ -61,7 +61,7 @@ struct CudaAdapter : AdapterPlan {
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
-                  uintptr_t workspace, uintptr_t stream, const py::list& parameters) const {
+                  uintptr_t workspace, uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 4);
         const Adapter adapter = at(x, tokens, scale, addresses);
         const Parameters down_gradients = down.gradients(addresses), up_gradients = up.gradients(addresses);

@@ -230,6 +230,28 @@ def modules(kind: str) -> dict[str, str]:
     return found
 
 
+def sharded() -> dict[str, str]:
+    """FSDP2 has sharded a model; an adapter of it is then called by itself, its weights gathered and not."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = nn.Sequential(ck.CompacterAdapter(WIDTH, reduction_factor=2), nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(5, WIDTH)
+    expected = [model[0](x).detach()]
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    model(x)
+    found = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            model.unshard()
+            found[f"gathered {grad}"] = outcome(lambda: [model[0](x).detach()], expected)
+            model.reshard()
+            found[f"sharded {grad}"] = outcome(lambda: [model[0](x).detach()], expected)
+    return found
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(main(sys.argv[1]) | modules(sys.argv[1])))
+    print(json.dumps(sharded() if sys.argv[1] == "sharded" else main(sys.argv[1]) | modules(sys.argv[1])))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_tensors import KINDS, adapter, linear, tensors, weights
+from foreign_tensors import KINDS, adapter, linear, plain, tensors, weights
 from torch import Tensor
 
 import compacter_kernels as ck
@@ -23,12 +23,24 @@ built = pytest.mark.skipif(unavailable() is not None, reason=f"cpu: {unavailable
 PARAMETERS = {"down.W_left": "down.left", "up.W_right": "up.right", "down.phm_rule": "down.rule", "up.b": "up.bias"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_argument(kind: str) -> None:
+def outcomes(kind: str) -> dict[str, str]:
     script = Path(__file__).with_name("foreign_tensors.py")
     done = subprocess.run([sys.executable, str(script), kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_a_sharded_model_whose_adapter_is_called_by_itself() -> None:
+    found = outcomes("sharded")
+    assert found.pop("gathered False") == found.pop("gathered True") == "right"
+    for outcome in found.values():
+        assert "down.rule is a DTensor" in outcome and "call the module that gathers them" in outcome
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_argument(kind: str) -> None:
+    found = outcomes(kind)
     assert len(found) > 60
     for call, outcome in found.items():
         name = PARAMETERS.get(call) or call.split()[2]
@@ -120,3 +132,21 @@ def test_a_negative_view() -> None:
     for name in ("x", "residual"):
         expected = adapter({**given, name: -given[name]})
         assert torch.equal(adapter({**given, name: torch._neg_view(given[name])}), expected), name
+
+
+@pytest.mark.parametrize("kind", ["two_tensor", "freed", "strided_and_freed"])
+def test_a_patched_model(kind: str) -> None:
+    """One weight of an adapter is of that kind; the layer norm behind it is frozen, and so in the kernel."""
+    pytest.importorskip("adapters")
+    from adapters_models import inputs, make
+
+    model = make("bert").eval().requires_grad_(False)
+    ck.patch(model)
+    expected = model(**inputs(model)).logits
+    layer = next(m for m in model.modules() if hasattr(m, "W_left") and not hasattr(m, "W_down_left"))
+    layer._parameters["W_left"] = torch.nn.Parameter(KINDS[kind](layer.W_left), requires_grad=False)
+    if kind == "two_tensor":
+        torch.testing.assert_close(plain(model(**inputs(model)).logits), expected, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(RuntimeError, match=r"(down|up)\.left has no memory"):
+            model(**inputs(model))

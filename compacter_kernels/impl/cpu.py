@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import AdapterCall
-from compacter_kernels.impl import Gradients, Kernel, empty_gradients, native, not_fused
+from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.memory import addresses, readable
 from compacter_kernels.problem import Problem
+from compacter_kernels.weights import NormWeights
 
 _C = native.MODULE
 _get_num_threads = torch.get_num_threads
@@ -41,10 +41,10 @@ class _OnThreads:
 
     plan: Any
 
-    def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
+    def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
         self.plan.forward(*call, _get_num_threads(), params)
 
-    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
+    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         self.plan.backward(*call, _get_num_threads(), params)
 
 
@@ -55,46 +55,14 @@ class _Linear(_OnThreads, native.Linear):
 class _Adapter(_OnThreads, native.Adapter):
     adds_both = norms = True
 
-    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, down, up, residual, add_x, scale, norm = call
-        if norm is None:
-            return super().forward(call, out)
-        x, params = readable(x, "x"), self.parameters.readable((*down, *up))
+    def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
+        """norm.rows: where what is normed goes, for a backward; without one it may be overwritten."""
         weight, bias = readable(norm.weight, "norm.weight"), readable(norm.bias, "norm.bias")
-        if residual is not None:
-            residual = readable(residual, "residual")
-        if out is None:
-            out = torch.empty_like(x)
-        rows = out if norm.rows is None else norm.rows
-        self.plan.forward_normed(
-            *addresses((x, residual, out, weight, bias, rows)),
-            add_x,
-            x.numel() // self.width,
-            scale,
-            norm.eps,
-            _get_num_threads(),
-            self.parameters.addresses(params),
-        )
-        return out
+        places = addresses((weight, bias, out if norm.rows is None else norm.rows))
+        self.plan.forward_normed(*call, places, norm.eps, _get_num_threads(), params)
 
-    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        norm = call.norm
-        if norm is None:
-            return super().backward(call, grad, wanted)
-        x = readable(call.x, "x")
-        grad, params = readable(grad, "the gradient of the output"), self.parameters.readable((*call.down, *call.up))
+    def launch_normed_backward(self, call: tuple[Any, ...], norm: NormWeights, params: tuple[int, ...]) -> None:
         assert norm.rows is not None
         rows, weight = readable(norm.rows, "what is normed"), readable(norm.weight, "norm.weight")
-        results = empty_gradients([x, *params], wanted)
-        grad_x, *grads = addresses(results)
-        self.plan.backward_normed(
-            *addresses((x, grad, weight, rows, norm.grad_rows)),
-            grad_x,
-            call.add_x,
-            x.numel() // self.width,
-            call.scale,
-            norm.eps,
-            _get_num_threads(),
-            self.parameters.addresses(params) + grads,
-        )
-        return tuple(results)
+        places = addresses((weight, rows, norm.grad_rows))
+        self.plan.backward_normed(*call, places, norm.eps, _get_num_threads(), params)

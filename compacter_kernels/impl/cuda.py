@@ -109,14 +109,14 @@ class _OnDevice(native.Kernel):
         plan = _plan(problem.operation, native.plan_arguments(problem), _device(self.index))
         super().__init__(problem, plan)
 
-    def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
+    def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
         if self.index != _current_device():
             with torch.cuda.device(self.index):
                 self.launch_forward(call, params)
             return
         self.plan.forward(*call, _current_stream(self.index), params)
 
-    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
+    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         if self.index != _current_device():
             with torch.cuda.device(self.index):
                 self.launch_backward(call, tokens, params)

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import ordinary
+from compacter_kernels.calls import ORDINARY
 from compacter_kernels.problem import Problem
+from compacter_kernels.weights import PHMWeights
 
 _storage, _nbytes = Tensor.untyped_storage, torch.UntypedStorage.nbytes
 _offset, _is_contiguous, _data_ptr = Tensor.storage_offset, Tensor.is_contiguous, Tensor.data_ptr
+_REMEMBERED = 4096  # places; a model has one for each of its adapters
 _NO_MEMORY = (
     "{name} has no memory that a kernel can read: {why}. Pass a tensor that holds its values; for a sharded, offloaded "
     "or wrapped one, call the module that gathers it, or pass what it stands for (full_tensor() of a DTensor)"
@@ -61,14 +63,14 @@ def _kind(tensor: Tensor) -> str:
 
 def readable(tensor: Tensor, name: str) -> Tensor:
     """The tensor, or a contiguous copy of it; raises as `check_memory`."""
-    if not tensor.is_contiguous() or tensor.is_neg() or _too_short(tensor) or not ordinary(tensor):
+    if not tensor.is_contiguous() or tensor.is_neg() or tensor.__class__ not in ORDINARY or _too_short(tensor):
         check_memory(tensor, name)
         return tensor.contiguous().resolve_neg()
     return tensor
 
 
 def _too_short(tensor: Tensor) -> bool:
-    """Whether the storage ends before a contiguous tensor does, or is that of a tensor that has none."""
+    """Whether the storage ends before a contiguous tensor does, or there is none."""
     try:
         there = _nbytes(_storage(tensor))
     except (NotImplementedError, RuntimeError):
@@ -78,35 +80,38 @@ def _too_short(tensor: Tensor) -> bool:
 
 
 class Parameters:
-    """The parameters of a problem's projections: their names, and the bytes that each takes."""
+    """The parameters of a problem's projections, all found readable once for each place where they lie.
+
+    Storage that is freed or resized moves, or has the address 0, so that it is looked at again.
+    """
 
     def __init__(self, problem: Problem) -> None:
         sides = ("weights",) if problem.operation == "linear" else ("down", "up")
-        self.names, self.sizes = [], []
-        for side, p in zip(sides, problem.projections, strict=True):
-            n, rank = p.phm_dim, p.rank or 0
-            counts = (n**3, p.in_features * rank, rank * p.out_features, p.out_features)
-            for field, count, dtype in zip(("rule", "left", "right", "bias"), counts, p.dtypes, strict=True):
-                self.names.append(f"{side}.{field}")
-                self.sizes.append(None if dtype is None else count * dtype.itemsize)
-        self.has_all = None not in self.sizes
+        self.names = [f"{side}.{field}" for side in sides for field in PHMWeights._fields]
+        self.has_all = all(None not in p.dtypes for p in problem.projections)
+        self.seen: set[tuple[int, ...]] = set()
 
-    def readable(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Each parameter, or a contiguous copy of it; raises as `check_memory`."""
+    def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
+        """Each parameter, or a contiguous copy of it, and where they are (0: absent); raises as `check_memory`."""
         if self.has_all and all(map(_is_contiguous, tensors)):  # type: ignore[arg-type]
             try:
-                whole = [*map(_nbytes, map(_storage, tensors))] == self.sizes  # type: ignore[arg-type]
-            except (NotImplementedError, RuntimeError):
-                whole = False
-            if whole and not any(map(_offset, tensors)):  # type: ignore[arg-type]
-                return tensors
+                places = tuple(map(_data_ptr, tensors))  # type: ignore[arg-type]
+            except RuntimeError:
+                places = ()
+            if places in self.seen:
+                return tensors, places
+            found = self._looked_at(tensors)
+            if len(self.seen) >= _REMEMBERED:
+                self.seen.clear()
+            self.seen.add(places)
+        else:
+            found = self._looked_at(tensors)
+        return found, addresses(found)
+
+    def _looked_at(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
 
-    def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        """Where readable parameters are; 0 for one that is absent."""
-        return list(map(_data_ptr, tensors)) if self.has_all else addresses(tensors)  # type: ignore[arg-type]
 
-
-def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
     """Where the tensors are; 0 for one that is absent."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])

@@ -13,6 +13,7 @@ from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Gradients, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.problem import Problem
+from compacter_kernels.weights import NormWeights
 
 MODULE: Any = None  # compacter_kernels._C, or None and then why
 MISSING = ""
@@ -54,10 +55,10 @@ class Kernel:
         self.plan, self.parameters = plan, Parameters(problem)
         self.width, self.out_features = problem.projections[0].in_features, problem.projections[-1].out_features
 
-    def launch_forward(self, call: tuple[Any, ...], params: list[int]) -> None:
+    def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
         raise NotImplementedError
 
-    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: list[int]) -> None:
+    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         raise NotImplementedError
 
 
@@ -65,21 +66,20 @@ class Linear(Kernel):
     """phm_linear, a `Kernel` of `LinearCall` but for its launch."""
 
     def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
-        x, params = readable(call.x, "x"), self.parameters.readable(call.weights)
+        x, weights = call
+        x, (_, places) = readable(x, "x"), self.parameters.readable(weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
-        tokens = x.numel() // self.width
-        self.launch_forward((x.data_ptr(), out.data_ptr(), tokens), self.parameters.addresses(params))
+        self.launch_forward((x.data_ptr(), out.data_ptr(), x.numel() // self.width), places)
         return out
 
     def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params = self.parameters.readable(call.weights)
+        params, places = self.parameters.readable(call.weights)
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
-        given = (x.data_ptr(), grad.data_ptr(), grad_x, tokens)
-        self.launch_backward(given, tokens, self.parameters.addresses(params) + grads)
+        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, (*places, *grads))
         return tuple(results)
 
 
@@ -92,8 +92,8 @@ class Adapter(Kernel):
     adds_both = False
 
     def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, down, up, residual, add_x, scale, _ = call
-        x, params = readable(x, "x"), self.parameters.readable((*down, *up))
+        x, down, up, residual, add_x, scale, norm = call
+        x, (_, places) = readable(x, "x"), self.parameters.readable((*down, *up))
         if residual is not None:
             residual = readable(residual, "residual")
             if add_x and not self.adds_both:
@@ -102,15 +102,27 @@ class Adapter(Kernel):
             out = torch.empty_like(x)
         other = 0 if residual is None else residual.data_ptr()
         given = (x.data_ptr(), other, out.data_ptr(), add_x, x.numel() // self.width, scale)
-        self.launch_forward(given, self.parameters.addresses(params))
+        if norm is None:
+            self.launch_forward(given, places)
+        else:
+            self.launch_normed(given, norm, out, places)
         return out
 
     def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params = self.parameters.readable((*call.down, *call.up))
+        params, places = self.parameters.readable((*call.down, *call.up))
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
         given = (x.data_ptr(), grad.data_ptr(), grad_x, call.add_x, tokens, call.scale)
-        self.launch_backward(given, tokens, self.parameters.addresses(params) + grads)
+        if call.norm is None:
+            self.launch_backward(given, tokens, (*places, *grads))
+        else:
+            self.launch_normed_backward(given, call.norm, (*places, *grads))
         return tuple(results)
+
+    def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
+        raise NotImplementedError
+
+    def launch_normed_backward(self, call: tuple[Any, ...], norm: NormWeights, params: tuple[int, ...]) -> None:
+        raise NotImplementedError

@@ -167,7 +167,7 @@ class Linear(_Kernel):
 
     def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
         x = readable(call.x, "x")
-        rule, left, right, bias = self.parameters.readable(call.weights)
+        (rule, left, right, bias), _ = self.parameters.readable(call.weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
         self._forward(x, None, out, (rule, left, None, None, None, None, right, bias), 1.0)
@@ -175,7 +175,7 @@ class Linear(_Kernel):
 
     def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params = self.parameters.readable(call.weights)
+        params, _ = self.parameters.readable(call.weights)
         results = empty_gradients([x, *params], wanted)
         dx, d_rule, d_left, d_right, d_bias = results
         rule, left, right, _ = params
@@ -188,7 +188,7 @@ class Adapter(_Kernel):
     """compacter_adapter."""
 
     def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, params = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))
+        x, (params, _) = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))
         added = x if call.add_x else None
         if call.residual is not None:
             residual = readable(call.residual, "residual")
@@ -200,7 +200,7 @@ class Adapter(_Kernel):
 
     def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params = self.parameters.readable((*call.down, *call.up))
+        params, _ = self.parameters.readable((*call.down, *call.up))
         results = empty_gradients([x, *params], wanted)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
         grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
