@@ -83,10 +83,12 @@ def test_lora_behind_adapters_is_refused_before_anything_is_lost() -> None:
     assert torch.equal(output("bert", wrapped.unload()), expected)
 
 
-def test_lora_on_other_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"is_parallel": True}], ids=["sequential", "parallel"])
+def test_lora_on_other_layers(options: dict[str, Any], tmp_path: Path) -> None:
     """Either order, and merging, change nothing."""
-    save_adapter(trained(build("bert")), tmp_path / "plain")
-    first, second = (lora(model, target_modules=["query"]) for model in (trained(build("bert")), build("bert")))
+    save_adapter(trained(build("bert"), **options), tmp_path / "plain")
+    models = trained(build("bert"), **options), build("bert")
+    first, second = (lora(model, target_modules=["query"]) for model in models)
     load_adapter(second, tmp_path / "plain")
     for index, wrapped in enumerate((first, second)):
         save_adapter(wrapped, tmp_path / str(index))
@@ -167,6 +169,29 @@ def test_a_parallel_adapter_beside_a_layer_with_lora() -> None:
     assert torch.equal(both, attention.dense.base_layer.compacter["default"](x, plain))
     wrapped.merge_and_unload()
     assert_close(attention.dense(x), both)
+
+
+READS = ["query", "intermediate.dense"]  # the layers that take the input of a block
+
+
+@pytest.mark.parametrize("method", ["IA3", "OFT"])
+def test_methods_that_change_a_layer_s_input(method: str) -> None:
+    """A parallel adapter takes the input of the block, before peft changes it, and does so after merging."""
+    if method == "IA3":
+        config = peft.IA3Config(target_modules=READS, feedforward_modules=READS)
+    else:
+        config = peft.OFTConfig(r=0, oft_block_size=8, target_modules=READS)
+    wrapped = peft.get_peft_model(build("bert"), config).eval()
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3
+    expected = output("bert", trained(wrapped, is_parallel=True))
+    assert_close(output("bert", wrapped.merge_and_unload()), expected)
+
+    wrapped = peft.get_peft_model(trained(build("bert"), is_parallel=True), config).eval()
+    with pytest.raises(RuntimeError, match=r"peft has wrapped query, .*Call get_peft_model first and inject"):
+        output("bert", wrapped)
+    assert torch.equal(output("bert", wrapped.unload()), output("bert", trained(build("bert"), is_parallel=True)))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from compacter_kernels.models.config import CompacterConfig
 from compacter_kernels.models.copies import CopySlot
 from compacter_kernels.models.fast_path import FastPath
 from compacter_kernels.models.freeze import freeze
+from compacter_kernels.models.layer import Layer
 from compacter_kernels.models.lost import Watch
 from compacter_kernels.models.obstacles import check_name
 from compacter_kernels.models.prepare import Prepared, prepare
@@ -118,10 +119,10 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         setattr(model, NAME, present)
         model.requires_grad_(False)
     for site in prepared.sites:
-        write, read = model.get_submodule(site.write), model.get_submodule(site.read)
-        home, _, child = site.write.rpartition(".")
-        slot: Any = slot_of(unwrapped(write)) or AdapterSlot(write, model.get_submodule(home), child)
-        slot.put_adapter(name, prepared.adapters[site.write].train(write.training), unwrapped(read), prepared.shared)
+        write, read = Layer(model, site.write), Layer(model, site.read)
+        slot: Any = slot_of(write.module) or AdapterSlot(write)
+        adapter = prepared.adapters[site.write].train(write.module.training)
+        slot.put_adapter(name, adapter, read, prepared.shared)
         present.placed[plain_path(model, site.write)] = slot
     for path, module in prepared.copies.items():
         base = unwrapped(model.get_submodule(path))

@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from torch import nn
 
 from compacter_kernels.models.copies import CopySlot
+from compacter_kernels.models.layer import Layer
 from compacter_kernels.models.slots import NAME, AdapterSlot, Added, Slot, slot_of
 from compacter_kernels.models.wrappers import unwrapped
 
@@ -18,7 +19,7 @@ READERS = ("WavLMAttention",)  # as nn.MultiheadAttention, they read the weights
 def check_name(name: str, present: Container[str] = ()) -> None:
     """Raise ValueError for what cannot name adapters, or names some already."""
     plain = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
-    slots = AdapterSlot(nn.Identity(), nn.Identity(), ""), CopySlot(nn.Identity())
+    slots = AdapterSlot(Layer(nn.Identity(), "")), CopySlot(nn.Identity())
     if not plain or any(hasattr(slot, name) for slot in slots):
         raise ValueError(
             f"name must be a plain name of an adapter, such as 'default', and none that modules of torch use "

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compacter_kernels.models.hidden_states import first_input, first_output, first_parameter, with_output
+from compacter_kernels.models.layer import Layer
 from compacter_kernels.models.offload import in_place
-from compacter_kernels.models.wrappers import peft_layer, unwrapped
 from compacter_kernels.nn import CompacterAdapter
 
 NAME = "compacter"
@@ -24,11 +24,6 @@ REPLICATED = (
 REPLACED = (
     "a {now} stands in place of the {before} that an adapter was put behind, and the adapter is no part of the model "
     "any more; quantise (quantize_dynamic, for inference) or exchange layers first, then inject or load_adapter"
-)
-WRAPPED_LATER = (
-    "peft has wrapped {child}, a layer that Compacter adapters follow: they would read its output without what peft "
-    "adds, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
-    "or leave this layer out of peft's target_modules; peft's unload() undoes it"
 )
 
 
@@ -69,32 +64,25 @@ _in_flight = threading.local()
 class AdapterSlot(Slot):
     """Adapters behind a module: y = adapter(y), or y + adapter(x) with the block's input x where it is parallel.
 
-    write: the module whose output they take, a tensor or what begins with one.
-    home, child: the module that holds `write`, and under which name.
-
-    The slot stands beside the layer itself, whatever is around it. Of one that peft has wrapped, the adapters take the
-    wrapper's output, and that of the layer when peft has merged or unloaded.
+    write: the layer whose output they take, a tensor or what begins with one. The slot stands beside the layer itself,
+    whatever is around it.
     """
 
-    def __init__(self, write: nn.Module, home: nn.Module, child: str) -> None:
+    def __init__(self, write: Layer) -> None:
         super().__init__()
-        layer = unwrapped(write)
-        self._write = (layer,)  # in a tuple, so that it is no child
-        wrapper = peft_layer(write, layer)
-        self._wrapper = () if wrapper is None else (wrapper,)
-        self._home = (home, child)
-        self._reads: dict[str, tuple[nn.Module, str]] = {}
+        self._write = write
+        self._reads: dict[str, tuple[Layer, str]] = {}
         self._owners: dict[str, tuple[nn.Module, ...]] = {}
         self._handles: list[tuple[nn.Module, Any]] = []
-        setattr(layer, NAME, self)
+        setattr(write.module, NAME, self)
         self.register_hooks()
 
-    def put_adapter(self, name: str, adapter: CompacterAdapter, read: nn.Module, shared: nn.Module | None) -> None:
-        """Take an adapter in. read: the module whose input a parallel one takes. shared: whose weights it borrows."""
+    def put_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
+        """Take an adapter in. read: the layer whose input a parallel one takes. shared: whose weights it borrows."""
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
         if not adapter.add_residual:
-            self._reads[name] = (read, first_parameter(read))
+            self._reads[name] = (read, first_parameter(read.module))
             self.register_hooks()
 
     def __delitem__(self, name: str) -> None:
@@ -105,11 +93,11 @@ class AdapterSlot(Slot):
     def register_hooks(self) -> None:
         """Register the hooks that are not there."""
         if not self._handles:
-            for module in (*self._wrapper, *self._write):
+            for module in self._write.parts:
                 self._handles.append((module, module.register_forward_hook(self._after, with_kwargs=True)))
-        for read, _ in self._reads.values():
-            if all(read is not module for module, _ in self._handles):
-                self._handles.append((read, read.register_forward_pre_hook(self._before, with_kwargs=True)))
+        for part in (part for read, _ in self._reads.values() for part in read.parts):
+            if all(part is not module for module, _ in self._handles):
+                self._handles.append((part, part.register_forward_pre_hook(self._before, with_kwargs=True)))
 
     def remove_hooks(self) -> None:
         """Take the hooks off."""
@@ -120,22 +108,16 @@ class AdapterSlot(Slot):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if self.active in self._reads:
             read, first = self._reads[self.active]
-            if read is module:
+            if module in read.parts and read.counts(module, "LoraLayer"):
                 _in_flight.waiting = (self, first_input(module, args, kwargs or {}, first))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         """rest: the inputs by keyword, and the output; torch.ao registers the hook anew without the former."""
         adapter: CompacterAdapter | None = self.in_use()
-        if adapter is None:
+        if adapter is None or not self._write.counts(module):
             return rest[-1]
-        home, child = self._home
-        outer = home._modules.get(child)
-        if outer is not module and outer is not None and (wrapper := peft_layer(outer, module)) is not None:
-            if wrapper not in self._wrapper:
-                raise RuntimeError(WRAPPED_LATER.format(child=child))
-            return rest[-1]  # the wrapper's comes next
-        if module is not self._write[0] and module not in self._wrapper:
-            now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write[0])))
+        if module not in self._write.parts:
+            now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
             raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
         y = first_output(module, output)
@@ -146,18 +128,18 @@ class AdapterSlot(Slot):
     def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the block that ends in this module got."""
         read, first = self._reads[self.active]  # type: ignore[index]
-        if read is self._write[0]:
+        if read.module is self._write.module:
             return first_input(module, args, kwargs, first)
         waiting: tuple[AdapterSlot, Tensor] | None = getattr(_in_flight, "waiting", None)
         _in_flight.waiting = None
         if waiting is None or waiting[0] is not self:
             raise RuntimeError(
-                f"a parallel adapter takes the input of a {type(read).__name__}, which was not called before the "
-                f"{type(module).__name__} that ends its block"
+                f"a parallel adapter takes the input of a {type(read.module).__name__}, which was not called before "
+                f"the {type(module).__name__} that ends its block"
             )
         return waiting[1]
 
     def detach(self) -> None:
         """Leave the base's module as it was."""
         self.remove_hooks()
-        delattr(self._write[0], NAME)
+        delattr(self._write.module, NAME)

@@ -56,14 +56,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return around(model)[-1]
 
 
-def peft_layer(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
-    """What peft has put around a layer, of all that stands in the layer's place; None where there is no such."""
-    for module in around(outer):
-        if module is not layer and is_a(module, "BaseTunerLayer"):
-            return module if unwrapped(module) is layer else None
-    return None
-
-
 def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
     """The modules that a path leads through, each with the name of the next step."""
     here: Any = model
