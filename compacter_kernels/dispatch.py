@@ -34,14 +34,15 @@ class OnlyTorch(NamedTuple):
 class Plan(NamedTuple):
     """An impl chosen for a problem.
 
-    kernel: None where a fused impl runs through its operator. odd: whether a tensor is of another class than torch's.
-    settled: whether a later call would choose the same.
+    kernel: None where a fused impl runs through its operator. seen: whether torch is to see the call; odd: whether that
+    is since a tensor is of another class than torch's own. settled: whether a later call would choose the same.
     """
 
     problem: Problem
     name: str
     reason: str
     kernel: Kernel[Any] | None
+    seen: bool
     odd: bool
     settled: bool
 
@@ -149,11 +150,11 @@ def plan(
     """Choose the impl and prepare its kernel; where torch is to see the call, none of a fused impl."""
     name, reason = choose(problem, impl, only_torch)
     if seen and name not in PLAIN:
-        return Plan(problem, name, reason, None, odd, True)
+        return Plan(problem, name, reason, None, seen, odd, True)
     if not torch.compiler.is_compiling():
         _announce(problem.operation, name, reason)
     settled = not proof.asked(problem) or proof.comparable()
-    return Plan(problem, name, reason, IMPLS[name].prepare(problem), odd, settled)
+    return Plan(problem, name, reason, IMPLS[name].prepare(problem), seen, odd, settled)
 
 
 def _announce(operation: str, name: str, reason: str) -> None:

@@ -32,11 +32,6 @@ def transformed() -> bool:
     return bool(_transforms()) or _forward_ad._current_level >= 0
 
 
-def recorded() -> bool:
-    """Whether torch.jit.trace or a dispatch mode sees each operation."""
-    return bool(_is_tracing() or _dispatch_modes())
-
-
 def alone() -> bool:
     """Whether none of these takes part. torch.compile is another question, which it answers itself."""
     return not (_dispatch_modes() or _transforms() or _forward_ad._current_level >= 0 or _is_tracing())

@@ -8,7 +8,7 @@ part (`modes`), or a tensor is of a class of its own, torch must see the call: a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -20,12 +20,15 @@ from compacter_kernels import autograd, dispatch, modes, ops
 from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failure, fake, ordinary
 from compacter_kernels.impl import Kernel
 from compacter_kernels.impl.memory import NoStorageError, check_all
+from compacter_kernels.impl.module import TENSORS
+from compacter_kernels.impl.plain import Plain
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_norm, linear_problem
 from compacter_kernels.weights import PHMWeights
 
 Activation = str | Callable[[Tensor], Tensor] | None
 _plans: dict[Any, dispatch.Plan] = {}
 _facts = attrgetter("shape", "dtype", "device")
+_described = None if TENSORS is None else TENSORS.signature  # takes a quarter of the time of asking in Python
 # os.environ raises and catches two exceptions for a variable that is not set, in every call; its raw dict does not.
 _environ: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _variable = os.environ.encodekey(dispatch.ENVIRONMENT)
@@ -38,7 +41,7 @@ def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Te
     else:
         try:
             x, chosen = call[0], _environ.get(_variable) if impl == "auto" else None
-            key = (x.__class__, x.shape[-1], x.dtype, x.device, x.layout, _signature(call), activation, impl, chosen)
+            key = (x.__class__, x.shape[-1], x.dtype, x.device, _signature(call), activation, impl, chosen)
             found = _plans.get(key)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             found = key = None  # the checks below say what is wrong
@@ -58,11 +61,20 @@ def _without_options(plan: dispatch.Plan, call: Call) -> Tensor:
     if kernel is None or plan.odd:
         return _through_torch(plan, call)
     try:
-        return _direct(kernel, call)
+        return _direct(plan, kernel, call)
     except NoStorageError:
         _check_again(call)
         # a transform that is over left a wrapper, through which torch's own operations look
-        return _direct(kernel, call.map(lambda t: t.view_as(t)))
+        return _direct(plan, kernel, call.map(lambda t: t.view_as(t)))
+
+
+def _direct(plan: dispatch.Plan, kernel: Kernel[Any], call: Call) -> Tensor:
+    if not kernel.differentiable:
+        if torch.is_grad_enabled() and _requires_grad(call):
+            return autograd.forward(kernel, call)
+    elif isinstance(kernel, Plain) and not plan.seen:
+        kernel.check(call)
+    return kernel.forward(call)
 
 
 def _check_again(call: Call) -> None:
@@ -70,14 +82,6 @@ def _check_again(call: Call) -> None:
     _problem(call, "identity")
     if isinstance(call, AdapterCall) and call.residual is not None:
         check_like(call.residual, "residual", call.x, call.x.shape)
-
-
-def _direct(kernel: Kernel[Any], call: Call) -> Tensor:
-    if kernel.differentiable:
-        _check_memory(call.named())
-    elif torch.is_grad_enabled() and _requires_grad(call):
-        return autograd.forward(kernel, call)
-    return kernel.forward(call)
 
 
 def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -> dispatch.Explanation:
@@ -91,19 +95,19 @@ def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -
 def _signature(call: Call) -> tuple[Any, ...]:
     """All that the checks depend on besides x, cheap enough to be taken in every call."""
     if call.__class__ is LinearCall:
-        return _of_weights(call[1])
+        weights = call[1]
+        return (weights.__class__, (_described and _described(weights)) or _of_each(weights))
     _, down, up, residual, _, _, norm = call  # type: ignore[misc]
+    params = (*down, *up)
+    found = (_described and _described(params)) or _of_each(params)
     if norm is None:
-        return (_of_weights(down), _of_weights(up), residual.__class__)
-    return (_of_weights(down), _of_weights(up), residual.__class__, norm.__class__, _of(norm.weight), _of(norm.bias))
+        return (down.__class__, up.__class__, residual.__class__, found)
+    of_norm = (norm.__class__, _of(norm.weight), _of(norm.bias))
+    return (down.__class__, up.__class__, residual.__class__, found, of_norm)
 
 
-def _of_weights(weights: PHMWeights) -> tuple[Any, ...]:
-    kind, (rule, left, right, bias) = weights.__class__, weights
-    if right is None or bias is None:
-        return (kind, *[_of(t) for t in weights])
-    classes = (rule.__class__, left.__class__, right.__class__, bias.__class__)
-    return (kind, classes, _facts(rule), _facts(left), _facts(right), _facts(bias))
+def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    return tuple([_of(t) for t in tensors])
 
 
 def _of(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -123,7 +127,7 @@ def _problem(call: Call, activation: Activation) -> Problem:
 def _plan(call: Call, activation: Activation, impl: str) -> dispatch.Plan:
     """How this call goes; all checks are made here."""
     problem, odd = _problem(call, activation), any(not ordinary(tensor) for _, tensor in call.named())
-    seen = odd or torch.compiler.is_compiling() or modes.recorded()
+    seen = odd or torch.compiler.is_compiling() or not modes.alone()
     return dispatch.plan(problem, impl, _only_torch(call), seen, odd)
 
 

@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info);
     add_cpu(module);
     add_cuda(module);
+    add_tensors(module);
 }

@@ -145,6 +145,7 @@ struct AdapterPlan {
 // The classes of each target, and what it says of itself in build_info().
 void add_cpu(py::module_& module);
 void add_cuda(py::module_& module);
+void add_tensors(py::module_& module);
 void describe_cpu(py::dict& info);
 void describe_cuda(py::dict& info);
 

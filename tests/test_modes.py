@@ -17,7 +17,6 @@ NAMES = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_is_t
 
 def test_a_plain_call_is_alone() -> None:
     assert modes.alone()
-    assert not modes.recorded()
     assert not modes.transformed()
 
 
@@ -25,7 +24,7 @@ def test_who_takes_part() -> None:
     seen = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append((modes.alone(), modes.recorded(), modes.transformed()))
+        seen.append((modes.alone(), modes.transformed()))
         return x * 2
 
     x = torch.ones(3)
@@ -33,7 +32,7 @@ def test_who_takes_part() -> None:
     torch.vmap(look)(x)
     with torch.autograd.forward_ad.dual_level():
         look(x)
-    assert seen == [(False, True, False), (False, False, True), (False, False, True)]
+    assert seen == [(False, False), (False, True), (False, True)]
 
 
 @pytest.fixture(params=NAMES)

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.memory import addresses, readable
+from compacter_kernels.impl.module import MISSING, MODULE
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import NormWeights
 
-_C = native.MODULE
+_C = MODULE
 _get_num_threads = torch.get_num_threads
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
-    return native.MISSING if _C is None else None
+    return MISSING if _C is None else None
 
 
 def refuses(problem: Problem) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from compacter_kernels.impl import Kernel, native, not_fused
+from compacter_kernels.impl.module import BUILD, MISSING, MODULE
 from compacter_kernels.problem import Problem, Projection
 
 OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are pairs of bfloat16
@@ -15,7 +16,7 @@ RANKS = (1, 2, 4)
 OLDEST = 80  # 10 * major + minor of the compute capability
 
 # All that this module knows of the process. The tests put others in, whose kernels the CPU executes.
-_C, _BUILD = native.MODULE, native.BUILD
+_C, _BUILD = MODULE, BUILD
 _DEVICE_TYPE = "cuda"
 # torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -42,7 +43,7 @@ def _device(index: int) -> Device:
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
     if _C is None:
-        return native.MISSING
+        return MISSING
     if not _BUILD["cuda"]:
         return f"not built: {_BUILD['cuda_missing']}"
     if torch.version.hip is not None or not torch.cuda.is_available():

@@ -53,5 +53,5 @@ def adapter(call: AdapterCall, activation: Activation) -> Tensor:
 def prepare(problem: Problem) -> Kernel[Any]:
     """The kernel for this problem."""
     if problem.activation is None:
-        return Plain(linear)
-    return Plain(functools.partial(adapter, activation=problem.activation))
+        return Plain(problem, linear)
+    return Plain(problem, functools.partial(adapter, activation=problem.activation))

@@ -49,7 +49,8 @@ def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Ten
 
 
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
-    rule, left, right, bias = (None if w is None else w.to(x.dtype) for w in weights)
+    # a conversion that converts nothing takes time too
+    rule, left, right, bias = [w if w is None or w.dtype == x.dtype else w.to(x.dtype) for w in weights]
     assert rule is not None and left is not None
     y = _product(x, rule, left, right)
     return y if bias is None else y + bias
@@ -81,5 +82,5 @@ def adapter(call: AdapterCall, activation: Activation) -> Tensor:
 def prepare(problem: Problem) -> Kernel[Any]:
     """The kernel for this problem."""
     if problem.activation is None:
-        return Plain(linear)
-    return Plain(functools.partial(adapter, activation=problem.activation))
+        return Plain(problem, linear)
+    return Plain(problem, functools.partial(adapter, activation=problem.activation))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.calls import ORDINARY
+from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -53,8 +54,13 @@ def check_memory(tensor: Tensor, name: str) -> None:
 def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """`check_memory` for each of these, by its name."""
     for name, tensor in tensors:
-        if not tensor.is_meta and (not tensor.is_contiguous() or _too_short(tensor)):
-            check_memory(tensor, name)
+        check_readable(tensor, name)
+
+
+def check_readable(tensor: Tensor, name: str) -> None:
+    """`check_memory` in less time, where there may be numbers at all."""
+    if (not tensor.is_contiguous() or _too_short(tensor)) and not tensor.is_meta:
+        check_memory(tensor, name)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -63,19 +69,18 @@ def _kind(tensor: Tensor) -> str:
 
 def readable(tensor: Tensor, name: str) -> Tensor:
     """The tensor, or a contiguous copy of it; raises as `check_memory`."""
-    if not tensor.is_contiguous() or tensor.is_neg() or tensor.__class__ not in ORDINARY or _too_short(tensor):
-        check_memory(tensor, name)
-        return tensor.contiguous().resolve_neg()
-    return tensor
+    if tensor.is_contiguous() and tensor.__class__ in ORDINARY and not tensor.is_neg() and not _too_short(tensor):
+        return tensor
+    check_memory(tensor, name)
+    return tensor.contiguous().resolve_neg()
 
 
 def _too_short(tensor: Tensor) -> bool:
     """Whether the storage ends before a contiguous tensor does, or there is none."""
     try:
-        there = _nbytes(_storage(tensor))
+        there, offset = _nbytes(_storage(tensor)), _offset(tensor)
     except (NotImplementedError, RuntimeError):
         return True
-    offset = _offset(tensor)
     return there < (tensor.nbytes + offset * tensor.element_size() if offset else tensor.nbytes)
 
 
@@ -93,20 +98,25 @@ class Parameters:
 
     def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
         """Each parameter, or a contiguous copy of it, and where they are (0: absent); raises as `check_memory`."""
-        if self.has_all and all(map(_is_contiguous, tensors)):  # type: ignore[arg-type]
-            try:
-                places = tuple(map(_data_ptr, tensors))  # type: ignore[arg-type]
-            except RuntimeError:
-                places = ()
-            if places in self.seen:
-                return tensors, places
-            found = self._looked_at(tensors)
-            if len(self.seen) >= _REMEMBERED:
-                self.seen.clear()
-            self.seen.add(places)
-        else:
-            found = self._looked_at(tensors)
-        return found, addresses(found)
+        places = self._places(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
+        if places in self.seen:
+            return tensors, places
+        found = self._looked_at(tensors)
+        if places is None:
+            return found, addresses(found)
+        if len(self.seen) >= _REMEMBERED:
+            self.seen.clear()
+        self.seen.add(places)
+        return found, places
+
+    def _places(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+        """Where contiguous tensors are; None where one is not contiguous, or has no address."""
+        if TENSORS is not None:
+            return TENSORS.places(tensors)  # type: ignore[no-any-return]
+        try:
+            return tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None
+        except RuntimeError:
+            return None
 
     def _looked_at(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]

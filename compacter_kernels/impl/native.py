@@ -1,9 +1,8 @@
-"""What the targets of csrc/ share: the native module, the arguments of a plan, and all of a call but its launch."""
+"""What the targets of csrc/ share: the arguments of a plan, and all of a call but its launch."""
 
 from __future__ import annotations
 
 from operator import index
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +13,6 @@ from compacter_kernels.impl import Gradients, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import NormWeights
-
-MODULE: Any = None  # compacter_kernels._C, or None and then why
-MISSING = ""
-try:
-    import compacter_kernels._C as MODULE
-except ImportError as error:
-    note = Path(__file__).parents[1] / "_not_built.txt"  # setup.py leaves it where it built none
-    MISSING = "not built: " + (note.read_text(encoding="utf-8").strip() if note.is_file() else str(error))
-
-BUILD: dict[str, Any] = {} if MODULE is None else MODULE.build_info()
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
 

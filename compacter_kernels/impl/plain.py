@@ -10,7 +10,9 @@ from torch import Tensor
 
 from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Gradients
-from compacter_kernels.impl.precision import without_autocast
+from compacter_kernels.impl.memory import Parameters, check_readable
+from compacter_kernels.impl.precision import autocasts, without_autocast
+from compacter_kernels.problem import Problem
 
 C = TypeVar("C", LinearCall, AdapterCall)
 
@@ -20,11 +22,22 @@ class Plain(Generic[C]):
 
     differentiable, norms = True, False
 
-    def __init__(self, function: Callable[[C], Tensor]) -> None:
+    def __init__(self, problem: Problem, function: Callable[[C], Tensor]) -> None:
         self.function: Callable[[C], Tensor] = function
+        self.parameters = Parameters(problem)
+
+    def check(self, call: C) -> None:
+        """Raise for a tensor without memory, at which torch's own operations do not look."""
+        check_readable(call.x, "x")
+        if isinstance(call, AdapterCall) and call.residual is not None:
+            check_readable(call.residual, "residual")
+        self.parameters.readable(call.differentiable()[1:])
 
     def forward(self, call: C, out: Tensor | None = None) -> Tensor:
-        with without_autocast(call.x.device):
+        if autocasts(call.x.device):
+            with without_autocast(call.x.device):
+                result = self.function(call)
+        else:  # without the context, which takes a while
             result = self.function(call)
         return result if out is None else out.copy_(result)
 

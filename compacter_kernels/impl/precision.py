@@ -13,9 +13,12 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for such a device."""
+    kind = device.type
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast is off on such a device within, so that matmuls keep the precision that was chosen for them."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

@@ -1,0 +1,27 @@
+"""The native module, where it was built, and what it makes faster for every implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MODULE: Any = None  # compacter_kernels._C, or None and then why
+MISSING = ""
+try:
+    import compacter_kernels._C as MODULE
+except ImportError as error:
+    note = Path(__file__).parents[1] / "_not_built.txt"  # setup.py leaves it where it built none
+    MISSING = "not built: " + (note.read_text(encoding="utf-8").strip() if note.is_file() else str(error))
+
+BUILD: dict[str, Any] = {} if MODULE is None else MODULE.build_info()
+
+
+def _tensors() -> Any:
+    """`_C.Tensors`, which asks torch through DLPack's C exchange API; None in a build or torch (< 2.10) without it."""
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return None if MODULE is None or api is None else MODULE.Tensors(Tensor, api)
+
+
+TENSORS = _tensors()
