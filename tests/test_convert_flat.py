@@ -276,7 +276,7 @@ def test_files(tmp_path: Path) -> None:
         convert(tmp_path / "empty", "compacter-kernels")
     for name in ("a", "b"):
         safetensors.save_file({"x": torch.ones(1)}, tmp_path / "empty" / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"2 \.safetensors files; give one of them: a\.safetensors, b\.safetensors"):
+    with pytest.raises(ValueError, match=r"holds 2 checkpoints; give one of them: a\.safetensors, b\.safetensors"):
         convert(tmp_path / "empty", "compacter-kernels")
     with pytest.raises(ValueError, match=r"is one file; give a name in \.safetensors"):
         convert(original(), "original", tmp_path / "out")

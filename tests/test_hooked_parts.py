@@ -16,6 +16,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import compacter_kernels as ck
+from compacter_kernels.nn.hooks import runs
 
 LISTENERS: dict[str, Callable[[nn.Module], Any]] = {
     "forward hook": lambda part: part.register_forward_hook(lambda m, i, out: 2 * out),
@@ -177,6 +178,10 @@ def test_accelerate_hooks() -> None:
             return 2 * output
 
     module, x = adapter(), torch.randn(3, 24)
-    expected = 2 * (module(x) - x) + x
+    before = module(x)
     hooks.add_hook_to_module(module.up, Doubling())
-    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x), 2 * (before - x) + x)
+    assert not runs(ck.PHMLinear.forward, module.up)
+    hooks.remove_hook_from_module(module.up)
+    assert runs(ck.PHMLinear.forward, module.up)
+    assert torch.equal(module(x), before)

@@ -10,6 +10,7 @@ import torch
 from families import build, inputs, output
 from test_save_load import trained
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import compacter_kernels as ck
 from compacter_kernels.models.files import TENSORS
@@ -82,10 +83,12 @@ def test_lora_behind_adapters_is_refused_before_anything_is_lost() -> None:
     assert torch.equal(output("bert", wrapped.unload()), expected)
 
 
-def test_lora_on_other_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"is_parallel": True}], ids=["sequential", "parallel"])
+def test_lora_on_other_layers(options: dict[str, Any], tmp_path: Path) -> None:
     """Either order, and merging, change nothing."""
-    save_adapter(trained(build("bert")), tmp_path / "plain")
-    first, second = (lora(model, target_modules=["query"]) for model in (trained(build("bert")), build("bert")))
+    save_adapter(trained(build("bert"), **options), tmp_path / "plain")
+    models = trained(build("bert"), **options), build("bert")
+    first, second = (lora(model, target_modules=["query"]) for model in models)
     load_adapter(second, tmp_path / "plain")
     for index, wrapped in enumerate((first, second)):
         save_adapter(wrapped, tmp_path / str(index))
@@ -134,3 +137,66 @@ def test_both_train() -> None:
     output("bert", wrapped).square().sum().backward()
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
     assert all(p.grad is not None for _, p in ck.adapter_parameters(wrapped))
+
+
+@pytest.mark.parametrize("first", ["wrap", "inject"])
+def test_what_is_around_lora(first: str) -> None:
+    """Activation checkpointing of a layer with LoRA: the adapters still read what LoRA has changed, and once."""
+    expected = output("bert", trained(lora(build("bert"))))
+    wrapped = lora(build("bert"))
+    if first == "inject":
+        trained(wrapped)
+    for layer in wrapped.base_model.model.bert.encoder.layer:
+        layer.output.dense = checkpoint_wrapper(layer.output.dense)
+    if first == "wrap":
+        trained(wrapped)
+    assert torch.equal(output("bert", wrapped), expected)
+    ck.remove_adapters(wrapped)
+    assert torch.equal(output("bert", wrapped), output("bert", lora(build("bert"))))
+
+
+def test_a_parallel_adapter_beside_a_layer_with_lora() -> None:
+    """Its input is that of the wrapper, and of the layer after merging."""
+    wrapped = lora(build("bert"))
+    config = ck.CompacterConfig(
+        reduction_factor=4, phm_init_range=1.0, is_parallel=True, target_modules=["attention.output.dense"]
+    )
+    ck.inject(wrapped, config)
+    attention, x = wrapped.base_model.model.bert.encoder.layer[0].attention.output, torch.randn(2, 3, 32)
+    both = attention.dense(x)
+    with ck.disable_adapters(wrapped):
+        plain = attention.dense(x)
+    assert torch.equal(both, attention.dense.base_layer.compacter["default"](x, plain))
+    wrapped.merge_and_unload()
+    assert_close(attention.dense(x), both)
+
+
+READS = ["query", "intermediate.dense"]  # the layers that take the input of a block
+
+
+@pytest.mark.parametrize("method", ["IA3", "OFT"])
+def test_methods_that_change_a_layer_s_input(method: str) -> None:
+    """A parallel adapter takes the input of the block, before peft changes it, and does so after merging."""
+    if method == "IA3":
+        config = peft.IA3Config(target_modules=READS, feedforward_modules=READS)
+    else:
+        config = peft.OFTConfig(r=0, oft_block_size=8, target_modules=READS)
+    wrapped = peft.get_peft_model(build("bert"), config).eval()
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3
+    expected = output("bert", trained(wrapped, is_parallel=True))
+    assert_close(output("bert", wrapped.merge_and_unload()), expected)
+
+    wrapped = peft.get_peft_model(trained(build("bert"), is_parallel=True), config).eval()
+    with pytest.raises(RuntimeError, match=r"peft has wrapped query, .*Call get_peft_model first and inject"):
+        output("bert", wrapped)
+    assert torch.equal(output("bert", wrapped.unload()), output("bert", trained(build("bert"), is_parallel=True)))
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    wrapped = trained(lora(build("bert")))
+    expected = output("bert", wrapped)
+    compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
+    assert_close(output("bert", compiled), expected)

@@ -142,6 +142,10 @@ def _work(rank: int, folder: Path) -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=weights, config=CONFIG)
     save_adapter(engine, folder / "before")
+    with pytest.raises(ValueError, match=r"load the adapters before deepspeed\.initialize"):
+        load_adapter(engine, folder / "plain")
+    with pytest.raises(ValueError, match="put in adapters first, and distribute the model then"):
+        trained(engine, name="more")
     for _ in range(2):
         engine.backward(output("bert", engine).square().sum())
         engine.step()

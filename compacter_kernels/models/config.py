@@ -64,7 +64,9 @@ class CompacterConfig:
     modules_to_save: Sequence[str] | None = _option(
         None, "modules to train whole, in copies, by the end of their names; None: classification and CTC heads"
     )
-    dtype: str | None = _option(None, "of the adapters' parameters; None: the dtype of the layer that they follow")
+    dtype: str | None = _option(
+        None, "of adapters and trained copies; None: that of the layers which they follow or copy"
+    )
 
     def __post_init__(self) -> None:
         for name in ("leave_out", "target_modules", "modules_to_save"):

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from compacter_kernels.models.injection import activate, injection, slots, use
+from compacter_kernels.models.fast_path import FastPath
+from compacter_kernels.models.injection import activate, injection, use
 from compacter_kernels.models.keys import parts_in
-from compacter_kernels.models.slots import NAME
+from compacter_kernels.models.slots import NAME, Added
+from compacter_kernels.models.wrappers import plain_path, unwrapped
 from compacter_kernels.nn.partitioned import full_shape
 
 
@@ -40,6 +42,8 @@ def known(model: nn.Module, name: str) -> str:
 def set_adapter(model: nn.Module, name: str) -> None:
     """Use and train the adapters of that name; the others stay where they are, unused and frozen.
 
+    A loss that was computed before still gives its gradients to the adapters that it was computed with.
+
     Raises:
         ValueError: a model without adapters, or without these.
     """
@@ -67,24 +71,28 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: a model without adapters, or without these.
     """
+    model = unwrapped(model)
     here = injection(model)
     for key in list(here.configs) if name is None else [known(model, name)]:
         del here.configs[key]
         if key in here.shared:
             del here.shared[key]
-        for _, slot in slots(model):
+        for slot in here.slots():
             if key in slot:
                 del slot[key]
-    for _, slot in list(slots(model)):
+    here.fast_path.allow(True)
+    for slot in here.slots():
         if not len(slot):
             slot.detach()
+    here.placed = {path: slot for path, slot in here.placed.items() if len(slot)}
+    here.fast_path = FastPath(model)
     if here.configs:
         activate(model, here.active if here.active in here.configs else next(iter(here.configs)))
         return
     here.detach()
     delattr(model, NAME)
     for path, parameter in model.named_parameters():
-        parameter.requires_grad_(path in here.trained_before)
+        parameter.requires_grad_(plain_path(model, path) in here.trained_before)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -108,7 +116,7 @@ def count_parameters(model: nn.Module) -> Count:
         ValueError: a model without adapters.
     """
     injection(model)
-    added = {id(p) for path, p in model.named_parameters() if f".{NAME}." in f".{path}"}
+    added = {id(p) for module in model.modules() if isinstance(module, Added) for p in module.parameters()}
     sizes = [(p, full_shape(p).numel()) for p in model.parameters()]
     trainable = sum(size for p, size in sizes if p.requires_grad)
     return Count(trainable, sum(size for p, size in sizes if id(p) not in added))

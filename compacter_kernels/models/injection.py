@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Container, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.models.config import DTYPES, CompacterConfig
-from compacter_kernels.models.shared import SharedWeights
-from compacter_kernels.models.sites import Site, find_copied, find_sites
-from compacter_kernels.models.slots import NAME, AdapterSlot, CopySlot, Slot, trained_copy
-from compacter_kernels.models.wrappers import base_layer, check_injectable, check_outside_peft, unwrapped
-from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.models.config import CompacterConfig
+from compacter_kernels.models.copies import CopySlot
+from compacter_kernels.models.fast_path import FastPath
+from compacter_kernels.models.freeze import freeze
+from compacter_kernels.models.layer import Layer
+from compacter_kernels.models.lost import Watch
+from compacter_kernels.models.obstacles import check_name
+from compacter_kernels.models.prepare import Prepared, prepare
+from compacter_kernels.models.sites import is_layer_norm
+from compacter_kernels.models.slots import NAME, AdapterSlot, Added, Slot, slot_of
+from compacter_kernels.models.wrappers import check_injectable, plain_path, unwrapped
 
 logger = logging.getLogger("compacter_kernels")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Injection(nn.Module):
+class Injection(Added, nn.Module):
     """The child `compacter` of an injected model: its configs by name, and the weights that its adapters share."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,9 +33,26 @@ class Injection(nn.Module):
         self.shared = nn.ModuleDict()
         self.configs: dict[str, CompacterConfig] = {}
         self.active: str | None = None
-        self.trained_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
+        self.placed: dict[str, Slot] = {}
+        self.fast_path = FastPath(model)
+        self.watch = Watch()
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self._handles = [m.register_forward_hook(self._need_gradient) for m in _embeddings(model)]
+
+    def slots(self) -> set[Slot]:
+        """What stands beside modules of the model, those too that were exchanged since."""
+        return set(self.placed.values())
+
+    def watch_head(self, model: nn.Module, path: str, slot: CopySlot) -> None:
+        """Say so in a later call if the module of that name was exchanged, and its trained copy with it."""
+        if not len(self.watch):
+            self._handles.append(model.register_forward_pre_hook(self._look))
+        self.watch.add(plain_path(model, path), model.get_submodule(path.rpartition(".")[0]), slot)
+
+    def _look(self, model: nn.Module, inputs: Any) -> None:
+        if self.active is not None:
+            self.watch.look(model, self.placed, self.active)
 
     def _need_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Under reentrant checkpointing a layer whose input needs no gradient would give its adapters none."""
@@ -41,6 +62,7 @@ class Injection(nn.Module):
 
     def detach(self) -> None:
         """Take the hooks off the model."""
+        self.fast_path.allow(True)
         for handle in self._handles:
             handle.remove()
 
@@ -89,42 +111,6 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     return model
 
 
-class Prepared(NamedTuple):
-    """All that adapters need, built apart from the model: it is unchanged until they are placed."""
-
-    sites: list[Site]
-    shared: SharedWeights | None
-    adapters: dict[str, CompacterAdapter]
-    copies: dict[str, nn.Module]
-
-
-def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
-    """Build what the config asks for, the adapters on that device or by default on those of the layers they follow.
-
-    Raises:
-        TypeError, ValueError: as `inject`.
-    """
-    sites = find_sites(model, config)
-    copied = find_copied(model, config)
-    check_outside_peft(model, [site.write for site in sites], copied)
-    for path, site in itertools.product(copied, sites):
-        if f"{site.write}.".startswith(f"{path}."):
-            raise ValueError(
-                f"{path} holds {site.write}, which gets an adapter, and cannot be trained whole: see modules_to_save"
-            )
-    shared, adapters = _build(model, config, sites, impl, device)
-    return Prepared(sites, shared, adapters, {path: trained_copy(model.get_submodule(path)) for path in copied})
-
-
-def to_device_of(model: nn.Module, prepared: Prepared) -> None:
-    """Give adapters that were built on meta memory beside the layers they follow, its values undefined."""
-    for site in prepared.sites:
-        device = computes_like(model, model.get_submodule(site.write)).device
-        prepared.adapters[site.write].to_empty(device=device)
-        if prepared.shared is not None and site is prepared.sites[0]:
-            prepared.shared.to_empty(device=device)
-
-
 def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
     """Put the prepared adapters and copies into the model and activate them."""
     present = getattr(model, NAME, None)
@@ -133,14 +119,20 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         setattr(model, NAME, present)
         model.requires_grad_(False)
     for site in prepared.sites:
-        write, read = model.get_submodule(site.write), model.get_submodule(site.read)
-        home, _, child = site.write.rpartition(".")
-        slot = getattr(base_layer(write), NAME, None) or AdapterSlot(write, read, model.get_submodule(home), child)
-        slot[name] = prepared.adapters[site.write].train(write.training)
+        write, read = Layer(model, site.write), Layer(model, site.read)
+        slot: Any = slot_of(write.module) or AdapterSlot(write)
+        adapter = prepared.adapters[site.write].train(write.module.training)
+        slot.put_adapter(name, adapter, read, prepared.shared)
+        present.placed[plain_path(model, site.write)] = slot
     for path, module in prepared.copies.items():
-        base = model.get_submodule(path)
-        slot = getattr(base, NAME, None) or CopySlot(base)
-        slot[name] = module
+        base = unwrapped(model.get_submodule(path))
+        slot = slot_of(base) or CopySlot(base)
+        slot.put_copy(name, module, config.dtype is not None)
+        present.placed[plain_path(model, path)] = slot
+        if not is_layer_norm(base):
+            present.watch_head(model, path, slot)
+    present.fast_path.allow(True)
+    present.fast_path = FastPath(model)
     if prepared.shared is not None:
         present.shared[name] = prepared.shared
     present.configs[name] = config
@@ -152,8 +144,10 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
 
 def use(model: nn.Module, name: str | None) -> None:
     """Compute with the adapters of that name; with None, as the base does."""
-    injection(model).active = name
-    for _, slot in slots(model):
+    here = injection(model)
+    here.active = name
+    here.fast_path.allow(name is None)
+    for slot in here.slots():
         slot.active = name
 
 
@@ -163,7 +157,7 @@ def activate(model: nn.Module, name: str) -> None:
     here = injection(model)
     for key, weights in here.shared.items():
         _train(weights, here.configs[key], key == name)
-    for _, slot in slots(model):
+    for slot in here.slots():
         for key, module in slot.items():
             _train(module, here.configs[key], key == name)
 
@@ -171,71 +165,10 @@ def activate(model: nn.Module, name: str) -> None:
 def _train(module: nn.Module, config: CompacterConfig, on: bool) -> None:
     for path, parameter in module.named_parameters():
         fixed = not config.learn_phm and path.rpartition(".")[2].startswith("phm_rule")
-        parameter.requires_grad_(on and not fixed)
-
-
-def check_name(name: str, present: Container[str] = ()) -> None:
-    """Raise ValueError for what cannot name adapters, or names some already."""
-    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"name must be a plain name of an adapter, such as 'default', got {name!r}")
-    if name in present:
-        raise ValueError(f"the model has adapters of the name {name!r} already; give another name=, or remove them")
-
-
-def _build(
-    model: nn.Module, config: CompacterConfig, sites: list[Site], impl: str, device: str | None
-) -> tuple[SharedWeights | None, dict[str, CompacterAdapter]]:
-    """All adapters, and what they share, apart from the model."""
-    shared: SharedWeights | None = None
-    adapters: dict[str, CompacterAdapter] = {}
-    for site in sites:
-        module = model.get_submodule(site.write)
-        adapter = _adapter(model, module, config, site, impl, device)
-        if shared is None and (config.shared_phm_rule or config.shared_W_phm):
-            shared = SharedWeights(adapter, config)
-        if shared is not None:
-            shared.lend(adapter)
-        adapters[site.write] = adapter
-    return shared, adapters
-
-
-def _adapter(
-    model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
-) -> CompacterAdapter:
-    like = computes_like(model, module)
-    try:
-        return CompacterAdapter(
-            width_of(model, module, site.write),
-            reduction_factor=config.reduction_factor_of(site.layer),
-            impl=impl,
-            device=device or like.device,
-            dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
-            **config.of_each_adapter(),
-        )
-    except ValueError as error:
-        raise ValueError(f"{site.write}: {error}") from error
-
-
-def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
-    """The width of what a module puts out.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # of a Linear, of GPT-2's Conv1D
-    own = getattr(getattr(model, "config", None), "hidden_size", None)
-    width = next((size for size in (*sizes, own) if isinstance(size, int)), None)
-    if width is None:
-        raise ValueError(f"{path} is a {type(module).__name__} whose width is unknown; name linear layers instead")
-    return width
-
-
-def computes_like(model: nn.Module, module: nn.Module) -> Tensor:
-    """An empty tensor on the device of a module, in the dtype that it computes in, quantised or not."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    dtypes = [getattr(module, "compute_dtype", None), *(p.dtype for p in (*module.parameters(), *model.parameters()))]
-    dtype = next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
-    return torch.empty(0, device=device, dtype=dtype)
+        if on and not fixed:
+            parameter.requires_grad_(True)
+        else:
+            freeze(parameter)
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from compacter_kernels.models.injection import Prepared, injection, slots
+from compacter_kernels.models.injection import injection, slots
+from compacter_kernels.models.prepare import Prepared
 from compacter_kernels.models.slots import NAME
-from compacter_kernels.models.wrappers import plain_path, unwrapped
+from compacter_kernels.models.wrappers import check_not_copied_by_peft, plain_path, unwrapped
 
 Parts = Iterable[tuple[str, nn.Module]]
 
@@ -57,6 +58,7 @@ def named_tensors(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
     seen: set[int] = set()
     prefix = base_prefix(model)
     for path, module in parts:
+        check_not_copied_by_peft(model, path)
         where, module = plain_path(model, path), unwrapped(module)
         for name, tensor in module.state_dict(keep_vars=True).items():
             key = f"{where}.{plain_path(module, name)}".removeprefix(prefix)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from compacter_kernels.models.config import DTYPES, CompacterConfig
 from compacter_kernels.models.files import CONFIG, DIGEST, TENSORS, check_digest, find_folder, read_json, read_tensors
-from compacter_kernels.models.injection import Injection, Prepared, activate, check_name, place, prepare, to_device_of
+from compacter_kernels.models.injection import Injection, activate, place
 from compacter_kernels.models.keys import is_head, named_tensors, parts_in, parts_of
+from compacter_kernels.models.obstacles import check_name
+from compacter_kernels.models.prepare import Prepared, prepare, to_device_of
 from compacter_kernels.models.save import PEFT_TYPE, VERSION, of_model
 from compacter_kernels.models.slots import NAME
-from compacter_kernels.models.wrappers import check_gathered, check_injectable, unwrapped
+from compacter_kernels.models.wrappers import check_fillable, check_gathered, check_injectable, unwrapped
 from compacter_kernels.nn.partitioned import full_shape, gathered
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +57,7 @@ def load_adapter(
     """
     check_name(name)
     check_gathered(model)
+    check_fillable(model)
     base = unwrapped(model)
     path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
     found = read_json(path / CONFIG)

@@ -12,6 +12,8 @@ from compacter_kernels.models.control import known
 from compacter_kernels.models.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.models.injection import injection
 from compacter_kernels.models.keys import named_tensors, parts_in
+from compacter_kernels.models.lost import lost
+from compacter_kernels.models.offload import in_place
 from compacter_kernels.models.wrappers import check_gathered, unwrapped
 from compacter_kernels.nn.partitioned import gathered
 
@@ -28,7 +30,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     parameters are gathered there (those of FSDP1 by its `summon_full_params`), and rank 0 writes.
 
     Raises:
-        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta").
+        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta");
+            one of which modules with adapters or trained copies were exchanged since.
         OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
     """
     require_safetensors()
@@ -38,12 +41,21 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     name = here.active if name is None else known(model, name)
     if name is None:
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
-    named = named_tensors(model, parts_in(model, name))
-    with gathered(named.values()):
-        tensors = {key: _gathered(tensor) for key, tensor in named.items()}
-        if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-            _check_values(tensors)
-            write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
+    gone = list(lost(model, here.placed, name))
+    if gone:
+        raise ValueError(
+            f"modules that had adapters or trained copies of {name!r} were exchanged for others since: "
+            f"{', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}. Put back what was there; or exchange modules "
+            "first, then inject or load_adapter"
+        )
+    parts = list(parts_in(model, name))
+    with in_place([module for _, part in parts for module in part.modules()]):
+        named = named_tensors(model, parts)
+        with gathered(named.values()):
+            tensors = {key: _gathered(tensor) for key, tensor in named.items()}
+            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                _check_values(tensors)
+                write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

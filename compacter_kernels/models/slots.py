@@ -6,29 +6,36 @@ base's own parameters keep their names. `active` names the adapter in use; with 
 
 from __future__ import annotations
 
-import copy
+import threading
 from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.models.wrappers import base_layer, is_a
+from compacter_kernels.models.hidden_states import first_input, first_output, first_parameter, with_output
+from compacter_kernels.models.layer import Layer
+from compacter_kernels.models.offload import in_place
 from compacter_kernels.nn import CompacterAdapter
-from compacter_kernels.nn.partitioned import gathered
 
 NAME = "compacter"
 REPLICATED = (
     "nn.DataParallel runs copies of a module, which would use adapters on another device; use one process for each "
     "device instead, with DistributedDataParallel: torchrun --nproc-per-node=N"
 )
-
-WRAPPED_LATER = (
-    "peft has wrapped {child}, a layer that Compacter adapters follow: they would read its output without what peft "
-    "adds, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
-    "or leave this layer out of peft's target_modules; peft's unload() undoes it"
+REPLACED = (
+    "a {now} stands in place of the {before} that an adapter was put behind, and the adapter is no part of the model "
+    "any more; quantise (quantize_dynamic, for inference) or exchange layers first, then inject or load_adapter"
 )
 
 
-class Slot(nn.ModuleDict):
+class Added:
+    """What `inject` puts into a model, told from modules of the base by this type."""
+
+    def forward(self, x: Any) -> Any:
+        """As a step of an nn.Sequential, beside whose modules it stands, it does nothing."""
+        return x
+
+
+class Slot(Added, nn.ModuleDict):
     """The modules of one place, by the name of the adapter that they belong to."""
 
     active: str | None = None
@@ -42,96 +49,97 @@ class Slot(nn.ModuleDict):
         raise NotImplementedError
 
 
+def slot_of(module: nn.Module) -> Slot | None:
+    """What stands beside a module already."""
+    found = module._modules.get(NAME)
+    return found if isinstance(found, Slot) else None
+
+
+# `waiting`: the slot between whose two modules this thread computes, and the input that its parallel adapter waits for,
+# which stays until the next call of one. On no module, so that calls of several threads stay apart and models can be
+# copied after a call that was interrupted. No subclass of threading.local: torch.compile loses what is set on such.
+_in_flight = threading.local()
+
+
 class AdapterSlot(Slot):
     """Adapters behind a module: y = adapter(y), or y + adapter(x) with the block's input x where it is parallel.
 
-    write: the module whose output they take, a tensor or a tuple that begins with it. read: the one whose input is x.
-    home, child: the module that holds `write`, and under which name.
-
-    Of a layer that peft has wrapped, the adapters take the wrapper's output. The slot stands beside the layer itself,
-    which is all that is left when peft merges or unloads.
+    write: the layer whose output they take, a tensor or what begins with one. The slot stands beside the layer itself,
+    whatever is around it.
     """
 
-    def __init__(self, write: nn.Module, read: nn.Module, home: nn.Module, child: str) -> None:
+    def __init__(self, write: Layer) -> None:
         super().__init__()
-        self._x: Tensor | None = None
-        layer = base_layer(write)
-        self._write = (layer,)  # in a tuple, so that it is no child
-        self._home = (home, child)
-        self._wrapper = (write,) if write is not layer else ()
-        self._handles = [base_layer(read).register_forward_pre_hook(self._before)]
-        self._handles += [module.register_forward_hook(self._after) for module in (*self._wrapper, layer)]
-        setattr(layer, NAME, self)
+        self._write = write
+        self._reads: dict[str, tuple[Layer, str]] = {}
+        self._owners: dict[str, tuple[nn.Module, ...]] = {}
+        self._handles: list[tuple[nn.Module, Any]] = []
+        setattr(write.module, NAME, self)
+        self.register_hooks()
 
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        adapter = self.in_use()
-        if adapter is not None and not adapter.add_residual:
-            self._x = inputs[0]
+    def put_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
+        """Take an adapter in. read: the layer whose input a parallel one takes. shared: whose weights it borrows."""
+        self[name] = adapter
+        self._owners[name] = () if shared is None else (shared,)
+        if not adapter.add_residual:
+            self._reads[name] = (read, first_parameter(read.module))
+            self.register_hooks()
 
-    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        adapter: CompacterAdapter | None = self.in_use()
-        if adapter is None:
-            return output
-        home, child = self._home
-        outer = home._modules[child]
-        if outer is not module and outer is not None and is_a(outer, "BaseTunerLayer") and base_layer(outer) is module:
-            if outer not in self._wrapper:
-                raise RuntimeError(WRAPPED_LATER.format(child=child))
-            return output  # the wrapper's comes next
-        if module is not self._write[0] and module not in self._wrapper:
-            raise RuntimeError(REPLICATED)
-        y = output[0] if isinstance(output, tuple) else output
-        if adapter.add_residual:
-            y = adapter(y)
-        else:
-            x, self._x = self._x, None
-            y = adapter(x, y)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self._owners[name]
+        self._reads.pop(name, None)
 
-    def detach(self) -> None:
-        """Leave the base's module as it was."""
-        for handle in self._handles:
+    def register_hooks(self) -> None:
+        """Register the hooks that are not there."""
+        if not self._handles:
+            for module in self._write.parts:
+                self._handles.append((module, module.register_forward_hook(self._after, with_kwargs=True)))
+        for part in (part for read, _ in self._reads.values() for part in read.parts):
+            if all(part is not module for module, _ in self._handles):
+                self._handles.append((part, part.register_forward_pre_hook(self._before, with_kwargs=True)))
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off."""
+        for _, handle in self._handles:
             handle.remove()
-        delattr(self._write[0], NAME)
+        self._handles.clear()
 
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if self.active in self._reads:
+            read, first = self._reads[self.active]
+            if module in read.parts and read.counts(module, "LoraLayer"):
+                _in_flight.waiting = (self, first_input(module, args, kwargs or {}, first))
 
-class CopySlot(Slot):
-    """Trained copies of a module, which stand in for it; it keeps its own weights."""
+    def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """rest: the inputs by keyword, and the output; torch.ao registers the hook anew without the former."""
+        adapter: CompacterAdapter | None = self.in_use()
+        if adapter is None or not self._write.counts(module):
+            return rest[-1]
+        if module not in self._write.parts:
+            now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
+            raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
+        kwargs, output = rest
+        y = first_output(module, output)
+        with in_place(self._owners[self.active]):  # type: ignore[index]
+            y = adapter(y) if adapter.add_residual else adapter(self._input(module, args, kwargs), y)
+        return with_output(output, y)
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self._base = (base,)
-        self._own_forward = vars(base).get("forward")
-        base.forward = self._instead
-        setattr(base, NAME, self)
-
-    def _instead(self, *args: Any, **kwargs: Any) -> Any:
-        trained = self.in_use()
-        if trained is not None:
-            return trained(*args, **kwargs)
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        base = self._base[0]
-        return type(base).forward(base, *args, **kwargs)
+    def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the block that ends in this module got."""
+        read, first = self._reads[self.active]  # type: ignore[index]
+        if read.module is self._write.module:
+            return first_input(module, args, kwargs, first)
+        waiting: tuple[AdapterSlot, Tensor] | None = getattr(_in_flight, "waiting", None)
+        _in_flight.waiting = None
+        if waiting is None or waiting[0] is not self:
+            raise RuntimeError(
+                f"a parallel adapter takes the input of a {type(read.module).__name__}, which was not called before "
+                f"the {type(module).__name__} that ends its block"
+            )
+        return waiting[1]
 
     def detach(self) -> None:
         """Leave the base's module as it was."""
-        base = self._base[0]
-        del base.forward
-        if self._own_forward is not None:
-            base.forward = self._own_forward
-        delattr(base, NAME)
-
-
-def trained_copy(base: nn.Module) -> nn.Module:
-    """A copy of a module without what stands beside it, all its parameters trained."""
-    slot = base._modules.pop(NAME, None)
-    forward = vars(base).pop("forward", None)
-    try:
-        with gathered(base.parameters()):
-            return copy.deepcopy(base).requires_grad_(True)
-    finally:
-        if forward is not None:
-            base.forward = forward
-        if slot is not None:
-            setattr(base, NAME, slot)
+        self.remove_hooks()
+        delattr(self._write.module, NAME)

@@ -56,13 +56,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return around(model)[-1]
 
 
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer itself, of one that peft has wrapped; any other module as it is."""
-    while is_a(module, "BaseTunerLayer") and (inside := held(module)) is not None:
-        module = inside[1]
-    return module
-
-
 def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
     """The modules that a path leads through, each with the name of the next step."""
     here: Any = model
@@ -72,24 +65,23 @@ def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
 
 
 def plain_path(model: nn.Module, path: str) -> str:
-    """The name, in the model without wrappers, of what has this name in the model.
-
-    Raises:
-        ValueError: it lies in a copy that peft trains.
-    """
+    """The name, in the model without wrappers, of what has this name in the model."""
     kept = []
     for module, name in _steps(model, path):
-        if isinstance(module, nn.Module):
-            if is_a(module, TRAINED_BY_PEFT):
-                raise ValueError(
-                    f"{path} lies in what peft trains itself (its modules_to_save); "
-                    "save the adapters before get_peft_model, or after merge_and_unload"
-                )
-            inside = held(module)
-            if inside is not None and inside[0] == name:
-                continue
-        kept.append(name)
+        inside = held(module) if isinstance(module, nn.Module) else None
+        if inside is None or inside[0] != name:
+            kept.append(name)
     return ".".join(kept)
+
+
+def check_not_copied_by_peft(model: nn.Module, path: str) -> None:
+    """Raise ValueError for what lies in a module that peft has copied to train: there are two of that name then."""
+    for module, _ in _steps(model, path):
+        if isinstance(module, nn.Module) and is_a(module, TRAINED_BY_PEFT):
+            raise ValueError(
+                f"{path} lies in what peft trains itself (its modules_to_save); save the adapters before "
+                "get_peft_model, or after merge_and_unload"
+            )
 
 
 def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
@@ -98,13 +90,12 @@ def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
     Raises:
         ValueError: two tensors of one name.
     """
-    found = dict(tensors)
+    found = {".".join(part for part in key.split(".") if part not in COMPONENTS): tensors[key] for key in tensors}
+    if len(found) < len(tensors):
+        raise ValueError("two of the tensors have one name once the names of wrappers are taken out")
     while prefix := next((p for p in PREFIXES if found and all(key.startswith(p) for key in found)), None):
         found = {key.removeprefix(prefix): value for key, value in found.items()}
-    names = {key: ".".join(part for part in key.split(".") if part not in COMPONENTS) for key in found}
-    if len(set(names.values())) < len(names):
-        raise ValueError("two of the tensors have one name once the names of wrappers are taken out")
-    return {names[key]: value for key, value in found.items()}
+    return found
 
 
 def check_outside_peft(model: nn.Module, followed: Iterable[str], copied: Iterable[str]) -> None:
@@ -145,3 +136,13 @@ def check_gathered(model: nn.Module) -> None:
                     "the model is sharded by FullyShardedDataParallel; call this on all processes within "
                     "`with FullyShardedDataParallel.summon_full_params(model):`"
                 )
+
+
+def check_fillable(model: nn.Module) -> None:
+    """Raise ValueError for a model whose optimizer, one of DeepSpeed's, would write its own values over new ones."""
+    for module in around(model):
+        if is_a(module, "DeepSpeedEngine") and getattr(module, "optimizer", None) is not None:
+            raise ValueError(
+                "the model belongs to a DeepSpeedEngine, whose optimizer keeps copies of the parameters and writes "
+                "them back at its next step; load the adapters before deepspeed.initialize"
+            )
