@@ -74,7 +74,7 @@ def open_task(source: str, name: str | None, split: Split, max_length: int) -> T
     load: Any = AutoTokenizer.from_pretrained
     try:
         tokenizer = load(source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ValueError(f"--model {source} has no tokenizer that can be loaded: {error}") from error
     if name == TextToText.name:
         return TextToText(tokenizer, max_length)
