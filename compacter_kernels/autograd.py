@@ -61,7 +61,7 @@ def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
 class _Function(torch.autograd.Function):
     """The base of both: `apply` without what torch does for the tensors of transforms, 4 us of each call.
 
-    A transform never comes here (`functional`).
+    A transform never comes here (`route`).
     """
 
     def __init_subclass__(cls) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import dispatch, route
-from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure, ordinary
-from compacter_kernels.impl.memory import check_all
+from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure
+from compacter_kernels.impl.memory import check_for_torch
 from compacter_kernels.impl.precision import without_autocast
 from compacter_kernels.problem import adapter_problem, check_like, check_scale, check_weights
 from compacter_kernels.weights import NormWeights, PHMWeights, kronecker_sum
@@ -35,7 +35,7 @@ def phm_matrix(weights: PHMWeights) -> Tensor:
     for factor in (weights.left, weights.right):
         if factor is not None:
             dtype = torch.promote_types(dtype, factor.dtype)
-    _check_memory(weights.named("weights"))
+    check_for_torch(weights.named("weights"))
     with without_autocast(weights.device):
         return kronecker_sum(weights, dtype)
 
@@ -147,7 +147,7 @@ def _of_two(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Tensor, ...
             _complain(tensor, x, down, up)
     if other is x:
         return one, True
-    _check_memory([("residual", one), ("residual", other)])
+    check_for_torch([("residual", one), ("residual", other)])
     return one + other, False
 
 
@@ -170,7 +170,7 @@ def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, floa
         check_weights(up, "up")
         check_scale(scale, up)
         named = [*up.named("up"), ("scale", scale)]
-        _check_memory(named)
+        check_for_torch(named)
         try:
             return up.scaled(scale.reshape(())), 1.0
         except Exception as error:
@@ -179,9 +179,3 @@ def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, floa
     if not isinstance(scale, (float, int)):
         raise TypeError(f"scale must be a number or a tensor of one number, got {type(scale).__name__}")
     return up, float(scale)
-
-
-def _check_memory(tensors: list[tuple[str, Tensor]]) -> None:
-    """Raise for an ordinary tensor whose memory torch would read in vain; it does not look."""
-    if not torch.compiler.is_compiling():
-        check_all([(name, tensor) for name, tensor in tensors if ordinary(tensor)])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compacter_kernels import autograd, dispatch, modes, ops
 from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failure, fake, ordinary
-from compacter_kernels.impl.memory import NoStorageError, check_all
+from compacter_kernels.impl.memory import NoStorageError, check_all, check_for_torch
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.impl.plain import Plain
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_norm, linear_problem
@@ -185,7 +185,7 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
         _check_out(out, call)
     if isinstance(call, AdapterCall) and call.norm is not None and not _takes_norm(plan, call):
         weight, bias, eps, *_ = call.norm
-        _check_memory([("norm.weight", weight), ("norm.bias", bias)])
+        check_for_torch([("norm.weight", weight), ("norm.bias", bias)])
         y = run(call._replace(norm=None), activation, None, plan.name)
         try:
             result = F.layer_norm(y, weight.shape, weight, bias, eps)
@@ -226,13 +226,7 @@ def _check_out(out: Tensor, call: Call) -> None:
         check_like(out, "out", x, x.shape)
     if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(call)):
         raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
-    _check_memory([("out", out)])
-
-
-def _check_memory(tensors: list[tuple[str, Tensor]]) -> None:
-    """For tensors that torch itself reads or writes; it looks at no memory."""
-    if not torch.compiler.is_compiling() and modes.alone():
-        check_all([(name, tensor) for name, tensor in tensors if ordinary(tensor)])
+    check_for_torch([("out", out)])
 
 
 def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:

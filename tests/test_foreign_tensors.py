@@ -74,6 +74,22 @@ def test_transforms_of_torch(name: str) -> None:
     torch.testing.assert_close(torch.vmap(total)(both), torch.stack((total(value), total(2 * value))))
 
 
+def test_transforms_of_a_learned_scale_and_of_the_matrix() -> None:
+    """Both are computed before a kernel is asked."""
+    given = tensors()
+    scale = torch.tensor([0.7])
+    leaf = scale.clone().requires_grad_()
+    down, up = weights(given, "down"), weights(given, "up")
+
+    def scaled(value: Tensor) -> Tensor:
+        return ck.compacter_adapter(given["x"], down, up, scale=value).square().sum()
+
+    (expected,) = torch.autograd.grad(scaled(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(scaled)(scale), expected, rtol=1e-4, atol=1e-4)
+    found = torch.vmap(lambda rule: ck.phm_matrix(down._replace(rule=rule)))(torch.stack((down.rule,) * 2))
+    torch.testing.assert_close(found[1], ck.phm_matrix(down))
+
+
 @pytest.mark.parametrize("function", [linear, adapter])
 def test_transforms_in_float32_take_plain_torch_and_say_so(function: object) -> None:
     given = tensors() | {f"weights.{n.partition('.')[2]}": t for n, t in tensors().items() if n.startswith("down.")}

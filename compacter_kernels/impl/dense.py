@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from compacter_kernels.activations import Activation
 from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import Plain
+from compacter_kernels.impl.plain import plain_kernel
 from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
@@ -52,6 +51,4 @@ def adapter(call: AdapterCall, activation: Activation) -> Tensor:
 
 def prepare(problem: Problem) -> Kernel[Any]:
     """The kernel for this problem."""
-    if problem.activation is None:
-        return Plain(problem, linear)
-    return Plain(problem, functools.partial(adapter, activation=problem.activation))
+    return plain_kernel(problem, linear, adapter)

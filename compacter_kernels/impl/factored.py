@@ -6,7 +6,6 @@ repeated; the rule folds into the factor on the narrow side. All sums run also o
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from compacter_kernels.activations import Activation
 from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import Plain
+from compacter_kernels.impl.plain import plain_kernel
 from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
@@ -81,6 +80,4 @@ def adapter(call: AdapterCall, activation: Activation) -> Tensor:
 
 def prepare(problem: Problem) -> Kernel[Any]:
     """The kernel for this problem."""
-    if problem.activation is None:
-        return Plain(problem, linear)
-    return Plain(problem, functools.partial(adapter, activation=problem.activation))
+    return plain_kernel(problem, linear, adapter)

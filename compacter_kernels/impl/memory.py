@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from compacter_kernels import modes
 from compacter_kernels.calls import ORDINARY
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.problem import Problem
@@ -55,6 +56,12 @@ def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """`check_memory` for each of these, by its name."""
     for name, tensor in tensors:
         check_readable(tensor, name)
+
+
+def check_for_torch(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`check_all` for tensors that torch itself reads or writes, where they are ordinary and nobody else takes part."""
+    if not torch.compiler.is_compiling() and modes.alone():
+        check_all((name, tensor) for name, tensor in tensors if tensor.__class__ in ORDINARY)
 
 
 def check_readable(tensor: Tensor, name: str) -> None:

@@ -21,7 +21,12 @@ BUILD: dict[str, Any] = {} if MODULE is None else MODULE.build_info()
 def _tensors() -> Any:
     """`_C.Tensors`, which asks torch through DLPack's C exchange API; None in a build or torch (< 2.10) without it."""
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return None if MODULE is None or api is None else MODULE.Tensors(Tensor, api)
+    if MODULE is None or api is None:
+        return None
+    try:
+        return MODULE.Tensors(Tensor, api)
+    except ValueError:  # a later DLPack, whose table is another
+        return None
 
 
 TENSORS = _tensors()

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from compacter_kernels.activations import Activation
 from compacter_kernels.calls import AdapterCall, LinearCall
-from compacter_kernels.impl import Gradients
+from compacter_kernels.impl import Gradients, Kernel
 from compacter_kernels.impl.memory import Parameters, check_readable
 from compacter_kernels.impl.precision import autocasts, without_autocast
 from compacter_kernels.problem import Problem
@@ -49,3 +50,13 @@ class Plain(Generic[C]):
             out = self.function(call.of(*leaves))
         found = iter(torch.autograd.grad(out, needed, grad) if needed else ())
         return tuple(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+
+
+def plain_kernel(
+    problem: Problem, linear: Callable[[LinearCall], Tensor], adapter: Callable[[AdapterCall, Activation], Tensor]
+) -> Kernel[Any]:
+    """The kernel for a problem, of the two functions that an impl of plain torch has."""
+    activation = problem.activation
+    if activation is None:
+        return Plain(problem, linear)
+    return Plain(problem, lambda call: adapter(call, activation))
