@@ -1,9 +1,11 @@
 """Fused kernels for Compacter adapters (arXiv 2106.04647): the Kronecker-structured projections, without building H."""
 
+from compacter_kernels.checkpoints.convert import convert
+from compacter_kernels.compress import Compression, from_dense
+from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
 from compacter_kernels.functional import compacter_adapter, explain, phm_linear, phm_matrix
-from compacter_kernels.models.config import CompacterConfig, CompacterPlusPlusConfig
-from compacter_kernels.models.control import (
+from compacter_kernels.inject.control import (
     adapter_parameters,
     count_parameters,
     disable_adapters,
@@ -11,12 +13,11 @@ from compacter_kernels.models.control import (
     remove_adapters,
     set_adapter,
 )
-from compacter_kernels.models.convert import convert
-from compacter_kernels.models.injection import inject
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.patch import patch, unpatch
-from compacter_kernels.models.save import save_adapter
-from compacter_kernels.nn import CompacterAdapter, Compression, PHMLinear, from_dense
+from compacter_kernels.inject.injection import inject
+from compacter_kernels.load import load_adapter
+from compacter_kernels.nn import CompacterAdapter, PHMLinear
+from compacter_kernels.patch.patch import patch, unpatch
+from compacter_kernels.save import save_adapter
 from compacter_kernels.weights import NormWeights, PHMWeights
 
 __version__ = "0.1.0"

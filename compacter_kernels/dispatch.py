@@ -1,6 +1,7 @@
 """Which impl serves a call: an explicit choice never falls back, "auto" asks each in turn and says so once.
 
-On a GPU "auto" asks first what was measured on such calls, fastest first (`compacter_kernels.measured`).
+On a GPU "auto" asks first what was measured on such calls, fastest first: a new measurement
+changes the table `MEASURED`, nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 
 from compacter_kernels import proof
 from compacter_kernels.impl import Impl, Kernel, architecture, cpu, cuda, dense, factored, triton
-from compacter_kernels.measured import measured
 from compacter_kernels.problem import Problem
 
 IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -22,6 +22,38 @@ PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # in which "auto" a
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
+
+
+class Class(NamedTuple):
+    """Calls that run alike: an operation of rank 1 with both projections of one of these phm_dims."""
+
+    operation: str
+    architecture: str
+    dtype: torch.dtype
+    phm_dims: tuple[int, ...]
+
+
+class Measured(NamedTuple):
+    """The impls that were timed, fastest first, and the file or folder that says so."""
+
+    impls: tuple[str, ...]
+    source: str
+
+
+MEASURED = {
+    Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Measured(("triton",), "benchmarks/results/h200"),
+}
+NOTHING = Measured((), "")
+
+
+def measured(problem: Problem) -> Measured:
+    """What was measured on calls like this one."""
+    sizes = {(p.phm_dim, p.rank) for p in problem.projections}
+    here = architecture(problem.device)
+    for kind, found in MEASURED.items():
+        if (problem.operation, here, problem.dtype) == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
+            return found
+    return NOTHING
 
 
 class OnlyTorch(NamedTuple):

@@ -43,6 +43,19 @@ def divisors(*widths: int) -> str:
     return ", ".join(str(n) for n in range(1, min(widths) + 1) if all(w % n == 0 for w in widths))
 
 
+def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
+    """Raise ValueError unless phm_dim divides every width and the rank is at least 1."""
+    for name, width in widths.items():
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {width!r}")
+    for name, width in widths.items():
+        if not isinstance(phm_dim, int) or phm_dim < 1 or width % phm_dim:
+            choices = divisors(*widths.values())
+            raise ValueError(f"phm_dim={phm_dim!r} does not divide {name}={width}; choose one of {choices}")
+    if not isinstance(phm_rank, int) or phm_rank < 1:
+        raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
+
+
 def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

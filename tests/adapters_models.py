@@ -28,8 +28,8 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
-from compacter_kernels.models import adapters_layer, adapters_library, library_shortcuts
-from compacter_kernels.models.report import Entry
+from compacter_kernels.patch import adapters_layer, adapters_library, library_shortcuts
+from compacter_kernels.patch.report import Entry
 
 WIDTH, VOCABULARY = 32, 60
 PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so

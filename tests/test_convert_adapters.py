@@ -14,10 +14,10 @@ from test_save_load import trained
 from torch import Tensor, nn
 
 import compacter_kernels as ck
-from compacter_kernels.models.convert import convert
-from compacter_kernels.models.convert.checkpoint import MissingRuleError
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.convert import convert
+from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 adapters = pytest.importorskip("adapters")
 safetensors = pytest.importorskip("safetensors.torch")

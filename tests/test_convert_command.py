@@ -11,9 +11,9 @@ from families import build, output
 from test_cli import run
 from test_save_load import trained
 
-from compacter_kernels.models.convert import FORMATS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.convert import FORMATS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 safetensors = pytest.importorskip("safetensors.torch")
 

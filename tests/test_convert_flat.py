@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels.models.convert import convert
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.convert import convert
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 safetensors = pytest.importorskip("safetensors.torch")
 N, BOTTLENECK = 4, 8

@@ -14,9 +14,9 @@ from test_cli import run
 from test_save_load import trained
 
 import compacter_kernels as ck
-from compacter_kernels.models.files import INDEX
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.files import INDEX
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 safetensors = pytest.importorskip("safetensors.torch")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels import dispatch, measured, proof, route
-from compacter_kernels.measured import Class, Measured
+from compacter_kernels import dispatch, proof, route
+from compacter_kernels.dispatch import Class, Measured
 
 LINEAR, ADAPTER = Case("linear"), Case()
 
@@ -53,7 +53,7 @@ def test_auto_takes_the_first_that_serves(case: Case) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An sm_90 that every impl but the CPU's serves, as far as a choice goes."""
-    monkeypatch.setattr("compacter_kernels.measured.architecture", lambda device: "sm_90")
+    monkeypatch.setattr("compacter_kernels.dispatch.architecture", lambda device: "sm_90")
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch.IMPLS[name], "unavailable", lambda: None)
@@ -68,9 +68,9 @@ def _chosen(case: Case) -> dispatch.Explanation:
 
 @pytest.mark.usefixtures("gpu")
 def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of compacter_kernels.measured: its impls, fastest first, on the calls that it names and no others."""
+    """The table of compacter_kernels.dispatch: its impls, fastest first, on the calls that it names and no others."""
     kind = Class("adapter", "sm_90", BF16, (4, 8))
-    monkeypatch.setattr(measured, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
+    monkeypatch.setattr(dispatch, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
     found = _chosen(Case(dtype=BF16))
     assert found.impl == "triton"
     assert found.reason.startswith(
@@ -88,7 +88,7 @@ def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("gpu")
 def test_where_nothing_was_measured_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "MEASURED", {})
+    monkeypatch.setattr(dispatch, "MEASURED", {})
     for expected in ("cuda", "triton", "factored"):
         assert _chosen(ADAPTER).impl == expected
         if expected != "factored":
@@ -96,7 +96,7 @@ def test_where_nothing_was_measured_cuda_comes_before_triton(monkeypatch: pytest
 
 
 def test_the_table_names_impls_and_files_that_are_there() -> None:
-    for found in measured.MEASURED.values():
+    for found in dispatch.MEASURED.values():
         assert set(found.impls) <= set(dispatch.IMPLS)
         assert (Path(__file__).parents[1] / found.source).exists()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels.nn import from_dense, kronecker_fit as kf
+from compacter_kernels import from_dense, kronecker_fit as kf
 
 FP64 = torch.float64
 

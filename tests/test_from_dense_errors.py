@@ -10,7 +10,7 @@ from oracle import FP32
 from test_from_dense import FP64, Bottleneck, random_pair
 from torch import nn
 
-from compacter_kernels.nn import from_dense
+from compacter_kernels import from_dense
 
 DOWN, UP = random_pair(24, 12)
 NAN = nn.Linear(24, 12, dtype=FP64)
@@ -59,6 +59,6 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
 def test_errors_before_any_work(
     args: tuple[Any, ...], options: dict[str, Any], kind: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compacter_kernels.nn.compression.fit", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("compacter_kernels.compress.compression.fit", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(kind, match=match):
         from_dense(*args, **options)

@@ -14,8 +14,8 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters_models import FAMILIES, PAST_KEY_VALUE, adapters, compacter, make, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compacter_kernels.models import library_shortcuts
-from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.patch import library_shortcuts
+from compacter_kernels.patch.patch import patch, unpatch
 
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)
 

@@ -16,9 +16,9 @@ from test_save_load import trained
 from torch import nn
 
 import compacter_kernels as ck
-from compacter_kernels.models.files import CONFIG, DIGEST, JSON_LIMIT, TENSORS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.files import CONFIG, DIGEST, JSON_LIMIT, TENSORS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 safetensors = pytest.importorskip("safetensors.torch")
 

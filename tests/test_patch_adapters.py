@@ -23,7 +23,7 @@ from oracle import BF16
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.patch.patch import patch, unpatch
 
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)
 WHOLE = "one kernel"

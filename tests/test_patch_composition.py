@@ -23,7 +23,7 @@ from adapters_models import (
 )
 from torch import nn
 
-from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.patch.patch import patch, unpatch
 
 ac = pytest.importorskip("adapters.composition")
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)

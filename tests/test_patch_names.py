@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compacter_kernels.activations import FUSED
-from compacter_kernels.models.fused_names import fused_name, written_out
+from compacter_kernels.patch.fused_names import fused_name, written_out
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from oracle import BF16
 from torch import nn
 
 pytest.importorskip("adapters_models", exc_type=ImportError)
-from compacter_kernels.models.adapters_layer import norm_weights
+from compacter_kernels.patch.adapters_layer import norm_weights
 
 
 def _norms() -> dict[str, nn.Module]:

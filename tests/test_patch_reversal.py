@@ -24,9 +24,9 @@ from adapters_models import (
 from phm_lookalikes import OpenDeltaHost, OriginalAdapter, TFewAdapter
 from torch import nn
 
-from compacter_kernels.models import adapters_library
-from compacter_kernels.models.patch import patch, unpatch
-from compacter_kernels.models.report import Entry, Report
+from compacter_kernels.patch import adapters_library
+from compacter_kernels.patch.patch import patch, unpatch
+from compacter_kernels.patch.report import Entry, Report
 
 modeling = pytest.importorskip("adapters.methods.modeling")
 bottleneck = pytest.importorskip("adapters.methods.bottleneck")
@@ -288,7 +288,7 @@ import sys
 sys.modules["adapters"] = sys.modules["transformers"] = None
 sys.path.insert(0, "tests")
 from phm_lookalikes import OriginalAdapter
-from compacter_kernels.models.patch import patch
+from compacter_kernels.patch.patch import patch
 print(patch(OriginalAdapter()))
 try:
     patch()

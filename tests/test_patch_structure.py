@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import compacter_kernels as ck
-from compacter_kernels.models import bottlenecks, phm_modules
-from compacter_kernels.models.patch import patch, unpatch
+from compacter_kernels.patch import bottlenecks, phm_modules
+from compacter_kernels.patch.patch import patch, unpatch
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from compacter_kernels import CompacterConfig, inject
-from compacter_kernels.models.files import TENSORS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.files import TENSORS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 pytest.importorskip("safetensors")
 

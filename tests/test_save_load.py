@@ -14,9 +14,9 @@ from families import build, output
 from torch import nn
 
 import compacter_kernels as ck
-from compacter_kernels.models import files
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints import files
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 
 import compacter_kernels as ck
 from compacter_kernels.cli import main
-from compacter_kernels.models.load import load_adapter
+from compacter_kernels.load import load_adapter
 from compacter_kernels.train.text.data import Split, Texts, load
 from compacter_kernels.train.text.experiment import Subject, encode, open_task
 from compacter_kernels.train.text.loop import Recipe, Training, order

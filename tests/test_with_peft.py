@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import compacter_kernels as ck
-from compacter_kernels.models.files import TENSORS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.files import TENSORS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("safetensors")

@@ -14,10 +14,10 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as check
 from torch.optim.swa_utils import AveragedModel
 
 import compacter_kernels as ck
-from compacter_kernels.models.files import TENSORS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
-from compacter_kernels.models.wrappers import plain_names, plain_path, unwrapped
+from compacter_kernels.checkpoints.files import TENSORS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
+from compacter_kernels.targets.wrappers import plain_names, plain_path, unwrapped
 
 pytest.importorskip("safetensors")
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -21,9 +21,9 @@ from test_save_load import trained
 from torch import distributed, multiprocessing, nn
 
 import compacter_kernels as ck
-from compacter_kernels.models.files import TENSORS
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.save import save_adapter
+from compacter_kernels.checkpoints.files import TENSORS
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
 
 pytest.importorskip("safetensors")
 

@@ -14,8 +14,9 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.nn.hooks import runs
 from compacter_kernels.nn.initialisation import reset_rule
-from compacter_kernels.nn.phm_linear import PHMLinear, Rule, check_phm_dim, own, rule_shapes
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, own, rule_shapes
 from compacter_kernels.nn.representation import arguments
+from compacter_kernels.problem import check_phm_dim
 
 
 class CompacterAdapter(nn.Module):

@@ -9,26 +9,15 @@ from torch import Tensor, nn
 
 from compacter_kernels.dispatch import check_name
 from compacter_kernels.functional import phm_linear, phm_matrix
+from compacter_kernels.kronecker_fit import fit, relative_error
+from compacter_kernels.nn.dense import DenseProjection, random_state_kept, read_projection, rounded
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.nn.representation import arguments
-from compacter_kernels.problem import divisors
+from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights, factorised_rule
 
 Rule = Tensor | tuple[Tensor, ...]
-
-
-def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
-    """Raise ValueError unless phm_dim divides every width and the rank is at least 1."""
-    for name, width in widths.items():
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {width!r}")
-    for name, width in widths.items():
-        if not isinstance(phm_dim, int) or phm_dim < 1 or width % phm_dim:
-            choices = divisors(*widths.values())
-            raise ValueError(f"phm_dim={phm_dim!r} does not divide {name}={width}; choose one of {choices}")
-    if not isinstance(phm_rank, int) or phm_rank < 1:
-        raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
 
 
 def rule_shapes(phm_dim: int, factorized_phm_rule: bool) -> tuple[tuple[int, int, int], ...]:
@@ -125,7 +114,7 @@ class PHMLinear(nn.Module):
     @classmethod
     def from_dense(
         cls,
-        linear: nn.Linear | Tensor | tuple[Tensor, Tensor | None],
+        linear: DenseProjection,
         *,
         phm_dim: int = 4,
         phm_rank: int = 1,
@@ -136,11 +125,35 @@ class PHMLinear(nn.Module):
         """The layer nearest to a dense one, in its dtype and on its device, and |H - H'| / |H| in the Frobenius norm.
 
         Takes an nn.Linear, a weight (out, in) or a pair (weight, bias); options are those of the constructor. See
-        `compacter_kernels.nn.from_dense`, also for when the error can be small.
+        `compacter_kernels.from_dense`, also for when the error can be small.
         """
-        from compacter_kernels.nn.compression import linear_from_dense  # which itself needs this module
+        weight, bias = read_projection(linear, "linear")
+        if unknown := {"bias", "device", "dtype", "phm_rule", "factorized_phm_rule"} & options.keys():
+            raise TypeError(f"from_dense takes no {', '.join(sorted(unknown))}")
+        options |= {"phm_dim": phm_dim, "phm_rank": phm_rank, "bias": bias is not None, "dtype": weight.dtype}
+        out_features, in_features = weight.shape
+        cls(in_features, out_features, device="meta", **options)  # raises for what does not fit
+        matrix = weight.detach().to("cpu", torch.float64).T
+        rank = phm_rank if options.get("factorized_phm_W", True) else None
+        (weights,) = fit([matrix], phm_dim, rank, starts=starts, seed=seed)
+        weights = rounded(weights, weight.dtype)
+        with random_state_kept(weight.device):
+            layer = cls(in_features, out_features, device=weight.device, **options)
+        layer.load_weights(weights._replace(bias=bias))
+        return layer, relative_error(matrix, weights)
 
-        return linear_from_dense(linear, phm_dim, phm_rank, starts, seed, options)
+    @torch.no_grad()
+    def load_weights(self, weights: PHMWeights, with_rule: bool = True) -> None:
+        """Copy these weights into the parameters, a bias where both have one."""
+        if with_rule:
+            self.phm_rule.copy_(weights.rule)
+        if weights.right is None:
+            self.W.copy_(weights.left)
+        else:
+            self.W_left.copy_(weights.left)
+            self.W_right.copy_(weights.right)
+        if weights.bias is not None and self.b is not None:
+            self.b.copy_(weights.bias)
 
     def borrow(self, owner: nn.Module, **names: str) -> None:
         """Use parameters of another module in place of this layer's, which it then neither holds, moves nor saves.

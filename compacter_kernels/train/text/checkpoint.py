@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.models.files import read_json, read_tensors, require_safetensors
+from compacter_kernels.checkpoints.files import read_json, read_tensors, require_safetensors
 from compacter_kernels.train.text.loop import Training
 from compacter_kernels.train.text.methods import Method, trained
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from compacter_kernels import options as lists
+from compacter_kernels.checkpoints.files import require_safetensors
 from compacter_kernels.machine import describe
-from compacter_kernels.models.files import require_safetensors
 from compacter_kernels.train.text import report
 from compacter_kernels.train.text.data import LABEL_COLUMN, TEXT_COLUMNS, load
 from compacter_kernels.train.text.experiment import Subject, encode, open_task, train

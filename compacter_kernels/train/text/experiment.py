@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compacter_kernels.models.files import read_json
+from compacter_kernels.checkpoints.files import read_json
 from compacter_kernels.train.text import checkpoint
 from compacter_kernels.train.text.data import Split, Texts
 from compacter_kernels.train.text.loop import Recipe, Training

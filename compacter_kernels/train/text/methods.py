@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.models.config import CompacterConfig, CompacterPlusPlusConfig
-from compacter_kernels.models.files import read_tensors, require_safetensors
-from compacter_kernels.models.injection import inject
-from compacter_kernels.models.load import load_adapter
-from compacter_kernels.models.prepare import computes_like, width_of
-from compacter_kernels.models.save import save_adapter
-from compacter_kernels.models.sites import HEADS, find_sites, is_layer_norm
+from compacter_kernels.checkpoints.files import read_tensors, require_safetensors
+from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
+from compacter_kernels.inject.injection import inject
+from compacter_kernels.inject.prepare import computes_like, width_of
+from compacter_kernels.load import load_adapter
+from compacter_kernels.save import save_adapter
+from compacter_kernels.targets.sites import HEADS, find_sites, is_layer_norm
 from compacter_kernels.train.methods import BottleneckAdapter
 
 TRAINED = "trained.safetensors"

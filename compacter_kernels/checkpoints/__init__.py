@@ -1,0 +1,1 @@
+"""Adapters in files: folders of our own, and checkpoints of other libraries in both directions."""

@@ -1,0 +1,116 @@
+"""`compacter-kernels convert`: a checkpoint of one library in the form of another, or a report on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, MissingRuleError
+from compacter_kernels.checkpoints.convert.conversion import FORMATS, convert, read
+from compacter_kernels.checkpoints.convert.source import LAYERS, format_of, open_source
+
+EPILOG = """examples:
+  compacter-kernels convert bert-adapter                       # what is it, and is it complete?
+  compacter-kernels convert bert-adapter --to compacter-kernels --out converted
+  compacter-kernels convert model.safetensors --to adapters --out folder --non-linearity gelu_new --allow-loss
+  compacter-kernels convert t5-adapter --to compacter-kernels --out repaired --phm-rule rule.safetensors
+
+files are read as safetensors and JSON, never unpickled. A .bin that you trust becomes one by two lines of Python:
+  import torch; from safetensors.torch import save_file
+  save_file(torch.load("pytorch_adapter.bin", weights_only=True), "adapter.safetensors")
+
+exits 0 when the checkpoint is complete and, with --to, converted; 1 when it lacks shared weights; 2 on any error."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `convert`."""
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="a .safetensors file, or a folder with one and its config")
+    add("--to", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}; without it, only a report")
+    add("--out", type=Path, metavar="PATH", help="the folder to write, or the .safetensors file")
+    add("--from", dest="source_format", choices=FORMATS, metavar="FORMAT", help="by default recognised")
+    add("--name", help="of the adapter, or of the task, where the source has several")
+    add("--target-name", metavar="NAME", help="of the adapter in the target; by default as --name, or default")
+    add("--model-type", help="config.model_type of the base, such as bert, where the source does not say it")
+    add("--non-linearity", help="of the adapters, where the source does not say it")
+    add("--phm-rule", type=Path, metavar="FILE", help="a .safetensors file with the shared rule that the source lacks")
+    add("--allow-loss", action="store_true", help="leave out what the target cannot hold")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """What a source holds."""
+    source = open_source(args.source)
+    source_format = args.source_format or format_of(source)
+    found: dict[str, Any] = {"source": str(args.source), "source_format": source_format, "complete": True}
+    if source_format in LAYERS:
+        return {**found, "tensors": len(source.tensors)}
+    try:
+        checkpoint = read(source, source_format, args.name, args.model_type, args.non_linearity, args.phm_rule)
+    except MissingRuleError as error:
+        return {**found, "complete": False, "missing": str(error)}
+    return {**found, **_contents(checkpoint)}
+
+
+def _contents(checkpoint: Checkpoint) -> dict[str, Any]:
+    every = (*checkpoint.shared.values(), *(t for own in checkpoint.adapters.values() for t in own.values()))
+    return {
+        "adapters": len(checkpoint.adapters),
+        "parameters": sum(tensor.numel() for tensor in every),
+        "shared": sorted(checkpoint.shared),
+        "trained_beside": sorted(checkpoint.copies),
+        "model": checkpoint.model,
+        "options": checkpoint.config.to_dict(),
+        "notes": checkpoint.notes,
+    }
+
+
+def _converted(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        found = convert(
+            args.source,
+            args.to,
+            args.out,
+            source_format=args.source_format,
+            name=args.name,
+            target_name=args.target_name,
+            model_type=args.model_type,
+            non_linearity=args.non_linearity,
+            phm_rule=args.phm_rule,
+            allow_loss=args.allow_loss,
+        )
+    except MissingRuleError as error:
+        return {"source": str(args.source), "complete": False, "missing": str(error)}
+    return {
+        "source": str(args.source),
+        "source_format": found.source_format,
+        "target_format": found.target_format,
+        "complete": True,
+        "written": str(args.out),
+        "tensors": len(found.tensors),
+        "losses": found.losses,
+        "notes": found.notes,
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 when the checkpoint is complete."""
+    if (args.to is None) != (args.out is None):
+        raise ValueError("--to and --out belong together: the format, and where to write it")
+    found = _report(args) if args.to is None else _converted(args)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for key, value in found.items():
+            for number, line in enumerate(_lines(value)):
+                print(f"{key if number == 0 else '':<16}{line}")
+    return 0 if found["complete"] else 1
+
+
+def _lines(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [f"{key} {item}" for key, item in value.items()]
+    return value if isinstance(value, list) else [value]

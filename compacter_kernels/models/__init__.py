@@ -1,1 +1,0 @@
-"""Whole models: adapters into transformers, faster adapters in the models of other libraries, checkpoints."""
