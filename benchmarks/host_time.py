@@ -76,6 +76,7 @@ def replaced_launch() -> Iterator[None]:
     """Triton's kernels serve any device, are not compiled, and do nothing."""
     from compacter_kernels.impl.triton import launch
 
+    on_gpu = torch.cuda.is_available()
     nothing = SimpleNamespace(
         run=lambda *_: None, function=0, packed_metadata=None, metadata=None, _init_handles=lambda: None
     )
@@ -84,8 +85,8 @@ def replaced_launch() -> Iterator[None]:
         mock.patch.object(package, "refuses", return_value=None),
         mock.patch.object(launch.Launch, "compile", return_value=nothing),
         mock.patch.object(launch.Tiled, "fits", return_value=True),
-        mock.patch.object(launch, "_current_device", launch._current_device or (lambda: 0)),
-        mock.patch.object(launch, "_current_stream", launch._current_stream or (lambda device: 0)),
+        mock.patch.object(launch, "current_device", launch.current_device if on_gpu else int),  # int() is 0
+        mock.patch.object(launch, "current_stream", launch.current_stream if on_gpu else int),
         mock.patch.object(route, "_plans", {}),  # no plan of a launch that is none is kept
     ):
         yield

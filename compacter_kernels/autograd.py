@@ -11,10 +11,8 @@ from torch import Tensor
 from compacter_kernels.calls import AdapterCall, Call, LinearCall
 from compacter_kernels.impl import Gradients, Kernel
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
+from compacter_kernels.private import direct_apply, graph_is_kept, saved_tensors_hooks
 from compacter_kernels.weights import NormWeights, PHMWeights
-
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def forward(kernel: Kernel[Any], call: Call) -> Tensor:
@@ -59,13 +57,10 @@ def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
 
 
 class _Function(torch.autograd.Function):
-    """The base of both: `apply` without what torch does for the tensors of transforms, 4 us of each call.
-
-    A transform never comes here (`route`).
-    """
+    """The base of both Functions."""
 
     def __init_subclass__(cls) -> None:
-        cls.apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc, method-assign]
+        cls.apply = direct_apply(cls)  # type: ignore[method-assign]
 
 
 class LinearFunction(_Function):
@@ -108,7 +103,7 @@ class AdapterFunction(_Function):
         if norm is None:
             ctx.rest = kernel, call.add_x, call.scale, 0.0, False
         else:
-            ctx.rest = kernel, call.add_x, call.scale, norm.eps, _saving_hooks(False) is None
+            ctx.rest = kernel, call.add_x, call.scale, norm.eps, saved_tensors_hooks(False) is None
             rows = torch.empty_like(x, memory_format=torch.contiguous_format)
             call = call._replace(norm=norm._replace(rows=rows))
         out = kernel.forward(call)
@@ -122,7 +117,7 @@ class AdapterFunction(_Function):
         _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
         norm, of_residual = None, grad
         if rows is not None:
-            of_residual = rows if own and not _keeps_graph() else torch.empty_like(rows)
+            of_residual = rows if own and not graph_is_kept() else torch.empty_like(rows)
             norm = NormWeights(weight, bias, eps, rows, of_residual)
         call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
         grads = _without_grad(kernel.backward, call, grad, (x_wanted, *params_wanted))

@@ -7,7 +7,6 @@ part (`modes`), or a tensor is of a class of its own, torch must see the call: a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
@@ -21,6 +20,7 @@ from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failu
 from compacter_kernels.impl.memory import NoStorageError, check_all, check_for_torch
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.impl.plain import Plain
+from compacter_kernels.private import ENVIRON, environment_key
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_norm, linear_problem
 from compacter_kernels.weights import PHMWeights
 
@@ -28,9 +28,7 @@ Activation = str | Callable[[Tensor], Tensor] | None
 _plans: dict[Any, dispatch.Plan] = {}
 _facts = attrgetter("shape", "dtype", "device")
 _described = None if TENSORS is None else TENSORS.signature  # takes a quarter of the time of asking in Python
-# os.environ raises and catches two exceptions for a variable that is not set, in every call; its raw dict does not.
-_environ: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-_variable = os.environ.encodekey(dispatch.ENVIRONMENT)
+_variable = environment_key(dispatch.ENVIRONMENT)
 
 
 def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Tensor:
@@ -39,7 +37,7 @@ def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Te
         plan = _plan(call, activation, impl)
     else:
         try:
-            x, chosen = call[0], _environ.get(_variable) if impl == "auto" else None
+            x, chosen = call[0], ENVIRON.get(_variable) if impl == "auto" else None
             key = (x.__class__, x.shape[-1], x.dtype, x.device, _signature(call), activation, impl, chosen)
             found = _plans.get(key)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What compacter_kernels.modes asks torch by private names, and the way without them."""
+"""Who takes part in a call, and the way of a call without the private names that say so."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from oracle import FUSED, Case, assert_same_bits, run
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from compacter_kernels import modes
+from compacter_kernels import modes, private
 
-NAMES = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_is_tracing")
+NAMES = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active")
 
 
 def test_a_plain_call_is_alone() -> None:
@@ -38,10 +38,12 @@ def test_who_takes_part() -> None:
 @pytest.fixture(params=NAMES)
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A torch that lacks one of the names."""
-    monkeypatch.delattr(torch._C, request.param)
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C, request.param)
+        importlib.reload(private)
     importlib.reload(modes)
     yield
-    monkeypatch.undo()
+    importlib.reload(private)
     importlib.reload(modes)
 
 
@@ -59,6 +61,6 @@ def test_without_a_name_calls_are_right(case: Case, impl: str) -> None:
 def test_operators_give_the_bits_of_the_direct_way(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(residual="both", shape=(7,))
     expected = run(case, case.tensors(), impl)
-    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 1)
+    monkeypatch.setattr(modes, "dispatch_modes", lambda: 1)
     assert not modes.alone()
     assert_same_bits(run(case, case.tensors(), impl), expected)

@@ -8,6 +8,7 @@ import torch
 
 from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.module import BUILD, MISSING, MODULE
+from compacter_kernels.private import constant_when_compiled, current_device, current_stream
 from compacter_kernels.problem import Problem, Projection
 
 OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are pairs of bfloat16
@@ -18,9 +19,7 @@ OLDEST = 80  # 10 * major + minor of the compute capability
 # All that this module knows of the process. The tests put others in, whose kernels the CPU executes.
 _C, _BUILD = MODULE, BUILD
 _DEVICE_TYPE = "cuda"
-# torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device, _current_stream = current_device, current_stream
 
 
 class Device(NamedTuple):
@@ -87,14 +86,11 @@ def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:
     return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *device)
 
 
+@constant_when_compiled
 def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | None:
     """What the device and the native part have against a problem, or None."""
     device = _device(index)
     return _other_architecture(device.capability) or _plan(operation, arguments, device).refuses() or None
-
-
-# torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
-_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def prepare(problem: Problem) -> Kernel[Any]:

@@ -19,19 +19,11 @@ from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
 from compacter_kernels.impl.triton.plan import Options, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.impl.triton.sizes import Sizes
+from compacter_kernels.private import tf32_allowed
 from compacter_kernels.problem import Problem
 
 REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
 Optionals = Sequence[Tensor | None]
-_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch < 2.9 has none
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be tf32: torch.backends.cuda.matmul.fp32_precision, or allow_tf32."""
-    if _fp32_precision is None:
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    return bool(_fp32_precision("cuda", "matmul") == "tf32")
-
 
 KERNELS = {
     "forward": forward,

@@ -13,12 +13,10 @@ from triton.runtime import driver
 from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.impl.triton.plan import Options, Served, Static, plan
 from compacter_kernels.impl.triton.tiles import INTERPRETED
+from compacter_kernels.private import current_device, current_stream
 
 TENSOR_MEMORY = 512  # columns, of sm_100
 _interpreted, _runtime = INTERPRETED.value, knobs.runtime
-# torch.cuda's functions of these names check first that CUDA is initialised, which a tensor on the device shows
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def compile_options(warps: int) -> dict[str, Any]:
@@ -57,7 +55,7 @@ class Launch:
         if _interpreted:
             self.kernel[columns, rows](*tensors, *scalars, **self.constants)
             return
-        if self.device != _current_device():  # type: ignore[misc]
+        if self.device != current_device():
             with torch.cuda.device(self.device):
                 self(columns, rows, tensors, *scalars)
             return
@@ -68,7 +66,7 @@ class Launch:
             kernel = self.compile(tensors)
             kernel._init_handles()
             compiled = self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata, kernel)
-        stream = _current_stream(self.device)  # type: ignore[misc]
+        stream = current_stream(self.device)
         run, function, packed, kernel = compiled
         enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
         if enter.calls or leave.calls:  # a profiler
