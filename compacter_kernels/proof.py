@@ -17,6 +17,7 @@ from compacter_kernels import modes
 from compacter_kernels.calls import AdapterCall, Call, LinearCall
 from compacter_kernels.impl import Impl, factored
 from compacter_kernels.impl.native import plan_arguments
+from compacter_kernels.private import constant_when_compiled
 from compacter_kernels.problem import Problem, Projection
 from compacter_kernels.weights import PHMWeights
 
@@ -49,12 +50,9 @@ def _key(problem: Problem, name: str) -> tuple[Any, ...]:
     return (problem.operation, plan_arguments(problem), problem.device.index or 0, name)
 
 
+@constant_when_compiled
 def _known(*key: Any) -> str | None:
     return _found.get(key)
-
-
-# torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
-_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def failure(problem: Problem, name: str, impl: Impl) -> str:

@@ -22,7 +22,6 @@ from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.impl.plain import Plain
 from compacter_kernels.private import ENVIRON, environment_key
 from compacter_kernels.problem import Problem, adapter_problem, check_like, check_norm, linear_problem
-from compacter_kernels.weights import PHMWeights
 
 Activation = str | Callable[[Tensor], Tensor] | None
 _plans: dict[Any, dispatch.Plan] = {}
@@ -144,25 +143,9 @@ def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
 
 
 def _requires_grad(call: Call) -> bool:
-    if call.__class__ is LinearCall:
-        return call[0].requires_grad or _any_requires_grad(call[1])
-    x, down, up, residual, _, _, _ = call  # type: ignore[misc]
-    return (
-        x.requires_grad
-        or _any_requires_grad(down)
-        or _any_requires_grad(up)
-        or (residual is not None and residual.requires_grad)
-    )
-
-
-def _any_requires_grad(weights: PHMWeights) -> bool:
-    rule, left, right, bias = weights
-    return (
-        rule.requires_grad
-        or left.requires_grad
-        or (right is not None and right.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
+    linear = call.__class__ is LinearCall
+    tensors: Any = (call[0], *call[1]) if linear else (call[0], *call[1], *call[2], call[3])  # type: ignore[misc]
+    return any([tensor is not None and tensor.requires_grad for tensor in tensors])
 
 
 def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:

@@ -99,6 +99,15 @@ def test_implementations_never_import_one_another(module: str) -> None:
     assert not {name for name in imports_of(module) & names if not name.startswith(own)}
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name != f"{PACKAGE}.private"])
+def test_private_names_of_torch_stand_in_one_file(module: str) -> None:
+    private = re.compile(
+        r"\btorch\._(?!_)|environ\._\w|_has_any_global_hook|\b_dynamo_\w|\._(?:forward|backward)_(?:pre_)?hooks"
+    )
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not private.findall(text), "put it into private.py, with its reason and the way without"
+
+
 def test_the_public_module_needs_no_room_above_models() -> None:
     assert all(RANK[room(name)] < PUBLIC for name in imports_of(PACKAGE))
 

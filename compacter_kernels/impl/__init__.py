@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.calls import Call
+from compacter_kernels.private import constant_when_compiled
 from compacter_kernels.problem import Problem
 
 Gradients = tuple[Tensor | None, ...]
@@ -63,6 +64,7 @@ def not_fused(problem: Problem) -> str | None:
     return None
 
 
+@constant_when_compiled
 def architecture(device: torch.device) -> str:
     """The name of a device's architecture: "sm_90", "gfx942"; of any but a GPU the device's type."""
     if device.type != "cuda":
@@ -70,10 +72,6 @@ def architecture(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     name: str = getattr(properties, "gcnArchName", "")
     return name.split(":")[0] if torch.version.hip is not None else f"sm_{properties.major}{properties.minor}"
-
-
-# torch.compile evaluates it and looks no further; torch.compiler.assume_constant_result does this, and imports dynamo
-architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:

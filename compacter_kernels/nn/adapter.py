@@ -14,8 +14,9 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.nn.hooks import runs
 from compacter_kernels.nn.initialisation import reset_rule
-from compacter_kernels.nn.phm_linear import PHMLinear, Rule, own, rule_shapes
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, rule_shapes
 from compacter_kernels.nn.representation import arguments
+from compacter_kernels.private import child, parameter
 from compacter_kernels.problem import check_phm_dim
 
 
@@ -142,9 +143,8 @@ class CompacterAdapter(nn.Module):
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
         late |= residual is not None and residual.dtype != h.dtype
-        down: Any = self._modules["down"]
-        up: Any = self._modules["up"]
-        scaling = own(self, "scaling")
+        down, up = child(self, "down"), child(self, "up")
+        scaling = parameter(self, "scaling")
         scale = self.scale if scaling is None else scaling
         if runs(PHMLinear.forward, down, up):
             y = compacter_adapter(
