@@ -1,4 +1,4 @@
-"""`compacter-kernels compare`: the error of every impl against the float64 dense reference, tensor by tensor."""
+"""`compacter-kernels compare`: the error of every impl against dense in float64, by tensor."""
 
 from __future__ import annotations
 
