@@ -10,7 +10,7 @@ from compacter_kernels.accuracy import Case, Oracle
 from compacter_kernels.bench.cost import BOTH
 from compacter_kernels.bench.providers import Provider
 
-GATE_ELEMENTS = 2**25  # of x; of a larger x only the first tokens are checked, to save memory
+GATE_ELEMENTS = 2**25  # of x; only the first tokens of a larger x are checked
 LOOSE_UNITS = 16  # in the last place of the dtype of x: the limit of a provider that computes in it
 
 
