@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return tensors
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """Return the call with `change` applied to each tensor once; a residual that is x stays x."""
+        """Return the call with each tensor changed once; a residual that is x stays x."""
         x = change(self.x)
         residual = self.residual
         if residual is not None:
@@ -128,8 +128,8 @@ def random_case(
     def projection(fan_in: int, fan_out: int) -> PHMWeights:
         """Draw weights whose product has entries of order 1.
 
-        The sums over p, u, i and the rank have n, fan_in/n, n and rank terms. The standard deviation
-        of each factor is one over the root of the number of its terms.
+        The sums over p, u, i and the rank have n, fan_in/n, n and rank terms. The standard
+        deviation of each factor is one over the root of the number of its terms.
         """
         columns = fan_out // n if rank is None else rank
         rule = normal(n, n, n, std=n**-0.5, kind=param_dtype)

@@ -47,7 +47,7 @@ def dtype(text: str) -> str:
 
 
 def shapes(text: str) -> list[Shape]:
-    """Read shapes from `k/d/n,...`: hidden and bottleneck width, and phm_dim, which divides both."""
+    """Read shapes from `k/d/n,...`: two widths, and a phm_dim that divides both."""
     result = []
     for part in names(text):
         sizes = part.split("/")

@@ -11,11 +11,11 @@ from compacter_kernels.bench.cost import BOTH
 from compacter_kernels.bench.providers import Provider
 
 GATE_ELEMENTS = 2**25  # of x; only the first tokens of a larger x are checked
-LOOSE_UNITS = 16  # in the last place of the dtype of x: the limit of a provider that computes in it
+LOOSE_UNITS = 16  # in the last place of the dtype of x: the limit for a loose provider
 
 
 class Verdict(NamedTuple):
-    """wrong: why the provider must not be timed. worst: its largest error over the contract's limit."""
+    """wrong: why the provider must not be timed. worst: its largest error over the limit."""
 
     wrong: str | None
     worst: float | None

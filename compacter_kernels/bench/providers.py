@@ -62,20 +62,16 @@ def providers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[s
         table.append(Provider("factored-compiled", calls.compiled_for_each_cell(factored), compiled=True))
     table += [Provider(name, calls.eager(calls.through(name))) for name in fused]
     if device == "cuda":
-        table += [
-            Provider("dense-compiled", calls.compiled_once(dense), compiled=True),
-            Provider("factored-compiled", calls.compiled_once(factored), compiled=True),
-        ]
+        compiled = {"dense": dense, "factored": factored}
         if dtype.itemsize == 2:
-            dense_lowp, factored_lowp = calls.dense_lowp, calls.factored_lowp
-            cached_lowp = functools.partial(calls.dense_cached, lowp=True)
-            table += [
-                Provider("dense-lowp", calls.eager(dense_lowp), loose=True),
-                Provider("dense-cached-lowp", cached_lowp, (FORWARD,), loose=True),
-                Provider("factored-lowp", calls.eager(factored_lowp), loose=True),
-                Provider("dense-lowp-compiled", calls.compiled_once(dense_lowp), loose=True, compiled=True),
-                Provider("factored-lowp-compiled", calls.compiled_once(factored_lowp), loose=True, compiled=True),
-            ]
+            lowp = {"dense-lowp": calls.dense_lowp, "factored-lowp": calls.factored_lowp}
+            table += [Provider(name, calls.eager(adapter), loose=True) for name, adapter in lowp.items()]
+            cached = functools.partial(calls.dense_cached, lowp=True)
+            table.append(Provider("dense-cached-lowp", cached, (FORWARD,), loose=True))
+            compiled |= lowp
+        for name, adapter in compiled.items():
+            loose, bind = name.endswith("lowp"), calls.compiled_once(adapter)
+            table.append(Provider(f"{name}-compiled", bind, loose=loose, compiled=True))
     return {provider.name: provider for provider in table}
 
 

@@ -33,9 +33,9 @@ def _absent(provider: str, reason: str, cell: object = None, wrong: bool = False
 
 
 def _prepare(cell: Cell, timer: Timer[Any], chosen: list[Provider], until: float) -> tuple[dict[str, Row], list[Row]]:
-    """Add every provider that passes the gate to the timer.
+    """Add every provider that passes the gate to the timer; compile none after the time `until`.
 
-    Returns the columns of these providers that are not measured by the timer, and the absent ones.
+    Returns the columns of these providers that the timer does not measure, and the absent ones.
     """
     known: dict[str, Row] = {}
     absent: list[Row] = []
@@ -52,12 +52,12 @@ def _prepare(cell: Cell, timer: Timer[Any], chosen: list[Provider], until: float
                 continue
             saved = saved_bytes(provider, timer.case)
             timer.add(provider)
-        except Exception as error:  # such as no compiler or no memory: the report says so, the others go on
+        except Exception as error:  # no compiler or no memory, for example; the other providers go on
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             absent.append(_absent(name, reason, cell))
             print(f"{cell} {name}: {reason}", file=sys.stderr)
             if timer.case.x.is_cuda:
-                torch.cuda.synchronize()  # raises where the device is lost: then nothing can go on
+                torch.cuda.synchronize()  # raises where the device is lost, and ends the process
             continue
         known[name] = {"saved_bytes": saved, "error_over_limit": worst, "checked_tokens": tokens}
     return known, absent
@@ -73,8 +73,8 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None] = lambda tabl
     compiled_shapes = settings.shapes if device == "cpu" else settings.compiled_shapes
     for shape, provider in itertools.product(settings.shapes, chosen):
         if provider.compiled and shape not in compiled_shapes:
-            reason = "compiled for the shapes of --compiled-shapes only, to save time"
-            absent.append(_absent(provider.name, reason, shape))
+            why = "compiled for the shapes of --compiled-shapes only, to save time"
+            absent.append(_absent(provider.name, why, shape))
     table: dict[str, Any] = {**timer_class.describe(), "rows": [], "absent": absent}
     sgemm: list[float] = []
     for cell in progress([Cell(*pair) for pair in itertools.product(settings.shapes, settings.tokens)]):
