@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["cell"] for row in table["absent"] if row["provider"] == "all"] == ["24/12/4 T=1", "24/12/4 T=9"]
     table |= {"page_faults": "kept", "machine": {"threads": 1}}
     assert "skipped: needs about" in report.table_text("cpu", table, "float32")
+
+
+def test_a_sweep_without_time_left_says_so() -> None:
+    table = sweep.run(replace(SMALL, providers=("factored", "factored-compiled"), limit=1e-9))
+    assert {(row["tokens"], row["provider"]) for row in table["rows"]} == {(1, "copy"), (1, "factored")}
+    reasons = {(row.get("cell"), row["provider"]): row["reason"] for row in table["absent"]}
+    assert reasons["24/12/4 T=1", "factored-compiled"] == "not compiled, no time was left; give --limit more"
+    assert reasons["24/12/4 T=9", "all"] == "skipped: no time was left; give --limit more"
 
 
 @pytest.mark.parametrize("impl", AVAILABLE)

@@ -20,12 +20,13 @@ def measure(settings: Settings, environment: dict[str, str] | None = None) -> tu
 
     A process that dies, or is stopped after `settings.limit` seconds, leaves what it wrote.
     """
-    failure, options = None, {"env": environment, "timeout": settings.limit or None}
+    failure, given, limit = None, settings.to_json(), settings.limit or None
     table: dict[str, Any] = {"rows": [], "absent": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
         try:
-            done = subprocess.run([*COMMAND, path], input=settings.to_json(), text=True, check=False, **options)
+            command = [*COMMAND, str(path)]
+            done = subprocess.run(command, input=given, text=True, env=environment, check=False, timeout=limit)
             if done.returncode:
                 failure = f"the measuring process ended with exit code {done.returncode}; its message is above"
         except subprocess.TimeoutExpired:
