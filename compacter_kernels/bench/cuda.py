@@ -32,11 +32,12 @@ SLACK = 1.5  # one shape may take this many times its share of the time that is 
 
 def require() -> None:
     """Raise an error that says what to do where torch has no CUDA device."""
+    if torch.cuda.is_available():
+        return
     if torch.version.cuda is None:
         raise RuntimeError(f"--device cuda: torch {torch.__version__} is built without CUDA; install a build with it")
-    if not torch.cuda.is_available():
-        advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
-        raise RuntimeError(f"--device cuda: torch finds no CUDA device; {advice}")
+    advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+    raise RuntimeError(f"--device cuda: torch finds no CUDA device; {advice}")
 
 
 def allowance(settings: Settings, left: tuple[Shape, ...], seconds: float) -> float:
