@@ -11,7 +11,6 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import machine
-from compacter_kernels.bench.cuda import device
 
 
 def nvcc() -> str | None:
@@ -28,7 +27,7 @@ def main() -> None:
     found = machine.describe()
     found["revision"] = found["revision"] or os.environ.get("REVISION")
     found |= {"nvcc": nvcc(), "impls": ck.available_impls(), "stages": json.loads(sys.argv[1])}
-    found["device"] = device.describe() if torch.cuda.is_available() else None
+    found["device"] = machine.gpu() if torch.cuda.is_available() else None
     print(json.dumps(found, indent=1))
 
 

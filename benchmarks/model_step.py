@@ -35,7 +35,7 @@ from model_variants import LENGTH, MODELS, VARIANTS
 from torch import Tensor
 
 from compacter_kernels import machine
-from compacter_kernels.bench import page_faults
+from compacter_kernels.bench.cpu import environment
 
 DRAWS = 2000
 BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # else both threads may share a core for a while
@@ -86,7 +86,7 @@ def peak_memory(variant: str, setting: tuple[str, ...]) -> int:
     name, *rest = setting
     done = subprocess.run(
         [sys.executable, model_variants.__file__, name, variant, *rest],
-        env=page_faults.environment("kept", None), capture_output=True, text=True, check=True,
+        env=environment("kept", None), capture_output=True, text=True, check=True,
     )  # fmt: skip
     return int(done.stdout.split()[-1])
 
@@ -179,9 +179,7 @@ def main() -> int:
     add("--rounds", type=int, default=40)
     add("--only", nargs="+", choices=VARIANTS)
     args = parser.parse_args()
-    os.environ |= (
-        page_faults.environment("removed", torch.get_num_threads()) | BOUND
-    )  # for the processes of the variants
+    os.environ |= environment("removed", torch.get_num_threads()) | BOUND  # for the processes of the variants
     result = measure(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

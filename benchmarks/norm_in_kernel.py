@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import compacter_kernels as ck
 from compacter_kernels import machine
 from compacter_kernels.accuracy import Shape, random_case
-from compacter_kernels.bench.page_faults import environment
+from compacter_kernels.bench.cpu import environment
 
 SHAPE = Shape(768, 24, 4)
 TOKENS = (1024, 8192)

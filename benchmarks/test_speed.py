@@ -11,11 +11,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from compacter_kernels.accuracy import Oracle, Shape, random_case
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
-from compacter_kernels.bench.providers import COMPILED, Provider, providers, timed
-from compacter_kernels.bench.sweep import gate
+from compacter_kernels.bench.gate import judge
+from compacter_kernels.bench.providers import Provider, make_call, providers
 
 CASES = [(Shape(768, 24, 4), 1), (Shape(768, 24, 4), 8192), (Shape(768, 48, 12), 2048), (Shape(4096, 128, 8), 2048)]
-PROVIDERS = [provider for provider in providers().values() if provider.name != COMPILED]  # which takes long
+PROVIDERS = [provider for provider in providers().values() if not provider.compiled]  # to compile takes long
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -25,8 +25,7 @@ def test_speed(benchmark: BenchmarkFixture, shape: Shape, tokens: int, provider:
     if direction not in provider.directions:
         pytest.skip(f"{provider.name} has no {BOTH}")
     case = random_case(shape, tokens)
-    if provider.checked:
-        assert gate(provider, Oracle(case, gradients=direction != FORWARD)) is None
+    assert judge(provider, Oracle(case, gradients=direction != FORWARD)).wrong is None
     benchmark.group = f"{shape} T={tokens} {direction}"
     benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__)
-    benchmark(timed(provider, case, direction))
+    benchmark(make_call(provider, case, direction))

@@ -1,8 +1,9 @@
-"""How far an impl is from the function's definition: `dense` evaluated in float64, for the output and every gradient.
+"""The accuracy contract: the error of an impl against `dense` evaluated in float64.
 
-The contract, the same on every machine and for every shape: no tensor is further off than twice what `dense` is in the
-same dtypes, or than `floor`, whichever is larger. Where an impl multiplies operands of x's own dtype (`coarse`), the
-floor is that of x's dtype for the gradients of wider parameters too.
+The contract covers the output and every gradient, and is the same on every machine and for every
+shape. The error of a tensor may be at most twice the error of `dense` in the same dtypes, or
+`floor`, whichever is larger. Where an impl rounds the operands of its products to the dtype of x
+(`coarse`), the floor of the dtype of x holds for the gradients of wider parameters too.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One call and the gradient that its backward starts from. up is None for phm_linear, whose weights are `down`.
+    """One call, and the gradient that its backward starts from.
 
-    x: (T, k). residual: None, x itself or another tensor like x. grad: like the output.
+    x: (T, k). up: None for phm_linear, whose weights are `down`. residual: None, x itself or
+    another tensor like x. grad: like the output.
     """
 
     x: Tensor
@@ -49,18 +51,21 @@ class Case(NamedTuple):
     activation: str = "gelu_new"
 
     def tensors(self) -> dict[str, Tensor]:
-        """The inputs that have a gradient, by name: x, residual (where it is not x), down.rule, ..., up.bias."""
-        found = {"x": self.x}
+        """Return the inputs that have a gradient by name: x, residual, down.rule, ..., up.bias.
+
+        A residual that is x itself is not repeated.
+        """
+        tensors = {"x": self.x}
         if self.residual is not None and self.residual is not self.x:
-            found["residual"] = self.residual
+            tensors["residual"] = self.residual
         for side, weights in (("down", self.down), ("up", self.up)):
             for field, tensor in zip(PHMWeights._fields, weights or (), strict=False):
                 if tensor is not None:
-                    found[f"{side}.{field}"] = tensor
-        return found
+                    tensors[f"{side}.{field}"] = tensor
+        return tensors
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """The same call with `change` applied to each tensor once; a residual that is x stays x."""
+        """Return the call with each tensor changed once; a residual that is x stays x."""
         x = change(self.x)
         residual = self.residual
         if residual is not None:
@@ -77,7 +82,7 @@ Function = Callable[[Case], Tensor]
 
 
 def call(impl: str) -> Function:
-    """The public function through that impl, as a function of a case."""
+    """Return the public function through that impl, as a function of a case."""
 
     def function(case: Case) -> Tensor:
         if case.up is None:
@@ -101,15 +106,16 @@ def random_case(
     init: str = "random",
     seed: int = 0,
 ) -> Case:
-    """The same numbers for the same arguments, on every machine.
+    """Return a case of random numbers, which are the same for the same arguments on every machine.
 
     Args:
         operation: "adapter", or "linear" for its down projection alone.
         rank: None for unfactorised weights.
-        dtype, param_dtype: of x and of the parameters; param_dtype is float32 by default, float64 where dtype is.
+        dtype: of x.
+        param_dtype: of the parameters; by default float32, or float64 where x is float64.
         residual: one of RESIDUALS.
-        init: "random" keeps every stage at order 1, so that each gradient is visible; "paper" is the authors' start,
-            where the rule is near 0 and the bias is 0.
+        init: "random" keeps every stage at order 1, so that each gradient is visible. "paper" draws
+            the weights as the authors do: the rule is near 0 and the bias is 0.
     """
     generator = torch.Generator().manual_seed(seed)
     n = shape.n
@@ -120,7 +126,11 @@ def random_case(
         return (torch.randn(size, generator=generator) * std).to(kind)
 
     def projection(fan_in: int, fan_out: int) -> PHMWeights:
-        """Sums over p, u, i and the rank have n, in/n, n and r terms; each factor takes the root of its own."""
+        """Draw weights whose product has entries of order 1.
+
+        The sums over p, u, i and the rank have n, fan_in/n, n and rank terms. The standard
+        deviation of each factor is one over the root of the number of its terms.
+        """
         columns = fan_out // n if rank is None else rank
         rule = normal(n, n, n, std=n**-0.5, kind=param_dtype)
         left_std = fan_in**-0.5 if rank is None else (fan_in / n) ** -0.5
@@ -145,7 +155,7 @@ def random_case(
 
 
 def _as_authors(weights: PHMWeights, seed: int) -> PHMWeights:
-    """The weights drawn anew as the authors start a shared rule, its factors and the bias."""
+    """Draw the weights anew, as the authors initialise a shared rule, the factors and the bias."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reset_factors([w for w in (weights.left, weights.right) if w is not None], "paper")
@@ -154,7 +164,7 @@ def _as_authors(weights: PHMWeights, seed: int) -> PHMWeights:
 
 
 def evaluate(case: Case, function: Function, gradients: bool = True) -> dict[str, Tensor]:
-    """The output of `function` as "out", and the gradient of each of `case.tensors()` under its name."""
+    """Return the output of `function` as "out", and the gradients of `case.tensors()` by name."""
     if not gradients:
         with torch.no_grad():
             return {"out": function(case)}
@@ -166,7 +176,10 @@ def evaluate(case: Case, function: Function, gradients: bool = True) -> dict[str
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """The largest difference as a part of the largest number of `exact`; infinite where a NaN or Inf has no partner."""
+    """Return the largest difference, relative to the largest number of `exact`.
+
+    It is infinite where the shapes differ or a difference is not finite.
+    """
     if got.shape != exact.shape:
         return math.inf
     if exact.numel() == 0:
@@ -180,23 +193,29 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def floor(dtype: torch.dtype, working: torch.dtype) -> float:
-    """The error that rounding alone may cost a tensor of `dtype` computed in `working` (float32 or float64).
+    """Return the error that rounding alone may cause in a tensor of `dtype`.
 
-    Writing the result rounds it by half a unit in its last place; a whole unit allows for a value that the working
-    dtype puts on the other side of a boundary. A sum of N rounded terms is expected to be off by sqrt(N)/2 units of the
-    working dtype: 32 for the 4096 terms that an implementation may add up in one run before it should add partial sums.
-    Neither depends on the shape.
+    working: the dtype of the computation, float32 or float64.
+
+    Writing the result rounds it by half a unit in its last place. A whole unit is allowed, because
+    the error of the working dtype can move a value across a rounding boundary. A sum of N rounded
+    terms has an expected error of sqrt(N)/2 units of the working dtype. 32 units allow for 4096
+    terms, which an implementation may add in one run before it should add partial sums. Neither
+    number depends on the shape.
     """
     return max(torch.finfo(dtype).eps, 32 * torch.finfo(working).eps)
 
 
 def coarse(impl: str) -> bool:
-    """Whether this impl rounds the operands of its products to the dtype of x; False for a name that is no impl."""
+    """Return whether this impl rounds the operands of its products to the dtype of x.
+
+    For a name that is no impl it is False.
+    """
     return getattr(IMPLS.get(impl), "OPERANDS_LIKE_X", False)
 
 
 class Deviation(NamedTuple):
-    """The error of one tensor, and what the contract allows."""
+    """The error of one tensor, and the limit of the contract."""
 
     tensor: str
     error: float
@@ -204,7 +223,7 @@ class Deviation(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the limit; False for NaN."""
+        """Return whether the error is within the limit; False for NaN."""
         return self.error <= self.limit
 
     def __str__(self) -> str:
@@ -212,7 +231,7 @@ class Deviation(NamedTuple):
 
 
 class Oracle:
-    """The float64 results of a case and the limits for every implementation of it; made once, asked for each."""
+    """The float64 results of a case and the limits, computed once for all implementations."""
 
     def __init__(self, case: Case, gradients: bool = True) -> None:
         self.case, self.gradients = case, gradients
@@ -223,10 +242,13 @@ class Oracle:
         self.floor = floor(case.x.dtype, working)
 
     def check(self, function: Function, gradients: bool = True, impl: str = "") -> list[Deviation]:
-        """How far `function`, which goes through `impl`, is off in each tensor; without gradients, in the output."""
+        """Return the error of `function` in each tensor; without gradients, in the output alone.
+
+        impl: the impl that `function` goes through.
+        """
         return self.compare(evaluate(self.case, function, gradients and self.gradients), impl)
 
     def compare(self, got: Mapping[str, Tensor], impl: str = "") -> list[Deviation]:
-        """How far these results of `impl`, named as by `evaluate`, are off."""
+        """Return the errors of results of `impl` that have the names that `evaluate` gives."""
         least = self.floor if coarse(impl) else 0.0
         return [Deviation(name, error(t, self.exact[name]), max(self.limits[name], least)) for name, t in got.items()]

@@ -1,4 +1,4 @@
-"""`compacter-kernels compare`: the error of every impl against the float64 dense reference, tensor by tensor."""
+"""`compacter-kernels compare`: the error of every impl against dense in float64, by tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import compacter_kernels as ck
 from compacter_kernels import options
-from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Deviation, Oracle, Shape, call, random_case
+from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Deviation, Oracle, call, random_case
 from compacter_kernels.activations import FUSED, resolve
 from compacter_kernels.dispatch import IMPLS
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refusal(impl: str, case: Case) -> str | None:
-    """Why this impl cannot serve the case, or None."""
+    """Return why this impl cannot serve the case, or None."""
     try:
         ck.explain(case.x, case.down, case.up, activation=case.activation, impl=impl)
     except RuntimeError as error:
@@ -54,33 +54,30 @@ def _refusal(impl: str, case: Case) -> str | None:
     return None
 
 
-def _compare(
-    title: dict[str, Any], case: Case, impls: list[str] | None
-) -> tuple[dict[str, Any], dict[str, list[Deviation]]]:
-    """One case, as JSON takes it and as deviations by impl."""
-    found, skipped = {}, {}
+def _errors(case: Case, impls: list[str] | None) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
+    """Return the errors of one case by impl, and the impls that cannot serve it with reasons.
+
+    An impl that was asked for and cannot serve the case is a ValueError.
+    """
+    errors, skipped = {}, {}
     oracle = Oracle(case)
     for impl in impls or IMPLS:
         reason = _refusal(impl, case)
         if reason is None:
-            found[impl] = oracle.check(call(impl), impl=impl)
+            errors[impl] = oracle.check(call(impl), impl=impl)
         elif impls:
             raise ValueError(reason)
         else:
             skipped[impl] = reason
-    results = {
-        impl: [{**deviation._asdict(), "holds": deviation.holds} for deviation in deviations]
-        for impl, deviations in found.items()
-    }
-    return {**title, "impls": results, "skipped": skipped}, found
+    return errors, skipped
 
 
-def _table(title: dict[str, Any], found: dict[str, list[Deviation]], skipped: dict[str, str]) -> str:
+def _table(title: dict[str, Any], errors: dict[str, list[Deviation]], skipped: dict[str, str]) -> str:
     head = ", ".join(
         f"{value}" if key in ("operation", "shape", "dtype") else f"{key} {value}" for key, value in title.items()
     )
-    lines = [head, f"  {'tensor':<12}{'limit':>9}" + "".join(f"{impl:>12}" for impl in found)]
-    for row in zip(*found.values(), strict=True):
+    lines = [head, f"  {'tensor':<12}{'limit':>9}" + "".join(f"{impl:>12}" for impl in errors)]
+    for row in zip(*errors.values(), strict=True):
         cells = (f"{d.error:.1e}{' ' if d.holds else '!'}" for d in row)
         lines.append(f"  {row[0].tensor:<12}{row[0].limit:>9.1e}" + "".join(f"{cell:>12}" for cell in cells))
     lines += [f"  without {impl}: {reason}" for impl, reason in skipped.items()]
@@ -88,15 +85,18 @@ def _table(title: dict[str, Any], found: dict[str, list[Deviation]], skipped: di
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print errors and limits; 0 when every error is within its limit."""
+    """Print errors and limits; return 0 when every error is within its limit."""
     unknown = [name for name in args.impl or () if name not in IMPLS]
     if unknown:
         raise ValueError(f"--impl {unknown[0]} is not known; choose of {', '.join(IMPLS)}")
     activation = resolve(args.activation).name
     operations = OPERATIONS if args.operation == "both" else (args.operation,)
-    rows, violations = [], 0
+    cases, violations = [], 0
     for shape, tokens, operation in itertools.product(args.shapes, args.tokens, operations):
-        title = _title(args, shape, tokens, operation, activation)
+        title = {"operation": operation, "shape": str(shape), "dtype": args.dtype, "T": tokens, "rank": args.rank}
+        if operation == "adapter":
+            title |= {"activation": activation, "residual": args.residual}
+        title["init"] = args.init
         case = random_case(
             shape,
             tokens,
@@ -108,22 +108,16 @@ def run(args: argparse.Namespace) -> int:
             init=args.init,
             seed=args.seed,
         )
-        row, found = _compare(title, case, args.impl)
-        violations += sum(not d.holds for deviations in found.values() for d in deviations)
-        rows.append(row)
+        errors, skipped = _errors(case, args.impl)
+        results = {impl: [{**d._asdict(), "holds": d.holds} for d in row] for impl, row in errors.items()}
+        violations += sum(not deviation["holds"] for row in results.values() for deviation in row)
+        cases.append({**title, "impls": results, "skipped": skipped})
         if not args.json:
-            print(_table(title, found, row["skipped"]), end="\n\n")
+            print(_table(title, errors, skipped), end="\n\n")
     if args.json:
-        print(json.dumps({"holds": violations == 0, "cases": rows}, indent=2))
+        print(json.dumps({"holds": violations == 0, "cases": cases}, indent=2))
     elif violations:
         print(f"{violations} errors above their limits, marked !", file=sys.stderr)
     else:
         print("every error is within its limit")
     return 1 if violations else 0
-
-
-def _title(args: argparse.Namespace, shape: Shape, tokens: int, operation: str, activation: str) -> dict[str, Any]:
-    title = {"operation": operation, "shape": str(shape), "dtype": args.dtype, "T": tokens, "rank": args.rank}
-    if operation == "adapter":
-        title |= {"activation": activation, "residual": args.residual}
-    return {**title, "init": args.init}

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: processor, memory, threads, versions, revision."""
+"""Describe the machine of a measurement: processor, memory, GPU, threads, versions, revision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import compacter_kernels as ck
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -27,7 +27,7 @@ def cpu_model() -> str:
 
 
 def memory_bytes(field: str = "MemAvailable") -> int | None:
-    """That line of /proc/meminfo in bytes; None where there is no such file."""
+    """Return a line of /proc/meminfo in bytes; None where there is no such file."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(field + ":"):
@@ -38,7 +38,7 @@ def memory_bytes(field: str = "MemAvailable") -> int | None:
 
 
 def git_revision() -> str | None:
-    """The commit of the source tree that the package runs from, "-dirty" where it was changed; None outside of git."""
+    """Return the commit of the source tree, "-dirty" where files differ; None outside of git."""
     root = Path(ck.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -54,7 +54,7 @@ def git_revision() -> str | None:
 
 
 def native() -> dict[str, Any]:
-    """The native part: `built`, then its compiler and what else it says of itself; or why it is not there."""
+    """Return the compiler and options of the native part, or why it is not built."""
     try:
         module = importlib.import_module("compacter_kernels._C")
     except ImportError:
@@ -63,7 +63,7 @@ def native() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions and revision, as JSON takes them."""
+    """Return the machine, the versions and the revision, as JSON takes them."""
     memory = memory_bytes("MemTotal")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -78,4 +78,40 @@ def describe() -> dict[str, Any]:
         "compacter_kernels": ck.__version__,
         "revision": git_revision(),
         "native": native(),
+    }
+
+
+def l2_bytes() -> int:
+    """Return the L2 cache of the current CUDA device; 64 MiB where torch does not know it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
+
+
+def _triton_version() -> str | None:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def gpu() -> dict[str, Any]:
+    """Return the current CUDA device and the versions that decide its speed, as JSON takes them."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "l2_bytes": l2_bytes(),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _triton_version(),
     }

@@ -1,4 +1,4 @@
-"""What `compare` and `bench` read from the command line: lists, shapes, token counts, dtypes."""
+"""Readers of command line options: lists of names, token counts, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 
 
 def names(text: str) -> list[str]:
-    """Split `a,b,c`; an empty list is an error."""
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
+    """Read names from `a,b,c`; an empty list is an error."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
         raise argparse.ArgumentTypeError("a list of names, such as cpu,factored, is expected, got nothing")
-    return found
+    return parts
 
 
 def positive(text: str) -> int:
-    """An integer >= 1."""
+    """Read an integer >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"an integer >= 1 is expected, got {text!r}")
     return int(text)
 
 
 def tokens(text: str) -> list[int]:
-    """Token counts `1,256,2048`."""
+    """Read token counts from `1,256,2048`."""
     return [positive(part) for part in names(text)]
 
 
 def dtype(text: str) -> str:
-    """The name of a dtype, also in its short form (bf16)."""
+    """Read the name of a dtype, also in its short form (bf16), and return its full name."""
     name = _SHORT.get(text, text)
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose one of {', '.join(DTYPES)}")
@@ -47,8 +47,8 @@ def dtype(text: str) -> str:
 
 
 def shapes(text: str) -> list[Shape]:
-    """Shapes `k/d/n,...`: hidden width, bottleneck width and phm_dim, which must divide both."""
-    found = []
+    """Read shapes from `k/d/n,...`: two widths, and a phm_dim that divides both."""
+    result = []
     for part in names(text):
         sizes = part.split("/")
         if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
@@ -59,5 +59,5 @@ def shapes(text: str) -> list[Shape]:
                 f"in {part} phm_dim n={shape.n} must divide k={shape.k} and d={shape.d}; "
                 f"choose one of {divisors(shape.k, shape.d)}"
             )
-        found.append(shape)
-    return found
+        result.append(shape)
+    return result

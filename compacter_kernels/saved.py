@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd saves in `forward()`, each once, beyond those of the known tensors."""
+    """Return the bytes of the storages that autograd saves in `forward()`.
+
+    Each storage counts once, and those of the known tensors do not count.
+    """
     addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: list[Tensor] = []
 
@@ -19,6 +22,7 @@ def saved_bytes(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}  # alive, so addresses differ
+    storages = [tensor.untyped_storage() for tensor in kept]  # all alive, so that addresses differ
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del out
-    return sum(size for address, size in found.items() if address not in addresses)
+    return sum(size for address, size in sizes.items() if address not in addresses)

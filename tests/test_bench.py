@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import torch
 import compacter_kernels as ck
 from compacter_kernels import cli
 from compacter_kernels.accuracy import Shape, random_case
-from compacter_kernels.bench import cost, load, measure, page_faults, providers, report, sweep
-from compacter_kernels.bench.saved import saved_bytes
-from compacter_kernels.bench.settings import CUDA, CUDA_QUICK, QUICK, Settings
+from compacter_kernels.bench import calls, cost, cpu, load, providers, report, rounds, sweep, worker
+from compacter_kernels.bench.settings import CPU_QUICK, CUDA, CUDA_QUICK, Settings
 
 SHAPE = Shape(24, 12, 4)
 PLAIN = ("dense", "dense-cached", "factored")
@@ -28,8 +28,8 @@ SMALL = Settings(shapes=(SHAPE,), tokens=(1, 9), providers=PLAIN, rounds=2)
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's rates are not what is tested."""
-    monkeypatch.setattr("compacter_kernels.bench.rates.COPY_BYTES", 2**16)
-    monkeypatch.setattr("compacter_kernels.bench.rates.SGEMM_SIZE", 32)
+    monkeypatch.setattr("compacter_kernels.bench.cpu.COPY_BYTES", 2**16)
+    monkeypatch.setattr("compacter_kernels.bench.cpu.SGEMM_SIZE", 32)
 
 
 def test_every_file_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,29 +83,28 @@ def test_rows_compare_with_the_copies_and_with_dense() -> None:
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: Any) -> providers.Call:
-        right = providers._through("factored")(case)
+    def wrong(case: Any) -> calls.Call:
+        right = calls.eager(calls.through("factored"))(case)
         return lambda: right() * 1.001
 
     known = {**providers.providers(), "factored": providers.Provider("factored", wrong)}
-    monkeypatch.setattr(sweep, "providers", lambda: known)
+    monkeypatch.setattr(sweep, "providers", lambda *_: known)
     table = sweep.run(SMALL)
     assert "factored" not in {row["provider"] for row in table["rows"]}
     (first, _) = [absent for absent in table["absent"] if absent["provider"] == "factored"]
     assert first["wrong"]
     assert first["reason"].startswith("failed the correctness gate: out: error 0.001")
-    machine = {"threads": 1}
-    assert "failed the correctness gate" in report.table_text(
-        {**table, "page_faults": "kept", "machine": machine}, "float32"
-    )
+    table |= {"page_faults": "kept", "machine": {"threads": 1}}
+    assert "failed the correctness gate" in report.table_text("cpu", table, "float32")
 
 
 def test_a_provider_that_cannot_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(case: Any) -> providers.Call:
+    def no_compiler(case: Any) -> calls.Call:
         raise RuntimeError("no C++ compiler found\nlong explanation")
 
     broken = providers.Provider("factored-compiled", no_compiler)
-    monkeypatch.setattr(sweep, "providers", lambda: {**providers.providers(), broken.name: broken})
+    known = {**providers.providers(), broken.name: broken}
+    monkeypatch.setattr(sweep, "providers", lambda *_: known)
     settings = Settings(shapes=(SHAPE,), tokens=(3,), providers=("factored", broken.name), rounds=2)
     table = sweep.run(settings)
     absent = {row["provider"]: row for row in table["absent"]}[broken.name]
@@ -114,22 +113,32 @@ def test_a_provider_that_cannot_run_leaves_the_others(monkeypatch: pytest.Monkey
 
 
 def test_a_measuring_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "false")
+    monkeypatch.setattr(worker, "COMMAND", ("false",))
     with pytest.raises(ChildProcessError, match="exit code 1"):
-        page_faults.measure(SMALL, "kept")
+        next(cpu.tables(SMALL))
 
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "memory_bytes", lambda: 2**10)
+    monkeypatch.setattr(cpu, "memory_bytes", lambda: 2**10)
     table = sweep.run(SMALL)
     assert table["rows"] == []
     assert [row["cell"] for row in table["absent"] if row["provider"] == "all"] == ["24/12/4 T=1", "24/12/4 T=9"]
-    assert "skipped: needs about" in report.table_text({**table, "page_faults": "kept", "machine": {"threads": 1}}, "")
+    table |= {"page_faults": "kept", "machine": {"threads": 1}}
+    assert "skipped: needs about" in report.table_text("cpu", table, "float32")
+
+
+def test_a_sweep_without_time_left_says_so() -> None:
+    table = sweep.run(replace(SMALL, providers=("factored", "factored-compiled"), limit=1e-9))
+    assert {(row["tokens"], row["provider"]) for row in table["rows"]} == {(1, "copy"), (1, "factored")}
+    reasons = {(row.get("cell"), row["provider"]): row["reason"] for row in table["absent"]}
+    assert reasons["24/12/4 T=1", "factored-compiled"] == "not compiled, no time was left; give --limit more"
+    assert reasons["24/12/4 T=9", "all"] == "skipped: no time was left; give --limit more"
 
 
 @pytest.mark.parametrize("impl", AVAILABLE)
 def test_saved_bytes(impl: str) -> None:
-    saved = saved_bytes(providers.providers()[impl].bind, random_case(SHAPE, 50))
+    saved = providers.saved_bytes(providers.providers()[impl], random_case(SHAPE, 50))
+    assert saved is not None
     bottleneck = 50 * SHAPE.d * 4
     assert saved == 0 if impl not in ("dense", "factored") else saved >= bottleneck
 
@@ -142,9 +151,9 @@ def test_every_available_impl_has_a_provider() -> None:
 def test_forward_is_without_grad_and_both_gives_every_gradient() -> None:
     case = random_case(SHAPE, 5)
     provider = providers.providers()["factored"]
-    out = providers.timed(provider, case, cost.FORWARD)()
+    out = providers.make_call(provider, case, cost.FORWARD)()
     assert isinstance(out, torch.Tensor) and not out.requires_grad
-    grads = providers.timed(provider, case, cost.BOTH)()
+    grads = providers.make_call(provider, case, cost.BOTH)()
     assert isinstance(grads, tuple) and len(grads) == 9
     assert not case.x.requires_grad
 
@@ -162,17 +171,17 @@ def test_disturbed_samples_are_repeated_and_counted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(load, "involuntary_switches", lambda: 1000 * (next(switches) // 5))
     monkeypatch.setattr(load.Moment, "crowded", lambda *_: False)
     monkeypatch.setattr(load, "WINDOW", 0.0)
-    timing = measure.Timing(lambda: time.sleep(1e-3))
-    measure.interleave([timing], 6, 1.0, threads=1, cores=1)
+    timing = rounds.Timing(lambda: time.sleep(1e-3))
+    rounds.interleave([timing], 6, 1.0, threads=1, cores=1)
     assert (len(timing.samples), len(timing.disturbed), timing.quiet) == (6, 1, True)
 
 
 def test_a_machine_that_is_never_quiet_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load.Moment, "crowded", lambda *_: True)
-    timing = measure.Timing(lambda: None)
-    measure.interleave([timing], 5, 1.0, threads=1, cores=1)
+    timing = rounds.Timing(lambda: None)
+    rounds.interleave([timing], 5, 1.0, threads=1, cores=1)
     assert (timing.samples, timing.quiet) == ([], False)
-    assert len(timing.disturbed) == 5 * measure.MAX_REPEATS
+    assert len(timing.disturbed) == 5 * rounds.MAX_REPEATS
     assert timing.quantiles()[0] > 0
 
 
@@ -186,19 +195,19 @@ def test_crowded() -> None:
 
 
 def test_quantiles() -> None:
-    timing = measure.Timing(lambda: None, samples=[5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    timing = rounds.Timing(lambda: None, samples=[5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert timing.quantiles() == (2.0, 3.5, 5.0)
 
 
 def test_page_faults_are_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    removed, kept = (page_faults.environment(kind, 3) for kind in ("removed", "kept"))
-    assert all(removed[name] == "4294967296" for name in page_faults.VARIABLES)
-    assert not set(page_faults.VARIABLES) & set(kept)
+    removed, kept = (cpu.environment(kind, 3) for kind in ("removed", "kept"))
+    assert all(removed[name] == "4294967296" for name in cpu.VARIABLES)
+    assert not set(cpu.VARIABLES) & set(kept)
     assert removed["OMP_NUM_THREADS"] == "3" and kept["PATH"] == os.environ["PATH"]
 
 
-@pytest.mark.parametrize("settings", [Settings(), QUICK, SMALL, CUDA, CUDA_QUICK])
+@pytest.mark.parametrize("settings", [Settings(), CPU_QUICK, SMALL, CUDA, CUDA_QUICK])
 def test_settings_survive_json(settings: Settings) -> None:
     assert Settings.from_json(settings.to_json()) == settings
     assert isinstance(Settings.from_json(settings.to_json()).shapes[0], Shape)

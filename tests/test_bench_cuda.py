@@ -12,21 +12,19 @@ import torch
 
 from compacter_kernels import cli
 from compacter_kernels.accuracy import Oracle, Shape, random_case
-from compacter_kernels.bench import cost
-from compacter_kernels.bench.cuda import command, gate, inputs, report, sweep
-from compacter_kernels.bench.cuda.calls import make_call
-from compacter_kernels.bench.providers import Provider
-from compacter_kernels.bench.rivals import rivals
-from compacter_kernels.bench.rows import Cell
+from compacter_kernels.bench import cost, cuda, gate, report, worker
+from compacter_kernels.bench.providers import Provider, make_call, providers
 from compacter_kernels.bench.settings import CUDA
+from compacter_kernels.bench.timer import Cell
 
 SHAPE = Shape(96, 24, 4)
 BF16 = torch.bfloat16
-EAGER = [provider for provider in rivals(BF16) if not provider.compiled]
+PROVIDERS = providers("cuda", BF16)
+LOOSE = [provider for provider in PROVIDERS.values() if provider.loose and not provider.compiled]
 
 
-@pytest.mark.parametrize("provider", EAGER, ids=lambda provider: provider.name)
-def test_rivals_in_low_precision_pass_their_own_gate(provider: Provider) -> None:
+@pytest.mark.parametrize("provider", LOOSE, ids=lambda provider: provider.name)
+def test_providers_in_low_precision_pass_their_own_gate(provider: Provider) -> None:
     verdict = gate.judge(provider, Oracle(random_case(SHAPE, 64, dtype=BF16)))
     assert verdict.wrong is None
     strict = gate.judge(provider._replace(loose=False), Oracle(random_case(SHAPE, 64, dtype=BF16)))
@@ -41,32 +39,38 @@ def test_a_wrong_provider_fails_either_gate(loose: bool) -> None:
     assert gate.judge(wrong, Oracle(case)).wrong is not None
 
 
-def test_rivals_of_a_wide_dtype_have_no_low_precision() -> None:
-    assert [provider.name for provider in rivals(torch.float32)] == ["dense-compiled", "factored-compiled"]
+def test_providers_of_a_wide_dtype_have_no_low_precision() -> None:
+    wide = providers("cuda", torch.float32)
+    assert [name for name in PROVIDERS if name not in wide] == [p.name for p in PROVIDERS.values() if p.loose]
+    assert [name for name in wide if name.endswith("compiled")] == ["dense-compiled", "factored-compiled"]
+    assert not any(provider.loose for provider in wide.values())
 
 
 def test_what_a_call_returns_is_what_a_fused_call_writes() -> None:
     case = random_case(SHAPE, 8, dtype=BF16)
-    copy = sweep.all_providers(BF16)["copy"]
-    dense = sweep.all_providers(BF16)["dense"]
-    assert [len(make_call(copy, case, d)()) for d in cost.DIRECTIONS] == [1, 2]
-    assert [len(make_call(dense, case, d)()) for d in cost.DIRECTIONS] == [1, 1 + 9]
+    for name, gradients in (("copy", 1), ("dense", 9)):
+        provider = PROVIDERS[name]
+        out = make_call(provider, case, cost.FORWARD, keep_out=True)()
+        assert isinstance(out, torch.Tensor) and out.shape == case.x.shape
+        both = make_call(provider, case, cost.BOTH, keep_out=True)()
+        assert isinstance(both, tuple) and len(both) == 1 + gradients
+        assert torch.equal(both[0], out) and not both[0].requires_grad
 
 
 def test_copies_are_several_times_the_cache() -> None:
     for tokens in (1, 256, 16384):
         cell = Cell(Shape(768, 24, 4), tokens)
         for direction in cost.DIRECTIONS:
-            count = inputs.copies_needed(cell, BF16, direction, 60 * 2**20)
+            count = cuda.copies_needed(cell, BF16, direction, 60 * 2**20)
             together = count * cost.traffic(cell.shape, tokens, direction, 2)
             assert together >= 3 * 60 * 2**20
-    assert inputs.copies_needed(Cell(Shape(4096, 128, 8), 65536), BF16, cost.BOTH, 60 * 2**20) == 2
+    assert cuda.copies_needed(Cell(Shape(4096, 128, 8), 65536), BF16, cost.BOTH, 60 * 2**20) == 2
 
 
 def test_the_shares_of_the_shapes_fit_into_the_limit() -> None:
     left, seconds = CUDA.shapes, CUDA.limit
     for index, shape in enumerate(left):
-        share = command._allowance(CUDA, left[index:], seconds)
+        share = cuda.allowance(CUDA, left[index:], seconds)
         assert 0 < share <= seconds
         seconds -= share
         assert shape not in CUDA.compiled_shapes or share >= 60
@@ -77,10 +81,10 @@ def test_a_measuring_process_that_dies_or_hangs_leaves_what_it_wrote(monkeypatch
     """The last argument of the process is where it writes its table."""
     settings = CUDA.__class__(shapes=(SHAPE,), device="cuda", limit=3.0)
     for ending, reason in (("exit 3", "exit code 3"), ("sleep 60", "stopped after 3 s")):
-        script = f'echo \'{{"rows": [1], "absent": []}}\' > "$0"; {ending}'
-        monkeypatch.setattr(command, "WORKER", ("sh", "-c", script))
-        table = command.measure(settings)
-        assert table["rows"] == [1]
+        script = f'echo \'{{"rows": [{{"tokens": 1}}], "absent": []}}\' > "$0"; {ending}'
+        monkeypatch.setattr(worker, "COMMAND", ("sh", "-c", script))
+        ((table,),) = cuda.tables(settings)
+        assert table["rows"] == [{"tokens": 1}]
         (failed,) = table["absent"]
         assert failed["wrong"] and reason in failed["reason"]
 
@@ -99,7 +103,7 @@ def test_the_report_marks_what_is_beyond_the_contract(tmp_path: Path) -> None:
     absent = [{"provider": name, "reason": "no", "wrong": False, "cell": "c"} for name in ("a", "b")]
     rows = [_row("fused", d) for d in cost.DIRECTIONS] + [_row("dense-lowp", cost.FORWARD, error_over_limit=2.0)]
     table = {"device": device, "machine": dict.fromkeys(names), "rates": {"copy_gb_per_s": 1.0}}
-    found = {"settings": {"dtype": "bfloat16"}, "tables": [{**table, "rows": rows, "absent": absent}]}
+    found = {"settings": {"device": "cuda", "dtype": "bfloat16"}, "tables": [{**table, "rows": rows, "absent": absent}]}
     paths = report.write(found, tmp_path)
     assert json.loads(paths[0].read_text()) == found
     assert len(list(csv.DictReader(paths[1].read_text().splitlines()))) == 3
@@ -109,7 +113,7 @@ def test_the_report_marks_what_is_beyond_the_contract(tmp_path: Path) -> None:
 
 
 def test_a_report_with_nothing_measured(tmp_path: Path) -> None:
-    found = {"settings": {"dtype": "bfloat16"}, "tables": [{"rows": [], "absent": []}]}
+    found = {"settings": {"device": "cuda", "dtype": "bfloat16"}, "tables": [{"rows": [], "absent": []}]}
     assert all(path.is_file() for path in report.write(found, tmp_path))
 
 

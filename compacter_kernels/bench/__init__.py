@@ -1,1 +1,1 @@
-"""The micro-benchmark: every impl, and what a user could run instead, interleaved in one process."""
+"""The micro-benchmark: every impl, and a user's alternatives, timed in turns in one process."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compacter_kernels import options
-from compacter_kernels.bench import page_faults, plots, report
-from compacter_kernels.bench.cuda import command as cuda, device, report as cuda_report
-from compacter_kernels.bench.cuda.sweep import all_providers
-from compacter_kernels.bench.providers import Provider, missing, providers
-from compacter_kernels.bench.settings import CUDA, CUDA_QUICK, PAGE_FAULTS, QUICK, Settings
+from compacter_kernels.bench import cpu, cuda, plots, report
+from compacter_kernels.bench.providers import missing, providers
+from compacter_kernels.bench.settings import CPU, CUDA, DEFAULTS, PAGE_FAULTS, Settings
+
+TABLES = {"cpu": cpu.tables, "cuda": cuda.tables}
 
 EPILOG = """examples:
   compacter-kernels bench --quick
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu; the defaults below are the cpu's")
     add("--quick", action="store_true", help="one shape, three token counts, one table: about a minute")
-    add("--shapes", type=options.shapes, metavar="k/d/n,...", help=f"default {_list(Settings.shapes)}")
-    add("--tokens", type=options.tokens, metavar="T,...", help=f"default {_list(Settings.tokens)}")
-    add("--dtype", type=options.dtype, help=f"of x, of {', '.join(options.DTYPES)}; default {Settings.dtype}")
+    add("--shapes", type=options.shapes, metavar="k/d/n,...", help=f"default {_list(CPU.shapes)}")
+    add("--tokens", type=options.tokens, metavar="T,...", help=f"default {_list(CPU.tokens)}")
+    add("--dtype", type=options.dtype, help=f"of x, of {', '.join(options.DTYPES)}; default {CPU.dtype}")
     add("--impl", type=options.names, metavar="NAMES", help="the providers to time; default all")
     add("--threads", type=options.positive, help="of torch; default torch's own number (cpu)")
     add("--rounds", type=options.positive, help="samples of each row; default as many as fit into --seconds")
-    add("--seconds", type=float, help=f"for each shape and token count, default {Settings.seconds:g}")
+    add("--seconds", type=float, help=f"for each shape and token count, default {CPU.seconds:g}")
     add("--page-faults", choices=(*PAGE_FAULTS, "both"), help="which tables; default both (cpu)")
     add("--compiled-shapes", type=options.shapes, metavar="k/d/n,...", help="where torch.compile is timed too (cuda)")
     add("--limit", type=float, help=f"seconds for the whole sweep, default {CUDA.limit:g} (cuda)")
@@ -60,33 +60,18 @@ def _list(values: tuple[object, ...]) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    given = {
-        "shapes": args.shapes and tuple(args.shapes),
-        "tokens": args.tokens and tuple(args.tokens),
-        "dtype": args.dtype,
-        "providers": args.impl and tuple(args.impl),
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "seconds": args.seconds,
-        "page_faults": {None: None, "both": PAGE_FAULTS}.get(args.page_faults, (args.page_faults,)),
-        "compiled_shapes": args.compiled_shapes and tuple(args.compiled_shapes),
-        "limit": args.limit,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    presets = {("cpu", False): Settings(), ("cpu", True): QUICK, ("cuda", False): CUDA, ("cuda", True): CUDA_QUICK}
-    return dataclasses.replace(presets[args.device, args.quick], **given)
-
-
-def _check_providers(names: list[str] | None, known: dict[str, Provider], absent: dict[str, str]) -> None:
-    for name in names or ():
-        if name in absent:
-            raise ValueError(f"--impl {name} cannot run here: {absent[name]}")
-        if name not in known:
-            raise ValueError(f"--impl {name} is not known; choose of {', '.join(known)}")
+    """Return the defaults of the device, with the options that were given."""
+    names = ("shapes", "tokens", "dtype", "threads", "rounds", "seconds", "page_faults", "compiled_shapes", "limit")
+    given = {**{name: getattr(args, name) for name in names}, "providers": args.impl}
+    if args.page_faults is not None:
+        given["page_faults"] = list(PAGE_FAULTS) if args.page_faults == "both" else [args.page_faults]
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    defaults = DEFAULTS[args.device, args.quick]
+    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise for options that are wrong or of the other device, before any work."""
+    """Raise for options that are wrong or belong to the other device, before any work."""
     other = {"cpu": ("compiled_shapes", "limit"), "cuda": ("threads", "page_faults")}[args.device]
     for name in other:
         if getattr(args, name) is not None:
@@ -96,41 +81,33 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"--{name} must be a number > 0, got {value:g}")
     if args.device == "cuda":
-        device.require()
+        cuda.require()
     if not args.no_plot:
         plots.require()
 
 
-def _measure_cpu(settings: Settings, args: argparse.Namespace) -> tuple[dict[str, Any], list[Path], str]:
-    tables = [page_faults.measure(settings, kind) for kind in settings.page_faults]
-    found = {"settings": json.loads(settings.to_json()), "tables": tables}
-    paths = report.write(found, args.out)
-    if not args.no_plot:
-        for table in tables:
-            kind, dtype = table["page_faults"], settings.dtype
-            title = f"{dtype}, {table['machine']['threads']} threads, page faults {kind}"
-            paths.append(plots.write(table, title, args.out / f"bench_faults_{kind}.png"))
-    return found, paths, report.text(found)
-
-
-def _measure_cuda(settings: Settings, args: argparse.Namespace) -> tuple[dict[str, Any], list[Path], str]:
-    found = cuda.run(settings, args.out)
-    paths = cuda_report.write(found, args.out)
-    (table,) = found["tables"]
-    if table["rows"] and not args.no_plot:
-        title = f"{settings.dtype}, {table['device']['gpu']}, cold"
-        paths.append(plots.write(table, title, args.out / "bench.png"))
-    return found, paths, cuda_report.text(found)
+def _check_providers(settings: Settings) -> None:
+    known, absent = providers(settings.device, options.DTYPES[settings.dtype]), missing(settings.device)
+    for name in settings.providers or ():
+        if name in absent:
+            raise ValueError(f"--impl {name} cannot run here: {absent[name]}")
+        if name not in known:
+            raise ValueError(f"--impl {name} is not known; choose of {', '.join(known)}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report; 0 when every provider that ran passed the correctness gate."""
     _check(args)
     settings = _settings(args)
-    known = providers() if args.device == "cpu" else all_providers(options.DTYPES[settings.dtype])
-    _check_providers(args.impl, known, missing(args.device))
+    _check_providers(settings)
     args.out.mkdir(parents=True, exist_ok=True)
-    found, paths, text = (_measure_cpu if args.device == "cpu" else _measure_cuda)(settings, args)
-    print(json.dumps(found, indent=1) if args.json else text)
+    results: dict[str, Any] = {"settings": json.loads(settings.to_json())}
+    paths: list[Path] = []
+    for tables in TABLES[args.device](settings):
+        results["tables"] = tables
+        paths = report.write(results, args.out)
+    if not args.no_plot:
+        paths += plots.write(results, args.out)
+    print(json.dumps(results, indent=1) if args.json else report.text(results))
     print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
-    return 1 if any(absent["wrong"] for table in found["tables"] for absent in table["absent"]) else 0
+    return 1 if any(absent["wrong"] for table in results["tables"] for absent in table["absent"]) else 0

@@ -1,4 +1,4 @@
-"""What one adapter call must compute and move, by the model of the fused kernel at rank 1."""
+"""The operations and bytes of one adapter call, by the model of the fused kernel at rank 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PASSES = {FORWARD: 2, BOTH: 5}  # forward reads x and writes out; backward reads
 
 
 def flops(shape: Shape, tokens: int, direction: str) -> int:
-    """Forward 4kn + 4dn + 4n^3 a token; backward, which computes all but x again, 10kn + 12dn + 12n^3 more."""
+    """Return 4kn + 4dn + 4n^3 operations a token; backward adds 10kn + 12dn + 12n^3."""
     k, d, n = shape
     forward = 4 * k * n + 4 * d * n + 4 * n**3
     backward = 10 * k * n + 12 * d * n + 12 * n**3
@@ -18,5 +18,5 @@ def flops(shape: Shape, tokens: int, direction: str) -> int:
 
 
 def traffic(shape: Shape, tokens: int, direction: str, itemsize: int) -> int:
-    """Bytes: the passes over (T, k), each element of `itemsize` bytes."""
+    """Return the bytes of the passes over (T, k), with elements of `itemsize` bytes."""
     return PASSES[direction] * tokens * shape.k * itemsize

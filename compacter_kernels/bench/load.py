@@ -1,8 +1,9 @@
-"""Whether other load disturbed a measurement: what the operating system says of the time that went by.
+"""Whether other load disturbed a measurement, by three counters of the operating system.
 
-Three witnesses. Involuntary context switches: other processes took a core from one of our threads. Stolen time: another
-virtual machine did. And the processor time that the machine spent beyond ours: fewer cores were free than our threads
-need. The first tells within a sample of a millisecond; the others count in ticks of 10 ms and are asked once a WINDOW.
+Involuntary context switches mean that other processes took a core from one of our threads. Stolen
+time means that another virtual machine took one. Processor time of the machine beyond ours means
+that fewer cores were free than our threads need. The first counter serves a sample of a
+millisecond; the others count in ticks of 10 ms and are read once in a WINDOW.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-SWITCHES_PER_SECOND = 125  # two busy threads on two idle cores were seen to have 50 to 105, beside another process 215
+SWITCHES_PER_SECOND = 125  # of two threads on two idle cores 50 to 105 were seen, beside other load 215
 SPARE_CORES = 0.1
 WINDOW = 0.1  # seconds
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def involuntary_switches() -> int:
-    """Involuntary context switches of all threads of this process so far."""
+    """Return the involuntary context switches of all threads of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def page_faults() -> int:
-    """Page faults of this process so far that needed no disk."""
+    """Return the page faults of this process so far that needed no disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def preempted(switches: int, seconds: float) -> bool:
-    """Whether that many involuntary switches are more than an idle machine makes."""
+    """Return whether that many involuntary switches are more than an idle machine makes."""
     return switches > 1 + SWITCHES_PER_SECOND * seconds
 
 
 class Moment(NamedTuple):
-    """Clocks, in seconds: the wall's, ours, the whole machine's busy time and its stolen time (0 where not known)."""
+    """Seconds of the wall clock, of our threads, of the busy machine, and stolen ones."""
 
     wall: float
     own: float
@@ -44,7 +45,7 @@ class Moment(NamedTuple):
 
     @classmethod
     def now(cls) -> Moment:
-        """The clocks of this moment."""
+        """Read the clocks."""
         busy = stolen = 0.0
         try:
             with Path("/proc/stat").open(encoding="ascii") as file:
@@ -55,7 +56,7 @@ class Moment(NamedTuple):
         return cls(time.perf_counter(), time.process_time(), busy, stolen)
 
     def crowded(self, later: Moment, threads: int, cores: int) -> bool:
-        """Whether between the two moments fewer cores than `threads` were left to us."""
+        """Return whether between the two moments fewer cores than `threads` were left to us."""
         wall = later.wall - self.wall
         others = max(0.0, later.busy - self.busy - (later.own - self.own)) + (later.stolen - self.stolen)
         return others - 2 * TICK > (max(0, cores - threads) + SPARE_CORES) * wall

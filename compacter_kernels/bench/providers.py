@@ -1,7 +1,8 @@
-"""What is timed: the public function through each impl, and what a user could run instead of it."""
+"""The providers: every timed way to compute the adapter, and the copy they are compared with."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,38 +10,76 @@ import torch
 from torch import Tensor
 
 import compacter_kernels as ck
+from compacter_kernels import saved
 from compacter_kernels.accuracy import Case, Shape, random_case
-from compacter_kernels.activations import resolve
+from compacter_kernels.bench import calls
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.dispatch import IMPLS, PLAIN
 from compacter_kernels.problem import adapter_problem
 
-Call = Callable[[], Tensor]
-COMPILED = "factored-compiled"
-
 
 class Provider(NamedTuple):
-    """bind(case) prepares what is not to be timed and returns the call that is; its output can be differentiated.
+    """bind(case) prepares whatever is not timed, and returns the call that is.
 
-    `checked` providers compute the adapter, so the correctness gate is for them; a `loose` one computes in x's own
-    dtype, which is beyond the contract's error, and passes a gate of its own (`compacter_kernels.bench.rivals`).
+    checked: False for the copy, which computes no adapter and passes no gate. loose: True where it
+    computes in the dtype of x, which is beyond the contract's error; the gate has a second limit
+    for it. compiled: True where it goes through torch.compile.
     """
 
     name: str
-    bind: Callable[[Case], Call]
+    bind: calls.Bind
     directions: tuple[str, ...] = DIRECTIONS
     checked: bool = True
     loose: bool = False
     compiled: bool = False
 
 
-def _copy(case: Case) -> Call:
-    return case.x.clone
+def _fused(device: str) -> dict[str, str | None]:
+    """Return every fused impl, and why it does not serve that device in this process."""
+    case = random_case(Shape(24, 12, 4), 1)
+    assert case.up is not None
+    problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
+    available = ck.available_impls()
+    return {name: available[name] or IMPLS[name].refuses(problem) for name in IMPLS if name not in PLAIN}
 
 
-def _copy_both(case: Case) -> Call:
-    """The bytes of a fused forward and backward: read x, write out; read x and the gradient, write dx. No autograd."""
+def missing(device: str = "cpu") -> dict[str, str]:
+    """Return the fused impls that this process cannot run on the device, and why."""
+    return {name: reason for name, reason in _fused(device).items() if reason is not None}
+
+
+def providers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Provider]:
+    """Return all providers of the device by name; those in low precision if x has 16 bits."""
+    dense, factored = calls.through("dense"), calls.through("factored")
+    fused = [name for name, reason in _fused(device).items() if reason is None]
+    table = [
+        Provider("copy", lambda case: case.x.clone, checked=False),
+        Provider("dense", calls.eager(dense)),
+        Provider("dense-cached", calls.dense_cached, (FORWARD,)),
+        Provider("factored", calls.eager(factored)),
+    ]
+    if device == "cpu":
+        table.append(Provider("factored-compiled", calls.compiled_for_each_cell(factored), compiled=True))
+    table += [Provider(name, calls.eager(calls.through(name))) for name in fused]
+    if device == "cuda":
+        compiled = {"dense": dense, "factored": factored}
+        if dtype.itemsize == 2:
+            lowp = {"dense-lowp": calls.dense_lowp, "factored-lowp": calls.factored_lowp}
+            table += [Provider(name, calls.eager(adapter), loose=True) for name, adapter in lowp.items()]
+            cached = functools.partial(calls.dense_cached, lowp=True)
+            table.append(Provider("dense-cached-lowp", cached, (FORWARD,), loose=True))
+            compiled |= lowp
+        for name, adapter in compiled.items():
+            loose, bind = name.endswith("lowp"), calls.compiled_once(adapter)
+            table.append(Provider(f"{name}-compiled", bind, loose=loose, compiled=True))
+    return {provider.name: provider for provider in table}
+
+
+def _copy_both(case: Case, keep_out: bool) -> Callable[[], object]:
+    """Move the bytes of a fused call: read x, write out; read x and the gradient, write dx."""
     x, grad = case.x, case.grad
+    if keep_out:
+        return lambda: (x.clone(), torch.add(x, grad))
 
     def run() -> Tensor:
         x.clone()
@@ -49,64 +88,11 @@ def _copy_both(case: Case) -> Call:
     return run
 
 
-def _through(impl: str) -> Callable[[Case], Call]:
-    def bind(case: Case) -> Call:
-        x, down, up, residual, _, activation = case
-        assert up is not None
-        return lambda: ck.compacter_adapter(x, down, up, activation=activation, residual=residual, impl=impl)
+def make_call(provider: Provider, case: Case, direction: str, keep_out: bool = False) -> Callable[[], object]:
+    """Return the call to time: without grad, or with the gradients of x and of all parameters.
 
-    return bind
-
-
-def _dense_cached(case: Case) -> Call:
-    x, down, up, residual, _, name = case
-    assert up is not None
-    wide = torch.promote_types(x.dtype, torch.float32)
-    first, second = ck.phm_matrix(down).to(wide), ck.phm_matrix(up).to(wide)
-    bias, up_bias = (torch.zeros(()) if b is None else b.to(wide) for b in (down.bias, up.bias))
-    activation = resolve(name).function
-
-    def run() -> Tensor:
-        y = torch.addmm(up_bias, activation(torch.addmm(bias, x.to(wide), first)), second)
-        return (y if residual is None else y + residual).to(x.dtype)
-
-    return run
-
-
-def _compiled(case: Case) -> Call:
-    return torch.compile(_through("factored")(case), fullgraph=True, dynamic=False)
-
-
-def _fused(device: str) -> dict[str, str | None]:
-    """Every fused impl, and why it does not serve that device in this process."""
-    case = random_case(Shape(24, 12, 4), 1)
-    assert case.up is not None
-    problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
-    available = ck.available_impls()
-    return {name: available[name] or IMPLS[name].refuses(problem) for name in IMPLS if name not in PLAIN}
-
-
-def providers(device: str = "cpu") -> dict[str, Provider]:
-    """All of them by name; the fused impls are those that this process can run."""
-    fused = [name for name, reason in _fused(device).items() if reason is None]
-    found = [
-        Provider("copy", _copy, checked=False),
-        Provider("dense", _through("dense")),
-        Provider("dense-cached", _dense_cached, (FORWARD,)),
-        Provider("factored", _through("factored")),
-        *([] if device == "cuda" else [Provider(COMPILED, _compiled, compiled=True)]),
-        *(Provider(name, _through(name)) for name in fused),
-    ]
-    return {provider.name: provider for provider in found}
-
-
-def missing(device: str = "cpu") -> dict[str, str]:
-    """The fused impls that this process cannot run there, and why."""
-    return {name: why for name, why in _fused(device).items() if why is not None}
-
-
-def timed(provider: Provider, case: Case, direction: str) -> Callable[[], object]:
-    """The call to time: without grad for forward; else also the gradients of x and of all parameters."""
+    keep_out: return the output beside the gradients, so that all are in memory at the same time.
+    """
     if direction == FORWARD:
         run = provider.bind(case)
 
@@ -115,9 +101,23 @@ def timed(provider: Provider, case: Case, direction: str) -> Callable[[], object
                 return run()
 
         return forward
-    assert direction == BOTH
     if not provider.checked:
-        return _copy_both(case)
+        return _copy_both(case, keep_out)
     case = case.map(lambda t: t.detach().requires_grad_())
     wanted, grad, run = list(case.tensors().values()), case.grad.detach(), provider.bind(case)
-    return lambda: torch.autograd.grad(run(), wanted, grad)
+    if not keep_out:
+        return lambda: torch.autograd.grad(run(), wanted, grad)
+
+    def both() -> tuple[Tensor, ...]:
+        out = run()
+        return (out.detach(), *torch.autograd.grad(out, wanted, grad))
+
+    return both
+
+
+def saved_bytes(provider: Provider, case: Case) -> int | None:
+    """Return the bytes that a call keeps for its backward, beyond its inputs; None without one."""
+    if not (provider.checked and BOTH in provider.directions):
+        return None
+    case = case.map(lambda t: t.detach().requires_grad_())
+    return saved.saved_bytes(provider.bind(case), case.tensors().values())

@@ -1,146 +1,124 @@
-"""The results as text, CSV and JSON."""
+"""The results as JSON, CSV and text."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compacter_kernels.bench.cost import BOTH, FORWARD
+from compacter_kernels.bench.columns import CSV, HEAD, LAST, LEGEND, TEXT
 
-LEGEND = """\
-forward  without grad; fwd+bwd: the output, and the gradients of x and of all parameters
-20-80 %  how far these quantiles are from the median, which is the time shown
-/clone   over one x.clone() of the same shape (forward: the copy that moves as many bytes)
-/copy    over the copy that moves as many bytes as a fused forward and backward: x.clone(), then dx = x + grad
-dense/   dense over this: how many times faster than building H in each call
-sgemm    share of the sgemm rate of the same rounds, by the model's operations at rank 1
-saved    bytes kept for backward beyond x and the parameters
-"""
+Row = dict[str, Any]
 
 
 def duration(ms: float | None) -> str:
-    """Milliseconds with three digits, in the unit that suits."""
+    """Return milliseconds with three digits, in the unit that suits; "-" for None."""
     if ms is None:
         return "-"
-    for factor, unit in ((1e3, "us"), (1.0, "ms"), (1e-3, "s")):
-        value = ms * factor
-        if value < 1000 or unit == "s":
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    raise AssertionError
+    value, unit = (ms * 1e3, "us") if ms < 1 else (ms, "ms") if ms < 1000 else (ms / 1e3, "s")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
-def number(value: float | None, pattern: str = "{:.2f}") -> str:
-    """The number by the pattern, "-" for None."""
-    return "-" if value is None else pattern.format(value)
+def _text(pattern: str, row: Row) -> str:
+    """Return the values of a row by the pattern, or "-" where the row lacks one or has None."""
+    try:
+        return pattern.format_map(row)
+    except (KeyError, TypeError):
+        return "-"
 
 
-def spread(row: dict[str, Any]) -> str:
-    """How far the quantiles of a row are from its median."""
-    return f"{row['ms_q20'] / row['ms'] - 1:+.0%} {row['ms_q80'] / row['ms'] - 1:+.0%}" if row else "-"
+def _line(device: str, tokens: str, name: str, rows: list[Row]) -> list[str]:
+    """Return a line of a table, for the rows of a provider in its directions.
+
+    The name gets * for too few undisturbed samples, and ~ for an error beyond the contract.
+    """
+    by_direction: dict[str, Row] = {}
+    for row in rows:
+        ms, low, high = (row[key] for key in ("ms", "ms_q20", "ms_q80"))
+        shown = {**row, "time": duration(ms), "spread": f"{low / ms - 1:+.0%} {high / ms - 1:+.0%}"}
+        for key in ("peak", "saved"):
+            size = row.get(f"{key}_bytes")
+            shown[f"{key}_mb"] = None if size is None else size / 1e6
+        by_direction[row["direction"]] = by_direction[LAST] = shown
+    if not all(row.get("quiet", True) for row in rows):
+        name += " *"
+    if (rows[0].get("error_over_limit") or 0) > 1:
+        name += " ~"
+    return [tokens, name, *(_text(pattern, by_direction.get(which, {})) for _, which, pattern in TEXT[device])]
 
 
-def _line(tokens: str, forward: dict[str, Any], both: dict[str, Any], name: str) -> list[str]:
-    mark = "" if forward["quiet"] and both.get("quiet", True) else " *"
-    return [
-        tokens,
-        name + mark,
-        duration(forward["ms"]),
-        spread(forward),
-        number(forward["over_clone"]),
-        number(forward["dense_over_this"]),
-        number(forward["share_of_sgemm"], "{:.0%}"),
-        duration(both.get("ms")),
-        spread(both),
-        number(both.get("over_clone")),
-        number(both.get("over_equal_copy")),
-        number(both.get("dense_over_this")),
-        number(forward["saved_bytes"], "{:,}"),
-    ]
+def _block(device: str, shape: tuple[int, ...], rows: list[Row]) -> str:
+    """Return the table of a shape with aligned columns; the second is flush left."""
+    lines, last = [["T", "provider", *(heading for heading, _, _ in TEXT[device])]], None
+    for (tokens, name), group in groupby(rows, key=lambda row: (row["tokens"], row["provider"])):
+        lines.append(_line(device, "" if tokens == last else str(tokens), name, list(group)))
+        last = tokens
+    columns = []
+    for i, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i == 1 else cell.rjust(width) for cell in column])
+    table = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    return "\n".join([f"{'/'.join(map(str, shape))} (k/d/n)", *table])
 
 
-_HEAD = [
-    "T",
-    "provider",
-    "forward",
-    "20-80 %",
-    "/clone",
-    "dense/",
-    "sgemm",
-    "fwd+bwd",
-    "20-80 %",
-    "/clone",
-    "/copy",
-    "dense/",
-    "saved",
-]
+def _notes(device: str, table: dict[str, Any]) -> list[str]:
+    """Return one line for each reason why providers are absent, then the disturbed samples."""
+    absent: dict[str, list[Row]] = {}
+    for row in table["absent"]:
+        absent.setdefault(row["reason"], []).append(row)
+    lines = []
+    for reason, rows in absent.items():
+        providers = ", ".join(dict.fromkeys(row["provider"] for row in rows))
+        cells = ", ".join(dict.fromkeys(row["cell"] for row in rows if "cell" in row))
+        lines.append(f"absent: {providers}: {reason}" + (f" ({cells})" if cells else ""))
+    if device == "cpu":
+        repeated, samples = (sum(row[name] for row in table["rows"]) for name in ("repeated", "samples"))
+        lines.append(f"{repeated} samples were disturbed by other load and repeated, {samples} were not")
+        if not all(row["quiet"] for row in table["rows"]):
+            lines.append("* too few undisturbed samples: this row counts the disturbed ones; repeat on a quiet machine")
+    return lines
 
 
-def aligned(lines: list[list[str]]) -> list[str]:
-    """The cells of a table in columns; the second is flush left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
-def table_text(table: dict[str, Any], dtype: str) -> str:
-    """One block for each shape, then what is absent and how many samples were repeated."""
+def table_text(device: str, table: dict[str, Any], dtype: str) -> str:
+    """Return one block for each shape, then the notes; on the CPU below a title."""
     blocks = []
-    rates, machine = table["rates"], table["machine"]
-    blocks.append(
-        f"page faults {table['page_faults']}, {dtype}, {machine['threads']} threads, "
-        f"copy {rates['copy_gb_per_s']:.1f} GB/s, sgemm {number(rates['sgemm_gflops'], '{:.0f}')} GFLOP/s"
-    )
-    for shape, rows in itertools.groupby(table["rows"], key=lambda row: (row["k"], row["d"], row["n"])):
-        lines, last = [_HEAD], None
-        for (tokens, name), pair in itertools.groupby(rows, key=lambda row: (row["tokens"], row["provider"])):
-            by_direction = {row["direction"]: row for row in pair}
-            shown = str(tokens) if tokens != last else ""
-            lines.append(_line(shown, by_direction[FORWARD], by_direction.get(BOTH, {}), name))
-            last = tokens
-        blocks.append("\n".join([f"{'/'.join(map(str, shape))} (k/d/n)", *aligned(lines)]))
-    notes = [
-        f"absent: {' '.join(filter(None, [a.get('cell'), a['provider']]))}: {a['reason']}" for a in table["absent"]
-    ]
-    repeated, samples = (sum(row[key] for row in table["rows"]) for key in ("repeated", "samples"))
-    notes.append(f"{repeated} samples were disturbed by other load and repeated, {samples} were not")
-    if not all(row["quiet"] for row in table["rows"]):
-        notes.append("* too few undisturbed samples: this row counts the disturbed ones; repeat on a quiet machine")
-    return "\n\n".join([*blocks, "\n".join(notes)])
+    if device == "cpu":
+        rates = table["rates"]
+        blocks.append(
+            f"page faults {table['page_faults']}, {dtype}, {table['machine']['threads']} threads, "
+            f"copy {rates['copy_gb_per_s']:.1f} GB/s, sgemm {_text('{sgemm_gflops:.0f}', rates)} GFLOP/s"
+        )
+    for shape, rows in groupby(table["rows"], key=lambda row: (row["k"], row["d"], row["n"])):
+        blocks.append(_block(device, shape, list(rows)))
+    return "\n\n".join(filter(None, [*blocks, "\n".join(_notes(device, table))]))
 
 
 def text(report: dict[str, Any]) -> str:
-    """Every table, for people."""
-    machine = report["tables"][0]["machine"]
-    head = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {machine['torch']}, "
-        f"compacter_kernels {machine['compacter_kernels']} ({machine['revision'] or 'no revision'}), "
-        f"instruction set {machine['native'].get('isa_in_use', 'none')}, {machine['time']}"
-    )
-    dtype = report["settings"]["dtype"]
-    return "\n\n".join([head, *(table_text(table, dtype) for table in report["tables"]), LEGEND])
+    """Return every table, below a line on the machine and above the legend."""
+    device, dtype, tables = report["settings"]["device"], report["settings"]["dtype"], report["tables"]
+    blocks = [table_text(device, table, dtype) for table in tables]
+    if "machine" in tables[0]:  # otherwise no shape was measured
+        machine, gpu = tables[0]["machine"], tables[0].get("device", {})
+        facts = {**machine, **gpu, **tables[0]["rates"], "dtype": dtype, "l2_mb": gpu.get("l2_bytes", 0) / 1e6}
+        facts["revision"] = machine["revision"] or "no revision"
+        facts["isa"] = machine.get("native", {}).get("isa_in_use", "none")
+        blocks.insert(0, HEAD[device].format_map(facts))
+    return "\n\n".join([*filter(None, blocks), LEGEND[device]])
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """bench.json, bench.csv and bench.txt in the folder, which is made; the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write bench.json, bench.csv and bench.txt into the folder, and return their paths."""
+    device, dtype = report["settings"]["device"], report["settings"]["dtype"]
     paths = [folder / f"bench.{suffix}" for suffix in ("json", "csv", "txt")]
     paths[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    dtype = report["settings"]["dtype"]
-    flat = [
-        {"page_faults": t["page_faults"], "dtype": dtype, "threads": t["machine"]["threads"], **row}
-        for t in report["tables"]
-        for row in t["rows"]
-    ]
     with paths[1].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(flat[0]) if flat else ["page_faults"])
+        writer = csv.DictWriter(file, CSV[device], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(flat)
+        for table in report["tables"]:
+            facts = {"dtype": dtype, "page_faults": table.get("page_faults")}
+            facts |= {"threads": table.get("machine", {}).get("threads"), "gpu": table.get("device", {}).get("gpu")}
+            writer.writerows({**facts, **row} for row in table["rows"])
     paths[2].write_text(text(report), encoding="utf-8")
     return paths

@@ -1,4 +1,4 @@
-"""What one benchmark run measures."""
+"""The settings of one benchmark run, and their defaults for each device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 from compacter_kernels.accuracy import Shape
 
 PAGE_FAULTS = ("removed", "kept")
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sweep: every provider on every shape and token count.
+    """The sweep times every provider on every shape and token count.
 
-    shapes: k/d/n. tokens: rows of x. dtype: of x, by name; the parameters are float32 (float64 with a float64 x).
-    providers: names; None means all. threads: of torch; None keeps torch's own number. rounds: timed samples of each
-    row; None takes as many as fit into `seconds` per shape and token count, between MIN_ROUNDS and MAX_ROUNDS.
-    page_faults: one table for each, see `compacter_kernels.bench.page_faults`.
+    shapes: k/d/n. tokens: rows of x. dtype: of x, by name; the parameters are float32 (float64 with
+    a float64 x). providers: names; None means all. rounds: timed samples of each row; None takes as
+    many as fit into `seconds` per shape and token count, between MIN_ROUNDS and MAX_ROUNDS.
 
-    device: "cpu" or "cuda". On cuda threads and page_faults mean nothing, and there are two more. compiled_shapes:
-    where the providers under torch.compile run, which take a minute for each. limit: seconds for the whole sweep.
+    On the CPU, threads: of torch; None keeps torch's own number. page_faults: one table is measured
+    for each. On CUDA, compiled_shapes: where the providers under torch.compile run, which take a
+    minute for each; on the CPU they run everywhere. limit: seconds for the whole sweep.
     """
 
     shapes: tuple[Shape, ...] = (Shape(768, 24, 4), Shape(768, 48, 12), Shape(1024, 64, 8), Shape(4096, 128, 8))
@@ -37,12 +38,12 @@ class Settings:
     limit: float = 0.0
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """Return the settings as one JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """The settings that `to_json` wrote."""
+        """Return the settings that `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         for name in ("shapes", "compiled_shapes"):
@@ -50,14 +51,11 @@ class Settings:
         return cls(**values)
 
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
-QUICK = Settings(shapes=(Shape(768, 24, 4),), tokens=(1, 2048, 8192), seconds=1.5, page_faults=("removed",))
-
+CPU = Settings()
+CPU_QUICK = Settings(shapes=(Shape(768, 24, 4),), tokens=(1, 2048, 8192), seconds=1.5, page_faults=("removed",))
+_CUDA_SHAPES = ((768, 24, 4), (768, 48, 8), (768, 48, 12), (1024, 64, 8), (4096, 128, 8), (3072, 96, 12))
 CUDA = Settings(
-    shapes=tuple(
-        Shape(*sizes)
-        for sizes in ((768, 24, 4), (768, 48, 8), (768, 48, 12), (1024, 64, 8), (4096, 128, 8), (3072, 96, 12))
-    ),
+    shapes=tuple(Shape(*sizes) for sizes in _CUDA_SHAPES),
     tokens=(1, 256, 2048, 16384, 65536),
     dtype="bfloat16",
     seconds=1.0,
@@ -66,4 +64,5 @@ CUDA = Settings(
     compiled_shapes=(Shape(768, 24, 4), Shape(1024, 64, 8)),
     limit=300.0,
 )
-CUDA_QUICK = replace(CUDA, shapes=(Shape(768, 24, 4),), tokens=(1, 2048, 16384), compiled_shapes=(), limit=60.0)
+CUDA_QUICK = replace(CUDA, shapes=CUDA.shapes[:1], tokens=(1, 2048, 16384), compiled_shapes=(), limit=60.0)
+DEFAULTS = {("cpu", False): CPU, ("cpu", True): CPU_QUICK, ("cuda", False): CUDA, ("cuda", True): CUDA_QUICK}

@@ -1,125 +1,106 @@
-"""The sweep over shapes and token counts in this process: gate, then time."""
+"""The sweep over shapes and token counts: check every provider, then time those that passed."""
 
 from __future__ import annotations
 
 import itertools
-import os
+import math
 import statistics
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from compacter_kernels.accuracy import Case, Oracle, random_case
-from compacter_kernels.bench import cost, rates
-from compacter_kernels.bench.measure import Timing, interleave
-from compacter_kernels.bench.providers import COMPILED, Provider, missing, providers, timed
-from compacter_kernels.bench.rows import Cell, Timings, derive
-from compacter_kernels.bench.saved import saved_bytes
+from compacter_kernels.accuracy import Oracle
+from compacter_kernels.bench import cpu, cuda
+from compacter_kernels.bench.gate import first_tokens, judge
+from compacter_kernels.bench.providers import Provider, missing, providers, saved_bytes
+from compacter_kernels.bench.rows import derive
 from compacter_kernels.bench.settings import Settings
-from compacter_kernels.machine import memory_bytes
+from compacter_kernels.bench.timer import Cell, Timer
 from compacter_kernels.options import DTYPES
 
-GATE_ELEMENTS = 2**25  # of x: above, the gate checks as many tokens as have these, since its float64 copies take memory
-BUFFERS = 12  # like x: what dense, forward and backward, and the gate need at their widest
-MEMORY_SHARE = 0.8
+TIMERS: dict[str, type[Timer[Any]]] = {"cpu": cpu.Timer, "cuda": cuda.Timer}
+COMPILE_SHARE = 0.5  # of the limit: no provider is compiled later
+SWEEP_SHARE = 0.9  # of the limit: no cell is begun later
+Row = dict[str, Any]
 
 
-def too_large(cell: Cell, itemsize: int) -> str | None:
-    """Why the cell does not fit into memory, or None."""
-    need, free = BUFFERS * cell.tokens * cell.shape.k * max(4, itemsize), memory_bytes()
-    if free is None or need <= MEMORY_SHARE * free:
-        return None
-    return f"skipped: needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+def _absent(provider: str, reason: str, cell: object = None, wrong: bool = False) -> Row:
+    where = {} if cell is None else {"cell": str(cell)}
+    return {**where, "provider": provider, "reason": reason, "wrong": wrong}
 
 
-def gate(provider: Provider, oracle: Oracle) -> str | None:
-    """What is wrong with the provider's results, or None; RuntimeError where it cannot run at all."""
-    deviations = oracle.check(
-        lambda case: provider.bind(case)(), gradients=cost.BOTH in provider.directions, impl=provider.name
-    )
-    wrong = [str(deviation) for deviation in deviations if not deviation.holds]
-    return "; ".join(wrong) or None
+def _prepare(cell: Cell, timer: Timer[Any], chosen: list[Provider], until: float) -> tuple[dict[str, Row], list[Row]]:
+    """Add every provider that passes the gate to the timer; compile none after the time `until`.
 
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-class Prepared(NamedTuple):
-    """A cell before timing: the calls that passed the gate, what is known of their providers, who is absent and why."""
-
-    timings: Timings
-    known: dict[str, dict[str, Any]]
-    absent: list[dict[str, Any]]
-
-
-def prepare(cell: Cell, case: Case, chosen: list[Provider], checked: Case) -> Prepared:
-    """Gate every provider on `checked`, and make its calls on `case`."""
-    found = Prepared({}, {}, [])
-    oracle = Oracle(checked)
+    Returns the columns of these providers that the timer does not measure, and the absent ones.
+    """
+    known: dict[str, Row] = {}
+    absent: list[Row] = []
+    oracle = Oracle(first_tokens(timer.case))
     for provider in chosen:
-        absent = {"cell": str(cell), "provider": provider.name, "wrong": False}
+        name = provider.name
+        if provider.compiled and time.monotonic() > until:
+            absent.append(_absent(name, "not compiled, no time was left; give --limit more", cell))
+            continue
         try:
-            wrong = gate(provider, oracle) if provider.checked else None
+            wrong, worst, tokens = judge(provider, oracle)
             if wrong is not None:
-                found.absent.append({**absent, "wrong": True, "reason": f"failed the correctness gate: {wrong}"})
+                absent.append(_absent(name, f"failed the correctness gate: {wrong}", cell, wrong=True))
                 continue
-            timings = {direction: Timing(timed(provider, case, direction)) for direction in provider.directions}
-            for timing in timings.values():
-                timing.call()
-            saved = saved_bytes(provider.bind, case) if provider.checked and cost.BOTH in timings else None
-        except Exception as error:  # a compiler that is not there, memory: the row says so, the others go on
-            found.absent.append({**absent, "reason": _first_line(error)})
+            saved = saved_bytes(provider, timer.case)
+            timer.add(provider)
+        except Exception as error:  # no compiler or no memory, for example; the other providers go on
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            absent.append(_absent(name, reason, cell))
+            print(f"{cell} {name}: {reason}", file=sys.stderr)
+            if timer.case.x.is_cuda:
+                torch.cuda.synchronize()  # raises where the device is lost, and ends the process
             continue
-        found.timings.update({(provider.name, direction): timing for direction, timing in timings.items()})
-        tokens = checked.x.shape[0] if provider.checked else None
-        found.known[provider.name] = {"saved_bytes": saved, "checked_tokens": tokens}
-    return found
+        known[name] = {"saved_bytes": saved, "error_over_limit": worst, "checked_tokens": tokens}
+    return known, absent
 
 
-def measure_cell(
-    cell: Cell, settings: Settings, chosen: list[Provider]
-) -> tuple[list[dict[str, Any]], Prepared, float]:
-    """The rows of a cell, what was prepared for it, and the sgemm rate of its rounds, operations per second."""
-    dtype, threads = DTYPES[settings.dtype], torch.get_num_threads()
-    if any(provider.name == COMPILED for provider in chosen):
-        torch.compiler.reset()  # it specialises for each cell
-    case = random_case(cell.shape, cell.tokens, dtype=dtype)
-    gated = min(cell.tokens, max(1, GATE_ELEMENTS // cell.shape.k))
-    checked = case if gated == cell.tokens else random_case(cell.shape, gated, dtype=dtype)
-    prepared = prepare(cell, case, chosen, checked)
-    sgemm = Timing(rates.sgemm())
-    timings = [*prepared.timings.values(), sgemm]
-    interleave(timings, settings.rounds, settings.seconds, threads, os.cpu_count() or threads)
-    rate = rates.sgemm_flops() / sgemm.quantiles()[1]
-    rows = [{**row, **prepared.known[row["provider"]]} for row in derive(cell, dtype.itemsize, prepared.timings, rate)]
-    return rows, prepared, rate
-
-
-def run(settings: Settings) -> dict[str, Any]:
-    """The table of this process: rates, rows, and which rows are absent and why."""
-    wanted = settings.providers
-    chosen = [p for p in providers().values() if wanted is None or p.name in ("copy", *wanted)]
-    absent: list[dict[str, Any]] = [{"provider": n, "reason": why, "wrong": False} for n, why in missing().items()]
-    rows, sgemm_rates = [], []
-    bandwidth = rates.copy_bandwidth()
+def run(settings: Settings, save: Callable[[dict[str, Any]], None] = lambda table: None) -> dict[str, Any]:
+    """Return the table: rates, rows, absent rows with reasons; `save` gets it after each cell."""
+    start, limit = time.monotonic(), settings.limit or math.inf
+    device, dtype, wanted = settings.device, DTYPES[settings.dtype], settings.providers
+    timer_class = TIMERS[device]
+    chosen = [p for p in providers(device, dtype).values() if wanted is None or p.name in ("copy", *wanted)]
+    absent = [_absent(name, reason) for name, reason in missing(device).items()]
+    compiled_shapes = settings.shapes if device == "cpu" else settings.compiled_shapes
+    for shape, provider in itertools.product(settings.shapes, chosen):
+        if provider.compiled and shape not in compiled_shapes:
+            why = "compiled for the shapes of --compiled-shapes only, to save time"
+            absent.append(_absent(provider.name, why, shape))
+    table: dict[str, Any] = {**timer_class.describe(), "rows": [], "absent": absent}
+    sgemm: list[float] = []
     for cell in progress([Cell(*pair) for pair in itertools.product(settings.shapes, settings.tokens)]):
-        reason = too_large(cell, DTYPES[settings.dtype].itemsize)
+        reason = timer_class.too_large(cell, dtype)
+        if reason is None and table["rows"] and time.monotonic() - start > SWEEP_SHARE * limit:
+            reason = "skipped: no time was left; give --limit more"
         if reason is not None:
-            absent.append({"cell": str(cell), "provider": "all", "reason": reason, "wrong": False})
+            absent.append(_absent("all", reason, cell))
             continue
-        found, prepared, rate = measure_cell(cell, settings, chosen)
-        rows += found
-        absent += prepared.absent
-        sgemm_rates.append(rate)
-    sgemm = statistics.median(sgemm_rates) / 1e9 if sgemm_rates else None
-    return {"rates": {"copy_gb_per_s": bandwidth / 1e9, "sgemm_gflops": sgemm}, "rows": rows, "absent": absent}
+        timer = timer_class(cell, dtype)
+        here = [provider for provider in chosen if not provider.compiled or cell.shape in compiled_shapes]
+        known, left_out = _prepare(cell, timer, here, start + COMPILE_SHARE * limit)
+        timer.measure(settings.rounds, settings.seconds)
+        table["rows"] += derive(cell, timer, known)
+        absent += left_out
+        if timer.sgemm is not None:
+            sgemm.append(timer.sgemm)
+            table["rates"]["sgemm_gflops"] = statistics.median(sgemm) / 1e9
+        del timer  # with its inputs and graphs, before the next cell needs memory
+        save(table)
+    save(table)
+    return table
 
 
 def progress(cells: list[Cell]) -> Iterator[Cell]:
-    """The cells, with a bar on a terminal's stderr where tqdm is installed."""
+    """Yield the cells, with a bar on a terminal's stderr where tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

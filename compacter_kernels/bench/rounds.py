@@ -1,24 +1,27 @@
-"""Interleaved timing: in every round each call once, in a new order, until each has enough undisturbed samples."""
+"""Interleaved timing on the CPU: every round samples each call once, in rotating order.
+
+Samples that other load disturbed are repeated, until each call has enough undisturbed ones.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from compacter_kernels.bench import load
+from compacter_kernels.bench import load, timer
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS
 
 MIN_SAMPLE = 1e-3  # seconds; a faster call is repeated within a sample
-WARM_TIME = 10e-3  # seconds of untimed calls before a sample: a call finds its own data in the caches, not its rivals'
-WARM_CALLS = 8  # at most; after a call that fills the caches with other data, the time was seen to fall for six calls
-MAX_REPEATS = 3  # disturbed samples are repeated, until there are this many times as many samples as were asked for
+WARM_TIME = 10e-3  # seconds of untimed calls before a sample, which bring the call's data into the caches
+WARM_CALLS = 8  # at most; after other data had filled the caches, six calls were seen to get faster
+MAX_REPEATS = 3  # at most this many times the samples that were asked for are taken
 
 
 @dataclass
 class Timing:
-    """One call that is timed, and its samples: seconds per call."""
+    """One call, with its undisturbed and its disturbed samples in seconds per call."""
 
     call: Callable[[], object]
     estimate: float = 0.0
@@ -29,7 +32,7 @@ class Timing:
     calls: int = 0
 
     def calibrate(self) -> None:
-        """Warm up, and find how many calls make a sample."""
+        """Warm up, and find out how many calls make a sample."""
         self.call()
         self.estimate = self._once()
         if self.warm_ups:
@@ -38,7 +41,7 @@ class Timing:
 
     @property
     def warm_ups(self) -> int:
-        """Untimed calls before a sample; none for a call so long that it brings its own data with it."""
+        """The number of untimed calls before a sample; none for a long call."""
         return min(WARM_CALLS, round(WARM_TIME / self.estimate))
 
     def _once(self) -> float:
@@ -47,7 +50,7 @@ class Timing:
         return time.perf_counter() - start
 
     def sample(self) -> tuple[float, bool]:
-        """Seconds per call, and whether another process took a core meanwhile."""
+        """Return seconds per call, and whether another process took a core meanwhile."""
         call = self.call
         for _ in range(self.warm_ups):
             call()
@@ -67,16 +70,25 @@ class Timing:
         return len(self.samples) >= MIN_ROUNDS or not self.disturbed
 
     def quantiles(self) -> tuple[float, float, float]:
-        """20 %, median and 80 % of the undisturbed samples; of all samples where too few were undisturbed."""
-        samples = self.samples if self.quiet else self.samples + self.disturbed
-        if len(samples) < 2:
-            return samples[0], samples[0], samples[0]
-        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
-        return low, statistics.median(samples), high
+        """Return the quantiles of the undisturbed samples; of all where those are too few."""
+        return timer.quantiles(self.samples if self.quiet else self.samples + self.disturbed)
+
+    def columns(self) -> dict[str, Any]:
+        """Return how the samples were taken."""
+        return {
+            "samples": len(self.samples),
+            "repeated": len(self.disturbed),
+            "quiet": self.quiet,
+            "calls_per_sample": self.loops,
+            "page_faults_per_call": self.faults / self.calls,
+        }
 
 
 def interleave(timings: Sequence[Timing], rounds: int | None, seconds: float, threads: int, cores: int) -> None:
-    """Take `rounds` undisturbed samples of each, or as many as fit into `seconds`; the disturbed ones are repeated."""
+    """Take `rounds` undisturbed samples of each, or as many as fit into `seconds`.
+
+    threads: the cores that a call needs, of the `cores` of the machine.
+    """
     for timing in timings:
         timing.calibrate()
     one_round = sum(t.estimate * (t.warm_ups + t.loops) for t in timings)
