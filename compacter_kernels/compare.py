@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if operation == "adapter":
             title |= {"activation": activation, "residual": args.residual}
         title["init"] = args.init
-        case = random_case(
+        case = Case.of(
             shape,
             tokens,
             operation=operation,

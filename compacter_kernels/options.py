@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from compacter_kernels.accuracy import Shape
+from compacter_kernels.cases import Shape
 from compacter_kernels.problem import divisors
 
 DTYPES = {

@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 import compacter_kernels as ck
-from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Oracle, Shape, call, error, evaluate, floor, random_case
+from compacter_kernels.accuracy import Oracle, error, evaluate, floor
+from compacter_kernels.cases import INITS, RESIDUALS, Case, Inputs, Shape, call
 
 SHAPE = Shape(24, 12, 4)
 AVAILABLE = [name for name, reason in ck.available_impls().items() if reason is None]
-NAMES = ["out", *random_case(SHAPE, 3, residual="other").tensors()]
+NAMES = ["out", *Case.of(SHAPE, 3, residual="other").inputs().tensors()]
 
 
 @pytest.mark.parametrize("impl", AVAILABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("init", INITS)
 def test_every_impl_passes(impl: str, dtype: torch.dtype, init: str) -> None:
-    oracle = Oracle(random_case(SHAPE, 37, dtype=dtype, init=init, residual="other"))
+    oracle = Oracle(Case.of(SHAPE, 37, dtype=dtype, init=init, residual="other").inputs())
     assert [d for d in oracle.check(call(impl), impl=impl) if not d.holds] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_number_is_caught(name: str) -> None:
-    oracle = Oracle(random_case(SHAPE, 37, residual="other"))
-    results = evaluate(oracle.case, call("dense"))
+    oracle = Oracle(Case.of(SHAPE, 37, residual="other").inputs())
+    results = evaluate(oracle.inputs, call("dense"))
     flat = results[name].view(-1)
     flat[flat.abs().argmax()] *= 1 + 1e-4
     assert [d.tensor for d in oracle.compare(results) if not d.holds] == [name]
@@ -37,19 +38,19 @@ def test_a_wrong_number_is_caught(name: str) -> None:
 def test_a_gradient_that_autograd_sees_wrong_is_caught() -> None:
     """A function with the right output, whose backward halves the gradient of the up rule."""
 
-    def function(case: Case) -> Tensor:
-        assert case.up is not None
-        rule = case.up.rule
-        return call("dense")(case._replace(up=case.up._replace(rule=rule.detach() + (rule - rule.detach()) / 2)))
+    def function(inputs: Inputs) -> Tensor:
+        assert inputs.up is not None
+        rule = inputs.up.rule
+        return call("dense")(inputs._replace(up=inputs.up._replace(rule=rule.detach() + (rule - rule.detach()) / 2)))
 
-    deviations = Oracle(random_case(SHAPE, 5)).check(function)
+    deviations = Oracle(Case.of(SHAPE, 5).inputs()).check(function)
     assert [d.tensor for d in deviations if not d.holds] == ["up.rule"]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_number_that_is_none_is_caught(wrong: float) -> None:
-    oracle = Oracle(random_case(SHAPE, 5))
-    results = evaluate(oracle.case, call("dense"))
+    oracle = Oracle(Case.of(SHAPE, 5).inputs())
+    results = evaluate(oracle.inputs, call("dense"))
     results["x"][0, 0] = wrong
     assert [(d.tensor, d.error) for d in oracle.compare(results) if not d.holds] == [("x", math.inf)]
 
@@ -70,7 +71,7 @@ def test_floor_is_rounding() -> None:
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_cases_repeat_and_differ_by_seed(residual: str) -> None:
-    first, again, other = (random_case(SHAPE, 3, residual=residual, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (Case.of(SHAPE, 3, residual=residual, seed=seed).inputs() for seed in (1, 1, 2))
     names = list(first.tensors())
     assert ("residual" in names) == (residual == "other")
     assert (first.residual is first.x) == (residual == "x")
@@ -81,7 +82,7 @@ def test_cases_repeat_and_differ_by_seed(residual: str) -> None:
 
 def test_paper_cases_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    case = random_case(SHAPE, 3, init="paper")
+    case = Case.of(SHAPE, 3, init="paper").inputs()
     assert torch.equal(torch.get_rng_state(), state)
     assert case.up is not None and case.up.bias is not None
     assert not case.up.bias.any()
@@ -89,11 +90,11 @@ def test_paper_cases_leave_the_global_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: random_case(SHAPE, 3, operation="linear", rank=None), lambda: random_case(SHAPE, 3, rank=2)]
+    "case", [Case.of(SHAPE, 3, operation="linear", rank=None), Case.of(SHAPE, 3, rank=2)], ids=str
 )
-def test_results_are_named_as_the_tensors(make: Callable[[], Case]) -> None:
-    case = make()
-    results = evaluate(case, call("factored"))
-    assert list(results) == ["out", *case.tensors()]
-    assert all(results[name].shape == tensor.shape for name, tensor in case.tensors().items())
-    assert list(evaluate(case, call("dense"), gradients=False)) == ["out"]
+def test_results_are_named_as_the_tensors(case: Case) -> None:
+    inputs = case.inputs()
+    results = evaluate(inputs, call("factored"))
+    assert list(results) == ["out", *inputs.tensors()]
+    assert all(results[name].shape == tensor.shape for name, tensor in inputs.tensors().items())
+    assert list(evaluate(inputs, call("dense"), gradients=False)) == ["out"]

@@ -54,7 +54,7 @@ MIXED = [
 @pytest.mark.parametrize("case", SIZES + EVERY_N + COUNTS + DTYPES + FUNCTIONS + OPTIONS + MIXED, ids=str)
 def test_adapter(case: Case, impl: str) -> None:
     skip_if_refused(case, case.tensors(), impl)
-    reference(case).check(run(case, case.tensors(), impl), impl)
+    reference(case).accept(run(case, case.tensors(), impl), impl)
 
 
 LINEAR = [
@@ -74,11 +74,11 @@ LINEAR_OPTIONS = [
 @pytest.mark.parametrize("case", LINEAR + LINEAR_OPTIONS, ids=str)
 def test_linear(case: Case, impl: str) -> None:
     skip_if_refused(case, case.tensors(), impl)
-    reference(case).check(run(case, case.tensors(), impl), impl)
+    reference(case).accept(run(case, case.tensors(), impl), impl)
 
 
 @pytest.mark.parametrize("case", [Case("linear", rank=None, bottleneck=20), Case(rank=None, residual="other")], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_unfactorised_weights(case: Case, dtype: object) -> None:
     case = Case(**{**vars(case), "dtype": dtype})
-    reference(case).check(run(case, case.tensors(), "factored"))
+    reference(case).accept(run(case, case.tensors(), "factored"))

@@ -57,6 +57,6 @@ def test_strided_inputs(impl: str) -> None:
     case = Case("linear", shape=(4,))
     tensors = _frozen(case.tensors())
     x: Tensor = tensors["x"].repeat(2, 1)[::2].requires_grad_()
-    left = tensors["left"].transpose(0, 1).contiguous().transpose(0, 1)
-    arguments = (x, tensors["rule"], left, tensors["right"], tensors["bias"], impl)
+    left = tensors["down.left"].transpose(0, 1).contiguous().transpose(0, 1)
+    arguments = (x, tensors["down.rule"], left, tensors["down.right"], tensors["down.bias"], impl)
     torch.library.opcheck(OPS.phm_linear.default, arguments)

@@ -52,6 +52,6 @@ def test_bias_as_a_column_of_a_matrix(impl: str) -> None:
     case = Case("linear", width=768, bottleneck=24)
     tensors, grad = moved(case.tensors()), case.grad_output().to(DEVICE)
     matrix = torch.full((case.bottleneck, 3), float("nan"), device=DEVICE)
-    matrix[:, 1] = tensors["bias"].detach()
-    tensors["bias"] = matrix[:, 1].requires_grad_()
+    matrix[:, 1] = tensors["down.bias"].detach()
+    tensors["down.bias"] = matrix[:, 1].requires_grad_()
     strides._check(case, tensors, grad, impl)

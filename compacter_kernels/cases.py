@@ -1,0 +1,194 @@
+"""One call of the library as data: a `Case` has its sizes and options, `Inputs` have its tensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compacter_kernels.functional import compacter_adapter, phm_linear
+from compacter_kernels.nn.initialisation import reset_factors, reset_rule
+from compacter_kernels.weights import PHMWeights
+
+RESIDUALS = ("x", "other", "none")
+INITS = ("random", "paper")
+Tensors = dict[str, Tensor]
+_UNNAMED = ("init", "seed")  # options that are no part of the text of a case
+
+
+class Shape(NamedTuple):
+    """The sizes of one adapter: hidden width k, bottleneck width d, phm_dim n."""
+
+    k: int
+    d: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.k}/{self.d}/{self.n}"
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, and the gradient that its backward starts from.
+
+    x: (..., k). up: None for phm_linear, whose weights are `down`. residual: None, x itself, another
+    tensor like x, or the pair of both. grad: like the output.
+    """
+
+    x: Tensor
+    down: PHMWeights
+    up: PHMWeights | None
+    residual: Any
+    grad: Tensor
+    activation: Any = "gelu_new"
+    scale: Any = 1.0
+
+    def tensors(self) -> Tensors:
+        """The inputs that can have a gradient, by name: x, residual, down.rule, ..., up.bias."""
+        named = {"x": self.x}
+        residual = self.residual[1] if isinstance(self.residual, tuple) else self.residual
+        if residual is not None and residual is not self.x:
+            named["residual"] = residual
+        for side, weights in (("down", self.down), ("up", self.up)):
+            named |= {} if weights is None else dict(weights.named(side))
+        return named
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with `change` applied to each tensor once. A residual that is x stays x."""
+        x, residual = change(self.x), self.residual
+        if isinstance(residual, tuple):
+            residual = (x, change(residual[1]))
+        elif residual is not None:
+            residual = x if residual is self.x else change(residual)
+        up = None if self.up is None else self.up.map(change)
+        return self._replace(x=x, down=self.down.map(change), up=up, residual=residual, grad=change(self.grad))
+
+
+def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
+    """The public function through that impl, as a function of inputs. options: more of its arguments."""
+
+    def function(inputs: Inputs) -> Tensor:
+        x, down, up, residual, _, activation, scale = inputs
+        if up is None:
+            return phm_linear(x, down, impl=impl)
+        given = {"activation": activation, "scale": scale, **options}
+        return compacter_adapter(x, down, up, residual=residual, impl=impl, **given)
+
+    return function
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes and options of one call. The text names the fields that differ from their defaults.
+
+    A case has the same numbers in every process and on every machine, and others for another text
+    or seed. init: "random" keeps every stage at order 1, so that each gradient is visible; "paper"
+    is the authors' start, where the rule is near 0 and the bias is 0.
+    """
+
+    operation: str = "adapter"  # or "linear", the down projection alone
+    width: int = 24
+    bottleneck: int = 12
+    n: int = 4
+    rank: int | None = 1  # None: unfactorised W
+    up_n: int | None = None  # None: as down
+    up_rank: int | None = None
+    shape: tuple[int, ...] = (5,)  # of x, without its last dimension
+    dtype: torch.dtype = torch.float32
+    params: torch.dtype = torch.float32
+    activation: Any = "gelu_new"
+    residual: str = "x"  # "none", "x", "other", or "both" for x and another
+    bias: bool = True
+    scale: Any = 1.0
+    init: str = "random"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, shape: Shape, tokens: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
+        """The case of an adapter of this shape, with float64 parameters beside a float64 x."""
+        options.setdefault("params", torch.float64 if dtype == torch.float64 else torch.float32)
+        return cls(width=shape.k, bottleneck=shape.d, n=shape.n, shape=(tokens,), dtype=dtype, **options)
+
+    def __str__(self) -> str:
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        named = (row for row in values if row[0] not in _UNNAMED and row[1] != row[2])
+        return "-".join(f"{name}={_text(value)}" for name, value, _ in named) or "default"
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
+        """Leaves that require a gradient: x, the residual, and the weights of each projection."""
+        rng = torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + self.seed)
+
+        def leaf(shape: tuple[int, ...], std: float, kind: torch.dtype) -> Tensor:
+            drawn = torch.randn(shape, generator=rng, dtype=torch.float64) * std
+            return drawn.to(dtype or kind).requires_grad_()
+
+        def projection(side: str, n: int, rank: int | None, fan_in: int, fan_out: int) -> Tensors:
+            columns = fan_out // n if rank is None else rank
+            rule, left = leaf((n, n, n), n**-0.5, self.params), (n, fan_in // n, columns)
+            weights = PHMWeights(
+                rule,
+                leaf(left, fan_in**-0.5, self.params),
+                None if rank is None else leaf((n, rank, fan_out // n), rank**-0.5, self.params),
+                leaf((fan_out,), 0.5, self.params) if self.bias else None,
+            )
+            if self.init == "paper":
+                _as_authors(weights, self.seed)
+            return dict(weights.named(side))
+
+        named = {"x": leaf((*self.shape, self.width), 1.0, self.dtype)}
+        if self.operation == "linear":
+            return named | projection("down", self.n, self.rank, self.width, self.bottleneck)
+        if self.residual in ("other", "both"):
+            named["residual"] = leaf((*self.shape, self.width), 1.0, self.dtype)
+        down = projection("down", self.n, self.rank, self.width, self.bottleneck)
+        up = projection("up", self.up_n or self.n, self.up_rank or self.rank, self.bottleneck, self.width)
+        return named | down | up
+
+    def grad_output(self) -> Tensor:
+        """The gradient that a backward starts from."""
+        width = self.bottleneck if self.operation == "linear" else self.width
+        rng = torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + self.seed + 1)
+        return torch.randn((*self.shape, width), generator=rng, dtype=torch.float64).to(self.dtype)
+
+    def inputs(self, tensors: Tensors | None = None, grad: Tensor | None = None) -> Inputs:
+        """The inputs of the call: its own numbers, detached, or other tensors by the same names."""
+        if tensors is None:
+            tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        return self._inputs(tensors, self.grad_output() if grad is None else grad)
+
+    def call(self, tensors: Tensors, impl: str = "auto", **options: Any) -> Tensor:
+        """The public function on these tensors, with these arguments more."""
+        return call(impl, **options)(self._inputs(tensors, tensors["x"]))
+
+    def _inputs(self, tensors: Tensors, grad: Tensor) -> Inputs:
+        x, other = tensors["x"], tensors.get("residual")
+        if self.operation == "linear":
+            return Inputs(x, weights(tensors), None, None, grad)
+        residual = {"x": x, "other": other, "both": (x, other), "none": None}[self.residual]
+        return Inputs(x, weights(tensors), weights(tensors, "up."), residual, grad, self.activation, self.scale)
+
+
+def weights(tensors: Tensors, prefix: str = "down.") -> PHMWeights:
+    """The PHMWeights among the tensors, by the prefix of their names."""
+    return PHMWeights(*(tensors.get(prefix + field) for field in PHMWeights._fields))  # type: ignore[arg-type]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "()"
+    return getattr(value, "__name__", str(value))
+
+
+def _as_authors(weights: PHMWeights, seed: int) -> None:
+    """Draw the weights anew, as the authors start a shared rule, its factors and the bias."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        reset_factors([factor for factor in (weights.left, weights.right) if factor is not None], "paper")
+        reset_rule([weights.rule], 1e-4, "normal")
+        if weights.bias is not None:
+            weights.bias.zero_()
