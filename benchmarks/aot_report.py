@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import compacter_kernels.impl.triton as package
-from compacter_kernels.accuracy import Shape, random_case
+from compacter_kernels.cases import Case, Shape
 from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
 from compacter_kernels.impl.triton.launch import compile_options, fits
 from compacter_kernels.impl.triton.plan import Options, Served, plan, served
@@ -73,7 +73,7 @@ def target(arch: str) -> GPUTarget:
 
 def served_by(job: Job) -> dict[str, Served]:
     """The kernels that serve a shape, with their sizes, precision and configurations."""
-    case = random_case(job.shape, 1, operation=job.operation, dtype=DTYPES[job.dtype])
+    case = Case.of(job.shape, 1, operation=job.operation, dtype=DTYPES[job.dtype]).inputs()
     if case.up is None:
         problem = linear_problem(case.x, case.down)
     else:

@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from compacter_kernels.accuracy import Shape, call, evaluate, random_case
+from compacter_kernels.accuracy import evaluate
+from compacter_kernels.cases import Case, Shape, call
 
 SHAPES = [Shape(768, 24, 4), Shape(768, 48, 8), Shape(768, 48, 12), Shape(60, 20, 2), Shape(52, 26, 1)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,7 +23,7 @@ def main() -> int:
     """Run them; 1 where a result is not finite."""
     failed = 0
     for shape, dtype, operation in itertools.product(SHAPES, DTYPES, ("adapter", "linear")):
-        case = random_case(shape, 83, dtype=dtype, operation=operation).map(lambda t: t.to("cuda"))
+        case = Case.of(shape, 83, dtype=dtype, operation=operation).inputs().map(lambda t: t.to("cuda"))
         found = evaluate(case, call("cuda"))
         torch.cuda.synchronize()
         good = all(bool(t.isfinite().all()) for t in found.values())

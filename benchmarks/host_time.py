@@ -28,7 +28,7 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import machine, route
-from compacter_kernels.accuracy import Case, Shape, random_case
+from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.impl import cuda, triton as package
 
 SHAPE = Shape(768, 24, 4)
@@ -92,7 +92,7 @@ def replaced_launch() -> Iterator[None]:
         yield
 
 
-def call_of(case: Case, impl: str) -> Callable[[], torch.Tensor]:
+def call_of(case: Inputs, impl: str) -> Callable[[], torch.Tensor]:
     """The public function, with as little around it as a call has."""
     x, down, up = case.x, case.down, case.up
     if up is None:
@@ -100,7 +100,7 @@ def call_of(case: Case, impl: str) -> Callable[[], torch.Tensor]:
     return lambda: ck.compacter_adapter(x, down, up, residual=x, impl=impl)
 
 
-def calls(case: Case, impl: str) -> dict[str, Callable[[], Any]]:
+def calls(case: Inputs, impl: str) -> dict[str, Callable[[], Any]]:
     """What is measured."""
     leaves = case.map(lambda t: t.detach().clone().requires_grad_())
     plain, recording = call_of(case, impl), call_of(leaves, impl)
@@ -158,7 +158,7 @@ def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], ro
     return count >= rounds
 
 
-def measure(case: Case, impls: list[str], args: argparse.Namespace, launch: str) -> list[dict[str, Any]]:
+def measure(case: Inputs, impls: list[str], args: argparse.Namespace, launch: str) -> list[dict[str, Any]]:
     """A row for each impl and each of `calls`."""
     synchronize = torch.cuda.synchronize if case.x.is_cuda else lambda: None
     bound = {(impl, what): call for impl in impls for what, call in calls(case, impl).items()}
@@ -193,7 +193,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for operation in ("adapter", "linear"):
-        case = random_case(SHAPE, 1, operation=operation).map(lambda t: t.to(args.device))
+        case = Case.of(SHAPE, 1, operation=operation).inputs().map(lambda t: t.to(args.device))
         plain = [impl for impl in ("cpu", "factored") if impl == "factored" or args.device == "cpu"]
         plain = [impl for impl in plain if ck.available_impls()[impl] is None]
         replaced = ["cuda"] if find_spec("triton") is None else ["cuda", "triton"]

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 import compacter_kernels as ck
 from compacter_kernels import machine
-from compacter_kernels.accuracy import Shape, random_case
 from compacter_kernels.bench.cpu import environment
+from compacter_kernels.cases import Case, Shape
 
 SHAPE = Shape(768, 24, 4)
 TOKENS = (1024, 8192)
@@ -34,7 +34,7 @@ TOKENS = (1024, 8192)
 
 def ways(tokens: int) -> dict[str, Callable[[], object]]:
     """The two ways to the same output and gradients."""
-    case = random_case(SHAPE, tokens, residual="other").map(lambda t: t.detach().requires_grad_())
+    case = Case.of(SHAPE, tokens, residual="other").inputs().map(lambda t: t.detach().requires_grad_())
     x, down, up, residual, grad = case.x, case.down, case.up, case.residual, case.grad.detach()
     assert up is not None and residual is not None
     norm = ck.NormWeights(torch.rand(SHAPE.k), torch.randn(SHAPE.k))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compacter_kernels.accuracy import Oracle, Shape, random_case
+from compacter_kernels.accuracy import Oracle
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.bench.gate import judge
 from compacter_kernels.bench.providers import Provider, make_call, providers
+from compacter_kernels.cases import Case, Shape
 
 CASES = [(Shape(768, 24, 4), 1), (Shape(768, 24, 4), 8192), (Shape(768, 48, 12), 2048), (Shape(4096, 128, 8), 2048)]
 PROVIDERS = [provider for provider in providers().values() if not provider.compiled]  # to compile takes long
@@ -24,7 +25,7 @@ PROVIDERS = [provider for provider in providers().values() if not provider.compi
 def test_speed(benchmark: BenchmarkFixture, shape: Shape, tokens: int, provider: Provider, direction: str) -> None:
     if direction not in provider.directions:
         pytest.skip(f"{provider.name} has no {BOTH}")
-    case = random_case(shape, tokens)
+    case = Case.of(shape, tokens).inputs()
     assert judge(provider, Oracle(case, gradients=direction != FORWARD)).wrong is None
     benchmark.group = f"{shape} T={tokens} {direction}"
     benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compacter_kernels.accuracy import Case, Shape, random_case
+from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
@@ -70,7 +70,7 @@ def candidates(shape: Shape, dtype: str, direction: str) -> list[Candidate]:
     return [c for kernel in served for c in choices[kernel] if c.direction == direction]
 
 
-def bound(case: Case) -> Any:
+def bound(case: Inputs) -> Any:
     """The kernels of a case."""
     from compacter_kernels.impl.triton.kernel import Adapter
 
@@ -78,7 +78,7 @@ def bound(case: Case) -> Any:
     return Adapter(adapter_problem(case.x, case.down, case.up, case.activation))
 
 
-def bind(case: Case, candidate: Candidate) -> Callable[[Any, Any], Any]:
+def bind(case: Inputs, candidate: Candidate) -> Callable[[Any, Any], Any]:
     """What is timed, with that configuration, as a function of x and of the gradient."""
     kernel = bound(case)
     served = kernel.served[candidate.kernel]
@@ -88,9 +88,9 @@ def bind(case: Case, candidate: Candidate) -> Callable[[Any, Any], Any]:
     return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, case.up, (True,) * 9)
 
 
-def on_device(shape: Shape, tokens: int, dtype: str) -> Case:
+def on_device(shape: Shape, tokens: int, dtype: str) -> Inputs:
     """The case with all tensors on the GPU."""
-    return random_case(shape, tokens, dtype=DTYPES[dtype]).map(lambda t: t.cuda())
+    return Case.of(shape, tokens, dtype=DTYPES[dtype]).inputs().map(lambda t: t.cuda())
 
 
 def compile_one(job: tuple[Shape, str, Candidate]) -> tuple[Any, ...]:
@@ -111,9 +111,10 @@ def compile_one(job: tuple[Shape, str, Candidate]) -> tuple[Any, ...]:
         return (None, repr(problem)[:200])
 
 
-def reference(case: Case, direction: str) -> list[torch.Tensor]:
+def reference(case: Inputs, direction: str) -> list[torch.Tensor]:
     """What the kernel should give, in float64."""
-    from compacter_kernels.accuracy import call, evaluate
+    from compacter_kernels.accuracy import evaluate
+    from compacter_kernels.cases import call
 
     found = evaluate(case.map(lambda t: t.double()), call("dense"), direction == "backward")
     if direction == "forward":

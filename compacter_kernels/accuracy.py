@@ -19,6 +19,7 @@ from compacter_kernels.cases import Inputs, Tensors, call
 from compacter_kernels.dispatch import IMPLS
 
 Function = Callable[[Inputs], Tensor]
+DENSE: Function = call("dense")
 
 
 def run(inputs: Inputs, function: Function) -> Tensors:
@@ -94,11 +95,11 @@ class Deviation(NamedTuple):
 class Oracle:
     """The float64 results of a call and the limits, computed once for all implementations.
 
-    definition: what the results are compared with, in float64. exact: the results of `evaluate` in float64. limits: the largest error of each tensor. dtypes:
-    those of the tensors to which the results belong.
+    definition: the function that is evaluated in float64. exact: its results. limits: the largest
+    error of each tensor. dtypes: those of the tensors that the results belong to.
     """
 
-    def __init__(self, inputs: Inputs, gradients: bool = True, definition: Function = call("dense")) -> None:
+    def __init__(self, inputs: Inputs, gradients: bool = True, definition: Function = DENSE) -> None:
         self.inputs, self.gradients = inputs, gradients
         self.exact = evaluate(inputs.map(lambda t: t.to(torch.float64)), definition, gradients)
         dense = evaluate(inputs, definition, gradients)

@@ -10,8 +10,9 @@ from typing import Any
 
 import compacter_kernels as ck
 from compacter_kernels import options
-from compacter_kernels.accuracy import INITS, RESIDUALS, Case, Deviation, Oracle, call, random_case
+from compacter_kernels.accuracy import Deviation, Oracle
 from compacter_kernels.activations import FUSED, resolve
+from compacter_kernels.cases import INITS, RESIDUALS, Case, Inputs, call
 from compacter_kernels.dispatch import IMPLS
 
 SHAPES = "768/24/4,768/48/12,1024/64/8"
@@ -45,24 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def _refusal(impl: str, case: Case) -> str | None:
-    """Return why this impl cannot serve the case, or None."""
+def _refusal(impl: str, inputs: Inputs) -> str | None:
+    """Return why this impl cannot serve the call, or None."""
     try:
-        ck.explain(case.x, case.down, case.up, activation=case.activation, impl=impl)
+        ck.explain(inputs.x, inputs.down, inputs.up, activation=inputs.activation, impl=impl)
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def _errors(case: Case, impls: list[str] | None) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
-    """Return the errors of one case by impl, and the impls that cannot serve it with reasons.
+def _errors(inputs: Inputs, impls: list[str] | None) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
+    """Return the errors of one call by impl, and the impls that cannot serve it with reasons.
 
     An impl that was asked for and cannot serve the case is a ValueError.
     """
     errors, skipped = {}, {}
-    oracle = Oracle(case)
+    oracle = Oracle(inputs)
     for impl in impls or IMPLS:
-        reason = _refusal(impl, case)
+        reason = _refusal(impl, inputs)
         if reason is None:
             errors[impl] = oracle.check(call(impl), impl=impl)
         elif impls:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if operation == "adapter":
             title |= {"activation": activation, "residual": args.residual}
         title["init"] = args.init
-        case = Case.of(
+        inputs = Case.of(
             shape,
             tokens,
             operation=operation,
@@ -107,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
             residual=args.residual,
             init=args.init,
             seed=args.seed,
-        )
-        errors, skipped = _errors(case, args.impl)
+        ).inputs()
+        errors, skipped = _errors(inputs, args.impl)
         results = {impl: [{**d._asdict(), "holds": d.holds} for d in row] for impl, row in errors.items()}
         violations += sum(not deviation["holds"] for row in results.values() for deviation in row)
         cases.append({**title, "impls": results, "skipped": skipped})

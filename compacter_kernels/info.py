@@ -12,7 +12,8 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import machine
-from compacter_kernels.accuracy import Case, Oracle, Shape, call, random_case
+from compacter_kernels.accuracy import Oracle
+from compacter_kernels.cases import Case, Inputs, Shape, call
 
 TYPICAL = Shape(768, 24, 4)
 TYPICAL_TOKENS = 2048
@@ -42,7 +43,7 @@ def self_test() -> list[dict[str, Any]]:
     """The adapter and the linear, forward and backward, through each impl of each device, against the oracle."""
     rows = []
     for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
-        case = random_case(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype)
+        case = Case.of(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).inputs()
         case = case.map(functools.partial(torch.Tensor.to, device=device))
         oracle = Oracle(case)
         for impl in serving(case):
@@ -59,7 +60,7 @@ def self_test() -> list[dict[str, Any]]:
     return rows
 
 
-def serving(case: Case) -> list[str]:
+def serving(case: Inputs) -> list[str]:
     """The impls that can run in this process and serve this case."""
     others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
     return [name for name in ck.available_impls() if name not in others or others[name].startswith("can serve")]
@@ -69,7 +70,7 @@ def collect() -> dict[str, Any]:
     """All that `info` says, as JSON takes it."""
     device = _devices()[-1]
     x = torch.empty(TYPICAL_TOKENS, TYPICAL.k, device=device)
-    case = random_case(TYPICAL, 1).map(lambda t: t.to(device))
+    case = Case.of(TYPICAL, 1).inputs().map(lambda t: t.to(device))
     choice = ck.explain(x, case.down, case.up, residual=x)
     return {
         **machine.describe(),

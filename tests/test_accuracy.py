@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -89,9 +88,7 @@ def test_paper_cases_leave_the_global_generator_alone() -> None:
     assert case.down.rule.abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(
-    "case", [Case.of(SHAPE, 3, operation="linear", rank=None), Case.of(SHAPE, 3, rank=2)], ids=str
-)
+@pytest.mark.parametrize("case", [Case.of(SHAPE, 3, operation="linear", rank=None), Case.of(SHAPE, 3, rank=2)], ids=str)
 def test_results_are_named_as_the_tensors(case: Case) -> None:
     inputs = case.inputs()
     results = evaluate(inputs, call("factored"))

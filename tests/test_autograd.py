@@ -49,7 +49,9 @@ def test_gradients_are_those_of_each_dtype(impl: str) -> None:
     """Every parameter in a dtype of its own."""
     case = Case("linear", shape=(11,))
     dtypes = {"x": BF16, "rule": torch.float64, "left": torch.float16, "right": torch.float32, "bias": BF16}
-    tensors = {name: t.detach().to(dtypes[name.rpartition(".")[2]]).requires_grad_() for name, t in case.tensors().items()}
+    tensors = {
+        name: t.detach().to(dtypes[name.rpartition(".")[2]]).requires_grad_() for name, t in case.tensors().items()
+    }
     grad = case.grad_output().to(BF16)
     oracle(Case("linear", shape=(11,), dtype=BF16), tensors, grad).accept(run(case, tensors, impl, grad), impl)
 

@@ -15,9 +15,9 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import cli
-from compacter_kernels.accuracy import Shape, random_case
 from compacter_kernels.bench import calls, cost, cpu, load, providers, report, rounds, sweep, worker
 from compacter_kernels.bench.settings import CPU_QUICK, CUDA, CUDA_QUICK, Settings
+from compacter_kernels.cases import Case, Shape
 
 SHAPE = Shape(24, 12, 4)
 PLAIN = ("dense", "dense-cached", "factored")
@@ -137,7 +137,7 @@ def test_a_sweep_without_time_left_says_so() -> None:
 
 @pytest.mark.parametrize("impl", AVAILABLE)
 def test_saved_bytes(impl: str) -> None:
-    saved = providers.saved_bytes(providers.providers()[impl], random_case(SHAPE, 50))
+    saved = providers.saved_bytes(providers.providers()[impl], Case.of(SHAPE, 50).inputs())
     assert saved is not None
     bottleneck = 50 * SHAPE.d * 4
     assert saved == 0 if impl not in ("dense", "factored") else saved >= bottleneck
@@ -149,7 +149,7 @@ def test_every_available_impl_has_a_provider() -> None:
 
 
 def test_forward_is_without_grad_and_both_gives_every_gradient() -> None:
-    case = random_case(SHAPE, 5)
+    case = Case.of(SHAPE, 5).inputs()
     provider = providers.providers()["factored"]
     out = providers.make_call(provider, case, cost.FORWARD)()
     assert isinstance(out, torch.Tensor) and not out.requires_grad

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from compacter_kernels import cli
-from compacter_kernels.accuracy import Oracle, Shape, random_case
+from compacter_kernels.accuracy import Oracle
 from compacter_kernels.bench import cost, cuda, gate, report, worker
 from compacter_kernels.bench.providers import Provider, make_call, providers
 from compacter_kernels.bench.settings import CUDA
 from compacter_kernels.bench.timer import Cell
+from compacter_kernels.cases import Case, Shape
 
 SHAPE = Shape(96, 24, 4)
 BF16 = torch.bfloat16
@@ -25,16 +26,16 @@ LOOSE = [provider for provider in PROVIDERS.values() if provider.loose and not p
 
 @pytest.mark.parametrize("provider", LOOSE, ids=lambda provider: provider.name)
 def test_providers_in_low_precision_pass_their_own_gate(provider: Provider) -> None:
-    verdict = gate.judge(provider, Oracle(random_case(SHAPE, 64, dtype=BF16)))
+    verdict = gate.judge(provider, Oracle(Case.of(SHAPE, 64, dtype=BF16).inputs()))
     assert verdict.wrong is None
-    strict = gate.judge(provider._replace(loose=False), Oracle(random_case(SHAPE, 64, dtype=BF16)))
+    strict = gate.judge(provider._replace(loose=False), Oracle(Case.of(SHAPE, 64, dtype=BF16).inputs()))
     assert verdict.worst is not None
     assert (strict.wrong is not None) == (verdict.worst > 1)
 
 
 @pytest.mark.parametrize("loose", [False, True])
 def test_a_wrong_provider_fails_either_gate(loose: bool) -> None:
-    case = random_case(SHAPE, 64, dtype=BF16)
+    case = Case.of(SHAPE, 64, dtype=BF16).inputs()
     wrong = Provider("wrong", lambda c: lambda: c.x * 1.5, (cost.FORWARD,), loose=loose)
     assert gate.judge(wrong, Oracle(case)).wrong is not None
 
@@ -47,7 +48,7 @@ def test_providers_of_a_wide_dtype_have_no_low_precision() -> None:
 
 
 def test_what_a_call_returns_is_what_a_fused_call_writes() -> None:
-    case = random_case(SHAPE, 8, dtype=BF16)
+    case = Case.of(SHAPE, 8, dtype=BF16).inputs()
     for name, gradients in (("copy", 1), ("dense", 9)):
         provider = PROVIDERS[name]
         out = make_call(provider, case, cost.FORWARD, keep_out=True)()

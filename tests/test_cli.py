@@ -13,7 +13,7 @@ from torch import Tensor
 
 import compacter_kernels as ck
 from compacter_kernels import accuracy, cli, dispatch
-from compacter_kernels.accuracy import Case
+from compacter_kernels.cases import Inputs
 
 SMALL = ["--shapes", "24/12/4", "--tokens", "5"]
 
@@ -34,7 +34,7 @@ def wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     right = accuracy.call
 
     def call(impl: str) -> accuracy.Function:
-        def function(case: Case) -> Tensor:
+        def function(case: Inputs) -> Tensor:
             return right(impl)(case) * (1.0 if impl == "dense" else 1.001)
 
         return function

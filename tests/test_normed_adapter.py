@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BF16, FP16, FP32, FP64, Case, Oracle, Tensors, assert_same_bits, bits, copies, error, weights
+from oracle import BF16, FP16, FP32, FP64, Case, Reference, Tensors, assert_same_bits, bits, copies, weights
 from test_strides import LAYOUTS
 from torch import Tensor, nn
 
 import compacter_kernels as ck
 from compacter_kernels import route
-from compacter_kernels.accuracy import floor
+from compacter_kernels.accuracy import error, floor
+from compacter_kernels.cases import Inputs
 from compacter_kernels.impl.cpu import unavailable
 from compacter_kernels.saved import saved_bytes
 from compacter_kernels.weights import NormWeights

@@ -24,14 +24,14 @@ class Driver:
 
 driver.set_active(Driver())
 
-from compacter_kernels.accuracy import Shape, random_case
+from compacter_kernels.cases import Case, Shape
 from compacter_kernels.impl.triton import launch
 from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
 from compacter_kernels.impl.triton.plan import Options, plan, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.problem import adapter_problem
 
-case = random_case(Shape(64, 16, 4), 16, dtype=torch.bfloat16)
+case = Case.of(Shape(64, 16, 4), 16, dtype=torch.bfloat16).inputs()
 kernels = served(adapter_problem(case.x, case.down, case.up, case.activation), "sm_90")
 out, options = torch.empty_like(case.x), Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 s = kernels["backward"].sizes

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import compacter_kernels as ck
-from compacter_kernels.accuracy import Case
 from compacter_kernels.activations import resolve
+from compacter_kernels.cases import Inputs
 from compacter_kernels.impl import factored
 from compacter_kernels.weights import PHMWeights, kronecker_sum
 
 Call = Callable[[], Tensor]
-Bind = Callable[[Case], Call]
+Bind = Callable[[Inputs], Call]
 Adapter = Callable[[Tensor, PHMWeights, PHMWeights, str], Tensor]  # x, down, up, activation; the residual is x
 
 
@@ -47,7 +47,7 @@ def _dense_project(x: Tensor, weights: PHMWeights) -> Tensor:
 dense_lowp, factored_lowp = _lowp(_dense_project), _lowp(factored._project)
 
 
-def _arguments(case: Case) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
+def _arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
     assert case.up is not None and case.residual is case.x
     return case.x, case.down, case.up, case.activation
 
@@ -60,7 +60,7 @@ def eager(adapter: Adapter) -> Bind:
 def compiled_for_each_cell(adapter: Adapter) -> Bind:
     """Compile the adapter for each shape and token count."""
 
-    def bind(case: Case) -> Call:
+    def bind(case: Inputs) -> Call:
         x, down, up, activation = _arguments(case)
         return torch.compile(lambda: adapter(x, down, up, activation), fullgraph=True, dynamic=False)
 
@@ -71,7 +71,7 @@ def compiled_once(adapter: Adapter) -> Bind:
     """Compile the adapter once for all token counts; T=1 is refused."""
     compiled = functools.cache(lambda: torch.compile(adapter, fullgraph=True))
 
-    def bind(case: Case) -> Call:
+    def bind(case: Inputs) -> Call:
         if case.x.shape[0] == 1:
             raise RuntimeError("T=1 would be compiled once more; its time is the host's, as at the next token count")
         call = functools.partial(compiled(), *_arguments(case))
@@ -81,7 +81,7 @@ def compiled_once(adapter: Adapter) -> Bind:
     return bind
 
 
-def dense_cached(case: Case, lowp: bool = False) -> Call:
+def dense_cached(case: Inputs, lowp: bool = False) -> Call:
     """Build H before the timing; compute in the dtype of x with lowp, else at least in float32."""
     x, activation = case.x, resolve(case.activation).function
     dtype = x.dtype if lowp else torch.promote_types(x.dtype, torch.float32)

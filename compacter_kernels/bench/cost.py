@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compacter_kernels.accuracy import Shape
+from compacter_kernels.cases import Shape
 
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)

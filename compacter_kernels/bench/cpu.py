@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from compacter_kernels.accuracy import random_case
 from compacter_kernels.bench import timer, worker
 from compacter_kernels.bench.providers import Provider, make_call
 from compacter_kernels.bench.rounds import Timing, interleave
 from compacter_kernels.bench.settings import Settings
+from compacter_kernels.cases import Case
 from compacter_kernels.machine import memory_bytes
 
 VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
@@ -76,7 +76,7 @@ class Timer(timer.Timer[Timing]):
         super().__init__()
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # the compiled provider is compiled for each cell
-        self.case = random_case(cell.shape, cell.tokens, dtype=dtype)
+        self.case = Case.of(cell.shape, cell.tokens, dtype=dtype).inputs()
 
     @staticmethod
     def describe() -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from compacter_kernels import machine
-from compacter_kernels.accuracy import Case, Shape, random_case
 from compacter_kernels.bench import cost, timer, worker
 from compacter_kernels.bench.graphs import Replay, Train, copy_bandwidth, estimate, peak_bytes
 from compacter_kernels.bench.providers import Provider, make_call
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS, Settings
 from compacter_kernels.bench.timer import Cell
+from compacter_kernels.cases import Case, Inputs, Shape
 
 L2_MULTIPLE = 3
 MAX_COPIES = 256
@@ -76,9 +76,9 @@ def copies_needed(cell: Cell, dtype: torch.dtype, direction: str, l2: int) -> in
     return max(2, -(-L2_MULTIPLE * l2 // size))
 
 
-def make_cases(cell: Cell, dtype: torch.dtype, count: int) -> list[Case]:
+def make_cases(cell: Cell, dtype: torch.dtype, count: int) -> list[Inputs]:
     """Return cases with the same weights, and each with its own x and its own gradient."""
-    base = random_case(cell.shape, 1, dtype=dtype).map(lambda t: t.to("cuda"))
+    base = Case.of(cell.shape, 1, dtype=dtype).inputs().map(lambda t: t.to("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal() -> torch.Tensor:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from compacter_kernels.accuracy import Case, Oracle
+from compacter_kernels.accuracy import Oracle
 from compacter_kernels.bench.cost import BOTH
 from compacter_kernels.bench.providers import Provider
+from compacter_kernels.cases import Inputs
 
 GATE_ELEMENTS = 2**25  # of x; only the first tokens of a larger x are checked
 LOOSE_UNITS = 16  # in the last place of the dtype of x: the limit for a loose provider
@@ -22,7 +23,7 @@ class Verdict(NamedTuple):
     tokens: int | None
 
 
-def first_tokens(case: Case, elements: int = GATE_ELEMENTS) -> Case:
+def first_tokens(case: Inputs, elements: int = GATE_ELEMENTS) -> Inputs:
     """Return the same call on the first tokens, which have at most so many elements of x."""
     tokens = max(1, elements // case.x.shape[1])
     if tokens >= case.x.shape[0]:
@@ -37,7 +38,7 @@ def judge(provider: Provider, oracle: Oracle) -> Verdict:
         return Verdict(None, None, None)
     gradients = BOTH in provider.directions
     deviations = oracle.check(lambda case: provider.bind(case)(), gradients=gradients, impl=provider.name)
-    x = oracle.case.x
+    x = oracle.inputs.x
     limit = LOOSE_UNITS * torch.finfo(x.dtype).eps if provider.loose else 0.0
     wrong = [str(deviation) for deviation in deviations if not (deviation.holds or deviation.error <= limit)]
     worst = max(deviation.error / deviation.limit for deviation in deviations)

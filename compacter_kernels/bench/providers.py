@@ -11,9 +11,9 @@ from torch import Tensor
 
 import compacter_kernels as ck
 from compacter_kernels import saved
-from compacter_kernels.accuracy import Case, Shape, random_case
 from compacter_kernels.bench import calls
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
+from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.dispatch import IMPLS, PLAIN
 from compacter_kernels.problem import adapter_problem
 
@@ -36,7 +36,7 @@ class Provider(NamedTuple):
 
 def _fused(device: str) -> dict[str, str | None]:
     """Return every fused impl, and why it does not serve that device in this process."""
-    case = random_case(Shape(24, 12, 4), 1)
+    case = Case.of(Shape(24, 12, 4), 1).inputs()
     assert case.up is not None
     problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
     available = ck.available_impls()
@@ -75,7 +75,7 @@ def providers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[s
     return {provider.name: provider for provider in table}
 
 
-def _copy_both(case: Case, keep_out: bool) -> Callable[[], object]:
+def _copy_both(case: Inputs, keep_out: bool) -> Callable[[], object]:
     """Move the bytes of a fused call: read x, write out; read x and the gradient, write dx."""
     x, grad = case.x, case.grad
     if keep_out:
@@ -88,7 +88,7 @@ def _copy_both(case: Case, keep_out: bool) -> Callable[[], object]:
     return run
 
 
-def make_call(provider: Provider, case: Case, direction: str, keep_out: bool = False) -> Callable[[], object]:
+def make_call(provider: Provider, case: Inputs, direction: str, keep_out: bool = False) -> Callable[[], object]:
     """Return the call to time: without grad, or with the gradients of x and of all parameters.
 
     keep_out: return the output beside the gradients, so that all are in memory at the same time.
@@ -115,7 +115,7 @@ def make_call(provider: Provider, case: Case, direction: str, keep_out: bool = F
     return both
 
 
-def saved_bytes(provider: Provider, case: Case) -> int | None:
+def saved_bytes(provider: Provider, case: Inputs) -> int | None:
     """Return the bytes that a call keeps for its backward, beyond its inputs; None without one."""
     if not (provider.checked and BOTH in provider.directions):
         return None

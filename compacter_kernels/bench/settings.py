@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compacter_kernels.accuracy import Shape
+from compacter_kernels.cases import Shape
 
 PAGE_FAULTS = ("removed", "kept")
 MIN_ROUNDS, MAX_ROUNDS = 5, 100

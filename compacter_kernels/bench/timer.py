@@ -9,8 +9,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from compacter_kernels.accuracy import Case, Shape
 from compacter_kernels.bench.providers import Provider
+from compacter_kernels.cases import Inputs, Shape
 
 T = TypeVar("T")  # the samples of one call, with quantiles() in seconds, and columns() that this device alone has
 
@@ -40,7 +40,7 @@ class Timer(ABC, Generic[T]):
     float32 matrix product in the same rounds, on the CPU.
     """
 
-    case: Case
+    case: Inputs
     sgemm: float | None = None
 
     def __init__(self) -> None:
