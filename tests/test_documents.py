@@ -1,4 +1,7 @@
-"""The documents: their Python runs, their commands exist, their links lead somewhere, their lines wrap at 100."""
+"""The documents: their Python runs, their commands exist, their links work, their lines wrap at 100.
+
+Nothing but Python is run: a console block is compared with the project that it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +46,17 @@ def blocks(document: str) -> list[Block]:
     return [Block(match[1], text.count("\n", 0, match.start()) + 2, match[2]) for match in fenced]
 
 
-def run_code(document: str) -> dict[str, Any]:
-    """Run the Python blocks of a document, one after the other; the names that remain."""
+def run_code(document: str, first: int | None = None) -> dict[str, Any]:
+    """Run the Python blocks of a document, or the first ones, in order; return the names they define."""
     names: dict[str, Any] = {"__name__": document}
-    for block in blocks(document):
-        if block.kind == "python":
-            lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
-            exec(compile(lines, document, "exec"), names)
+    for block in [block for block in blocks(document) if block.kind == "python"][:first]:
+        lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
+        exec(compile(lines, document, "exec"), names)
     return names
 
 
 def commands(document: str) -> Iterator[list[str]]:
-    """The commands of the console blocks, without comments and environment variables; each begins with `$ `."""
+    """The commands of the console blocks, without comments and environment variables."""
     for block in blocks(document):
         if block.kind == "console":
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -98,7 +100,7 @@ def test_the_first_block_of_the_readme_has_eight_lines() -> None:
 
 
 def test_the_lines_that_the_readme_says_it_equals() -> None:
-    readme = run_code("README.md")
+    readme = run_code("README.md", first=2)
     x = torch.randn(7, 32, dtype=torch.float64)  # so that rounding, which differs between machines, has no say
     weights = ck.CompacterAdapter(32, reduction_factor=4, phm_rank=2, phm_init_range=1.0, dtype=torch.float64)
     down, up = weights.down.weights(), weights.up.weights()
@@ -107,7 +109,7 @@ def test_the_lines_that_the_readme_says_it_equals() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_links_of_a_document_lead_somewhere(document: str) -> None:
+def test_the_links_of_a_document_work(document: str) -> None:
     for file, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", read(document)):
         target = (ROOT / document).parent / file if file else ROOT / document
         assert target.exists(), f"{document} points to {file}, which does not exist"
@@ -134,7 +136,7 @@ def test_the_commands_of_a_document_exist(document: str, monkeypatch: pytest.Mon
 
 
 def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if the project has no such command, or it does not take these arguments. Nothing of it is run."""
+    """Fail if the project has no such command, or if the command does not take these arguments."""
     program, *arguments = command
     if program in CHECKS:
         CHECKS[program](arguments)
@@ -166,7 +168,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """What is installed: this project, with extras that it has, or a version that the Makefile installs."""
+    """pip installs this project with extras that it has, or a version that the Makefile installs."""
     assert arguments[0] == "install"
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
