@@ -1,4 +1,4 @@
-"""The documents: their Python runs, their commands exist, their links work, their lines wrap at 100.
+"""The documents: their Python runs, their commands exist, their links work, their lines wrap.
 
 Nothing but Python is run: a console block is compared with the project that it belongs to.
 """
@@ -47,7 +47,7 @@ def blocks(document: str) -> list[Block]:
 
 
 def run_code(document: str, first: int | None = None) -> dict[str, Any]:
-    """Run the Python blocks of a document, or the first ones, in order; return the names they define."""
+    """Run the Python blocks of a document, or the first ones, in order; return their names."""
     names: dict[str, Any] = {"__name__": document}
     for block in [block for block in blocks(document) if block.kind == "python"][:first]:
         lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
@@ -168,7 +168,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """pip installs this project with extras that it has, or a version that the Makefile installs."""
+    """pip installs this project with extras that it has, or what the Makefile installs."""
     assert arguments[0] == "install"
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
