@@ -22,7 +22,7 @@ import compacter_kernels as ck
 from compacter_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("*.md", "docs/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
+PATTERNS = ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
 DOCUMENTS = [str(path.relative_to(ROOT)) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 GENERATED = re.compile(r"^<!-- (\w+):begin -->\n.*?^<!-- \1:end -->\n", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")  # of an environment variable before a command, or of a variable of make
@@ -143,9 +143,7 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "compacter-kernels":
         check_own(arguments, monkeypatch)
     elif program == "torchrun":
-        start = arguments.index("-m")
-        assert arguments[start + 1] == "compacter_kernels"
-        check_own(arguments[start + 2 :], monkeypatch)
+        check_torchrun(arguments, monkeypatch)
     else:
         assert os.access(ROOT / program, os.X_OK), f"no check is known for {shlex.join(command)}"
 
@@ -155,6 +153,16 @@ def check_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
     monkeypatch.setattr(module, "run", lambda args: 0)
     assert cli.main(arguments) == 0
+
+
+def check_torchrun(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts this package with -m, or a script."""
+    if "-m" in arguments:
+        start = arguments.index("-m")
+        assert arguments[start + 1] == "compacter_kernels"
+        check_own(arguments[start + 2 :], monkeypatch)
+    else:
+        check_python(arguments[next(i for i, word in enumerate(arguments) if word.endswith(".py")) :])
 
 
 def check_make(arguments: list[str]) -> None:
@@ -182,9 +190,12 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def check_python(arguments: list[str]) -> None:
-    script = read(arguments[0])
+    """The script exists, and it or a module beside it declares these options."""
+    script = ROOT / arguments[0]
+    assert script.is_file(), f"{arguments[0]} does not exist"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in script.parent.glob("*.py"))
     for option in arguments[1:]:
-        assert not option.startswith("--") or f'"{option}"' in script, f"{arguments[0]} has no option {option}"
+        assert not option.startswith("--") or f'"{option}"' in code, f"{arguments[0]} has no option {option}"
 
 
 def check_pytest(arguments: list[str]) -> None:
