@@ -1,4 +1,4 @@
-"""The shape of the repository: the dependency arrow, file sizes, what the README promises, what files may name."""
+"""The shape of the repository: the dependency arrow, file sizes, what files may name, what an import loads."""
 
 import ast
 import re
@@ -6,12 +6,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
-import compacter_kernels as ck
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "compacter_kernels"
@@ -44,6 +40,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 PUBLIC = RANK["load"] + 1  # what `import compacter_kernels` itself needs lies below
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 HOSTS = {"arxiv.org", "www.apache.org", "keepachangelog.com", "semver.org", "pytorch.org", "github.com"}
+HOSTS |= {"www.w3.org"}  # in the name of the XML namespace of docs/adapter.svg
 
 
 def project_files() -> list[Path]:
@@ -131,33 +128,6 @@ def test_files_name_no_machine_and_no_unknown_host() -> None:
             where = f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
             assert not path_of_a_machine.search(line), where
             assert set(url.findall(line)) <= HOSTS, where
-
-
-def run_code(document: str) -> dict[str, Any]:
-    """Run the Python blocks of a document, one after the other; the names they leave behind."""
-    names: dict[str, Any] = {"__name__": document}
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        exec(compile(code, document, "exec"), names)
-    return names
-
-
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
-def test_links_and_code_of_a_document_work(document: str) -> None:
-    path = ROOT / document
-    text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-        assert (path.parent / target).exists(), f"{document} points to {target}, which is not there"
-    run_code(document)
-
-
-def test_the_lines_that_the_readme_says_it_equals() -> None:
-    readme = run_code("README.md")
-    x = torch.randn(7, 32, dtype=torch.float64)  # so that rounding, which differs between machines, has no say
-    weights = ck.CompacterAdapter(32, reduction_factor=4, phm_rank=2, phm_init_range=1.0, dtype=torch.float64)
-    down, up = weights.down.weights(), weights.up.weights()
-    torch.testing.assert_close(readme["phm_linear"](x, *down), ck.phm_linear(x, down), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(readme["compacter_adapter"](x, down, up), weights(x), rtol=1e-12, atol=1e-12)
 
 
 def test_import_needs_torch_alone() -> None:
