@@ -1,0 +1,68 @@
+"""Infer from the weights of adapters alone what they share and which options they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compacter_kernels.checkpoints.convert.checkpoint import (
+    FACTORS,
+    POSITIONS,
+    RULES,
+    Checkpoint,
+    borrowed,
+    reduction_factor,
+    sizes,
+)
+
+
+def take_shared(adapters: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Remove from the adapters the weights that are equal in all of them, and return these once."""
+    shared: dict[str, Tensor] = {}
+    every = list(adapters.values())
+    rules = [name for name in RULES if f"down.{name}" in every[0]]
+    if rules and all(_equal(own.get(f"{p}.{name}") for own in every for p in POSITIONS) for name in rules):
+        shared |= {name: every[0][f"down.{name}"] for name in rules}
+    factors = [(p, name) for p in POSITIONS for name in FACTORS if f"{p}.{name}" in every[0]]
+    if len(every) > 1 and all(_equal(own.get(f"{p}.{name}") for own in every) for p, name in factors):
+        shared |= {name.replace("W", f"W_{p}"): every[0][f"{p}.{name}"] for p, name in factors}
+    for own in every:
+        for name in borrowed(shared):
+            del own[name]
+    return shared
+
+
+def _equal(tensors: Iterable[Tensor | None]) -> bool:
+    first, *others = tensors
+    return first is not None and all(other is not None and torch.equal(first, other) for other in others)
+
+
+def options_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options that weights show: sizes, what is factorised or shared, which parts exist.
+
+    Raises:
+        ValueError: The adapters are of more than one size.
+    """
+    every = [own for _, own in checkpoint.whole()]
+    first = every[0]
+    all_sizes = {sizes(own) for own in every}
+    if len(all_sizes) > 1:
+        raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
+    factorised = "down.W_left" in first
+    left = first["down.W_left" if factorised else "down.W"]
+    return {
+        "reduction_factor": reduction_factor(*sizes(first)),
+        "phm_dim": left.shape[0],
+        "phm_rank": left.shape[2] if factorised else 1,
+        "phm_bias": "down.b" in first,
+        "factorized_phm_W": factorised,
+        "factorized_phm_rule": "down.phm_rule_left" in first,
+        "shared_phm_rule": any(name in RULES for name in checkpoint.shared),
+        "shared_W_phm": any(name.startswith("W") for name in checkpoint.shared),
+        "scaling": "learned" if "scaling" in first else 1.0,
+        "ln_before": "norm_before.weight" in first,
+        "ln_after": "norm_after.weight" in first,
+    }

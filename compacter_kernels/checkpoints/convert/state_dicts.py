@@ -1,0 +1,155 @@
+"""The formats of the authors ("original"), T-Few and OpenDelta: a model's state dict, no config.
+
+They differ in the names before `down_sampler` and `up_sampler`. The names after it are those of the
+field. Each layer has the shared weights; the authors' state dict also has them at its root.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn, zeros
+
+from compacter_kernels.checkpoints.convert.blocks import t5_block, t5_target, target_options
+from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, Checkpoint, Written, borrowed, sizes
+from compacter_kernels.checkpoints.convert.inferred import options_of, take_shared
+from compacter_kernels.checkpoints.convert.parameter_names import head_of, heads_in, is_norm, names_in_base
+from compacter_kernels.checkpoints.convert.source import Source
+from compacter_kernels.checkpoints.format import of_model
+
+PARTS = {
+    "down_sampler": "down",
+    "up_sampler": "up",
+    "pre_layer_norm": "norm_before",
+    "post_layer_norm": "norm_after",
+}
+_SHARED = r"phm_rule(_left|_right)?|W_(down|up)(_left|_right)?"
+_FROM_OPENDELTA = ("non_linearity", "learn_phm", "phm_c_init", "phm_init_range")
+
+
+class StateDict(NamedTuple):
+    """How a library names the tensors of an adapter, and what it does by default."""
+
+    kind: str  # of format
+    holder: str  # the child of a T5's block, or of the target, that holds the adapter
+    non_linearity: str
+    t5: bool = True  # whether the format is for T5 alone
+    biases: bool = True  # whether projections always have a bias
+
+
+ORIGINAL = StateDict("original", "adapter_controller", "gelu_new")  # in it adapters.TASK, and layer norms
+T_FEW = StateDict("t-few", "adapter", "relu")
+OPENDELTA = StateDict("opendelta", "compactor", "gelu_new", t5=False, biases=False)
+
+
+def read(form: StateDict, source: Source) -> Checkpoint:
+    """Return the checkpoint in a state dict of this form.
+
+    Raises:
+        ValueError: There are no adapters, or adapters of several tasks and no name is given, or
+            adapters after modules that the format does not know.
+    """
+    state = {**source.given, **names_in_base(source.tensors)}
+    pattern = re.compile(
+        rf"(?P<block>.*)\.{form.holder}\.(?:adapters\.(?P<task>[^.]+)\.)?(?P<part>{'|'.join(PARTS)})\.(?P<name>[^.]+)"
+    )
+    matches = {key: match for key in state if (match := pattern.fullmatch(key))}
+    tasks = sorted({match["task"] for match in matches.values() if match["task"]})
+    task = source.choose(tasks, "task") if tasks else None
+    checkpoint = Checkpoint()
+    for key, match in matches.items():
+        if match["task"] in (None, task):
+            target = t5_target(match["block"]) if form.t5 else match["block"]
+            checkpoint.adapters.setdefault(target, {})[f"{PARTS[match['part']]}.{match['name']}"] = state[key]
+    if not checkpoint.adapters:
+        raise ValueError(f"no adapters of the format {form.kind!r} are in it")
+    at_root = borrowed({key: tensor for key, tensor in state.items() if re.fullmatch(_SHARED, key)})
+    for own in checkpoint.adapters.values():
+        own |= {key: tensor for key, tensor in at_root.items() if key not in own}
+    checkpoint.shared = take_shared(checkpoint.adapters)
+    norms = {key: t for key, t in state.items() if is_norm(key) and "adapter" not in key and not head_of(key)}
+    heads = {key: tensor for key, tensor in state.items() if head_of(key)}
+    checkpoint.copies = norms | heads
+    checkpoint.model = {"model_type": source.model_type} if source.model is None else of_model(source.model)
+    options = options_of(checkpoint) | target_options(checkpoint.adapters, source.model_type)
+    options |= {"train_layer_norms": bool(norms), "modules_to_save": heads_in(heads)}
+    if source.config.get("delta_type") == "compacter":  # of OpenDelta
+        options |= {key: source.config[key] for key in _FROM_OPENDELTA if source.config.get(key) is not None}
+    stated = options.get("non_linearity") or _non_linearity_in(source.model) or source.non_linearity
+    checkpoint.options = {**options, "non_linearity": stated or form.non_linearity}
+    if stated is None:
+        checkpoint.notes.append(
+            f"such a file does not say the activation: {form.non_linearity!r} is taken, the default of {form.kind}; "
+            "non_linearity= sets another"
+        )
+    return checkpoint
+
+
+def _non_linearity_in(model: nn.Module | None) -> str | None:
+    """Return the name of the activation that the adapters of a live model have as an attribute."""
+    for module in model.modules() if model is not None else ():
+        if hasattr(module, "down_sampler") or hasattr(module, "up_sampler"):
+            config = getattr(module, "config", None)
+            for owner, name in (
+                (module, "non_linearity"),
+                (config, "non_linearity"),
+                (config, "adapter_non_linearity"),
+            ):
+                if isinstance(value := getattr(owner, name, None), str):
+                    return value
+    return None
+
+
+def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
+    """Return the state dict of the adapters, and of the layer norms and heads trained with them.
+
+    Raises:
+        ValueError: The format does not have an option, or no adapters after such a module.
+    """
+    config, original = checkpoint.config, form is ORIGINAL
+    unsupported = {
+        "scaling": config.scaling != 1.0,
+        "is_parallel": config.is_parallel,
+        "ln_before": config.ln_before and not original,
+        "ln_after": config.ln_after and not original,
+        "adapter_residual_before_ln": config.ln_after and config.adapter_residual_before_ln,
+        "cross_adapter": original and any("EncDecAttention" in target for target in checkpoint.adapters),
+    }
+    option = next((option for option, asked_for in unsupported.items() if asked_for), None)
+    if option is not None:
+        raise ValueError(
+            f"{option}={getattr(config, option)!r}: adapters of the format {form.kind!r} have no such thing"
+        )
+    state: dict[str, Tensor] = dict(checkpoint.shared) if original else {}
+    theirs = {ours: part for part, ours in PARTS.items()}
+    for target, own in checkpoint.whole():
+        block = t5_block(target) if form.t5 else target
+        if block is None:
+            raise ValueError(
+                f"the format {form.kind!r} is for T5 alone, and has no place for an adapter after {target}"
+            )
+        holder = f"{block}.{form.holder}"
+        adapter = f"{holder}.adapters.{name or 'default'}" if original else holder
+        for key, tensor in own.items():
+            part, _, rest = key.partition(".")
+            state[f"{adapter if part in POSITIONS else holder}.{theirs[part]}.{rest}"] = tensor
+        if form.biases and not config.phm_bias:
+            hidden, bottleneck = sizes(own)
+            dtype = own["down.W_right" if config.factorized_phm_W else "down.W"].dtype
+            state[f"{adapter}.down_sampler.b"] = zeros(bottleneck, dtype=dtype)
+            state[f"{adapter}.up_sampler.b"] = zeros(hidden, dtype=dtype)
+    state |= checkpoint.copies
+    if checkpoint.shared and not original:
+        checkpoint.notes.append(
+            f"{', '.join(checkpoint.shared)} is repeated in each adapter, and would train apart there"
+        )
+    checkpoint.notes.append(
+        f"such a file does not say the activation: build the model with {config.non_linearity!r}, "
+        f"reduction factor {config.reduction_factor} and phm_dim {config.phm_dim}"
+    )
+    if not all(map(t5_block, checkpoint.adapters)):
+        checkpoint.notes.append(
+            "names are those in the model's base: put `bert.` or the like before them for a model with a head"
+        )
+    return Written(state)
