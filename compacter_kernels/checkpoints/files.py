@@ -11,8 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,11 +29,10 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_folder(
     source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
 ) -> Path:
-    """Return the folder of this path, or download the two files of the repository of this id.
+    """Return the folder of this path, or the downloaded two files of the repository of this id.
 
     Raises:
-        FileNotFoundError: There is no such folder and no such repository on the hub.
-        NotADirectoryError: The path is that of a file.
+        FileNotFoundError, NotADirectoryError: There is no such folder or repository; it is a file.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -60,40 +58,40 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is too large, not UTF-8, not JSON, or not one object with unique keys.
+        FileNotFoundError, ValueError: There is no such file; it is too large, not UTF-8, not JSON,
+            or not one object with unique keys.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-
-    def refuse(why: object) -> NoReturn:
-        raise ValueError(f"{path} is not a config: {why}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("it has a key twice")
-        return dict(pairs)
-
     with path.open("rb") as file:
         data = file.read(limit + 1)
-    if len(data) > limit:
-        refuse(f"it is larger than {limit} bytes")
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if len(data) > limit:
+            raise ValueError(f"it is larger than {limit} bytes")
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if not isinstance(content, dict):
+            raise ValueError(f"an object is expected, got {type(content).__name__}")
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
-        refuse(error)
-    if not isinstance(content, dict):
-        refuse(f"an object is expected, got {type(content).__name__}")
+        raise ValueError(f"{path} is not a config: {error}") from error
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it has a key twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)  # NaN or Infinity, which JSON does not have
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, mapped into memory: data is read when it is used.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated or malformed, or one of several shards, or it is not there
-            and there is a pickled file in its folder.
+        FileNotFoundError, ValueError: There is no such file, or only a pickled one; it is malformed
+            or one of several shards.
         ImportError: safetensors is not installed.
     """
     if not path.is_file():
@@ -105,12 +103,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a shard, without looking for the others.
-
-    Raises:
-        ValueError: The file is truncated or malformed.
-        ImportError: safetensors is not installed.
-    """
+    """Return the tensors of a file, which may be a shard; raise ValueError if it is malformed."""
     safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -126,11 +119,7 @@ def is_shard(name: str) -> bool:
 
 
 def refuse_pickled(path: Path) -> None:
-    """Refuse a pickled file, or a folder that has one, and say how to convert the file.
-
-    Raises:
-        ValueError: The path is that of such a file or folder.
-    """
+    """Raise ValueError for a pickled file, or a folder that has one, and say how to convert it."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     pickled = next((file for file in files if file.suffix in PICKLED), None)
     if pickled is not None:
@@ -142,11 +131,7 @@ def refuse_pickled(path: Path) -> None:
 
 
 def check_digest(path: Path, expected: object) -> None:
-    """Check the SHA-256 of a tensor file against the one in its config, which may be None.
-
-    Raises:
-        ValueError: They differ.
-    """
+    """Raise ValueError if the SHA-256 that a config has, if it has one, is not that of the file."""
     if expected is not None and expected != sha256(path):
         raise ValueError(
             f"{path} is not the file that the {CONFIG} beside it was saved with: a save was interrupted between the "
@@ -164,9 +149,9 @@ def sha256(path: Path) -> str:
 
 
 def write_folder(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], *, digest: bool = True
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None, *, digest: bool = True
 ) -> None:
-    """Write tensor files, given by name, and the config into a folder.
+    """Write tensor files, given by name, and the config if there is one.
 
     All files are written and flushed beside the folder, and then moved. A new folder appears at
     once. A folder that exists keeps its other files. After a crash between two moves,
@@ -178,17 +163,19 @@ def write_folder(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
     parent = folder if folder.is_dir() else folder.parent
-    with _temporary_folder(parent) as temporary:
-        new = temporary / "adapter"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as temporary:
+        new = Path(temporary, "adapter")
         new.mkdir()  # has the permissions of a usual folder, which the temporary one has not
         for name, tensors in files.items():
             _save(tensors, new / name)
-        content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
-        (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        for name in (CONFIG, ""):
-            _flush(new / name)
+        if config is not None:
+            content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
+            (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            _flush(new / CONFIG)
+        _flush(new)
         if parent is folder:
-            for name in (*files, CONFIG):
+            for name in (*files, CONFIG) if config is not None else files:
                 os.replace(new / name, folder / name)
         else:
             new.rename(folder)
@@ -196,30 +183,14 @@ def write_folder(
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one tensor file, which appears complete or not at all.
-
-    Raises:
-        OSError, ImportError: A file that was there before is unchanged.
-    """
+    """Write one tensor file as `write_folder` does; what was there before an error is unchanged."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file")
-    with _temporary_folder(path.parent) as temporary:
-        _save(tensors, temporary / path.name)
-        os.replace(temporary / path.name, path)
-    _flush(path.parent)
-
-
-@contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as temporary:
-        yield Path(temporary)
+    write_folder(path.parent, {path.name: tensors}, None)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    copies = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     require_safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
     _flush(path)
 
@@ -233,11 +204,7 @@ def _flush(path: Path) -> None:
 
 
 def require_safetensors() -> Any:
-    """Return the package safetensors.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """Return the package safetensors, or raise ImportError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError:

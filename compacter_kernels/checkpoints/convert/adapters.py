@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import re
 
+from compacter_kernels.checkpoints.convert import names
 from compacter_kernels.checkpoints.convert.adapters_config import find_config, read_options, write_options
-from compacter_kernels.checkpoints.convert.blocks import (
-    block_of,
-    is_cross_attention,
-    t5_block,
-    t5_target,
-    target_options,
-)
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, MissingRuleError, Written, sizes
-from compacter_kernels.checkpoints.convert.parameter_names import head_of, heads_in, is_norm, names_in_base
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.targets.architectures import ARCHITECTURES
 
 VERSION = "adapters.1.3.0"
 # The kind of a block -> the module in a layer that holds its adapters.
 _IN_BERT = {"attention": "attention.output", "feed_forward": "output", "cross_attention": "crossattention.output"}
-_IN_VIT = {"attention": "attention_adapters", "feed_forward": "output.output_adapters"}
-_IN_OTHERS = {
-    "attention": "attention_adapters",
-    "feed_forward": "output_adapters",
-    "cross_attention": "cross_attention_adapters",
-}
+_IN_OTHERS = {kind: f"{kind}_adapters" for kind in ("attention", "cross_attention")}
+_IN_OTHERS["feed_forward"] = "output_adapters"
+_IN_VIT = _IN_OTHERS | {"feed_forward": "output.output_adapters"}
 _KINDS = {holder: kind for holders in (_IN_BERT, _IN_VIT, _IN_OTHERS) for kind, holder in holders.items()}
 
 
@@ -36,7 +26,7 @@ def read(source: Source) -> Checkpoint:
         MissingRuleError: The shared weights are neither in the source nor given by the caller.
         ValueError: The adapters are not there, or compute something that ours do not.
     """
-    tensors = names_in_base(source.tensors)
+    tensors = names.names_in_base(source.tensors)
     config, model, name = find_config(source)
     options, model_type = read_options(config, model["model_type"]), model["model_type"]
     checkpoint = Checkpoint(options=options, model=model)
@@ -53,29 +43,30 @@ def read(source: Source) -> Checkpoint:
     if source.given and not checkpoint.shared:
         checkpoint.shared = dict(source.given)
         checkpoint.notes.append(f"the file lacks {', '.join(source.given)}; what was given is taken")
-    _check_shared(checkpoint)
+    if missing := checkpoint.missing_shared():
+        raise MissingRuleError(
+            f"the file lacks {', '.join(missing)}, which its adapters share: `adapters` 1.3.0 leaves it out when it "
+            "saves a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a "
+            "tensor, or a safetensors file that holds it); what was learned and is in no other file cannot be recovered"
+        )
     head = source.head if "config" in source.config else tensors  # an adapter's folder has a file for the head
-    checkpoint.copies = {key: tensor for key, tensor in head.items() if head_of(key)}
+    checkpoint.copies = {key: tensor for key, tensor in head.items() if names.head_of(key)}
     flexible = sorted(key for key in {**source.head, **tensors} if key.startswith("heads."))
     if flexible:
-        checkpoint.losses.append(
-            f"prediction heads of `adapters` itself, for its model classes alone: {flexible[0]}, ..."
-        )
-    in_base = sorted(key for key in source.head if not head_of(key) and key not in flexible)
+        loss = f"prediction heads of `adapters` itself, for its model classes alone: {flexible[0]}, ..."
+        checkpoint.losses.append(loss)
+    in_base = sorted(key for key in source.head if not names.head_of(key) and key not in flexible)
     if in_base:
         checkpoint.notes.append(f"{', '.join(in_base)}, saved as a head, is not taken over: it is part of the base")
-    options["modules_to_save"] = heads_in(checkpoint.copies)
-    options["cross_adapter"] = any(map(is_cross_attention, checkpoint.adapters))
+    options["modules_to_save"] = sorted({key.partition(".")[0] for key in checkpoint.copies})
+    options["cross_adapter"] = any(map(names.is_cross_attention, checkpoint.adapters))
     return checkpoint
 
 
 def _target(holder: str, model_type: str | None) -> str:
-    """Return the target of the adapters that a module of `adapters` holds.
-
-    For example, `encoder.layer.0.output` of a BERT gives `encoder.layer.0.output.dense`.
-    """
+    """Return `encoder.layer.0.output.dense` for `encoder.layer.0.output` of a BERT, and so on."""
     if ".block." in f".{holder}":
-        return t5_target(holder)
+        return names.t5_target(holder)
     match = re.fullmatch(r"(?P<layer>(?:.*\.)?(?:layer|layers|h)\.\d+)\.(?P<child>.*)", holder)
     block = getattr(ARCHITECTURES.get(model_type or ""), _KINDS.get(match["child"], ""), None) if match else None
     if match is None or block is None:
@@ -84,12 +75,12 @@ def _target(holder: str, model_type: str | None) -> str:
 
 
 def _holder(target: str, model_type: str | None) -> str:
-    """Return the module of `adapters` that holds the adapters after a target."""
-    t5 = t5_block(target)
+    """Return the module that holds the adapters after a target: the inverse of `_target`."""
+    t5 = names.t5_block(target)
     if t5:
         return t5
     family = ARCHITECTURES.get(model_type or "")
-    block = block_of(target, family) if family else None
+    block = names.block_of(target, family) if family else None
     if block is None or (model_type == "gpt2" and block.kind == "cross_attention"):
         raise ValueError(f"`adapters` has no place for an adapter after {target} of a model of type {model_type!r}")
     holders = _IN_BERT if family is ARCHITECTURES["bert"] else _IN_VIT if model_type == "vit" else _IN_OTHERS
@@ -97,47 +88,24 @@ def _holder(target: str, model_type: str | None) -> str:
 
 
 def _name_in_adapter(rest: str, ln_before: bool) -> str:
-    """Return our name of a tensor: `adapter_down.0.W_left` is `down.W_left`.
-
-    With `ln_before`, `adapter_down.0` is the layer norm, a second time, and `adapter_down.1` the
-    projection.
-    """
+    """Return `down.W_left` for `adapter_down.0.W_left`; `.0` is the layer norm if there is one."""
     rest = rest.replace("adapter_norm_", "norm_")
     if ln_before and rest.startswith("adapter_down.0."):
         return rest.replace("adapter_down.0.", "norm_before.")
     return re.sub(r"^adapter_(?:(down)\.\d|(up))\.", r"\1\2.", rest)
 
 
-def _check_shared(checkpoint: Checkpoint) -> None:
-    options = checkpoint.options
-    needed: list[str] = []
-    if options["shared_phm_rule"]:
-        needed += ["phm_rule_left", "phm_rule_right"] if options.get("factorized_phm_rule") else ["phm_rule"]
-    if options["shared_W_phm"]:
-        ends = ("_left", "_right") if options.get("factorized_phm_W", True) else ("",)
-        needed += [f"W_{position}{end}" for position in ("down", "up") for end in ends]
-    missing = [name for name in needed if name not in checkpoint.shared]
-    if missing:
-        raise MissingRuleError(
-            f"the file lacks {', '.join(missing)}, which its adapters share: `adapters` 1.3.0 leaves it out when it "
-            "saves a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a "
-            "tensor, or a safetensors file that holds it); what was learned and is in no other file cannot be recovered"
-        )
-
-
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
-    """Return the tensors, the config and the head that `load_adapter` of the library reads.
-
-    It reads them with use_safetensors=True.
+    """Return what `load_adapter` of the library reads with use_safetensors=True.
 
     Raises:
         ValueError: `adapters` does not have an option, or no adapters after such a module.
     """
     config, name = checkpoint.config, name or "default"
-    model_type = checkpoint.model.get("model_type") or ("t5" if all(map(t5_block, checkpoint.adapters)) else None)
+    model_type = checkpoint.model.get("model_type") or ("t5" if all(map(names.t5_block, checkpoint.adapters)) else None)
     options = write_options(config, model_type)
     if config.target_modules is not None:
-        targets = target_options(checkpoint.adapters, model_type)
+        targets = names.target_options(checkpoint.adapters, model_type)
         if "target_modules" in targets:
             raise ValueError("target_modules: `adapters` has no way to put adapters into these places alone")
         options |= targets
@@ -150,10 +118,10 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
             tensors[f"{prefix}.{theirs}"] = tensor
             if key.startswith("norm_before."):
                 tensors[f"{prefix}.{key.replace('norm_before', 'adapter_down.0')}"] = tensor
-    norms = [key for key in checkpoint.copies if is_norm(key) and not head_of(key)]
+    norms = [key for key in checkpoint.copies if names.is_norm(key) and not names.head_of(key)]
     if norms:
         checkpoint.losses.append(f"{len(norms)} trained layer norm weights, such as {norms[0]}")
     hidden, _ = sizes(next(checkpoint.whole())[1])
     about = {"model_type": model_type, "hidden_size": checkpoint.model.get("hidden_size") or hidden, "name": name}
     about |= {"config": options, "model_class": None, "model_name": None, "version": VERSION}
-    return Written(tensors, about, {key: tensor for key, tensor in checkpoint.copies.items() if head_of(key)})
+    return tensors, about, {key: tensor for key, tensor in checkpoint.copies.items() if names.head_of(key)}

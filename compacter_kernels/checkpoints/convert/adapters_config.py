@@ -38,11 +38,7 @@ NORMS_AFTER = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distil
 
 
 def find_config(source: Source) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return the adapters' options in the library's words, what is known of the model, the name.
-
-    Raises:
-        ValueError: There is no such config, or there are several and the source's `name` is None.
-    """
+    """Return the library's config of the adapters, what is known of the model, and the name."""
     if source.model is not None:
         live = getattr(source.model, "adapters_config", None)
         names = list(getattr(live, "adapters", ()))
@@ -66,7 +62,6 @@ def find_config(source: Source) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def _in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
-    """Return the options and the name in the config.json of a whole model with adapters."""
     content = source.config["adapters"] if isinstance(source.config["adapters"], dict) else {}
     names, configs = content.get("adapters"), content.get("config_map")
     if not isinstance(names, dict) or not isinstance(configs, dict) or not names:
@@ -87,15 +82,10 @@ def _in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
 
 
 def read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
-    """Return the options of `CompacterConfig` for those of `adapters`.
-
-    Raises:
-        ValueError: The adapters compute something that `CompacterAdapter` does not.
-    """
+    """Return the options of `CompacterConfig`, or raise ValueError for what it cannot do."""
     if config.get("architecture") is not None:
-        raise ValueError(
-            f"architecture={config['architecture']!r} is another method than Compacter's bottleneck adapters"
-        )
+        method = config["architecture"]
+        raise ValueError(f"architecture={method!r} is another method than Compacter's bottleneck adapters")
     parallel = bool(config.get("is_parallel"))
     for option, needed in FIXED.items():
         value = config.get(option, needed)
@@ -118,11 +108,7 @@ def read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str,
 
 
 def write_options(config: CompacterConfig, model_type: str | None) -> dict[str, Any]:
-    """Return the options of `adapters` for those of `CompacterConfig`, except where adapters are.
-
-    Raises:
-        ValueError: Parallel adapters of `adapters` compute something else in such a model.
-    """
+    """Return the options of `adapters`; ValueError if it would compute something else with them."""
     if config.is_parallel and model_type not in NORMS_AFTER:
         raise ValueError(
             f"is_parallel=True of a {model_type} cannot be converted: in `adapters` it reads another input"

@@ -1,4 +1,4 @@
-"""A checkpoint in no library's form: adapters by their targets, what they share, what trained too."""
+"""A checkpoint between two formats: adapters by their targets, and what belongs to them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,22 @@ from compacter_kernels.nn import CompacterAdapter
 POSITIONS = ("down", "up")
 RULES = ("phm_rule", "phm_rule_left", "phm_rule_right")
 FACTORS = ("W_left", "W_right", "W")
+SHARED = (*RULES, *(name.replace("W", f"W_{position}") for position in POSITIONS for name in FACTORS))
+Written = tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Tensor]]  # tensors, config, head of `Converted`
 
 
 class MissingRuleError(ValueError):
-    """A checkpoint that lacks weights which its adapters share."""
-
-
-@dataclass
-class Written:
-    """What a format makes of a checkpoint; see `Converted` for the fields."""
-
-    tensors: dict[str, Tensor]
-    config: dict[str, Any] | None = None
-    head: dict[str, Tensor] = field(default_factory=dict)
+    """A checkpoint lacks weights which its adapters share."""
 
 
 @dataclass
 class Checkpoint:
     """The adapters of a model, as every format holds them in its own way.
 
-    adapters: the name of the target, which is the module that an adapter follows -> the tensors of
-    the adapter by their names here (`down.W_left`, `up.b`, ...), without those that it shares.
-    shared: the shared tensors by their names in `SharedWeights` (`phm_rule`, `W_down_left`, ...).
-    copies: trained layer norms and heads, by the names of the parameters in the model's base.
-    notes: what was assumed. losses: what the target format cannot hold, so that it is left out.
+    adapters: the name of a target -> the tensors of its adapter by their names here (`down.W_left`,
+    `up.b`, ...), without those that it shares. shared: these, by their names in `SharedWeights`
+    (`phm_rule`, `W_down_left`, ...). copies: trained layer norms and heads, by the names of the
+    parameters in the model's base. notes, losses: as in `Converted`.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -50,11 +42,7 @@ class Checkpoint:
 
     @property
     def config(self) -> CompacterConfig:
-        """The options, checked.
-
-        Raises:
-            ValueError: An option is unknown or does not fit.
-        """
+        """The options; a ValueError says which one is unknown or does not fit."""
         try:
             return CompacterConfig.from_dict(self.options)
         except TypeError as error:
@@ -65,12 +53,17 @@ class Checkpoint:
         for target, own in self.adapters.items():
             yield target, {**own, **borrowed(self.shared)}
 
-    def check(self) -> None:
-        """Check that the tensors of each adapter are those that the options ask for.
+    def missing_shared(self) -> list[str]:
+        """Return the names of shared weights that the options ask for and that are missing."""
+        rules = RULES[1:] if self.options.get("factorized_phm_rule") else RULES[:1]
+        factors = FACTORS[:2] if self.options.get("factorized_phm_W", True) else FACTORS[2:]
+        needed = list(rules) if self.options["shared_phm_rule"] else []
+        if self.options["shared_W_phm"]:
+            needed += [name.replace("W", f"W_{position}") for position in POSITIONS for name in factors]
+        return [name for name in needed if name not in self.shared]
 
-        Raises:
-            ValueError: They are not, or there are no adapters.
-        """
+    def check(self) -> None:
+        """Raise ValueError if the tensors of an adapter are not those that the options ask for."""
         config = self.config
         if not self.adapters:
             raise ValueError("there are no adapters in it")
@@ -80,10 +73,9 @@ class Checkpoint:
             except ValueError as error:
                 raise ValueError(f"the adapter of {target}: {error}") from error
             for name in sorted(expected.keys() | tensors.keys()):
-                if name not in tensors:
-                    raise ValueError(f"{name} of {target} is missing")
-                if name not in expected:
-                    raise ValueError(f"{name} of {target} is one more than the options ask for")
+                if name not in tensors or name not in expected:
+                    problem = "one more than the options ask for" if name in tensors else "missing"
+                    raise ValueError(f"{name} of {target} is {problem}")
                 shape, by_options = tuple(tensors[name].shape), tuple(expected[name].shape)
                 if shape != by_options:
                     raise ValueError(f"{name} of {target} has shape {shape}, and must have {by_options} by the options")
@@ -92,11 +84,7 @@ class Checkpoint:
 
 
 def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[str, Tensor]:
-    """Return the parameters, on meta, that the options give an adapter of these sizes.
-
-    Raises:
-        ValueError: The options make no such adapter.
-    """
+    """Return the parameters, on meta, that the options give an adapter of these sizes."""
     hidden, bottleneck = sizes(tensors)
     given = config.reduction_factor
     if isinstance(given, int | float) and hidden // given != bottleneck:
@@ -110,7 +98,7 @@ def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[st
 
 
 def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return shared tensors by their names in an adapter: phm_rule is down.phm_rule and up.phm_rule."""
+    """Return shared tensors by their names in an adapter: `down.phm_rule`, `up.phm_rule`, ..."""
     return {
         f"{position}.{name.replace(f'W_{position}', 'W')}": tensor
         for name, tensor in shared.items()
@@ -120,11 +108,7 @@ def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the hidden size and the bottleneck of an adapter.
-
-    Raises:
-        ValueError: W is missing or is not of three dimensions.
-    """
+    """Return the hidden size and the bottleneck of an adapter, or raise ValueError."""
     if "down.W_left" not in tensors and "down.W" not in tensors:
         raise ValueError(f"an adapter without W_left and W; it has {', '.join(sorted(tensors))}")
     left = tensors["down.W_left" if "down.W_left" in tensors else "down.W"]
@@ -135,7 +119,7 @@ def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def reduction_factor(hidden: int, bottleneck: int) -> float:
-    """Return the reduction factor that gives this bottleneck."""
+    """Return a reduction factor that gives this bottleneck."""
     if bottleneck and hidden % bottleneck == 0:
         return hidden // bottleneck
     exact = hidden / max(bottleneck, 1)

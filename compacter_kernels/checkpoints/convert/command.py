@@ -1,17 +1,16 @@
-"""`compacter-kernels convert`: a checkpoint of one library in the form of another, or a report on it."""
+"""`compacter-kernels convert`: convert a checkpoint of one library into another form, or report."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
 from compacter_kernels.checkpoints.convert.conversion import convert, read
 from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
-from compacter_kernels.checkpoints.convert.source import open_source
+from compacter_kernels.checkpoints.convert.source import Source, open_source
 
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?
@@ -43,17 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def _report(args: argparse.Namespace, told: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what is known of a source; MissingRuleError comes after the first entry."""
-    source = open_source(args.source, **told)
-    source_format = args.source_format or format_of(source)
-    yield "source_format", source_format
+def _contents(source: Source, source_format: str) -> dict[str, Any]:
     if source_format in LAYERS:
-        yield from {"complete": True, "tensors": len(source.tensors)}.items()
-        return
+        return {"complete": True, "tensors": len(source.tensors)}
     checkpoint = read(source, source_format)
     tensors = [*checkpoint.shared.values(), *(t for own in checkpoint.adapters.values() for t in own.values())]
-    yield from {
+    return {
         "complete": True,
         "adapters": len(checkpoint.adapters),
         "parameters": sum(tensor.numel() for tensor in tensors),
@@ -62,11 +56,10 @@ def _report(args: argparse.Namespace, told: dict[str, Any]) -> Iterator[tuple[st
         "model": checkpoint.model,
         "options": checkpoint.config.to_dict(),
         "notes": checkpoint.notes,
-    }.items()
+    }
 
 
 def _conversion(args: argparse.Namespace, told: dict[str, Any]) -> dict[str, Any]:
-    """Convert, and return what is to be said of the result."""
     options = {"source_format": args.source_format, "target_name": args.target_name, "allow_loss": args.allow_loss}
     converted = convert(args.source, args.to, args.out, **told, **options)
     return {
@@ -87,7 +80,12 @@ def run(args: argparse.Namespace) -> int:
     told = {key: getattr(args, key) for key in ("name", "model_type", "non_linearity", "phm_rule")}
     result: dict[str, Any] = {"source": str(args.source)}
     try:
-        result.update(_report(args, told) if args.to is None else _conversion(args, told))
+        if args.to is None:
+            source = open_source(args.source, **told)
+            result["source_format"] = args.source_format or format_of(source)
+            result |= _contents(source, result["source_format"])
+        else:
+            result |= _conversion(args, told)
     except MissingRuleError as error:
         result |= {"complete": False, "missing": str(error)}
     if args.json:

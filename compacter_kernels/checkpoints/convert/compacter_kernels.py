@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.convert.parameter_names import head_of
+from compacter_kernels.checkpoints.convert.names import head_of
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.files import CONFIG
 from compacter_kernels.checkpoints.format import PEFT_TYPE, VERSION, about_model, describe, read_config
@@ -62,4 +62,4 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
         module = head_of(key) or key.rpartition(".")[0]
         tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor
     of_format = {"peft_type": PEFT_TYPE, "format_version": VERSION, **about_model(checkpoint.model)}
-    return Written(tensors, {**of_format, **checkpoint.config.to_dict()})
+    return tensors, {**of_format, **checkpoint.config.to_dict()}, {}

@@ -19,11 +19,10 @@ from compacter_kernels.checkpoints.files import TENSORS, write_file, write_folde
 
 @dataclass
 class Converted:
-    """A checkpoint in the form of the target format.
+    """A checkpoint in the target format.
 
-    tensors: by their names in that format. config: the content of its config file, or None if the
-    format has none. head: the tensors of a separate file for the head. losses: what the format
-    cannot hold, so that it is left out. notes: what was assumed.
+    config: the content of the config file, None if the format has none. head: the tensors of a
+    separate file for the head. losses: what the format cannot hold. notes: what was assumed.
     """
 
     source_format: str
@@ -57,55 +56,44 @@ def convert(
             a state dict, or a live model of any of the libraries.
         target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original",
             "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of `PHMLinear`).
-        target: where to write: a folder, or a .safetensors file for a format without a config.
-            None writes nothing.
+        target: the folder to write, or the .safetensors file for a format without a config; None
+            writes nothing.
         source_format: one of the same names; by default it is recognised by the tensors' names.
         name: of the adapter, or of the authors' task, if the source has several.
-        target_name: of the adapter or the task in a target that has names; by default `name`, or
-            "default".
+        target_name: of the adapter or the task in the target; by default `name`, or "default".
         model_type: `config.model_type` of the base model, if the source does not say it.
         non_linearity: the activation of the adapters, if the source does not say it.
-        phm_rule: the shared rule, or its two factors, or a safetensors file that holds it, for a
-            source that lacks it.
-        allow_loss: convert even if the target format cannot hold everything. What is left out is
-            listed in `losses`.
-
-    Returns:
-        A `Converted`.
+        phm_rule: the shared rule (or its two factors, or a safetensors file with it), if the source
+            lacks it.
+        allow_loss: convert even if the target format cannot hold everything; see `losses`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
-            computes something that the target cannot; or there is a loss that is not allowed.
-            Nothing was written.
+            the target cannot compute the same, or there is a loss that is not allowed. Nothing was
+            written.
     """
     for option, kind in (("target_format", target_format), ("source_format", source_format)):
         if kind not in FORMATS and not (kind is None and option == "source_format"):
             raise ValueError(f"{option}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
     opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
     source_format = source_format or format_of(opened)
-    if source_format in LAYERS or target_format == "phm_linear":
+    write = FORMATS[target_format].write
+    if FORMATS[source_format].read is None or write is None:
         converted = Converted(source_format, target_format, _layers(opened.tensors, source_format, target_format))
     else:
         checkpoint = read(opened, source_format)
-        write = FORMATS[target_format].write
-        assert write is not None
-        written = vars(write(checkpoint, target_name or name))
-        converted = Converted(source_format, target_format, **written, losses=checkpoint.losses, notes=checkpoint.notes)
+        written = write(checkpoint, target_name or name)
+        converted = Converted(source_format, target_format, *written, checkpoint.losses, checkpoint.notes)
     if converted.losses and not allow_loss:
-        raise ValueError(
-            f"the format {target_format!r} cannot hold {'; '.join(converted.losses)}. allow_loss=True leaves it out"
-        )
+        losses = "; ".join(converted.losses)
+        raise ValueError(f"the format {target_format!r} cannot hold {losses}. allow_loss=True leaves it out")
     if target is not None:
         _store(converted, Path(target))
     return converted
 
 
 def read(source: Source, source_format: str) -> Checkpoint:
-    """Return the checkpoint in a source of this format, checked.
-
-    Raises:
-        TypeError, ValueError: as `convert`.
-    """
+    """Return the checkpoint in a source of this format, checked; raise errors as `convert` does."""
     read_format = FORMATS[source_format].read
     assert read_format is not None
     checkpoint = read_format(source)
@@ -129,9 +117,8 @@ def _layers(tensors: dict[str, Tensor], source_format: str, target_format: str) 
 def _store(converted: Converted, target: Path) -> None:
     if converted.config is None:
         if target.suffix != ".safetensors":
-            raise ValueError(
-                f"{target}: the format {converted.target_format!r} is one file; give a name in .safetensors"
-            )
+            kind = converted.target_format
+            raise ValueError(f"{target}: the format {kind!r} is one file; give a name in .safetensors")
         write_file(target, converted.tensors)
     elif converted.target_format == "adapters":
         pickled = target / "pytorch_adapter.bin"

@@ -7,26 +7,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from compacter_kernels.checkpoints.convert import adapters, compacter_kernels, hypernets, state_dicts
+from compacter_kernels.checkpoints.convert import adapters, compacter_kernels, hypernets
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.convert.source import Source
+from compacter_kernels.checkpoints.convert.state_dicts import OPENDELTA, ORIGINAL, T_FEW, StateDict, read, write
 from compacter_kernels.checkpoints.format import PEFT_TYPE
 from compacter_kernels.targets.added import adapters_of
 
 
 class Format(NamedTuple):
-    """A format; one of single layers has nothing to read adapters from.
+    """How adapters are recognised, read, and written under a name; None for formats of layers."""
 
-    sign: a regular expression for the names of tensors that occur in this format alone.
-    """
-
-    sign: str
+    sign: str  # a regular expression for names of tensors that occur in this format alone
     read: Callable[[Source], Checkpoint] | None = None
-    write: Callable[[Checkpoint, str | None], Written] | None = None  # given the name in the target
+    write: Callable[[Checkpoint, str | None], Written] | None = None
 
 
-def _state_dict(sign: str, form: state_dicts.StateDict) -> Format:
-    return Format(sign, partial(state_dicts.read, form), partial(state_dicts.write, form))
+def _state_dict(adapter: str, form: StateDict) -> Format:
+    return Format(rf".*\.{adapter}\.(down|up)_sampler\..*", partial(read, form), partial(write, form))
 
 
 FORMATS = {
@@ -34,9 +32,9 @@ FORMATS = {
         r"(.*\.)?compacter\.(down|up|shared)\..*", compacter_kernels.read, compacter_kernels.write
     ),
     "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
-    "original": _state_dict(r".*\.adapter_controller\.adapters\.[^.]+\.(down|up)_sampler\..*", state_dicts.ORIGINAL),
-    "opendelta": _state_dict(r".*\.compactor\.(down|up)_sampler\..*", state_dicts.OPENDELTA),
-    "t-few": _state_dict(r".*\.adapter\.(down|up)_sampler\..*", state_dicts.T_FEW),
+    "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", ORIGINAL),
+    "opendelta": _state_dict("compactor", OPENDELTA),
+    "t-few": _state_dict("adapter", T_FEW),
     "hypernets": Format(r"(.*\.)?[as]", write=hypernets.write),
     "phm_linear": Format(r"(.*\.)?(phm_rule(_left)?)"),
 }
@@ -44,11 +42,7 @@ LAYERS = tuple(kind for kind, form in FORMATS.items() if form.read is None)
 
 
 def format_of(source: Source) -> str:
-    """Return the name of a source's format, by its model or else by the names of its tensors.
-
-    Raises:
-        ValueError: The names fit no format, or several.
-    """
+    """Return the format of a source, by its model or tensors' names, or raise ValueError."""
     if adapters_of(source.model) is not None:
         return "compacter-kernels"
     if getattr(source.model, "adapters_config", None) is not None:

@@ -16,11 +16,7 @@ from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 
 
 def to_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of `PHMLinear` layers for layers of HyperNets.
-
-    Raises:
-        ValueError: There are no such layers, or their shapes do not fit together.
-    """
+    """Return the state dict of `PHMLinear` layers, or raise ValueError for wrong or no layers."""
     layers = sorted(key.removesuffix("a") for key in tensors if f".{key}".endswith(".a"))
     if not layers:
         raise ValueError("there are no layers with a and s in it")
@@ -40,11 +36,7 @@ def to_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return layers of HyperNets for a state dict of `PHMLinear` layers; factors are multiplied.
-
-    Raises:
-        ValueError: There are no PHM layers, or a factor is missing.
-    """
+    """Return layers of HyperNets, for which factors are multiplied, or raise ValueError."""
     layers: dict[str, Tensor] = {}
     for key, W in tensors.items():
         layer, _, name = f".{key}".rpartition(".")
@@ -66,7 +58,7 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return the projections of adapters as layers of HyperNets; shared weights are repeated."""
     tensors = {f"{target}.{key}": tensor for target, own in checkpoint.whole() for key, tensor in own.items()}
     checkpoint.losses.append("activation, residual and layer norms: HyperNets has layers, not adapters")
-    return Written(from_phm_linear(tensors))
+    return from_phm_linear(tensors), None, {}
 
 
 def _required(tensors: Mapping[str, Tensor], name: str) -> Tensor:

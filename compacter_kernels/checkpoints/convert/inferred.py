@@ -41,11 +41,7 @@ def _equal(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def options_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the options that weights show: sizes, what is factorised or shared, which parts exist.
-
-    Raises:
-        ValueError: The adapters are of more than one size.
-    """
+    """Return the options that the weights show; raise ValueError for adapters of several sizes."""
     every = [own for _, own in checkpoint.whole()]
     first = every[0]
     all_sizes = {sizes(own) for own in every}

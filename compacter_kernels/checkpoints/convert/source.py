@@ -9,33 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.checkpoints.convert.checkpoint import FACTORS, POSITIONS, RULES
-from compacter_kernels.checkpoints.files import (
-    CONFIG,
-    DIGEST,
-    INDEX,
-    TENSORS,
-    check_digest,
-    is_shard,
-    read_json,
-    read_tensors,
-    refuse_pickled,
-)
+from compacter_kernels.checkpoints import files
+from compacter_kernels.checkpoints.convert.checkpoint import SHARED
 from compacter_kernels.checkpoints.shards import read_sharded
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
-ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors"  # of the `adapters` library
-
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
+ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors"  # of the `adapters` library
 
 
 @dataclass
 class Source:
-    """What a source holds, and what the caller says of it.
+    """What a source holds, and what the caller of `convert` says of it.
 
     tensors: by the names of their format. config: the content of the JSON file beside them. head:
-    the tensors of a separate file for the head. model: the live model, if that is the source.
-    name, model_type, non_linearity: as in `convert`. given: the shared weights of `phm_rule`.
+    the tensors of a separate file for the head. given: the shared weights of `phm_rule`.
     """
 
     tensors: dict[str, Tensor]
@@ -48,7 +36,7 @@ class Source:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     def is_whole_model(self) -> bool:
-        """Whether this is a folder that `save_pretrained` of transformers wrote for a whole model."""
+        """Whether this is the folder of a whole model, which transformers wrote."""
         return isinstance(self.config.get("model_type"), str) and "transformers_version" in self.config
 
     def choose(self, names: Sequence[str], kind: str = "name", default: str | None = None) -> str:
@@ -65,34 +53,24 @@ class Source:
         return names[0] if name is None else name
 
 
-def open_source(
-    source: Any,
-    *,
-    name: str | None = None,
-    model_type: str | None = None,
-    non_linearity: str | None = None,
-    phm_rule: Rule | None = None,
-) -> Source:
-    """Read and check a source. Nothing of it is unpickled.
+def open_source(source: Any, *, phm_rule: Rule | None = None, **told: str | None) -> Source:
+    """Read and check a source; nothing of it is unpickled. told: `name` and others of `Source`.
 
     Raises:
-        TypeError: The source is of another type.
-        ValueError: It is malformed or pickled, or phm_rule holds no shared weights.
-        FileNotFoundError: It is not there.
+        TypeError, ValueError, FileNotFoundError: The source or the rule is of another type,
+            malformed, pickled or not there.
     """
-    given = {} if phm_rule is None else _shared_weights(phm_rule)
-    told = {"name": name, "model_type": model_type, "non_linearity": non_linearity, "given": given}
-    return replace(_open(source), **told)
+    given: Any = {} if phm_rule is None else _shared_weights(phm_rule)
+    return replace(_open(source), given=given, **told)
 
 
-def _shared_weights(given: Rule) -> dict[str, Tensor]:
-    if isinstance(given, Tensor):
-        return {"phm_rule": given}
-    if isinstance(given, tuple):
-        return dict(zip(("phm_rule_left", "phm_rule_right"), given, strict=True))
-    tensors = dict(given) if isinstance(given, Mapping) else read_tensors(Path(given))
-    names = {*RULES, *(name.replace("W", f"W_{position}") for name in FACTORS for position in POSITIONS)}
-    shared = {name: tensor for key, tensor in tensors.items() if (name := key.rpartition(".")[2]) in names}
+def _shared_weights(rule: Rule) -> dict[str, Tensor]:
+    if isinstance(rule, Tensor):
+        return {"phm_rule": rule}
+    if isinstance(rule, tuple):
+        return dict(zip(("phm_rule_left", "phm_rule_right"), rule, strict=True))
+    tensors = dict(rule) if isinstance(rule, Mapping) else files.read_tensors(Path(rule))
+    shared = {name: tensor for key, tensor in tensors.items() if (name := key.rpartition(".")[2]) in SHARED}
     if not shared:
         raise ValueError(f"phm_rule: no tensor is named phm_rule; there are {', '.join(sorted(tensors)[:4])}")
     return shared
@@ -102,8 +80,7 @@ def _open(source: Any) -> Source:
     if isinstance(source, nn.Module):
         check_gathered(source)
         model = unwrapped(source)
-        tensors = {plain_path(model, key): tensor.detach() for key, tensor in model.state_dict().items()}
-        return Source(tensors, model=model)
+        return Source({plain_path(model, key): t.detach() for key, t in model.state_dict().items()}, model=model)
     if isinstance(source, Mapping):
         wrong = [key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         if wrong:
@@ -113,7 +90,7 @@ def _open(source: Any) -> Source:
         raise TypeError(f"source must be a path, a mapping of tensors or a module, got {type(source).__name__}")
     path = Path(source)
     if path.is_file():
-        refuse_pickled(path)
+        files.refuse_pickled(path)
         return Source(_read(path))
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there")
@@ -121,29 +98,30 @@ def _open(source: Any) -> Source:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return read_sharded(path) if path.name.endswith(INDEX) else read_tensors(path)
+    return read_sharded(path) if path.name.endswith(files.INDEX) else files.read_tensors(path)
 
 
 def _open_folder(folder: Path) -> Source:
-    config = next((read_json(folder / name) for name in (CONFIG, "config.json") if (folder / name).is_file()), {})
-    files = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
-    of_adapters = [name for name in (TENSORS, ADAPTERS_TENSORS) if name in files]
-    indices = sorted(path.name for path in folder.glob(f"*{INDEX}"))
-    complete = [name for name in files if not is_shard(name)]
+    configs = (folder / name for name in (files.CONFIG, "config.json"))
+    config = next((files.read_json(path) for path in configs if path.is_file()), {})
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
+    of_adapters = [name for name in (files.TENSORS, ADAPTERS_TENSORS) if name in names]
+    indices = sorted(path.name for path in folder.glob(f"*{files.INDEX}"))
+    complete = [name for name in names if not files.is_shard(name)]
     checkpoints = of_adapters[:1] or [*indices, *complete]
-    if not files and not indices:
-        refuse_pickled(folder)
-        below = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
-        hint = f", but its folders {', '.join(dict.fromkeys(below))} have; give one of them" if below else ""
+    if not names and not indices:
+        files.refuse_pickled(folder)
+        below = dict.fromkeys(sorted(path.parent.name for path in folder.glob("*/*.safetensors")))
+        hint = f", but its folders {', '.join(below)} have; give one of them" if below else ""
         raise FileNotFoundError(f"{folder} has no .safetensors file{hint}")
     if not checkpoints:
-        raise FileNotFoundError(f"{folder} has shards of a checkpoint, such as {files[0]}, and no *{INDEX} beside them")
-    if not of_adapters and (len(checkpoints) > 1 or (complete and complete != files)):
-        raise ValueError(
-            f"{folder} holds {len(checkpoints)} checkpoints; give one of them: {', '.join(checkpoints[:8])}"
-        )
+        shard = f"shards of a checkpoint, such as {names[0]}"
+        raise FileNotFoundError(f"{folder} has {shard}, and no *{files.INDEX} beside them")
+    if not of_adapters and (len(checkpoints) > 1 or (complete and complete != names)):
+        listed = ", ".join(checkpoints[:8])
+        raise ValueError(f"{folder} holds {len(checkpoints)} checkpoints; give one of them: {listed}")
     tensors = _read(folder / checkpoints[0])
     if of_adapters:
-        check_digest(folder / checkpoints[0], config.get(DIGEST))
-    head = read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
+        files.check_digest(folder / checkpoints[0], config.get(files.DIGEST))
+    head = files.read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
     return Source(tensors, config, head)

@@ -7,24 +7,18 @@ field. Each layer has the shared weights; the authors' state dict also has them 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn, zeros
 
-from compacter_kernels.checkpoints.convert.blocks import t5_block, t5_target, target_options
-from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, Checkpoint, Written, borrowed, sizes
+from compacter_kernels.checkpoints.convert import names
+from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, SHARED, Checkpoint, Written, borrowed, sizes
 from compacter_kernels.checkpoints.convert.inferred import options_of, take_shared
-from compacter_kernels.checkpoints.convert.parameter_names import head_of, heads_in, is_norm, names_in_base
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.format import of_model
 
-PARTS = {
-    "down_sampler": "down",
-    "up_sampler": "up",
-    "pre_layer_norm": "norm_before",
-    "post_layer_norm": "norm_after",
-}
-_SHARED = r"phm_rule(_left|_right)?|W_(down|up)(_left|_right)?"
+PARTS = {"down_sampler": "down", "up_sampler": "up"}
+PARTS |= {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}  # of the authors alone
 _FROM_OPENDELTA = ("non_linearity", "learn_phm", "phm_c_init", "phm_init_range")
 
 
@@ -47,10 +41,9 @@ def read(form: StateDict, source: Source) -> Checkpoint:
     """Return the checkpoint in a state dict of this form.
 
     Raises:
-        ValueError: There are no adapters, or adapters of several tasks and no name is given, or
-            adapters after modules that the format does not know.
+        ValueError: There are no adapters, or of several tasks, or after modules that are unknown.
     """
-    state = {**source.given, **names_in_base(source.tensors)}
+    state = {**source.given, **names.names_in_base(source.tensors)}
     pattern = re.compile(
         rf"(?P<block>.*)\.{form.holder}\.(?:adapters\.(?P<task>[^.]+)\.)?(?P<part>{'|'.join(PARTS)})\.(?P<name>[^.]+)"
     )
@@ -60,20 +53,19 @@ def read(form: StateDict, source: Source) -> Checkpoint:
     checkpoint = Checkpoint()
     for key, match in matches.items():
         if match["task"] in (None, task):
-            target = t5_target(match["block"]) if form.t5 else match["block"]
+            target = names.t5_target(match["block"]) if form.t5 else match["block"]
             checkpoint.adapters.setdefault(target, {})[f"{PARTS[match['part']]}.{match['name']}"] = state[key]
     if not checkpoint.adapters:
         raise ValueError(f"no adapters of the format {form.kind!r} are in it")
-    at_root = borrowed({key: tensor for key, tensor in state.items() if re.fullmatch(_SHARED, key)})
-    for own in checkpoint.adapters.values():
-        own |= {key: tensor for key, tensor in at_root.items() if key not in own}
+    at_root = borrowed({key: state[key] for key in SHARED if key in state})
+    checkpoint.adapters = {target: {**at_root, **own} for target, own in checkpoint.adapters.items()}
     checkpoint.shared = take_shared(checkpoint.adapters)
-    norms = {key: t for key, t in state.items() if is_norm(key) and "adapter" not in key and not head_of(key)}
-    heads = {key: tensor for key, tensor in state.items() if head_of(key)}
+    heads = {key: tensor for key, tensor in state.items() if names.head_of(key)}
+    norms = {key: t for key, t in state.items() if names.is_norm(key) and "adapter" not in key and key not in heads}
     checkpoint.copies = norms | heads
     checkpoint.model = {"model_type": source.model_type} if source.model is None else of_model(source.model)
-    options = options_of(checkpoint) | target_options(checkpoint.adapters, source.model_type)
-    options |= {"train_layer_norms": bool(norms), "modules_to_save": heads_in(heads)}
+    options = options_of(checkpoint) | names.target_options(checkpoint.adapters, source.model_type)
+    options |= {"train_layer_norms": bool(norms), "modules_to_save": sorted({key.partition(".")[0] for key in heads})}
     if source.config.get("delta_type") == "compacter":  # of OpenDelta
         options |= {key: source.config[key] for key in _FROM_OPENDELTA if source.config.get(key) is not None}
     stated = options.get("non_linearity") or _non_linearity_in(source.model) or source.non_linearity
@@ -91,11 +83,8 @@ def _non_linearity_in(model: nn.Module | None) -> str | None:
     for module in model.modules() if model is not None else ():
         if hasattr(module, "down_sampler") or hasattr(module, "up_sampler"):
             config = getattr(module, "config", None)
-            for owner, name in (
-                (module, "non_linearity"),
-                (config, "non_linearity"),
-                (config, "adapter_non_linearity"),
-            ):
+            owners = ((module, "non_linearity"), (config, "non_linearity"), (config, "adapter_non_linearity"))
+            for owner, name in owners:
                 if isinstance(value := getattr(owner, name, None), str):
                     return value
     return None
@@ -114,21 +103,19 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         "ln_before": config.ln_before and not original,
         "ln_after": config.ln_after and not original,
         "adapter_residual_before_ln": config.ln_after and config.adapter_residual_before_ln,
-        "cross_adapter": original and any("EncDecAttention" in target for target in checkpoint.adapters),
+        "cross_adapter": original and any(map(names.is_cross_attention, checkpoint.adapters)),
     }
-    option = next((option for option, asked_for in unsupported.items() if asked_for), None)
+    option = next((option for option, used in unsupported.items() if used), None)
     if option is not None:
-        raise ValueError(
-            f"{option}={getattr(config, option)!r}: adapters of the format {form.kind!r} have no such thing"
-        )
+        asked_for = f"{option}={getattr(config, option)!r}"
+        raise ValueError(f"{asked_for}: adapters of the format {form.kind!r} have no such thing")
     state: dict[str, Tensor] = dict(checkpoint.shared) if original else {}
     theirs = {ours: part for part, ours in PARTS.items()}
     for target, own in checkpoint.whole():
-        block = t5_block(target) if form.t5 else target
+        block = names.t5_block(target) if form.t5 else target
         if block is None:
-            raise ValueError(
-                f"the format {form.kind!r} is for T5 alone, and has no place for an adapter after {target}"
-            )
+            problem = f"is for T5 alone, and has no place for an adapter after {target}"
+            raise ValueError(f"the format {form.kind!r} {problem}")
         holder = f"{block}.{form.holder}"
         adapter = f"{holder}.adapters.{name or 'default'}" if original else holder
         for key, tensor in own.items():
@@ -141,15 +128,13 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
             state[f"{adapter}.up_sampler.b"] = zeros(hidden, dtype=dtype)
     state |= checkpoint.copies
     if checkpoint.shared and not original:
-        checkpoint.notes.append(
-            f"{', '.join(checkpoint.shared)} is repeated in each adapter, and would train apart there"
-        )
+        repeated = ", ".join(checkpoint.shared)
+        checkpoint.notes.append(f"{repeated} is repeated in each adapter, and would train apart there")
+    note = "names are those in the model's base: put `bert.` or the like before them for a model with a head"
     checkpoint.notes.append(
         f"such a file does not say the activation: build the model with {config.non_linearity!r}, "
         f"reduction factor {config.reduction_factor} and phm_dim {config.phm_dim}"
     )
-    if not all(map(t5_block, checkpoint.adapters)):
-        checkpoint.notes.append(
-            "names are those in the model's base: put `bert.` or the like before them for a model with a head"
-        )
-    return Written(state)
+    if not all(map(names.t5_block, checkpoint.adapters)):
+        checkpoint.notes.append(note)
+    return state, None, {}
