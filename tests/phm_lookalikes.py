@@ -132,7 +132,7 @@ class OpenDeltaHost(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        found = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
+        output = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
         if self.as_tuple:
-            assert found[1:] == ("cache",)
-        return found[0] if self.as_tuple else found
+            assert output[1:] == ("cache",)
+        return output[0] if self.as_tuple else output

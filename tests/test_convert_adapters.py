@@ -120,8 +120,8 @@ def test_options(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     convert(source, "compacter-kernels", tmp_path / "ours")
     plain = load_adapter(build(family), tmp_path / "ours")
     close(output(family, plain), expected)
-    found = plain.compacter.configs["default"]
-    assert all(getattr(found, key) == value for key, value in options.items() if key not in ("leave_out", "scaling"))
+    config = plain.compacter.configs["default"]
+    assert all(getattr(config, key) == value for key, value in options.items() if key not in ("leave_out", "scaling"))
 
     convert(tmp_path / "ours", "adapters", tmp_path / "theirs", target_name="again")
     back = build(family)
@@ -157,9 +157,9 @@ def test_layer_norms_are_a_loss(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot hold \d+ trained layer norm weights, .*allow_loss=True"):
         convert(model, "adapters", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
-    found = convert(model, "adapters", tmp_path / "theirs", allow_loss=True)
-    assert len(found.losses) == 1 and "layer norm" in found.losses[0]
-    assert not any("LayerNorm" in key for key in found.tensors)
+    converted = convert(model, "adapters", tmp_path / "theirs", allow_loss=True)
+    assert len(converted.losses) == 1 and "layer norm" in converted.losses[0]
+    assert not any("LayerNorm" in key for key in converted.tensors)
 
 
 @pytest.mark.parametrize("family", ["t5", "roberta"])
@@ -226,12 +226,12 @@ def test_their_plus_plus_computes_something_else() -> None:
     assert before is model.adapters_config.config_map
 
 
-def test_a_place_that_they_do_not_have(tmp_path: Path) -> None:
+def test_targets_that_adapters_does_not_have(tmp_path: Path) -> None:
     model = trained(build("gpt2"), cross_adapter=True, train_layer_norms=False)
-    with pytest.raises(ValueError, match=r"no place for an adapter after h\.0\.crossattention\.c_proj"):
+    with pytest.raises(ValueError, match=r"cannot put an adapter after h\.0\.crossattention\.c_proj"):
         convert(model, "adapters", tmp_path / "theirs")
     model = trained(build("bert"), target_modules=["layer.1.output.dense"], train_layer_norms=False)
-    with pytest.raises(ValueError, match="no way to put adapters into these places alone"):
+    with pytest.raises(ValueError, match="no way to put adapters after these modules alone"):
         convert(model, "adapters", tmp_path / "theirs")
 
 
@@ -297,18 +297,18 @@ def test_the_model_is_as_it_was() -> None:
     assert inputs("bert").keys() == {"input_ids"} and ck.available_impls()
 
 
-ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
+WRONG_VALUES = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
 
 
 @pytest.mark.parametrize("where", ["outside", "options"])
-def test_any_odd_value_of_a_config(where: str, tmp_path: Path) -> None:
+def test_any_wrong_value_in_a_config(where: str, tmp_path: Path) -> None:
     """Refused by a ValueError, or converted; never another error."""
     folder = save(theirs("bert", steps=0), tmp_path / "saved")
     original = (folder / "adapter_config.json").read_text()
-    found = json.loads(original)
+    content = json.loads(original)
     refused = 0
-    for option in found["config"] if where == "options" else found:
-        for value in ODD:
+    for option in content["config"] if where == "options" else content:
+        for value in WRONG_VALUES:
             changed = json.loads(original)
             (changed["config"] if where == "options" else changed)[option] = value
             (folder / "adapter_config.json").write_text(json.dumps(changed))

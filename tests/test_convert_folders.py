@@ -27,32 +27,32 @@ TENSORS = {
 }
 
 
-def write_index(folder: Path, places: Any, **others: Any) -> Path:
+def write_index(folder: Path, shard_of: Any, **others: Any) -> Path:
     path = folder / f"model{INDEX}"
-    path.write_text(json.dumps({"metadata": {}, "weight_map": places, **others}))
+    path.write_text(json.dumps({"metadata": {}, "weight_map": shard_of, **others}))
     return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Layers in two shards."""
-    places = {key: SHARDS[key > "layer.2"] for key in TENSORS}
+    shard_of = {key: SHARDS[key > "layer.2"] for key in TENSORS}
     for shard in SHARDS:
-        safetensors.save_file({key: TENSORS[key] for key in TENSORS if places[key] == shard}, tmp_path / shard)
-    write_index(tmp_path, places)
+        safetensors.save_file({key: TENSORS[key] for key in TENSORS if shard_of[key] == shard}, tmp_path / shard)
+    write_index(tmp_path, shard_of)
     return tmp_path
 
 
-def places_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"model{INDEX}").read_text())["weight_map"]
-    return found
+def weight_map(folder: Path) -> dict[str, Any]:
+    shard_of: dict[str, Any] = json.loads((folder / f"model{INDEX}").read_text())["weight_map"]
+    return shard_of
 
 
 def test_shards_are_read_by_their_index(folder: Path) -> None:
     for source in (folder, folder / f"model{INDEX}"):
         assert ck.convert(source, "phm_linear").tensors.keys() == TENSORS.keys()
-    found = ck.convert(folder, "hypernets")
-    assert all(torch.equal(found.tensors[f"layer.{i}.s"], TENSORS[f"layer.{i}.W"].mT) for i in range(4))
+    converted = ck.convert(folder, "hypernets")
+    assert all(torch.equal(converted.tensors[f"layer.{i}.s"], TENSORS[f"layer.{i}.W"].mT) for i in range(4))
 
 
 def test_one_shard_is_not_the_checkpoint(folder: Path) -> None:
@@ -64,7 +64,7 @@ def test_one_shard_is_not_the_checkpoint(folder: Path) -> None:
 
 
 def _edited(**changes: Any) -> Callable[[Path], object]:
-    return lambda folder: write_index(folder, {k: v for k, v in {**places_of(folder), **changes}.items() if v})
+    return lambda folder: write_index(folder, {k: v for k, v in {**weight_map(folder), **changes}.items() if v})
 
 
 def _twice(folder: Path) -> None:
@@ -74,8 +74,8 @@ def _twice(folder: Path) -> None:
 
 def _moved(folder: Path) -> None:
     """A tensor that is in both shards."""
-    found = safetensors.load_file(folder / SHARDS[0])
-    safetensors.save_file({**found, "layer.3.W": TENSORS["layer.3.W"] + 1}, folder / SHARDS[0])
+    tensors = safetensors.load_file(folder / SHARDS[0])
+    safetensors.save_file({**tensors, "layer.3.W": TENSORS["layer.3.W"] + 1}, folder / SHARDS[0])
 
 
 KEY = "layer.0.W"
@@ -154,10 +154,12 @@ def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
     for name in ("one", "two"):
         model.add_adapter(name, config=config)
     model.save_pretrained(tmp_path / "model")
-    expected, found = (ck.convert(source, "compacter-kernels", name="two") for source in (model, tmp_path / "model"))
-    assert found.config == {**expected.config, "num_hidden_layers": 2}
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
+    expected, converted = (
+        ck.convert(source, "compacter-kernels", name="two") for source in (model, tmp_path / "model")
+    )
+    assert converted.config == {**expected.config, "num_hidden_layers": 2}
+    assert converted.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(converted.tensors[key], tensor) for key, tensor in expected.tensors.items())
 
     with pytest.raises(ValueError, match="adapters of 2 names; give name=, one of one, two"):
         ck.convert(tmp_path / "model", "compacter-kernels")
@@ -179,7 +181,7 @@ def test_a_wrapped_source_has_the_names_of_the_plain_one(tmp_path: Path) -> None
     """A model, and a state dict that was taken from one."""
     model = trained(build("t5"))
     expected = ck.convert(model, "t-few")
-    found = ck.convert(torch.nn.DataParallel(torch.compile(model)), "t-few")
+    converted = ck.convert(torch.nn.DataParallel(torch.compile(model)), "t-few")
     prefixed = {f"module._orig_mod.{key}": tensor for key, tensor in expected.tensors.items()}
-    for tensors in (found.tensors, ck.convert(prefixed, "t-few", source_format="t-few", model_type="t5").tensors):
+    for tensors in (converted.tensors, ck.convert(prefixed, "t-few", source_format="t-few", model_type="t5").tensors):
         assert tensors.keys() == expected.tensors.keys()

@@ -36,8 +36,8 @@ def read(source: Source) -> Checkpoint:
         if is_shared:
             checkpoint.shared[shared_name] = tensor
         elif in_adapter:
-            own = checkpoint.adapters.setdefault(_target(holder, model_type), {})
-            own[_name_in_adapter(rest, options["ln_before"])] = tensor
+            adapter = checkpoint.adapters.setdefault(_target(holder, model_type), {})
+            adapter[_name_in_adapter(rest, options["ln_before"])] = tensor
     if not checkpoint.adapters:
         raise ValueError(f"there are no adapters of the name {name!r} in it")
     if source.given and not checkpoint.shared:
@@ -70,7 +70,7 @@ def _target(holder: str, model_type: str | None) -> str:
     match = re.fullmatch(r"(?P<layer>(?:.*\.)?(?:layer|layers|h)\.\d+)\.(?P<child>.*)", holder)
     block = getattr(ARCHITECTURES.get(model_type or ""), _KINDS.get(match["child"], ""), None) if match else None
     if match is None or block is None:
-        raise ValueError(f"adapters at {holder} of a model of type {model_type!r}: no such place is known")
+        raise ValueError(f"adapters in {holder} of a model of type {model_type!r}: no such module is known")
     return f"{match['layer']}.{block.write.partition('|')[0]}"
 
 
@@ -82,7 +82,7 @@ def _holder(target: str, model_type: str | None) -> str:
     family = ARCHITECTURES.get(model_type or "")
     block = names.block_of(target, family) if family else None
     if block is None or (model_type == "gpt2" and block.kind == "cross_attention"):
-        raise ValueError(f"`adapters` has no place for an adapter after {target} of a model of type {model_type!r}")
+        raise ValueError(f"`adapters` cannot put an adapter after {target} of a model of type {model_type!r}")
     holders = _IN_BERT if family is ARCHITECTURES["bert"] else _IN_VIT if model_type == "vit" else _IN_OTHERS
     return f"{block.stack}.{block.layer}.{holders[block.kind]}"
 
@@ -107,12 +107,12 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     if config.target_modules is not None:
         targets = names.target_options(checkpoint.adapters, model_type)
         if "target_modules" in targets:
-            raise ValueError("target_modules: `adapters` has no way to put adapters into these places alone")
+            raise ValueError("target_modules: `adapters` has no way to put adapters after these modules alone")
         options |= targets
     tensors = {f"shared_parameters.{name}.{key}": tensor for key, tensor in checkpoint.shared.items()}
-    for target, own in checkpoint.adapters.items():
+    for target, adapter in checkpoint.adapters.items():
         prefix = f"{_holder(target, model_type)}.adapters.{name}"
-        for key, tensor in own.items():
+        for key, tensor in adapter.items():
             down = f"adapter_down.{int(config.ln_before)}."
             theirs = key if key == "scaling" else f"adapter_{key}".replace("adapter_down.", down)
             tensors[f"{prefix}.{theirs}"] = tensor

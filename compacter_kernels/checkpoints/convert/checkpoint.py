@@ -14,7 +14,8 @@ from compacter_kernels.nn import CompacterAdapter
 POSITIONS = ("down", "up")
 RULES = ("phm_rule", "phm_rule_left", "phm_rule_right")
 FACTORS = ("W_left", "W_right", "W")
-SHARED = (*RULES, *(name.replace("W", f"W_{position}") for position in POSITIONS for name in FACTORS))
+SHARED = {name: (f"down.{name}", f"up.{name}") for name in RULES}  # shared weights -> their names in an adapter
+SHARED |= {name.replace("W", f"W_{position}"): (f"{position}.{name}",) for position in POSITIONS for name in FACTORS}
 Written = tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Tensor]]  # tensors, config, head of `Converted`
 
 
@@ -24,11 +25,10 @@ class MissingRuleError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """The adapters of a model, as every format holds them in its own way.
+    """The adapters of a model, as every format holds them in its adapter way.
 
     adapters: the name of a target -> the tensors of its adapter by their names here (`down.W_left`,
-    `up.b`, ...), without those that it shares. shared: these, by their names in `SharedWeights`
-    (`phm_rule`, `W_down_left`, ...). copies: trained layer norms and heads, by the names of the
+    `up.b`, ...), without those that it shares. shared: these, by the names in `SHARED`. copies: trained layer norms and heads, by the names of the
     parameters in the model's base. notes, losses: as in `Converted`.
     """
 
@@ -50,8 +50,8 @@ class Checkpoint:
 
     def whole(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield each target with all tensors of its adapter, including the shared ones."""
-        for target, own in self.adapters.items():
-            yield target, {**own, **borrowed(self.shared)}
+        for target, adapter in self.adapters.items():
+            yield target, {**adapter, **borrowed(self.shared)}
 
     def missing_shared(self) -> list[str]:
         """Return the names of shared weights that the options ask for and that are missing."""
@@ -99,12 +99,7 @@ def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[st
 
 def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return shared tensors by their names in an adapter: `down.phm_rule`, `up.phm_rule`, ..."""
-    return {
-        f"{position}.{name.replace(f'W_{position}', 'W')}": tensor
-        for name, tensor in shared.items()
-        for position in POSITIONS
-        if name in RULES or name.startswith(f"W_{position}")
-    }
+    return {in_adapter: tensor for name, tensor in shared.items() for in_adapter in SHARED.get(name, (name,))}
 
 
 def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

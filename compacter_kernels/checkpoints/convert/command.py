@@ -46,7 +46,7 @@ def _contents(source: Source, source_format: str) -> dict[str, Any]:
     if source_format in LAYERS:
         return {"complete": True, "tensors": len(source.tensors)}
     checkpoint = read(source, source_format)
-    tensors = [*checkpoint.shared.values(), *(t for own in checkpoint.adapters.values() for t in own.values())]
+    tensors = [*checkpoint.shared.values(), *(t for adapter in checkpoint.adapters.values() for t in adapter.values())]
     return {
         "complete": True,
         "adapters": len(checkpoint.adapters),

@@ -56,8 +56,8 @@ def read(source: Source) -> Checkpoint:
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return the tensors and the config that `load_adapter` reads, which have no name."""
     tensors = {f"{NAME}.shared.{key}": tensor for key, tensor in checkpoint.shared.items()}
-    for target, own in checkpoint.adapters.items():
-        tensors |= {f"{target}.{NAME}.{key}": tensor for key, tensor in own.items()}
+    for target, adapter in checkpoint.adapters.items():
+        tensors |= {f"{target}.{NAME}.{key}": tensor for key, tensor in adapter.items()}
     for key, tensor in checkpoint.copies.items():
         module = head_of(key) or key.rpartition(".")[0]
         tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor

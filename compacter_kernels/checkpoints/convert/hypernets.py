@@ -56,7 +56,7 @@ def from_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return the projections of adapters as layers of HyperNets; shared weights are repeated."""
-    tensors = {f"{target}.{key}": tensor for target, own in checkpoint.whole() for key, tensor in own.items()}
+    tensors = {f"{target}.{key}": tensor for target, adapter in checkpoint.whole() for key, tensor in adapter.items()}
     checkpoint.losses.append("activation, residual and layer norms: HyperNets has layers, not adapters")
     return from_phm_linear(tensors), None, {}
 

@@ -8,30 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.checkpoints.convert.checkpoint import (
-    FACTORS,
-    POSITIONS,
-    RULES,
-    Checkpoint,
-    borrowed,
-    reduction_factor,
-    sizes,
-)
+from compacter_kernels.checkpoints.convert.checkpoint import SHARED, Checkpoint, borrowed, reduction_factor, sizes
 
 
 def take_shared(adapters: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Remove from the adapters the weights that are equal in all of them, and return these once."""
     shared: dict[str, Tensor] = {}
     every = list(adapters.values())
-    rules = [name for name in RULES if f"down.{name}" in every[0]]
-    if rules and all(_equal(own.get(f"{p}.{name}") for own in every for p in POSITIONS) for name in rules):
-        shared |= {name: every[0][f"down.{name}"] for name in rules}
-    factors = [(p, name) for p in POSITIONS for name in FACTORS if f"{p}.{name}" in every[0]]
-    if len(every) > 1 and all(_equal(own.get(f"{p}.{name}") for own in every) for p, name in factors):
-        shared |= {name.replace("W", f"W_{p}"): every[0][f"{p}.{name}"] for p, name in factors}
-    for own in every:
+    for weights in ("phm_rule", "W") if len(every) > 1 else ("phm_rule",):
+        names = {name: SHARED[name] for name in SHARED if name.startswith(weights) and SHARED[name][0] in every[0]}
+        if all(_equal(adapter.get(name) for adapter in every for name in borrowers) for borrowers in names.values()):
+            shared |= {name: every[0][names[name][0]] for name in names}
+    for adapter in every:
         for name in borrowed(shared):
-            del own[name]
+            del adapter[name]
     return shared
 
 
@@ -42,9 +32,9 @@ def _equal(tensors: Iterable[Tensor | None]) -> bool:
 
 def options_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the options that the weights show; raise ValueError for adapters of several sizes."""
-    every = [own for _, own in checkpoint.whole()]
+    every = [adapter for _, adapter in checkpoint.whole()]
     first = every[0]
-    all_sizes = {sizes(own) for own in every}
+    all_sizes = {sizes(adapter) for adapter in every}
     if len(all_sizes) > 1:
         raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
     factorised = "down.W_left" in first
@@ -56,7 +46,7 @@ def options_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "phm_bias": "down.b" in first,
         "factorized_phm_W": factorised,
         "factorized_phm_rule": "down.phm_rule_left" in first,
-        "shared_phm_rule": any(name in RULES for name in checkpoint.shared),
+        "shared_phm_rule": any(name.startswith("phm_rule") for name in checkpoint.shared),
         "shared_W_phm": any(name.startswith("W") for name in checkpoint.shared),
         "scaling": "learned" if "scaling" in first else 1.0,
         "ln_before": "norm_before.weight" in first,

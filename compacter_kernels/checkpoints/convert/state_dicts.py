@@ -58,7 +58,7 @@ def read(form: StateDict, source: Source) -> Checkpoint:
     if not checkpoint.adapters:
         raise ValueError(f"no adapters of the format {form.kind!r} are in it")
     at_root = borrowed({key: state[key] for key in SHARED if key in state})
-    checkpoint.adapters = {target: {**at_root, **own} for target, own in checkpoint.adapters.items()}
+    checkpoint.adapters = {target: {**at_root, **adapter} for target, adapter in checkpoint.adapters.items()}
     checkpoint.shared = take_shared(checkpoint.adapters)
     heads = {key: tensor for key, tensor in state.items() if names.head_of(key)}
     norms = {key: t for key, t in state.items() if names.is_norm(key) and "adapter" not in key and key not in heads}
@@ -111,21 +111,21 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         raise ValueError(f"{asked_for}: adapters of the format {form.kind!r} have no such thing")
     state: dict[str, Tensor] = dict(checkpoint.shared) if original else {}
     theirs = {ours: part for part, ours in PARTS.items()}
-    for target, own in checkpoint.whole():
+    for target, adapter in checkpoint.whole():
         block = names.t5_block(target) if form.t5 else target
         if block is None:
-            problem = f"is for T5 alone, and has no place for an adapter after {target}"
+            problem = f"is for T5 alone, and cannot hold an adapter after {target}"
             raise ValueError(f"the format {form.kind!r} {problem}")
         holder = f"{block}.{form.holder}"
-        adapter = f"{holder}.adapters.{name or 'default'}" if original else holder
-        for key, tensor in own.items():
+        prefix = f"{holder}.adapters.{name or 'default'}" if original else holder
+        for key, tensor in adapter.items():
             part, _, rest = key.partition(".")
-            state[f"{adapter if part in POSITIONS else holder}.{theirs[part]}.{rest}"] = tensor
+            state[f"{prefix if part in POSITIONS else holder}.{theirs[part]}.{rest}"] = tensor
         if form.biases and not config.phm_bias:
-            hidden, bottleneck = sizes(own)
-            dtype = own["down.W_right" if config.factorized_phm_W else "down.W"].dtype
-            state[f"{adapter}.down_sampler.b"] = zeros(bottleneck, dtype=dtype)
-            state[f"{adapter}.up_sampler.b"] = zeros(hidden, dtype=dtype)
+            hidden, bottleneck = sizes(adapter)
+            dtype = adapter["down.W_right" if config.factorized_phm_W else "down.W"].dtype
+            state[f"{prefix}.down_sampler.b"] = zeros(bottleneck, dtype=dtype)
+            state[f"{prefix}.up_sampler.b"] = zeros(hidden, dtype=dtype)
     state |= checkpoint.copies
     if checkpoint.shared and not original:
         repeated = ", ".join(checkpoint.shared)

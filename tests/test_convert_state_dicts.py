@@ -160,8 +160,8 @@ def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
     if form == "file":
         safetensors.save_file({k: t.clone() for k, t in source.items()}, tmp_path / "model.safetensors")
         source = tmp_path / "model.safetensors"
-    found = convert(source, "compacter-kernels", tmp_path / "ours")
-    assert found.source_format == kind
+    converted = convert(source, "compacter-kernels", tmp_path / "ours")
+    assert converted.source_format == kind
     plain = build(family)
     assert (output(family, plain) - expected).abs().max() > 5e-4
     load_adapter(plain, tmp_path / "ours")
@@ -169,7 +169,7 @@ def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
     config = plain.compacter.configs["default"]
     assert (config.target_modules is None) == (case not in ("opendelta, some layers", "opendelta, whole blocks"))
     assert config.shared_phm_rule == case.startswith(("original",)) - (case == "original, a rule each")
-    assert any("activation" in note for note in found.notes) == (form != "model")
+    assert any("activation" in note for note in converted.notes) == (form != "model")
 
 
 @pytest.mark.parametrize(("kind", "make"), [("original", original), ("t-few", t_few)], ids=["original", "t-few"])
@@ -178,7 +178,7 @@ def test_back(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
     non_linearity = "gelu_new" if kind == "original" else "relu"
     model = trained(build("t5"), phm_rank=2, non_linearity=non_linearity)
     save_adapter(model, tmp_path / "ours")
-    found = convert(tmp_path / "ours", kind, tmp_path / "model.safetensors", name="mrpc")
+    converted = convert(tmp_path / "ours", kind, tmp_path / "model.safetensors", name="mrpc")
     again = make()
     again.load_state_dict(build("t5").state_dict(), strict=False)
     state = safetensors.load_file(tmp_path / "model.safetensors")
@@ -187,14 +187,14 @@ def test_back(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
     adapters = {key for key in wrong.missing_keys if "adapter" in key or "phm_rule" in key or "norm" in key}
     assert not adapters
     torch.testing.assert_close(output("t5", again), output("t5", model), rtol=1e-5, atol=1e-5)
-    assert any(f"build the model with '{non_linearity}'" in note for note in found.notes)
-    assert any("repeated" in note for note in found.notes) == (kind == "t-few")
+    assert any(f"build the model with '{non_linearity}'" in note for note in converted.notes)
+    assert any("repeated" in note for note in converted.notes) == (kind == "t-few")
 
 
 def test_back_into_opendelta(tmp_path: Path) -> None:
     model = trained(build("bert"), phm_rank=2)
-    found = convert(model, "opendelta", tmp_path / "model.safetensors")
-    assert any("put `bert.`" in note for note in found.notes)
+    converted = convert(model, "opendelta", tmp_path / "model.safetensors")
+    assert any("put `bert.`" in note for note in converted.notes)
     again = opendelta("bert", BERT_ENDS)
     state = safetensors.load_file(tmp_path / "model.safetensors")
     state = {key if key.startswith("classifier") else f"bert.{key}": tensor for key, tensor in state.items()}
@@ -210,11 +210,13 @@ def test_ours_there_and_back(kind: str, options: dict[str, Any], tmp_path: Path)
     model = trained(build("t5"), **options)
     save_adapter(model, tmp_path / "ours")
     convert(model, kind, tmp_path / "theirs.safetensors")
-    found = convert(tmp_path / "theirs.safetensors", "compacter-kernels", tmp_path / "back", non_linearity="gelu_new")
+    converted = convert(
+        tmp_path / "theirs.safetensors", "compacter-kernels", tmp_path / "back", non_linearity="gelu_new"
+    )
     expected = safetensors.load_file(tmp_path / "ours" / "adapter_model.safetensors")
     if options != {"phm_bias": False} or kind == "opendelta":
-        assert found.tensors.keys() == expected.keys()
-    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.items())
+        assert converted.tensors.keys() == expected.keys()
+    assert all(torch.equal(converted.tensors[key], tensor) for key, tensor in expected.items())
     again = load_adapter(build("t5"), tmp_path / "back")
     torch.testing.assert_close(output("t5", again), output("t5", model), rtol=1e-6, atol=1e-6)
 
@@ -312,8 +314,8 @@ def hypernets(x: Tensor, a: Tensor, s: Tensor, bias: Tensor) -> Tensor:
 
 def test_hypernets_layers(tmp_path: Path) -> None:
     layer = {"fc.a": torch.randn(4, 4, 4), "fc.s": torch.randn(4, 6, 3), "fc.bias": torch.randn(24)}
-    found = convert(layer, "phm_linear", tmp_path / "layers.safetensors")
-    assert found.source_format == "hypernets"
+    converted = convert(layer, "phm_linear", tmp_path / "layers.safetensors")
+    assert converted.source_format == "hypernets"
     ours = nn.ModuleDict({"fc": ck.PHMLinear(12, 24, phm_dim=4, factorized_phm_W=False)})
     ours.load_state_dict(safetensors.load_file(tmp_path / "layers.safetensors"))
     x = torch.randn(5, 12)
@@ -328,19 +330,21 @@ def test_hypernets_of_our_layers(options: dict[str, Any]) -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(5, 12)
-    found = convert(layer, "hypernets").tensors
-    torch.testing.assert_close(hypernets(x, found["a"], found["s"], found["bias"]), layer(x), rtol=1e-5, atol=1e-5)
+    converted = convert(layer, "hypernets").tensors
+    torch.testing.assert_close(
+        hypernets(x, converted["a"], converted["s"], converted["bias"]), layer(x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_hypernets_of_adapters() -> None:
     model = trained(build("t5"))
     with pytest.raises(ValueError, match="HyperNets has layers, not adapters"):
         convert(model, "hypernets")
-    found = convert(model, "hypernets", allow_loss=True).tensors
-    place = "encoder.block.0.layer.1.DenseReluDense.wo"
-    adapter = model.get_submodule(f"{place}.compacter.default")
+    converted = convert(model, "hypernets", allow_loss=True).tensors
+    target = "encoder.block.0.layer.1.DenseReluDense.wo"
+    adapter = model.get_submodule(f"{target}.compacter.default")
     x = torch.randn(5, WIDTH)
-    layer = [found[f"{place}.down.{name}"] for name in ("a", "s", "bias")]
+    layer = [converted[f"{target}.down.{name}"] for name in ("a", "s", "bias")]
     torch.testing.assert_close(hypernets(x, *layer), adapter.down(x), rtol=1e-5, atol=1e-5)
 
 
