@@ -1,4 +1,4 @@
-"""Folders as sources: checkpoints in shards, read by their index and checked, and those of whole models."""
+"""Folders as sources of `convert`: checkpoints in shards, and whole models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_index(folder: Path, shard_of: Any, **others: Any) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Layers in two shards."""
+    """Write four layers into two shards with an index, and return their folder."""
     shard_of = {key: SHARDS[key > "layer.2"] for key in TENSORS}
     for shard in SHARDS:
         safetensors.save_file({key: TENSORS[key] for key in TENSORS if shard_of[key] == shard}, tmp_path / shard)
@@ -73,7 +73,7 @@ def _twice(folder: Path) -> None:
 
 
 def _moved(folder: Path) -> None:
-    """A tensor that is in both shards."""
+    """Write a tensor into the other shard as well."""
     tensors = safetensors.load_file(folder / SHARDS[0])
     safetensors.save_file({**tensors, "layer.3.W": TENSORS["layer.3.W"] + 1}, folder / SHARDS[0])
 
@@ -115,7 +115,7 @@ def test_an_index_that_is_wrong(case: str, folder: Path) -> None:
 
 
 def test_a_whole_model_with_our_adapters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Which says no options: what it is, and the way that leads on."""
+    """Its files say no options. The error says which steps lead to an adapter folder."""
     model = trained(build("bert"), non_linearity="relu")
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -146,7 +146,7 @@ def test_other_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
-    """Its config.json has the options, so that it converts as the live model does."""
+    """Its config.json has the options, so it converts as the live model does."""
     adapters = pytest.importorskip("adapters")
     model = build("bert")
     adapters.init(model)
@@ -154,9 +154,8 @@ def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
     for name in ("one", "two"):
         model.add_adapter(name, config=config)
     model.save_pretrained(tmp_path / "model")
-    expected, converted = (
-        ck.convert(source, "compacter-kernels", name="two") for source in (model, tmp_path / "model")
-    )
+    expected = ck.convert(model, "compacter-kernels", name="two")
+    converted = ck.convert(tmp_path / "model", "compacter-kernels", name="two")
     assert converted.config == {**expected.config, "num_hidden_layers": 2}
     assert converted.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(converted.tensors[key], tensor) for key, tensor in expected.tensors.items())
@@ -178,7 +177,7 @@ def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrapped_source_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
-    """A model, and a state dict that was taken from one."""
+    """The source is a wrapped model, or a state dict that was taken from one."""
     model = trained(build("t5"))
     expected = ck.convert(model, "t-few")
     converted = ck.convert(torch.nn.DataParallel(torch.compile(model)), "t-few")

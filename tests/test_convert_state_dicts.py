@@ -1,4 +1,4 @@
-"""The authors' own format, T-Few's, OpenDelta's and HyperNets': against models of those structures, written here."""
+"""The formats of the authors, T-Few, OpenDelta and HyperNets, against models written here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.re
 
 
 class Projection(nn.Module):
-    """sum_i A_i (x) W_i as those libraries have it, the Kronecker products taken by torch."""
+    """A PHM layer with the names of those libraries, computed by torch.kron."""
 
     def __init__(self, wide: int, out: int, rule: dict[str, nn.Parameter] | None, factorised: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
 
 
 class Controller(nn.Module):
-    """The authors' AdapterController, of one task or more."""
+    """The authors' AdapterController for one or several tasks."""
 
     def __init__(self, tasks: list[str], norms: bool, **options: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def _hook(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
 
 
 def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The layers of a T5 that get an adapter, with the part of them that it follows."""
+    """Return the layers of a T5 that get an adapter, each with the module that it follows."""
     layers = [m for name, m in model.named_modules() if re.fullmatch(r".*block\.\d+\.layer\.\d", name)]
     parts = [
         (layer, getattr(layer, "SelfAttention", None) or getattr(layer, "DenseReluDense", None)) for layer in layers
@@ -88,7 +88,7 @@ def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _scale(model: nn.Module) -> nn.Module:
-    """Weights small enough that logits stay of order one, and layer norms that were trained."""
+    """Make the logits of order one, and change the layer norms as training would."""
     for name, parameter in model.named_parameters():
         if name.endswith(("W_left", "W_right", ".W", ".b")):
             parameter.data.mul_(0.3)
@@ -152,7 +152,7 @@ SOURCES: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
 @pytest.mark.parametrize("form", ["model", "state dict", "file"])
 @pytest.mark.parametrize("case", SOURCES)
 def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
-    """The same logits in a plain model; where adapters fill all layers, by the kind of block."""
+    """A plain model with the converted adapters gives the same logits."""
     kind, family, make = SOURCES[case]
     model = make()
     expected = output(family, model)
@@ -174,7 +174,7 @@ def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "make"), [("original", original), ("t-few", t_few)], ids=["original", "t-few"])
 def test_back(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """ours -> theirs, put into a model of their structure by load_state_dict."""
+    """Our folder is converted, and loaded by load_state_dict into a model of their structure."""
     non_linearity = "gelu_new" if kind == "original" else "relu"
     model = trained(build("t5"), phm_rank=2, non_linearity=non_linearity)
     save_adapter(model, tmp_path / "ours")
@@ -206,7 +206,7 @@ def test_back_into_opendelta(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["original", "t-few", "opendelta"])
 @pytest.mark.parametrize("options", [{}, {"shared_W_phm": True}, {"factorized_phm_rule": True}, {"phm_bias": False}])
 def test_ours_there_and_back(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Bit by bit the same tensors, and what was shared is shared again."""
+    """The tensors are the same bit by bit, and shared weights are shared again."""
     model = trained(build("t5"), **options)
     save_adapter(model, tmp_path / "ours")
     convert(model, kind, tmp_path / "theirs.safetensors")
@@ -330,9 +330,9 @@ def test_hypernets_of_our_layers(options: dict[str, Any]) -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(5, 12)
-    converted = convert(layer, "hypernets").tensors
+    tensors = convert(layer, "hypernets").tensors
     torch.testing.assert_close(
-        hypernets(x, converted["a"], converted["s"], converted["bias"]), layer(x), rtol=1e-5, atol=1e-5
+        hypernets(x, tensors["a"], tensors["s"], tensors["bias"]), layer(x), rtol=1e-5, atol=1e-5
     )
 
 
@@ -340,11 +340,11 @@ def test_hypernets_of_adapters() -> None:
     model = trained(build("t5"))
     with pytest.raises(ValueError, match="HyperNets has layers, not adapters"):
         convert(model, "hypernets")
-    converted = convert(model, "hypernets", allow_loss=True).tensors
+    tensors = convert(model, "hypernets", allow_loss=True).tensors
     target = "encoder.block.0.layer.1.DenseReluDense.wo"
     adapter = model.get_submodule(f"{target}.compacter.default")
     x = torch.randn(5, WIDTH)
-    layer = [converted[f"{target}.down.{name}"] for name in ("a", "s", "bias")]
+    layer = [tensors[f"{target}.down.{name}"] for name in ("a", "s", "bias")]
     torch.testing.assert_close(hypernets(x, *layer), adapter.down(x), rtol=1e-5, atol=1e-5)
 
 

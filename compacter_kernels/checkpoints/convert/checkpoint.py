@@ -28,8 +28,9 @@ class Checkpoint:
     """The adapters of a model, as every format holds them in its adapter way.
 
     adapters: the name of a target -> the tensors of its adapter by their names here (`down.W_left`,
-    `up.b`, ...), without those that it shares. shared: these, by the names in `SHARED`. copies: trained layer norms and heads, by the names of the
-    parameters in the model's base. notes, losses: as in `Converted`.
+    `up.b`, ...), without those that it shares. shared: these, by the names in `SHARED`. copies:
+    trained layer norms and heads, by the names of the parameters in the model's base. notes,
+    losses: as in `Converted`.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
