@@ -94,11 +94,7 @@ def read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str,
             raise ValueError(f"{option}={value!r} cannot be converted: {why}")
     if config.get("scaling") == "channel":
         raise ValueError("scaling='channel' cannot be converted: ours scale by one number")
-    if parallel and model_type not in NORMS_AFTER:
-        raise ValueError(
-            f"is_parallel=True of a {model_type} cannot be converted: its adapter reads what the layer norm before the "
-            "block reads, ours what the block reads"
-        )
+    _check_parallel(parallel, model_type)
     options = {option: config[option] for option in SAME if option in config}
     if parallel:
         options["adapter_residual_before_ln"] = False  # so `adapters` computes, whatever the option
@@ -109,10 +105,15 @@ def read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str,
 
 def write_options(config: CompacterConfig, model_type: str | None) -> dict[str, Any]:
     """Return the options of `adapters`; ValueError if it would compute something else with them."""
-    if config.is_parallel and model_type not in NORMS_AFTER:
-        raise ValueError(
-            f"is_parallel=True of a {model_type} cannot be converted: in `adapters` it reads another input"
-        )
+    _check_parallel(config.is_parallel, model_type)
     options = {option: getattr(config, option) for option in SAME} | FIXED | OF_START
     scaling = config.scaling if config.scaling == "learned" else float(config.scaling)
     return {**options, "leave_out": list(config.leave_out), "scaling": scaling}
+
+
+def _check_parallel(parallel: bool, model_type: str | None) -> None:
+    if parallel and model_type not in NORMS_AFTER:
+        raise ValueError(
+            f"is_parallel=True of a {model_type} cannot be converted: in `adapters` it reads the input of the layer "
+            "norm before the block, ours reads the input of the block"
+        )

@@ -53,14 +53,14 @@ class Source:
         return names[0] if name is None else name
 
 
-def open_source(source: Any, *, phm_rule: Rule | None = None, **told: str | None) -> Source:
+def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> Source:
     """Read and check a source; nothing of it is unpickled. told: `name` and others of `Source`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source or the rule is of another type,
             malformed, pickled or not there.
     """
-    given: Any = {} if phm_rule is None else _shared_weights(phm_rule)
+    given = {} if phm_rule is None else _shared_weights(phm_rule)
     return replace(_open(source), given=given, **told)
 
 

@@ -103,7 +103,7 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         "ln_before": config.ln_before and not original,
         "ln_after": config.ln_after and not original,
         "adapter_residual_before_ln": config.ln_after and config.adapter_residual_before_ln,
-        "cross_adapter": original and any(map(names.is_cross_attention, checkpoint.adapters)),
+        "cross_adapter": original and any("EncDecAttention" in target for target in checkpoint.adapters),
     }
     option = next((option for option, used in unsupported.items() if used), None)
     if option is not None:
