@@ -1,4 +1,4 @@
-"""`compacter-kernels convert`: convert a checkpoint of one library into another form, or report."""
+"""`compacter-kernels convert`: convert a checkpoint into another format, or report its content."""
 
 from __future__ import annotations
 

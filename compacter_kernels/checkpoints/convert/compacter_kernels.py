@@ -54,7 +54,7 @@ def read(source: Source) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
-    """Return the tensors and the config that `load_adapter` reads, which have no name."""
+    """Return the tensors and the config that `load_adapter` reads; they do not contain a name."""
     tensors = {f"{NAME}.shared.{key}": tensor for key, tensor in checkpoint.shared.items()}
     for target, adapter in checkpoint.adapters.items():
         tensors |= {f"{target}.{NAME}.{key}": tensor for key, tensor in adapter.items()}

@@ -16,7 +16,7 @@ from compacter_kernels.targets.added import adapters_of
 
 
 class Format(NamedTuple):
-    """How adapters are recognised, read, and written under a name; None for formats of layers."""
+    """How to recognise, read and write adapters; a format of single layers cannot be read."""
 
     sign: str  # a regular expression for names of tensors that occur in this format alone
     read: Callable[[Source], Checkpoint] | None = None

@@ -54,7 +54,7 @@ class Source:
 
 
 def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> Source:
-    """Read and check a source; nothing of it is unpickled. told: `name` and others of `Source`.
+    """Read and check a source without unpickling. told: `name` and other fields of `Source`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source or the rule is of another type,

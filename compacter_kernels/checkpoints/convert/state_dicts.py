@@ -1,7 +1,8 @@
 """The formats of the authors ("original"), T-Few and OpenDelta: a model's state dict, no config.
 
-They differ in the names before `down_sampler` and `up_sampler`. The names after it are those of the
-field. Each layer has the shared weights; the authors' state dict also has them at its root.
+They differ in the names before `down_sampler` and `up_sampler`; the names after it are those of
+`PHMLinear`. Each adapter has a copy of the shared weights. The authors' state dict also has them at
+its root.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.format import of_model
 
 PARTS = {"down_sampler": "down", "up_sampler": "up"}
-PARTS |= {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}  # of the authors alone
+PARTS |= {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}  # The authors' code alone has these.
 _FROM_OPENDELTA = ("non_linearity", "learn_phm", "phm_c_init", "phm_init_range")
 
 
 class StateDict(NamedTuple):
     """How a library names the tensors of an adapter, and what it does by default."""
 
-    kind: str  # of format
-    holder: str  # the child of a T5's block, or of the target, that holds the adapter
+    kind: str  # the name of the format
+    holder: str  # the child of a T5's block, or else of the target, that holds the adapter
     non_linearity: str
     t5: bool = True  # whether the format is for T5 alone
     biases: bool = True  # whether projections always have a bias
 
 
-ORIGINAL = StateDict("original", "adapter_controller", "gelu_new")  # in it adapters.TASK, and layer norms
+ORIGINAL = StateDict("original", "adapter_controller", "gelu_new")  # It holds adapters.TASK and the layer norms.
 T_FEW = StateDict("t-few", "adapter", "relu")
 OPENDELTA = StateDict("opendelta", "compactor", "gelu_new", t5=False, biases=False)
 
@@ -66,7 +67,7 @@ def read(form: StateDict, source: Source) -> Checkpoint:
     checkpoint.model = {"model_type": source.model_type} if source.model is None else of_model(source.model)
     options = options_of(checkpoint) | names.target_options(checkpoint.adapters, source.model_type)
     options |= {"train_layer_norms": bool(norms), "modules_to_save": sorted({key.partition(".")[0] for key in heads})}
-    if source.config.get("delta_type") == "compacter":  # of OpenDelta
+    if source.config.get("delta_type") == "compacter":  # OpenDelta wrote it.
         options |= {key: source.config[key] for key in _FROM_OPENDELTA if source.config.get(key) is not None}
     stated = options.get("non_linearity") or _non_linearity_in(source.model) or source.non_linearity
     checkpoint.options = {**options, "non_linearity": stated or form.non_linearity}
