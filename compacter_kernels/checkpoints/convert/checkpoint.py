@@ -14,7 +14,8 @@ from compacter_kernels.nn import CompacterAdapter
 POSITIONS = ("down", "up")
 RULES = ("phm_rule", "phm_rule_left", "phm_rule_right")
 FACTORS = ("W_left", "W_right", "W")
-SHARED = {name: (f"down.{name}", f"up.{name}") for name in RULES}  # shared weights -> their names in an adapter
+# The names of shared weights -> their names in an adapter.
+SHARED: dict[str, tuple[str, ...]] = {name: (f"down.{name}", f"up.{name}") for name in RULES}
 SHARED |= {name.replace("W", f"W_{position}"): (f"{position}.{name}",) for position in POSITIONS for name in FACTORS}
 Written = tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Tensor]]  # tensors, config, head of `Converted`
 
