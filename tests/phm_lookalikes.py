@@ -1,4 +1,4 @@
-"""Modules with the structure of those in OpenDelta, T-Few and the original repository, written anew."""
+"""Modules with the structure of those in OpenDelta, T-Few and the authors' code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class LookalikeLinear(nn.Module):
-    """PHMLinear; H is built in each call, as all of them do. A shared rule or W is set from outside."""
+    """Their PHMLinear. It builds H in each call. A shared rule or W is set from outside."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LookalikeLinear(nn.Module):
 
 
 class Activations(nn.Module):
-    """The wrapper that they have around a function."""
+    """Their module around an activation function."""
 
     def __init__(self, f: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class OriginalAdapter(nn.Module):
 
 
 class TFewAdapter(OriginalAdapter):
-    """T-Few's HyperComplexAdapter, which adds x and has the bare function."""
+    """T-Few's HyperComplexAdapter. It adds x, and its activation is a function, not a module."""
 
     def __init__(self, width: int = 32, bottleneck: int = 8, f: Any = F.gelu, **options: Any) -> None:
         super().__init__(width, bottleneck, f, **options)
@@ -102,7 +102,7 @@ class TFewAdapter(OriginalAdapter):
 
 
 class OpenDeltaAdapter(nn.Module):
-    """OpenDelta's HyperComplexAdapterLayer: made in its first call, a tuple or a tensor in and out."""
+    """OpenDelta's HyperComplexAdapterLayer. Its first call creates the parameters."""
 
     def __init__(self, f: Any = swish, **options: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class OpenDeltaAdapter(nn.Module):
 
 
 class OpenDeltaHost(nn.Module):
-    """A module that OpenDelta adapted: what its forward returns goes through `compactor.post_forward`."""
+    """A module that OpenDelta adapted: its output goes through `compactor.post_forward`."""
 
     def __init__(self, width: int = 32, as_tuple: bool = False, **options: Any) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class OpenDeltaHost(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        found = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
+        output = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
         if self.as_tuple:
-            assert found[1:] == ("cache",)
-        return found[0] if self.as_tuple else found
+            assert output[1:] == ("cache",)
+        return output[0] if self.as_tuple else output

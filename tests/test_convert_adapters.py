@@ -1,4 +1,4 @@
-"""Against the `adapters` library itself: what it trained computes the same in ours, and ours in it."""
+"""Conversion from and into the `adapters` library: converted adapters compute the same there."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "t5", "bart", "mbart", "lla
 
 @pytest.fixture(autouse=True)
 def nondeterministic_operators() -> None:
-    """Those warn, in the other library."""
+    """Allow operators of the other library that would warn."""
     torch.use_deterministic_algorithms(False)
 
 
 def theirs(family: str, steps: int = 3, **options: Any) -> nn.Module:
-    """A model of `adapters` whose Compacter was trained a few steps, far from where it started."""
+    """Return a model of `adapters` whose Compacter was trained for a few steps."""
     model = build(family)
     adapters.init(model)
     model.add_adapter("task", config=adapters.CompacterConfig(**{"reduction_factor": 4, **options}))
@@ -80,7 +80,7 @@ def test_a_live_model(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family: str, tmp_path: Path) -> None:
-    """ours -> adapters, loaded by its own load_adapter."""
+    """Our folder is converted into theirs, which the library loads by its load_adapter."""
     model = trained(build(family), cross_adapter=family != "gpt2", train_layer_norms=False, non_linearity="silu")
     save_adapter(model, tmp_path / "ours")
     convert(tmp_path / "ours", "adapters", tmp_path / "theirs", name="task")
@@ -111,7 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_options(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """From their files, where these are complete, else from the model; to ours; and back into theirs."""
+    """Their files, or the model if these are incomplete, are converted into ours and back again."""
     model = theirs(family, **options)
     expected = output(family, model)
     source: Any = model
@@ -120,8 +120,8 @@ def test_options(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     convert(source, "compacter-kernels", tmp_path / "ours")
     plain = load_adapter(build(family), tmp_path / "ours")
     close(output(family, plain), expected)
-    found = plain.compacter.configs["default"]
-    assert all(getattr(found, key) == value for key, value in options.items() if key not in ("leave_out", "scaling"))
+    config = plain.compacter.configs["default"]
+    assert all(getattr(config, key) == value for key, value in options.items() if key not in ("leave_out", "scaling"))
 
     convert(tmp_path / "ours", "adapters", tmp_path / "theirs", target_name="again")
     back = build(family)
@@ -157,14 +157,14 @@ def test_layer_norms_are_a_loss(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot hold \d+ trained layer norm weights, .*allow_loss=True"):
         convert(model, "adapters", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
-    found = convert(model, "adapters", tmp_path / "theirs", allow_loss=True)
-    assert len(found.losses) == 1 and "layer norm" in found.losses[0]
-    assert not any("LayerNorm" in key for key in found.tensors)
+    converted = convert(model, "adapters", tmp_path / "theirs", allow_loss=True)
+    assert len(converted.losses) == 1 and "layer norm" in converted.losses[0]
+    assert not any("LayerNorm" in key for key in converted.tensors)
 
 
 @pytest.mark.parametrize("family", ["t5", "roberta"])
 def test_a_file_without_its_rule_is_told_and_repaired(family: str, tmp_path: Path) -> None:
-    """adapters 1.3.0 drops the rule of a T5 and of a model without a head."""
+    """adapters 1.3.0 does not save the rule of a T5 and of a model without a head."""
     model = theirs(family)
     expected = output(family, model)
     folder = save(model, tmp_path / "saved")
@@ -216,7 +216,7 @@ def test_what_ours_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_their_plus_plus_computes_something_else() -> None:
-    """The reason for the refusal: its adapter reads the block's output plus the residual."""
+    """Their adapter reads the block's output plus the residual. Therefore convert refuses it."""
     model = theirs("bert", mh_adapter=False)
     expected = output("bert", model)
     before = model.adapters_config.config_map
@@ -226,12 +226,12 @@ def test_their_plus_plus_computes_something_else() -> None:
     assert before is model.adapters_config.config_map
 
 
-def test_a_place_that_they_do_not_have(tmp_path: Path) -> None:
+def test_targets_that_adapters_does_not_have(tmp_path: Path) -> None:
     model = trained(build("gpt2"), cross_adapter=True, train_layer_norms=False)
-    with pytest.raises(ValueError, match=r"no place for an adapter after h\.0\.crossattention\.c_proj"):
+    with pytest.raises(ValueError, match=r"cannot put an adapter after h\.0\.crossattention\.c_proj"):
         convert(model, "adapters", tmp_path / "theirs")
     model = trained(build("bert"), target_modules=["layer.1.output.dense"], train_layer_norms=False)
-    with pytest.raises(ValueError, match="no way to put adapters into these places alone"):
+    with pytest.raises(ValueError, match="no way to put adapters after these modules alone"):
         convert(model, "adapters", tmp_path / "theirs")
 
 
@@ -297,18 +297,18 @@ def test_the_model_is_as_it_was() -> None:
     assert inputs("bert").keys() == {"input_ids"} and ck.available_impls()
 
 
-ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
+WRONG_VALUES = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
 
 
 @pytest.mark.parametrize("where", ["outside", "options"])
-def test_any_odd_value_of_a_config(where: str, tmp_path: Path) -> None:
-    """Refused by a ValueError, or converted; never another error."""
+def test_any_wrong_value_in_a_config(where: str, tmp_path: Path) -> None:
+    """Each value is converted or refused by a ValueError, never by another error."""
     folder = save(theirs("bert", steps=0), tmp_path / "saved")
     original = (folder / "adapter_config.json").read_text()
-    found = json.loads(original)
+    content = json.loads(original)
     refused = 0
-    for option in found["config"] if where == "options" else found:
-        for value in ODD:
+    for option in content["config"] if where == "options" else content:
+        for value in WRONG_VALUES:
             changed = json.loads(original)
             (changed["config"] if where == "options" else changed)[option] = value
             (folder / "adapter_config.json").write_text(json.dumps(changed))

@@ -26,10 +26,10 @@ def saved(tmp_path: Path) -> str:
 
 def test_report(capsys: pytest.CaptureFixture[str], saved: str) -> None:
     code, out, _ = run(capsys, "convert", saved, "--json")
-    found = json.loads(out)
-    assert code == 0 and found["complete"]
-    assert (found["source_format"], found["adapters"], found["shared"]) == ("compacter-kernels", 8, ["phm_rule"])
-    assert found["options"]["non_linearity"] == "relu" and found["model"]["model_type"] == "t5"
+    report = json.loads(out)
+    assert code == 0 and report["complete"]
+    assert (report["source_format"], report["adapters"], report["shared"]) == ("compacter-kernels", 8, ["phm_rule"])
+    assert report["options"]["non_linearity"] == "relu" and report["model"]["model_type"] == "t5"
     code, out, _ = run(capsys, "convert", saved)
     assert code == 0 and "source_format   compacter-kernels\n" in out and "phm_dim 4\n" in out
 
@@ -37,9 +37,9 @@ def test_report(capsys: pytest.CaptureFixture[str], saved: str) -> None:
 def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], saved: str, tmp_path: Path) -> None:
     there, back = str(tmp_path / "t-few.safetensors"), str(tmp_path / "back")
     code, out, _ = run(capsys, "convert", saved, "--to", "t-few", "--out", there, "--json")
-    found = json.loads(out)
-    assert code == 0 and found["written"] == there and found["losses"] == []
-    assert any("phm_rule is repeated" in note for note in found["notes"])
+    report = json.loads(out)
+    assert code == 0 and report["written"] == there and report["losses"] == []
+    assert any("phm_rule is repeated" in note for note in report["notes"])
     code, out, _ = run(capsys, "convert", there, "--to", "compacter-kernels", "--out", back, "--model-type", "t5")
     assert code == 0 and "'relu' is taken, the default of t-few" in out
     again = load_adapter(build("t5"), back)

@@ -1,4 +1,4 @@
-"""Folders as sources: checkpoints in shards, read by their index and checked, and those of whole models."""
+"""Folders as sources of `convert`: checkpoints in shards, and whole models."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ TENSORS = {
 }
 
 
-def write_index(folder: Path, places: Any, **others: Any) -> Path:
+def write_index(folder: Path, shard_of: Any, **others: Any) -> Path:
     path = folder / f"model{INDEX}"
-    path.write_text(json.dumps({"metadata": {}, "weight_map": places, **others}))
+    path.write_text(json.dumps({"metadata": {}, "weight_map": shard_of, **others}))
     return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Layers in two shards."""
-    places = {key: SHARDS[key > "layer.2"] for key in TENSORS}
+    """Write four layers into two shards with an index, and return their folder."""
+    shard_of = {key: SHARDS[key > "layer.2"] for key in TENSORS}
     for shard in SHARDS:
-        safetensors.save_file({key: TENSORS[key] for key in TENSORS if places[key] == shard}, tmp_path / shard)
-    write_index(tmp_path, places)
+        safetensors.save_file({key: TENSORS[key] for key in TENSORS if shard_of[key] == shard}, tmp_path / shard)
+    write_index(tmp_path, shard_of)
     return tmp_path
 
 
-def places_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"model{INDEX}").read_text())["weight_map"]
-    return found
+def weight_map(folder: Path) -> dict[str, Any]:
+    shard_of: dict[str, Any] = json.loads((folder / f"model{INDEX}").read_text())["weight_map"]
+    return shard_of
 
 
 def test_shards_are_read_by_their_index(folder: Path) -> None:
     for source in (folder, folder / f"model{INDEX}"):
         assert ck.convert(source, "phm_linear").tensors.keys() == TENSORS.keys()
-    found = ck.convert(folder, "hypernets")
-    assert all(torch.equal(found.tensors[f"layer.{i}.s"], TENSORS[f"layer.{i}.W"].mT) for i in range(4))
+    converted = ck.convert(folder, "hypernets")
+    assert all(torch.equal(converted.tensors[f"layer.{i}.s"], TENSORS[f"layer.{i}.W"].mT) for i in range(4))
 
 
 def test_one_shard_is_not_the_checkpoint(folder: Path) -> None:
@@ -64,7 +64,7 @@ def test_one_shard_is_not_the_checkpoint(folder: Path) -> None:
 
 
 def _edited(**changes: Any) -> Callable[[Path], object]:
-    return lambda folder: write_index(folder, {k: v for k, v in {**places_of(folder), **changes}.items() if v})
+    return lambda folder: write_index(folder, {k: v for k, v in {**weight_map(folder), **changes}.items() if v})
 
 
 def _twice(folder: Path) -> None:
@@ -73,9 +73,9 @@ def _twice(folder: Path) -> None:
 
 
 def _moved(folder: Path) -> None:
-    """A tensor that is in both shards."""
-    found = safetensors.load_file(folder / SHARDS[0])
-    safetensors.save_file({**found, "layer.3.W": TENSORS["layer.3.W"] + 1}, folder / SHARDS[0])
+    """Write a tensor into the other shard as well."""
+    tensors = safetensors.load_file(folder / SHARDS[0])
+    safetensors.save_file({**tensors, "layer.3.W": TENSORS["layer.3.W"] + 1}, folder / SHARDS[0])
 
 
 KEY = "layer.0.W"
@@ -115,7 +115,7 @@ def test_an_index_that_is_wrong(case: str, folder: Path) -> None:
 
 
 def test_a_whole_model_with_our_adapters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Which says no options: what it is, and the way that leads on."""
+    """Its files say no options. The error says which steps lead to an adapter folder."""
     model = trained(build("bert"), non_linearity="relu")
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -146,7 +146,7 @@ def test_other_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
-    """Its config.json has the options, so that it converts as the live model does."""
+    """Its config.json has the options, so it converts as the live model does."""
     adapters = pytest.importorskip("adapters")
     model = build("bert")
     adapters.init(model)
@@ -154,10 +154,11 @@ def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
     for name in ("one", "two"):
         model.add_adapter(name, config=config)
     model.save_pretrained(tmp_path / "model")
-    expected, found = (ck.convert(source, "compacter-kernels", name="two") for source in (model, tmp_path / "model"))
-    assert found.config == {**expected.config, "num_hidden_layers": 2}
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
+    expected = ck.convert(model, "compacter-kernels", name="two")
+    converted = ck.convert(tmp_path / "model", "compacter-kernels", name="two")
+    assert converted.config == {**expected.config, "num_hidden_layers": 2}
+    assert converted.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(converted.tensors[key], tensor) for key, tensor in expected.tensors.items())
 
     with pytest.raises(ValueError, match="adapters of 2 names; give name=, one of one, two"):
         ck.convert(tmp_path / "model", "compacter-kernels")
@@ -176,10 +177,10 @@ def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrapped_source_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
-    """A model, and a state dict that was taken from one."""
+    """The source is a wrapped model, or a state dict that was taken from one."""
     model = trained(build("t5"))
     expected = ck.convert(model, "t-few")
-    found = ck.convert(torch.nn.DataParallel(torch.compile(model)), "t-few")
+    converted = ck.convert(torch.nn.DataParallel(torch.compile(model)), "t-few")
     prefixed = {f"module._orig_mod.{key}": tensor for key, tensor in expected.tensors.items()}
-    for tensors in (found.tensors, ck.convert(prefixed, "t-few", source_format="t-few", model_type="t5").tensors):
+    for tensors in (converted.tensors, ck.convert(prefixed, "t-few", source_format="t-few", model_type="t5").tensors):
         assert tensors.keys() == expected.tensors.keys()

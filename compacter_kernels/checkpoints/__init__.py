@@ -1,1 +1,1 @@
-"""Adapters in files: folders of our own, and checkpoints of other libraries in both directions."""
+"""Adapters in files: the folders of this package, and the checkpoints of other libraries."""

@@ -1,7 +1,7 @@
-"""The files of an adapter folder, `adapter_config.json` and a safetensors file: read with checks, written at once.
+"""Read and write the two files of an adapter folder: `adapter_config.json` and a safetensors file.
 
-Nothing is ever unpickled. The config holds the tensor file's SHA-256, so that a pair of which one half was replaced, or
-damaged, is told.
+Nothing is ever unpickled. The config holds the SHA-256 of the tensor file, so that a reader notices
+when one of the two files was replaced or damaged.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,18 +21,18 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 DIGEST = "adapter_model_sha256"
-INDEX = ".safetensors.index.json"  # how the name of an index of shards ends
-JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26
+INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
+JSON_LIMIT = 1 << 20  # bytes
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_folder(
     source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
 ) -> Path:
-    """The local folder of that path, or of that id on the hub, of which the two files alone are fetched.
+    """Return the folder of this path, or the downloaded two files of the repository of this id.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError, NotADirectoryError: There is no such folder or repository; it is a file.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -48,56 +47,51 @@ def find_folder(
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FileNotFoundError(f"{missing}; for one on the hub: pip install huggingface_hub") from None
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
     try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=offline,
-                allow_patterns=[CONFIG, TENSORS],
-            )
-        )
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, TENSORS], **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{missing}, and the hub gave none: {error}") from error
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The object in a JSON file of at most that many bytes.
+    """Return the object in a JSON file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; one that is too large, not UTF-8, not JSON or not one object.
+        FileNotFoundError, ValueError: There is no such file; it is too large, not UTF-8, not JSON,
+            or not one object with unique keys.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-
-    def refuse(why: object) -> NoReturn:
-        raise ValueError(f"{path} is not a config: {why}")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("it has a key twice")
-        return found
-
     with path.open("rb") as file:
         data = file.read(limit + 1)
-    if len(data) > limit:
-        refuse(f"it is larger than {limit} bytes")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep
-        refuse(error)
-    if not isinstance(found, dict):
-        refuse(f"an object is expected, got {type(found).__name__}")
-    return found
+        if len(data) > limit:
+            raise ValueError(f"it is larger than {limit} bytes")
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if not isinstance(content, dict):
+            raise ValueError(f"an object is expected, got {type(content).__name__}")
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise ValueError(f"{path} is not a config: {error}") from error
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it has a key twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)  # NaN or Infinity, which JSON does not have
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory: their data is read when it is used.
+    """Return the tensors of a safetensors file, mapped into memory: data is read when it is used.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; only a pickled one beside it; one that is truncated or malformed.
+        FileNotFoundError, ValueError: There is no such file, or only a pickled one; it is malformed
+            or one of several shards.
         ImportError: safetensors is not installed.
     """
     if not path.is_file():
@@ -105,67 +99,39 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     if is_shard(path.name):
         raise ValueError(f"{path} is one of several shards; give their folder, which must hold the *{INDEX} too")
-    return _mapped(path)
+    return map_tensors(path)
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, which may be a shard; raise ValueError if it is malformed."""
     safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: larger than what can be mapped
+    except (safetensors.SafetensorError, RuntimeError) as error:  # RuntimeError: too large to map
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file's name is that of one part of several: model-00001-of-00002.safetensors."""
+    """Whether a file's name is that of one of several shards: model-00001-of-00002.safetensors."""
     part = re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", name)
     return part is not None and int(part[2]) > 1
 
 
-def read_sharded(index: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in several files, which its index lists, mapped into memory.
-
-    Raises:
-        FileNotFoundError, ValueError: no index, or one that is malformed or names files elsewhere; a shard that is not
-            there, is malformed, or holds other tensors than the index says.
-        ImportError: safetensors is not installed.
-    """
-    places = read_json(index, INDEX_LIMIT).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
-    for shard in places.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {shard!r}")
-    shards = sorted(set(places.values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index} names {', '.join(missing[:4])}, of {len(shards)} shards, and it is not there")
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        found = _mapped(index.parent / shard)
-        listed = {key for key, place in places.items() if place == shard}
-        for what, keys in (("lacks", listed - found.keys()), ("has beside those of the index", found.keys() - listed)):
-            if keys:
-                raise ValueError(f"{index.parent / shard} {what} {len(keys)} tensors: {', '.join(sorted(keys)[:4])}")
-        tensors |= found
-    return tensors
-
-
 def refuse_pickled(path: Path) -> None:
-    """Raise ValueError for a pickled file, or a folder that has one, saying how to convert it."""
+    """Raise ValueError for a pickled file, or a folder that has one, and say how to convert it."""
     files = [path] if path.is_file() else sorted(path.iterdir())
-    pickled = [file for file in files if file.suffix in PICKLED]
-    if pickled:
-        safe = pickled[0].with_suffix(".safetensors").name
+    pickled = next((file for file in files if file.suffix in PICKLED), None)
+    if pickled is not None:
+        safe = pickled.with_suffix(".safetensors").name
         raise ValueError(
-            f"{pickled[0]} is a pickle, which can run code when it is read, and is not read here. Where you trust it: "
-            f"safetensors.torch.save_file(torch.load({pickled[0].name!r}, weights_only=True), {safe!r})"
+            f"{pickled} is a pickle, which can run code when it is read, and is not read here. Where you trust it: "
+            f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {safe!r})"
         )
 
 
 def check_digest(path: Path, expected: object) -> None:
-    """Raise ValueError where a config names another SHA-256 than the tensor file has."""
+    """Raise ValueError if the SHA-256 that a config has, if it has one, is not that of the file."""
     if expected is not None and expected != sha256(path):
         raise ValueError(
             f"{path} is not the file that the {CONFIG} beside it was saved with: a save was interrupted between the "
@@ -174,7 +140,7 @@ def check_digest(path: Path, expected: object) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -183,61 +149,49 @@ def sha256(path: Path) -> str:
 
 
 def write_folder(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], *, digest: bool = True
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None, *, digest: bool = True
 ) -> None:
-    """Write tensor files, by name, and the config, complete and flushed, beside their places; then move them there.
+    """Write tensor files, given by name, and the config if there is one.
 
-    A new folder appears at once. In one that exists other files stay; a crash between two moves leaves files that
-    `check_digest` tells, where the config has the digest of the first.
+    All files are written and flushed beside the folder, and then moved. A new folder appears at
+    once. A folder that exists keeps its other files. After a crash between two moves,
+    `check_digest` refuses the files, if the config has the digest of the first tensor file.
 
     Raises:
-        OSError, ImportError: the folder is as it was.
+        OSError, ImportError: The folder is unchanged.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
-    home = folder if folder.is_dir() else folder.parent
-    with _beside(home) as made:
-        new = made / "adapter"
-        new.mkdir()  # with the permissions of a usual folder
+    parent = folder if folder.is_dir() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as temporary:
+        new = Path(temporary, "adapter")
+        new.mkdir()  # has the permissions of a usual folder, which the temporary one has not
         for name, tensors in files.items():
             _save(tensors, new / name)
-        content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
-        (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        for name in (CONFIG, ""):
-            _flush(new / name)
-        if home is folder:
-            for name in (*files, CONFIG):
+        if config is not None:
+            content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
+            (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            _flush(new / CONFIG)
+        _flush(new)
+        if parent is folder:
+            for name in (*files, CONFIG) if config is not None else files:
                 os.replace(new / name, folder / name)
         else:
             new.rename(folder)
-    _flush(home)
+    _flush(parent)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one tensor file, which appears at its place complete or not at all.
-
-    Raises:
-        OSError, ImportError: what was there is as it was.
-    """
+    """Write one tensor file as `write_folder` does; what was there before an error is unchanged."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file")
-    with _beside(path.parent) as made:
-        _save(tensors, made / path.name)
-        os.replace(made / path.name, path)
-    _flush(path.parent)
-
-
-@contextmanager
-def _beside(home: Path) -> Iterator[Path]:
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=home) as made:
-        yield Path(made)
+    write_folder(path.parent, {path.name: tensors}, None)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    safetensors = require_safetensors()
-    apart = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    safetensors.torch.save_file(apart, path, metadata={"format": "pt"})
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    require_safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
     _flush(path)
 
 
@@ -250,11 +204,7 @@ def _flush(path: Path) -> None:
 
 
 def require_safetensors() -> Any:
-    """The package safetensors.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Return the package safetensors, or raise ImportError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError:

@@ -1,4 +1,4 @@
-"""What the config file of an adapter folder says: the format's version, the options, the model they belong to."""
+"""The config file of an adapter folder: the format's version, the options, the base model."""
 
 from __future__ import annotations
 
@@ -17,37 +17,43 @@ OF_MODEL = ("model_type", "hidden_size", "num_hidden_layers")
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What a config says beside the options: the format, and the model that the adapters belong to."""
-    config = getattr(model, "config", None)
+    """Return the entries of the config file that are no options: the format and the base model."""
     return {
         "peft_type": PEFT_TYPE,
         "format_version": VERSION,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         **of_model(model),
     }
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """The type and the sizes by which a model is known again, None where it has no such."""
-    found = {key: getattr(getattr(model, "config", None), key, None) for key in OF_MODEL}
-    return {key: value if isinstance(value, str | int) else None for key, value in found.items()}
+    """Return the type and the sizes of a model, with None for what its config does not have."""
+    entries = {key: getattr(getattr(model, "config", None), key, None) for key in OF_MODEL}
+    return {key: value if isinstance(value, str | int) else None for key, value in entries.items()}
 
 
-def read_config(found: Mapping[str, Any], path: Path) -> CompacterConfig:
-    """The options in a config file's content.
+def about_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config file says of the base model, with None for a value of another type."""
+    types = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
+    return {key: content[key] if isinstance(content.get(key), kind) else None for key, kind in types.items()}
+
+
+def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
+    """Return the options in the content of a config file; `path` is for error messages.
 
     Raises:
-        ValueError: of another method or version, or options that are unknown or do not fit.
+        ValueError: The file is of another method or version, or has options that are unknown or do
+            not fit.
     """
-    kind, version = found.get("peft_type"), found.get("format_version")
+    kind, version = content.get("peft_type"), content.get("format_version")
     if kind != PEFT_TYPE:
         raise ValueError(
             f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}; compacter-kernels convert reads other formats"
         )
     if version != VERSION or isinstance(version, bool):
         raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads version {VERSION}")
-    beside = {"peft_type", "format_version", "base_model_name_or_path", DIGEST, *of_model(nn.Module())}
+    no_options = {"peft_type", "format_version", "base_model_name_or_path", DIGEST, *OF_MODEL}
     try:
-        return CompacterConfig.from_dict({key: value for key, value in found.items() if key not in beside})
+        return CompacterConfig.from_dict({key: value for key, value in content.items() if key not in no_options})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

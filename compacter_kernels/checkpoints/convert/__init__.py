@@ -1,5 +1,9 @@
-"""Checkpoints between Compacter's implementations: one file for each format, a neutral description in between."""
+"""Convert checkpoints between the libraries that have Compacter.
 
-from compacter_kernels.checkpoints.convert.conversion import FORMATS, Converted, convert
+`formats` is the table of formats. Each is read into a `Checkpoint` and written from one.
+"""
+
+from compacter_kernels.checkpoints.convert.conversion import Converted, convert
+from compacter_kernels.checkpoints.convert.formats import FORMATS
 
 __all__ = ["FORMATS", "Converted", "convert"]

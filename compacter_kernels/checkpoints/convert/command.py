@@ -1,4 +1,4 @@
-"""`compacter-kernels convert`: a checkpoint of one library in the form of another, or a report on it."""
+"""`compacter-kernels convert`: convert a checkpoint into another format, or report its content."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, MissingRuleError
-from compacter_kernels.checkpoints.convert.conversion import FORMATS, convert, read
-from compacter_kernels.checkpoints.convert.source import LAYERS, format_of, open_source
+from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
+from compacter_kernels.checkpoints.convert.conversion import convert, read
+from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
+from compacter_kernels.checkpoints.convert.source import Source, open_source
 
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?
@@ -41,25 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def _report(args: argparse.Namespace) -> dict[str, Any]:
-    """What a source holds."""
-    source = open_source(args.source)
-    source_format = args.source_format or format_of(source)
-    found: dict[str, Any] = {"source": str(args.source), "source_format": source_format, "complete": True}
+def _contents(source: Source, source_format: str) -> dict[str, Any]:
     if source_format in LAYERS:
-        return {**found, "tensors": len(source.tensors)}
-    try:
-        checkpoint = read(source, source_format, args.name, args.model_type, args.non_linearity, args.phm_rule)
-    except MissingRuleError as error:
-        return {**found, "complete": False, "missing": str(error)}
-    return {**found, **_contents(checkpoint)}
-
-
-def _contents(checkpoint: Checkpoint) -> dict[str, Any]:
-    every = (*checkpoint.shared.values(), *(t for own in checkpoint.adapters.values() for t in own.values()))
+        return {"complete": True, "tensors": len(source.tensors)}
+    checkpoint = read(source, source_format)
+    tensors = [*checkpoint.shared.values(), *(t for adapter in checkpoint.adapters.values() for t in adapter.values())]
     return {
+        "complete": True,
         "adapters": len(checkpoint.adapters),
-        "parameters": sum(tensor.numel() for tensor in every),
+        "parameters": sum(tensor.numel() for tensor in tensors),
         "shared": sorted(checkpoint.shared),
         "trained_beside": sorted(checkpoint.copies),
         "model": checkpoint.model,
@@ -68,46 +59,42 @@ def _contents(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _converted(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        found = convert(
-            args.source,
-            args.to,
-            args.out,
-            source_format=args.source_format,
-            name=args.name,
-            target_name=args.target_name,
-            model_type=args.model_type,
-            non_linearity=args.non_linearity,
-            phm_rule=args.phm_rule,
-            allow_loss=args.allow_loss,
-        )
-    except MissingRuleError as error:
-        return {"source": str(args.source), "complete": False, "missing": str(error)}
+def _conversion(args: argparse.Namespace, told: dict[str, Any]) -> dict[str, Any]:
+    options = {"source_format": args.source_format, "target_name": args.target_name, "allow_loss": args.allow_loss}
+    converted = convert(args.source, args.to, args.out, **told, **options)
     return {
-        "source": str(args.source),
-        "source_format": found.source_format,
-        "target_format": found.target_format,
+        "source_format": converted.source_format,
+        "target_format": converted.target_format,
         "complete": True,
         "written": str(args.out),
-        "tensors": len(found.tensors),
-        "losses": found.losses,
-        "notes": found.notes,
+        "tensors": len(converted.tensors),
+        "losses": converted.losses,
+        "notes": converted.notes,
     }
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 when the checkpoint is complete."""
+    """Report or convert, and print the result; return 1 if the checkpoint lacks shared weights."""
     if (args.to is None) != (args.out is None):
         raise ValueError("--to and --out belong together: the format, and where to write it")
-    found = _report(args) if args.to is None else _converted(args)
+    told = {key: getattr(args, key) for key in ("name", "model_type", "non_linearity", "phm_rule")}
+    result: dict[str, Any] = {"source": str(args.source)}
+    try:
+        if args.to is None:
+            source = open_source(args.source, **told)
+            result["source_format"] = args.source_format or format_of(source)
+            result |= _contents(source, result["source_format"])
+        else:
+            result |= _conversion(args, told)
+    except MissingRuleError as error:
+        result |= {"complete": False, "missing": str(error)}
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        for key, value in found.items():
+        for key, value in result.items():
             for number, line in enumerate(_lines(value)):
                 print(f"{key if number == 0 else '':<16}{line}")
-    return 0 if found["complete"] else 1
+    return 0 if result["complete"] else 1
 
 
 def _lines(value: object) -> list[object]:

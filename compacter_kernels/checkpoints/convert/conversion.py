@@ -10,32 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints.convert import adapters, hypernets, ours
-from compacter_kernels.checkpoints.convert.checkpoint import FACTORS, RULES, Checkpoint
-from compacter_kernels.checkpoints.convert.flat import FLAT, read as read_flat, write as write_flat
-from compacter_kernels.checkpoints.convert.places import relative
-from compacter_kernels.checkpoints.convert.source import (
-    ADAPTERS_HEAD,
-    ADAPTERS_TENSORS,
-    LAYERS,
-    SIGNS,
-    Source,
-    format_of,
-    open_source,
-)
-from compacter_kernels.checkpoints.files import TENSORS, read_tensors, write_file, write_folder
-from compacter_kernels.checkpoints.format import of_model
-
-FORMATS = tuple(SIGNS)
-Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
+from compacter_kernels.checkpoints.convert import hypernets
+from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint
+from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
+from compacter_kernels.checkpoints.convert.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
+from compacter_kernels.checkpoints.files import TENSORS, write_file, write_folder
 
 
 @dataclass
 class Converted:
-    """A checkpoint in the target's form, and what is to be said about it.
+    """A checkpoint in the target format.
 
-    tensors, and config where the form has one; head: tensors of a file of their own. losses: what the target cannot
-    hold. notes: what was assumed.
+    config: the content of the config file, None if the format has none. head: the tensors of a
+    separate file for the head. losses: what the format cannot hold. notes: what was assumed.
     """
 
     source_format: str
@@ -60,123 +47,78 @@ def convert(
     phm_rule: Rule | None = None,
     allow_loss: bool = False,
 ) -> Converted:
-    """Convert a Compacter checkpoint between libraries, value by value; docs/checkpoints.md lists the formats.
+    """Convert a Compacter checkpoint of one library into the form of another, value by value.
+
+    docs/checkpoints.md describes the formats. Values keep their dtypes.
 
     Args:
-        source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards, a state dict, or a
-            live model of any of the libraries.
-        target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original", "opendelta", "t-few",
-            "hypernets", or "phm_linear" (the state dict of `PHMLinear` layers).
-        target: where to write: a folder, for the formats without a config a .safetensors file. None: nowhere.
-        source_format: of the same names; by default recognised by the names of the tensors.
-        name: of the adapter, or of the authors' task, where the source has several.
-        target_name: of the adapter or the task in a target that has names; by default `name`, or "default".
-        model_type: `config.model_type`, where the source does not say it.
-        non_linearity: of the adapters, where the source does not say it.
-        phm_rule: the shared rule (or its two factors, or a safetensors file that holds it) for a source that lacks it.
-        allow_loss: convert though the target cannot hold everything; what is lost is in `losses`.
-
-    Returns:
-        A `Converted`.
+        source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards,
+            a state dict, or a live model of any of the libraries.
+        target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original",
+            "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of `PHMLinear`).
+        target: the folder to write, or the .safetensors file for a format without a config; None
+            writes nothing.
+        source_format: one of the same names; by default it is recognised by the tensors' names.
+        name: of the adapter, or of the authors' task, if the source has several.
+        target_name: of the adapter or the task in the target; by default `name`, or "default".
+        model_type: `config.model_type` of the base model, if the source does not say it.
+        non_linearity: the activation of the adapters, if the source does not say it.
+        phm_rule: the shared rule (or its two factors, or a safetensors file with it), if the source
+            lacks it.
+        allow_loss: convert even if the target format cannot hold everything; see `losses`.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: before anything is written: a source that is malformed, pickled,
-            incomplete, or has what the target cannot compute; a loss that is not allowed.
+        TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
+            the target cannot compute the same, or there is a loss that is not allowed. Nothing was
+            written.
     """
-    for kind, what in ((target_format, "target_format"), (source_format, "source_format")):
-        if kind not in FORMATS and not (kind is None and what == "source_format"):
-            raise ValueError(f"{what}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
-    opened = open_source(source)
+    for option, kind in (("target_format", target_format), ("source_format", source_format)):
+        if kind not in FORMATS and not (kind is None and option == "source_format"):
+            raise ValueError(f"{option}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
+    opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
     source_format = source_format or format_of(opened)
-    if source_format in LAYERS or target_format == "phm_linear":
-        converted = _layers(opened, source_format, target_format)
+    write = FORMATS[target_format].write
+    if FORMATS[source_format].read is None or write is None:
+        converted = Converted(source_format, target_format, _layers(opened.tensors, source_format, target_format))
     else:
-        checkpoint = read(opened, source_format, name, model_type, non_linearity, phm_rule)
-        converted = _write(checkpoint, source_format, target_format, target_name or name)
+        checkpoint = read(opened, source_format)
+        written = write(checkpoint, target_name or name)
+        converted = Converted(source_format, target_format, *written, checkpoint.losses, checkpoint.notes)
     if converted.losses and not allow_loss:
-        raise ValueError(
-            f"the format {target_format!r} cannot hold {'; '.join(converted.losses)}. allow_loss=True leaves it out"
-        )
+        losses = "; ".join(converted.losses)
+        raise ValueError(f"the format {target_format!r} cannot hold {losses}. allow_loss=True leaves it out")
     if target is not None:
         _store(converted, Path(target))
     return converted
 
 
-def read(
-    source: Source,
-    source_format: str,
-    name: str | None = None,
-    model_type: str | None = None,
-    non_linearity: str | None = None,
-    phm_rule: Rule | None = None,
-) -> Checkpoint:
-    """The checkpoint in a source, checked.
-
-    Raises:
-        TypeError, ValueError: as `convert`.
-    """
-    rule = None if phm_rule is None else _rule(phm_rule)
-    if source_format == "compacter-kernels":
-        checkpoint = ours.read(source, name)
-    elif source_format == "adapters":
-        source.tensors = relative(source.tensors)
-        if model_type is not None:
-            source.config = {**source.config, "model_type": model_type}
-        checkpoint = adapters.read(source, name, rule)
-    else:
-        source.tensors = {**(rule or {}), **relative(source.tensors)}
-        checkpoint = read_flat(source_format, source, name, model_type, non_linearity)
-        checkpoint.model = {"model_type": model_type} if source.model is None else of_model(source.model)
+def read(source: Source, source_format: str) -> Checkpoint:
+    """Return the checkpoint in a source of this format, checked; raise errors as `convert` does."""
+    read_format = FORMATS[source_format].read
+    assert read_format is not None
+    checkpoint = read_format(source)
     stated = checkpoint.options.get("non_linearity", "gelu_new")
-    if non_linearity is not None and resolve(non_linearity) != resolve(stated):
-        raise ValueError(f"non_linearity={non_linearity!r}, but the source says {stated!r}")
+    if source.non_linearity is not None and resolve(source.non_linearity) != resolve(stated):
+        raise ValueError(f"non_linearity={source.non_linearity!r}, but the source says {stated!r}")
     checkpoint.check()
     return checkpoint
 
 
-def _rule(given: Rule) -> dict[str, Tensor]:
-    if isinstance(given, Tensor):
-        return {"phm_rule": given}
-    if isinstance(given, tuple):
-        return dict(zip(("phm_rule_left", "phm_rule_right"), given, strict=True))
-    tensors = dict(given) if isinstance(given, Mapping) else read_tensors(Path(given))
-    names = {*RULES, *(name.replace("W", f"W_{position}") for name in FACTORS for position in ("down", "up"))}
-    found = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in names}
-    if not found:
-        raise ValueError(f"phm_rule: no tensor is named phm_rule; there are {', '.join(sorted(tensors)[:4])}")
-    return found
-
-
-def _layers(source: Source, source_format: str, target_format: str) -> Converted:
+def _layers(tensors: dict[str, Tensor], source_format: str, target_format: str) -> dict[str, Tensor]:
     if {source_format, target_format} - set(LAYERS):
         raise ValueError(
             f"{source_format!r} to {target_format!r}: hypernets and phm_linear are layers, without what makes them an "
             "adapter; they convert into each other, and adapters into hypernets"
         )
-    plain = hypernets.read(source.tensors) if source_format == "hypernets" else source.tensors
-    tensors = dict(plain) if target_format == "phm_linear" else hypernets.write(plain)
-    return Converted(source_format, target_format, tensors)
-
-
-def _write(checkpoint: Checkpoint, source_format: str, target_format: str, name: str | None) -> Converted:
-    converted = Converted(source_format, target_format, {}, losses=checkpoint.losses, notes=checkpoint.notes)
-    if target_format == "compacter-kernels":
-        converted.tensors, converted.config = ours.write(checkpoint)
-    elif target_format == "adapters":
-        converted.tensors, converted.config, converted.head = adapters.write(checkpoint, name)
-    elif target_format in FLAT:
-        converted.tensors = write_flat(target_format, checkpoint, name)
-    else:
-        converted.tensors = hypernets.write(checkpoint)
-    return converted
+    layers = hypernets.to_phm_linear(tensors) if source_format == "hypernets" else dict(tensors)
+    return layers if target_format == "phm_linear" else hypernets.from_phm_linear(layers)
 
 
 def _store(converted: Converted, target: Path) -> None:
     if converted.config is None:
         if target.suffix != ".safetensors":
-            raise ValueError(
-                f"{target}: the format {converted.target_format!r} is one file; give a name in .safetensors"
-            )
+            kind = converted.target_format
+            raise ValueError(f"{target}: the format {kind!r} is one file; give a name in .safetensors")
         write_file(target, converted.tensors)
     elif converted.target_format == "adapters":
         pickled = target / "pytorch_adapter.bin"
@@ -184,8 +126,7 @@ def _store(converted: Converted, target: Path) -> None:
             raise ValueError(
                 f"{pickled} is there, which `adapters` may read instead; take it away, or give another folder"
             )
-        files = {ADAPTERS_TENSORS: converted.tensors}
-        files |= {ADAPTERS_HEAD: converted.head} if converted.head else {}
+        files = {ADAPTERS_TENSORS: converted.tensors} | ({ADAPTERS_HEAD: converted.head} if converted.head else {})
         write_folder(target, files, converted.config, digest=False)
     else:
         write_folder(target, {TENSORS: converted.tensors}, converted.config)

@@ -1,4 +1,4 @@
-"""The authors' own format, T-Few's, OpenDelta's and HyperNets': against models of those structures, written here."""
+"""The formats of the authors, T-Few, OpenDelta and HyperNets, against models written here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.re
 
 
 class Projection(nn.Module):
-    """sum_i A_i (x) W_i as those libraries have it, the Kronecker products taken by torch."""
+    """A PHM layer with the names of those libraries, computed by torch.kron."""
 
     def __init__(self, wide: int, out: int, rule: dict[str, nn.Parameter] | None, factorised: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
 
 
 class Controller(nn.Module):
-    """The authors' AdapterController, of one task or more."""
+    """The authors' AdapterController for one or several tasks."""
 
     def __init__(self, tasks: list[str], norms: bool, **options: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def _hook(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
 
 
 def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The layers of a T5 that get an adapter, with the part of them that it follows."""
+    """Return the layers of a T5 that get an adapter, each with the module that it follows."""
     layers = [m for name, m in model.named_modules() if re.fullmatch(r".*block\.\d+\.layer\.\d", name)]
     parts = [
         (layer, getattr(layer, "SelfAttention", None) or getattr(layer, "DenseReluDense", None)) for layer in layers
@@ -88,7 +88,7 @@ def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _scale(model: nn.Module) -> nn.Module:
-    """Weights small enough that logits stay of order one, and layer norms that were trained."""
+    """Make the logits of order one, and change the layer norms as training would."""
     for name, parameter in model.named_parameters():
         if name.endswith(("W_left", "W_right", ".W", ".b")):
             parameter.data.mul_(0.3)
@@ -152,7 +152,7 @@ SOURCES: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
 @pytest.mark.parametrize("form", ["model", "state dict", "file"])
 @pytest.mark.parametrize("case", SOURCES)
 def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
-    """The same logits in a plain model; where adapters fill all layers, by the kind of block."""
+    """A plain model with the converted adapters gives the same logits."""
     kind, family, make = SOURCES[case]
     model = make()
     expected = output(family, model)
@@ -160,8 +160,8 @@ def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
     if form == "file":
         safetensors.save_file({k: t.clone() for k, t in source.items()}, tmp_path / "model.safetensors")
         source = tmp_path / "model.safetensors"
-    found = convert(source, "compacter-kernels", tmp_path / "ours")
-    assert found.source_format == kind
+    converted = convert(source, "compacter-kernels", tmp_path / "ours")
+    assert converted.source_format == kind
     plain = build(family)
     assert (output(family, plain) - expected).abs().max() > 5e-4
     load_adapter(plain, tmp_path / "ours")
@@ -169,16 +169,16 @@ def test_into_ours(case: str, form: str, tmp_path: Path) -> None:
     config = plain.compacter.configs["default"]
     assert (config.target_modules is None) == (case not in ("opendelta, some layers", "opendelta, whole blocks"))
     assert config.shared_phm_rule == case.startswith(("original",)) - (case == "original, a rule each")
-    assert any("activation" in note for note in found.notes) == (form != "model")
+    assert any("activation" in note for note in converted.notes) == (form != "model")
 
 
 @pytest.mark.parametrize(("kind", "make"), [("original", original), ("t-few", t_few)], ids=["original", "t-few"])
 def test_back(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """ours -> theirs, put into a model of their structure by load_state_dict."""
+    """Our folder is converted, and loaded by load_state_dict into a model of their structure."""
     non_linearity = "gelu_new" if kind == "original" else "relu"
     model = trained(build("t5"), phm_rank=2, non_linearity=non_linearity)
     save_adapter(model, tmp_path / "ours")
-    found = convert(tmp_path / "ours", kind, tmp_path / "model.safetensors", name="mrpc")
+    converted = convert(tmp_path / "ours", kind, tmp_path / "model.safetensors", name="mrpc")
     again = make()
     again.load_state_dict(build("t5").state_dict(), strict=False)
     state = safetensors.load_file(tmp_path / "model.safetensors")
@@ -187,14 +187,14 @@ def test_back(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
     adapters = {key for key in wrong.missing_keys if "adapter" in key or "phm_rule" in key or "norm" in key}
     assert not adapters
     torch.testing.assert_close(output("t5", again), output("t5", model), rtol=1e-5, atol=1e-5)
-    assert any(f"build the model with '{non_linearity}'" in note for note in found.notes)
-    assert any("repeated" in note for note in found.notes) == (kind == "t-few")
+    assert any(f"build the model with '{non_linearity}'" in note for note in converted.notes)
+    assert any("repeated" in note for note in converted.notes) == (kind == "t-few")
 
 
 def test_back_into_opendelta(tmp_path: Path) -> None:
     model = trained(build("bert"), phm_rank=2)
-    found = convert(model, "opendelta", tmp_path / "model.safetensors")
-    assert any("put `bert.`" in note for note in found.notes)
+    converted = convert(model, "opendelta", tmp_path / "model.safetensors")
+    assert any("put `bert.`" in note for note in converted.notes)
     again = opendelta("bert", BERT_ENDS)
     state = safetensors.load_file(tmp_path / "model.safetensors")
     state = {key if key.startswith("classifier") else f"bert.{key}": tensor for key, tensor in state.items()}
@@ -206,15 +206,17 @@ def test_back_into_opendelta(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["original", "t-few", "opendelta"])
 @pytest.mark.parametrize("options", [{}, {"shared_W_phm": True}, {"factorized_phm_rule": True}, {"phm_bias": False}])
 def test_ours_there_and_back(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Bit by bit the same tensors, and what was shared is shared again."""
+    """The tensors are the same bit by bit, and shared weights are shared again."""
     model = trained(build("t5"), **options)
     save_adapter(model, tmp_path / "ours")
     convert(model, kind, tmp_path / "theirs.safetensors")
-    found = convert(tmp_path / "theirs.safetensors", "compacter-kernels", tmp_path / "back", non_linearity="gelu_new")
+    converted = convert(
+        tmp_path / "theirs.safetensors", "compacter-kernels", tmp_path / "back", non_linearity="gelu_new"
+    )
     expected = safetensors.load_file(tmp_path / "ours" / "adapter_model.safetensors")
     if options != {"phm_bias": False} or kind == "opendelta":
-        assert found.tensors.keys() == expected.keys()
-    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.items())
+        assert converted.tensors.keys() == expected.keys()
+    assert all(torch.equal(converted.tensors[key], tensor) for key, tensor in expected.items())
     again = load_adapter(build("t5"), tmp_path / "back")
     torch.testing.assert_close(output("t5", again), output("t5", model), rtol=1e-6, atol=1e-6)
 
@@ -312,8 +314,8 @@ def hypernets(x: Tensor, a: Tensor, s: Tensor, bias: Tensor) -> Tensor:
 
 def test_hypernets_layers(tmp_path: Path) -> None:
     layer = {"fc.a": torch.randn(4, 4, 4), "fc.s": torch.randn(4, 6, 3), "fc.bias": torch.randn(24)}
-    found = convert(layer, "phm_linear", tmp_path / "layers.safetensors")
-    assert found.source_format == "hypernets"
+    converted = convert(layer, "phm_linear", tmp_path / "layers.safetensors")
+    assert converted.source_format == "hypernets"
     ours = nn.ModuleDict({"fc": ck.PHMLinear(12, 24, phm_dim=4, factorized_phm_W=False)})
     ours.load_state_dict(safetensors.load_file(tmp_path / "layers.safetensors"))
     x = torch.randn(5, 12)
@@ -328,19 +330,21 @@ def test_hypernets_of_our_layers(options: dict[str, Any]) -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(5, 12)
-    found = convert(layer, "hypernets").tensors
-    torch.testing.assert_close(hypernets(x, found["a"], found["s"], found["bias"]), layer(x), rtol=1e-5, atol=1e-5)
+    tensors = convert(layer, "hypernets").tensors
+    torch.testing.assert_close(
+        hypernets(x, tensors["a"], tensors["s"], tensors["bias"]), layer(x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_hypernets_of_adapters() -> None:
     model = trained(build("t5"))
     with pytest.raises(ValueError, match="HyperNets has layers, not adapters"):
         convert(model, "hypernets")
-    found = convert(model, "hypernets", allow_loss=True).tensors
-    place = "encoder.block.0.layer.1.DenseReluDense.wo"
-    adapter = model.get_submodule(f"{place}.compacter.default")
+    tensors = convert(model, "hypernets", allow_loss=True).tensors
+    target = "encoder.block.0.layer.1.DenseReluDense.wo"
+    adapter = model.get_submodule(f"{target}.compacter.default")
     x = torch.randn(5, WIDTH)
-    layer = [found[f"{place}.down.{name}"] for name in ("a", "s", "bias")]
+    layer = [tensors[f"{target}.down.{name}"] for name in ("a", "s", "bias")]
     torch.testing.assert_close(hypernets(x, *layer), adapter.down(x), rtol=1e-5, atol=1e-5)
 
 
