@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from compacter_kernels.bench import report as bench_report
 from compacter_kernels.train.text import report
 
 ROOT = Path(__file__).parents[1]
@@ -34,3 +37,11 @@ def test_the_page_on_models_states_the_committed_results() -> None:
     for row in document["methods"]:
         cells = f"| {row['mean']:.2f} ± {row['std']:.2f} | {row['trainable_parameters']:,} |"
         assert f"| {row['method']} {cells}" in page
+
+
+@pytest.mark.parametrize("machine", ["epyc-2core", "epyc-2core/bf16", "xeon-2core"])
+def test_the_committed_tables_are_those_of_their_json(machine: str, tmp_path: Path) -> None:
+    folder = ROOT / "benchmarks" / "results" / machine
+    bench_report.write(json.loads((folder / "bench.json").read_text(encoding="utf-8")), tmp_path)
+    for name in ("bench.json", "bench.csv", "bench.txt"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

@@ -73,7 +73,7 @@ class Timer(timer.Timer[Timing]):
     """Times the calls of one cell, and a float32 product of two matrices of SGEMM_SIZE rows."""
 
     def __init__(self, cell: timer.Cell, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(cell, dtype)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # the compiled provider is compiled for each cell
         self.case = Case.of(cell.shape, cell.tokens, dtype=dtype).inputs()

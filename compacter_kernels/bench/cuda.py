@@ -130,7 +130,7 @@ class Timer(timer.Timer[Timing]):
     """Times the calls of one cell on copies of its inputs."""
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(cell, dtype)
         l2 = machine.l2_bytes()
         self.needed = {each: copies_needed(cell, dtype, each, l2) for each in cost.DIRECTIONS}
         self.cases = make_cases(cell, dtype, min(MAX_COPIES, self.needed[cost.FORWARD]))

@@ -43,7 +43,8 @@ class Timer(ABC, Generic[T]):
     case: Inputs
     sgemm: float | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
+        self.cell, self.dtype = cell, dtype
         self.timings: dict[tuple[str, str], T] = {}
 
     @staticmethod
