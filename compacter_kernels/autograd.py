@@ -1,4 +1,7 @@
-"""The fused impls under autograd. Saved for backward: x and the parameters; where a norm follows, what it norms too."""
+"""The fused impls under autograd.
+
+Backward gets x and the parameters saved, and the input of the norm where a norm follows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from compacter_kernels.weights import NormWeights, PHMWeights
 
 
 def forward(kernel: Kernel[Any], call: Call) -> Tensor:
-    """kernel.forward(call), recorded."""
+    """Run kernel.forward(call) and record it for backward."""
     result: Tensor
     if call.__class__ is LinearCall:
         x, weights = call
@@ -29,7 +32,7 @@ def forward(kernel: Kernel[Any], call: Call) -> Tensor:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients on; a second derivative raises instead of being silently zero."""
+    """Passes gradients on. A second derivative raises, where it would silently be zero."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
@@ -41,7 +44,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Guard gradients computed under create_graph=True; the inputs tie the guard to the graph that made them."""
+    """Guard gradients that are computed under create_graph=True.
+
+    The inputs connect the guard with the graph that the gradients come from.
+    """
     if not torch.is_grad_enabled():
         return grads
     guarded: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(len(grads), *grads, *inputs)
@@ -49,7 +55,10 @@ def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Ten
 
 
 def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
-    """function(*args) without recording; entering `no_grad` takes a while, and a backward mostly is without already."""
+    """Call function(*args) without recording.
+
+    A backward mostly runs without recording already, and entering `no_grad` takes time.
+    """
     if not torch.is_grad_enabled():
         return function(*args)
     with torch.no_grad():
@@ -64,7 +73,7 @@ class _Function(torch.autograd.Function):
 
 
 class LinearFunction(_Function):
-    """phm_linear through a fused kernel. The call is of the same tensors as the other arguments."""
+    """phm_linear through a fused kernel. `call` holds the same tensors as the other arguments."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel[LinearCall], call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
@@ -81,11 +90,11 @@ class LinearFunction(_Function):
 
 
 class AdapterFunction(_Function):
-    """compacter_adapter through a fused kernel. The call is of the same tensors as the other arguments.
+    """compacter_adapter through a fused kernel. `call` holds the same tensors as the other arguments.
 
-    A norm is frozen, and x or a parameter requires a gradient: a second derivative raises by their graph. What was
-    normed gives its memory to its gradient where nobody can ask for it again: the graph is not kept, no hook has seen
-    what was saved.
+    A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises by
+    their graph. Backward overwrites the saved input of the norm with its gradient, unless the graph
+    is kept or a saved-tensor hook has seen the input.
     """
 
     @staticmethod

@@ -66,17 +66,18 @@ class OnlyTorch(NamedTuple):
 class Plan(NamedTuple):
     """An impl chosen for a problem.
 
-    kernel: None where a fused impl runs through its operator. seen: whether torch is to see the call; odd: whether that
-    is since a tensor is of another class than torch's own. settled: whether a later call would choose the same.
+    kernel: None where a fused impl runs through its operator. visible: whether torch must see the
+    call. foreign: whether the reason is a tensor of another class than torch's own. final: whether
+    every later call of the problem would get the same plan.
     """
 
     problem: Problem
     name: str
     reason: str
     kernel: Kernel[Any] | None
-    seen: bool
-    odd: bool
-    settled: bool
+    visible: bool
+    foreign: bool
+    final: bool
 
 
 class Explanation(NamedTuple):
@@ -177,16 +178,16 @@ def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> 
 
 
 def plan(
-    problem: Problem, impl: str, only_torch: OnlyTorch | None = None, seen: bool = False, odd: bool = False
+    problem: Problem, impl: str, only_torch: OnlyTorch | None = None, visible: bool = False, foreign: bool = False
 ) -> Plan:
     """Choose the impl and prepare its kernel; where torch is to see the call, none of a fused impl."""
     name, reason = choose(problem, impl, only_torch)
-    if seen and name not in PLAIN:
-        return Plan(problem, name, reason, None, seen, odd, True)
+    if visible and name not in PLAIN:
+        return Plan(problem, name, reason, None, visible, foreign, True)
     if not torch.compiler.is_compiling():
         _announce(problem.operation, name, reason)
-    settled = not proof.asked(problem) or proof.comparable()
-    return Plan(problem, name, reason, IMPLS[name].prepare(problem), seen, odd, settled)
+    final = not proof.asked(problem) or proof.comparable()
+    return Plan(problem, name, reason, IMPLS[name].prepare(problem), visible, foreign, final)
 
 
 def _announce(operation: str, name: str, reason: str) -> None:

@@ -1,8 +1,9 @@
-"""The way of a call down to its kernel. How calls of one signature go is found out once.
+"""The way of a call down to its kernel.
 
-An ordinary call goes straight to the kernel, through autograd where a gradient is recorded. Where somebody else takes
-part (`modes`), or a tensor is of a class of its own, torch must see the call: a fused impl runs as its operator, and
-"auto" takes an impl of plain torch where no operator will do.
+An ordinary call goes straight to the kernel, or through autograd where a gradient is recorded. Where
+a tracer, a mode or a transform takes part (`modes`), or a tensor has a class of its own, torch must
+see the call: a fused impl then runs as its operator, and "auto" takes an impl of plain torch where
+no operator can serve. The way is chosen once for all calls of one signature.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from compacter_kernels.problem import Problem, adapter_problem, check_like, chec
 Activation = str | Callable[[Tensor], Tensor] | None
 _plans: dict[Any, dispatch.Plan] = {}
 _facts = attrgetter("shape", "dtype", "device")
-_described = None if TENSORS is None else TENSORS.signature  # takes a quarter of the time of asking in Python
+_described = None if TENSORS is None else TENSORS.signature  # a quarter of the time of Python
 _variable = environment_key(dispatch.ENVIRONMENT)
 
 
@@ -38,29 +39,27 @@ def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Te
         try:
             x, chosen = call[0], ENVIRON.get(_variable) if impl == "auto" else None
             key = (x.__class__, x.shape[-1], x.dtype, x.device, _signature(call), activation, impl, chosen)
-            found = _plans.get(key)
+            known = _plans.get(key)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-            found = key = None  # the checks below say what is wrong
-        if found is None:
-            found = _plan(call, activation, impl)
-            if key is not None and found.settled and not callable(activation):
-                _plans[key] = found
-        plan = found
+            known = key = None  # the checks in _plan say what is wrong
+        plan = _plan(call, activation, impl) if known is None else known
+        if known is None and key is not None and plan.final and not callable(activation):
+            _plans[key] = plan
     if out is not None or (call.__class__ is AdapterCall and call[6] is not None):
         return _with_options(plan, call, activation, out, impl)
     return _without_options(plan, call)
 
 
 def _without_options(plan: dispatch.Plan, call: Call) -> Tensor:
-    """A call that has neither an `out` nor a norm, or one whose kernel takes that."""
+    """The result of a call without `out` and norm, or with a norm that the kernel computes."""
     kernel = plan.kernel
-    if kernel is None or plan.odd:
+    if kernel is None or plan.foreign:
         return _through_torch(plan, call)
     try:
         if not kernel.differentiable:
             if torch.is_grad_enabled() and _requires_grad(call):
                 return autograd.forward(kernel, call)
-        elif isinstance(kernel, Plain) and not plan.seen:
+        elif isinstance(kernel, Plain) and not plan.visible:
             kernel.check(call)
         return kernel.forward(call)
     except NoStorageError:
@@ -68,20 +67,20 @@ def _without_options(plan: dispatch.Plan, call: Call) -> Tensor:
 
 
 def _looked_through(call: Call) -> Call:
-    """A call of tensors that have storage, where a transform that is over left wrappers around them.
+    """The same call on the tensors inside the wrappers that a finished transform left around them.
 
-    Torch's own operations look through such a wrapper. Raises for any other tensor that has none.
+    torch's own operations look through such a wrapper. Any other tensor without storage raises.
     """
-    _problem(call, "identity")  # what a plan takes for granted, such as the layout of the weights
+    _problem(call, "identity")  # checks what a plan takes for granted, such as the layout of weights
     if isinstance(call, AdapterCall) and call.residual is not None:
         check_like(call.residual, "residual", call.x, call.x.shape)
-    found = call.map(lambda t: t.view_as(t))
-    check_all(found.named())
-    return found
+    unwrapped = call.map(lambda t: t.view_as(t))
+    check_all(unwrapped.named())
+    return unwrapped
 
 
 def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -> dispatch.Explanation:
-    """The impl that `run` takes, and why; raises what that raises before it computes."""
+    """The impl that `run` takes, and why. Raises what `run` raises before it computes."""
     problem = _problem(call, activation)
     if out is not None:
         _check_out(out, call)
@@ -89,17 +88,17 @@ def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -
 
 
 def _signature(call: Call) -> tuple[Any, ...]:
-    """All that the checks depend on besides x, cheap enough to be taken in every call."""
+    """All properties of the other tensors that the checks depend on. Every call computes it."""
     if call.__class__ is LinearCall:
         weights = call[1]
         return (weights.__class__, (_described and _described(weights)) or _of_each(weights))
     _, down, up, residual, _, _, norm = call  # type: ignore[misc]
     params = (*down, *up)
-    found = (_described and _described(params)) or _of_each(params)
+    described = (_described and _described(params)) or _of_each(params)
     if norm is None:
-        return (down.__class__, up.__class__, residual.__class__, found)
+        return (down.__class__, up.__class__, residual.__class__, described)
     of_norm = (norm.__class__, _of(norm.weight), _of(norm.bias))
-    return (down.__class__, up.__class__, residual.__class__, found, of_norm)
+    return (down.__class__, up.__class__, residual.__class__, described, of_norm)
 
 
 def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
@@ -121,17 +120,17 @@ def _problem(call: Call, activation: Activation) -> Problem:
 
 
 def _plan(call: Call, activation: Activation, impl: str) -> dispatch.Plan:
-    """How this call goes; all checks are made here."""
-    problem, odd = _problem(call, activation), any(not ordinary(tensor) for _, tensor in call.named())
-    seen = odd or torch.compiler.is_compiling() or not modes.alone()
-    return dispatch.plan(problem, impl, _only_torch(call), seen, odd)
+    """Check the call, and choose its way."""
+    problem, foreign = _problem(call, activation), any(not ordinary(tensor) for _, tensor in call.named())
+    visible = foreign or torch.compiler.is_compiling() or not modes.alone()
+    return dispatch.plan(problem, impl, _only_torch(call), visible, foreign)
 
 
 def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
-    """Why only an impl of plain torch can serve now, or None."""
-    foreign = [f"{name} is a {type(t).__name__}" for name, t in call.named() if not (ordinary(t) or fake(t))]
-    if foreign:
-        return dispatch.OnlyTorch(", ".join(foreign), False)
+    """Why only an impl of plain torch can serve the call, or None."""
+    kinds = [f"{name} is a {type(t).__name__}" for name, t in call.named() if not (ordinary(t) or fake(t))]
+    if kinds:
+        return dispatch.OnlyTorch(", ".join(kinds), False)
     if torch.compiler.is_dynamo_compiling():
         return None
     if modes.transformed():
@@ -149,7 +148,7 @@ def _requires_grad(call: Call) -> bool:
 
 
 def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:
-    """The call where torch sees it."""
+    """The result of a call that torch must see."""
     try:
         if plan.kernel is None:
             return ops.forward(call, plan.problem, plan.name)
@@ -161,7 +160,7 @@ def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:
 
 
 def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: Tensor | None, impl: str) -> Tensor:
-    """A call with an `out`, a norm, or both."""
+    """The result of a call with an `out`, a norm, or both."""
     if out is not None:
         _check_out(out, call)
     if isinstance(call, AdapterCall) and call.norm is not None and not _takes_norm(plan, call):
@@ -188,7 +187,10 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
 
 
 def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
-    """Whether the kernel computes the norm too: a frozen one, where a second derivative would raise as it should."""
+    """Whether the kernel computes the norm too.
+
+    The norm must be frozen, and a second derivative of the call must raise as it does without it.
+    """
     norm = call.norm
     if plan.kernel is None or not plan.kernel.norms or norm is None:
         return False
@@ -211,7 +213,7 @@ def _check_out(out: Tensor, call: Call) -> None:
 
 
 def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:
-    """Whether a kernel can write there: it is contiguous, and apart from all that is read."""
+    """Whether the kernel can write into `out`: it is contiguous and shares no memory with an input."""
     if plan.kernel is None or plan.kernel.differentiable or not ordinary(out) or not out.is_contiguous():
         return False
     address = out.untyped_storage().data_ptr()

@@ -1,6 +1,6 @@
-// Tensors: what tensors are (class, device, dtype, shape), as bytes, and where they lie, taken in a fraction of the time that
-// Python needs to ask for each. torch answers through DLPack's C exchange API (dmlc/dlpack, dlpack.h, since 1.2), whose table stands in the
-// attribute __dlpack_c_exchange_api__ of its tensor class; the declarations below are those of that header.
+// Tensors: the classes, devices, dtypes and shapes of tensors as bytes, and their addresses, in a fraction of the time that Python needs.
+// torch answers through DLPack's C exchange API (dmlc/dlpack, dlpack.h, since 1.2). Its tensor class has the table of that API in the
+// attribute __dlpack_c_exchange_api__. The declarations below are those of that header.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -67,15 +67,15 @@ class Tensors {
         return py::bytes(bytes, end - bytes);
     }
 
-    // their addresses, or None where one is no contiguous tensor that has an address
-    py::object places(const py::tuple& tensors) const {
-        py::tuple addresses(tensors.size());
+    // the addresses, or None where one is no contiguous tensor that has an address
+    py::object addresses(const py::tuple& tensors) const {
+        py::tuple result(tensors.size());
         for (size_t i = 0; i < tensors.size(); ++i) {
             DLTensor found;
             if (!describe(tensors[i], found) || !found.data || !contiguous(found)) return py::none();
-            addresses[i] = reinterpret_cast<uintptr_t>(found.data) + found.byte_offset;
+            result[i] = reinterpret_cast<uintptr_t>(found.data) + found.byte_offset;
         }
-        return addresses;
+        return result;
     }
 
   private:
@@ -105,7 +105,7 @@ void add_tensors(py::module_& module) {
     py::class_<Tensors>(module, "Tensors", py::module_local())
         .def(py::init<py::type, const py::capsule&>())
         .def("signature", &Tensors::signature)
-        .def("places", &Tensors::places);
+        .def("addresses", &Tensors::addresses);
 }
 
 }  // namespace compacter::bindings

@@ -1,7 +1,7 @@
-"""The memory of tensors, looked at before a kernel gets their addresses: it is there, and large enough.
+"""The check that a tensor has memory, and enough of it, before a kernel gets its address.
 
-Sharding and offloading leave parameters whose storage has been freed, and a tensor subclass may have none of its own.
-An address says neither.
+Sharding and offloading leave parameters whose storage has been freed, and a tensor subclass may have
+no storage of its own. An address shows neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compacter_kernels.weights import PHMWeights
 
 _storage, _nbytes = Tensor.untyped_storage, torch.UntypedStorage.nbytes
 _offset, _is_contiguous, _data_ptr = Tensor.storage_offset, Tensor.is_contiguous, Tensor.data_ptr
-_REMEMBERED = 4096  # places; a model has one for each of its adapters
+_REMEMBERED = 4096  # tuples of addresses; a model has one tuple for each of its adapters
 _NO_MEMORY = (
     "{name} has no memory that a kernel can read: {why}. Pass a tensor that holds its values; for a sharded, offloaded "
     "or wrapped one, call the module that gathers it, or pass what it stands for (full_tensor() of a DTensor)"
@@ -27,45 +27,48 @@ _NO_MEMORY = (
 
 
 class NoStorageError(RuntimeError):
-    """A tensor has no storage at all: it wraps another, or has a layout of its own."""
+    """A tensor has no storage: it wraps another tensor, or has a layout of its own."""
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Raise unless there is memory behind every element of a tensor, whatever its strides.
+    """Check that every element of a tensor with any strides lies in its storage.
 
     Raises:
-        RuntimeError: the message names the tensor. `NoStorageError` is one.
+        RuntimeError: an element does not; the message names the tensor. `NoStorageError` is a kind.
     """
     if not tensor.numel():
         return
     try:
         storage = tensor.untyped_storage()
-        there, address = storage.nbytes(), storage.data_ptr()
+        nbytes, address = storage.nbytes(), storage.data_ptr()
     except (NotImplementedError, RuntimeError) as error:
         raise NoStorageError(_NO_MEMORY.format(name=name, why=str(error).splitlines()[0])) from error
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    if there < needed:
-        why = f"its storage has {there} of {needed} bytes, as freed storage has"
+    if nbytes < needed:
+        why = f"its storage has {nbytes} of {needed} bytes, as freed storage has"
         raise RuntimeError(_NO_MEMORY.format(name=name, why=why))
     if not address or tensor.is_nested:
         raise RuntimeError(_NO_MEMORY.format(name=name, why=f"it is a {_kind(tensor)}"))
 
 
 def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """`check_memory` for each of these, by its name."""
+    """Check the memory of each of these tensors, which come with their names."""
     for name, tensor in tensors:
         check_readable(tensor, name)
 
 
 def check_for_torch(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """`check_all` for tensors that torch itself reads or writes, where they are ordinary and nobody else takes part."""
+    """Check the memory of ordinary tensors that torch itself reads or writes.
+
+    Where a tracer, a mode or a transform takes part, nothing is checked.
+    """
     if not torch.compiler.is_compiling() and modes.alone():
         check_all((name, tensor) for name, tensor in tensors if tensor.__class__ in ORDINARY)
 
 
 def check_readable(tensor: Tensor, name: str) -> None:
-    """`check_memory` in less time, where there may be numbers at all."""
+    """Do what `check_memory` does, in less time. A tensor on meta has no memory and passes."""
     if (not tensor.is_contiguous() or _too_short(tensor)) and not tensor.is_meta:
         check_memory(tensor, name)
 
@@ -75,7 +78,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def readable(tensor: Tensor, name: str) -> Tensor:
-    """The tensor, or a contiguous copy of it; raises as `check_memory`."""
+    """Return the tensor, or a contiguous copy of it. Raises as `check_memory`."""
     if tensor.is_contiguous() and tensor.__class__ in ORDINARY and not tensor.is_neg() and not _too_short(tensor):
         return tensor
     check_memory(tensor, name)
@@ -83,52 +86,52 @@ def readable(tensor: Tensor, name: str) -> Tensor:
 
 
 def _too_short(tensor: Tensor) -> bool:
-    """Whether the storage ends before a contiguous tensor does, or there is none."""
+    """Whether the storage of a contiguous tensor ends before the tensor, or is missing."""
     try:
-        there, offset = _nbytes(_storage(tensor)), _offset(tensor)
+        nbytes, offset = _nbytes(_storage(tensor)), _offset(tensor)
     except (NotImplementedError, RuntimeError):
         return True
-    return there < (tensor.nbytes + offset * tensor.element_size() if offset else tensor.nbytes)
+    return nbytes < (tensor.nbytes + offset * tensor.element_size() if offset else tensor.nbytes)
 
 
 class Parameters:
-    """The parameters of a problem's projections, all found readable once for each place where they lie.
+    """The check of a problem's parameters, made once for each tuple of their addresses.
 
-    Storage that is freed or resized moves, or has the address 0, so that it is looked at again.
+    Storage that is freed or resized moves or has the address 0, and is then checked again.
     """
 
     def __init__(self, problem: Problem) -> None:
         sides = ("weights",) if problem.operation == "linear" else ("down", "up")
         self.names = [f"{side}.{field}" for side in sides for field in PHMWeights._fields]
         self.has_all = all(None not in p.dtypes for p in problem.projections)
-        self.seen: set[tuple[int, ...]] = set()
+        self.checked: set[tuple[int, ...]] = set()
 
     def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
-        """Each parameter, or a contiguous copy of it, and where they are (0: absent); raises as `check_memory`."""
-        places = self._places(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
-        if places in self.seen:
-            return tensors, places
-        found = self._looked_at(tensors)
-        if places is None:
-            return found, addresses(found)
-        if len(self.seen) >= _REMEMBERED:
-            self.seen.clear()
-        self.seen.add(places)
-        return found, places
+        """Return each parameter, or a contiguous copy of it, and the addresses (0: absent).
 
-    def _places(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-        """Where contiguous tensors are; None where one is not contiguous, or has no address."""
+        Raises as `check_memory`.
+        """
+        known = self._addresses(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
+        if known in self.checked:
+            return tensors, known
+        params = [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
+        if known is None:
+            return params, addresses(params)
+        if len(self.checked) >= _REMEMBERED:
+            self.checked.clear()
+        self.checked.add(known)
+        return params, known
+
+    def _addresses(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+        """Return the addresses of contiguous tensors, or None where one is not contiguous or has none."""
         if TENSORS is not None:
-            return TENSORS.places(tensors)  # type: ignore[no-any-return]
+            return TENSORS.addresses(tensors)  # type: ignore[no-any-return]
         try:
             return tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None
         except RuntimeError:
             return None
 
-    def _looked_at(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
-
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
-    """Where the tensors are; 0 for one that is absent."""
+    """Return the addresses of the tensors, 0 for one that is absent."""
     return tuple([0 if t is None else t.data_ptr() for t in tensors])

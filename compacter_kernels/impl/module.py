@@ -1,4 +1,4 @@
-"""The native module, where it was built, and what it makes faster for every implementation."""
+"""The native module, where it was built, and its faster ways that every implementation uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-MODULE: Any = None  # compacter_kernels._C, or None and then why
+MODULE: Any = None  # compacter_kernels._C; None where it was not built, for the reason in MISSING
 MISSING = ""
 try:
     import compacter_kernels._C as MODULE
@@ -19,13 +19,16 @@ BUILD: dict[str, Any] = {} if MODULE is None else MODULE.build_info()
 
 
 def _tensors() -> Any:
-    """`_C.Tensors`, which asks torch through DLPack's C exchange API; None in a build or torch (< 2.10) without it."""
+    """Return `_C.Tensors`, which asks torch through DLPack's C exchange API.
+
+    It is None without the native module, and with torch before 2.10, which lacks that API.
+    """
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if MODULE is None or api is None:
         return None
     try:
         return MODULE.Tensors(Tensor, api)
-    except ValueError:  # a later DLPack, whose table is another
+    except ValueError:  # a later major version of DLPack, with another table
         return None
 
 
