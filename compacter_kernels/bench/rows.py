@@ -7,23 +7,22 @@ from typing import Any
 
 from compacter_kernels.bench import cost
 from compacter_kernels.bench.columns import ROW
-from compacter_kernels.bench.timer import Cell, Timer
+from compacter_kernels.bench.timer import Timer
 
 
-def derive(cell: Cell, timer: Timer[Any], known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def derive(timer: Timer[Any], known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield one row for each timing, with the columns of the device.
 
     known: the columns of each provider that the timer does not measure.
     """
-    x = timer.case.x
+    x, cell = timer.case.x, timer.cell
     medians = {key: timing.quantiles()[1] for key, timing in timer.timings.items()}
     for (name, direction), timing in timer.timings.items():
         low, median, high = timing.quantiles()
         computes = name != "copy"
         rate = cost.flops(cell.shape, cell.tokens, direction) / median
-        clone, copy, dense = (
-            medians.get(key) for key in (("copy", cost.FORWARD), ("copy", direction), ("dense", direction))
-        )
+        clone = medians.get(("copy", cost.FORWARD))
+        copy, dense = medians.get(("copy", direction)), medians.get(("dense", direction))
         row = {
             **cell.shape._asdict(),
             "tokens": cell.tokens,

@@ -32,16 +32,16 @@ def _absent(provider: str, reason: str, cell: object = None, wrong: bool = False
     return {**where, "provider": provider, "reason": reason, "wrong": wrong}
 
 
-def _prepare(cell: Cell, timer: Timer[Any], chosen: list[Provider], until: float) -> tuple[dict[str, Row], list[Row]]:
-    """Add every provider that passes the gate to the timer; compile none after the time `until`.
+def _prepare(timer: Timer[Any], chosen: list[Provider], until: float, absent: list[Row]) -> dict[str, Row]:
+    """Add every provider that passes the gate to the timer, the others to the absent ones.
 
-    Returns the columns of these providers that the timer does not measure, and the absent ones.
+    Returns the columns that the timer does not measure, by provider. After the time `until` no
+    provider is compiled.
     """
     known: dict[str, Row] = {}
-    absent: list[Row] = []
     oracle = Oracle(first_tokens(timer.case))
     for provider in chosen:
-        name = provider.name
+        name, cell = provider.name, timer.cell
         if provider.compiled and time.monotonic() > until:
             absent.append(_absent(name, "not compiled, no time was left; give --limit more", cell))
             continue
@@ -60,7 +60,7 @@ def _prepare(cell: Cell, timer: Timer[Any], chosen: list[Provider], until: float
                 torch.cuda.synchronize()  # raises where the device is lost, and ends the process
             continue
         known[name] = {"saved_bytes": saved, "error_over_limit": worst, "checked_tokens": tokens}
-    return known, absent
+    return known
 
 
 def run(settings: Settings, save: Callable[[dict[str, Any]], None] = lambda table: None) -> dict[str, Any]:
@@ -86,10 +86,9 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None] = lambda tabl
             continue
         timer = timer_class(cell, dtype)
         here = [provider for provider in chosen if not provider.compiled or cell.shape in compiled_shapes]
-        known, left_out = _prepare(cell, timer, here, start + COMPILE_SHARE * limit)
+        known = _prepare(timer, here, start + COMPILE_SHARE * limit, absent)
         timer.measure(settings.rounds, settings.seconds)
-        table["rows"] += derive(cell, timer, known)
-        absent += left_out
+        table["rows"] += derive(timer, known)
         if timer.sgemm is not None:
             sgemm.append(timer.sgemm)
             table["rates"]["sgemm_gflops"] = statistics.median(sgemm) / 1e9
