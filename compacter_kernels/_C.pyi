@@ -1,4 +1,4 @@
-"""The native module (csrc/bindings*.cpp). Addresses are integers, 0 for a tensor that is absent."""
+"""The native module (csrc/bindings*.cpp). An address is an integer, and 0 for an absent tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 
 class Tensors:
-    """What tensors are, as bytes, and where they lie; None where DLPack does not describe one of them."""
+    """Signatures (bytes) and addresses of tensors; None if DLPack does not describe one of them."""
 
     def __init__(self, kind: type, api: object) -> None: ...
     def signature(self, tensors: tuple[Any, ...]) -> bytes | None: ...
@@ -76,7 +76,7 @@ class Adapter:
     ) -> None: ...
 
 class CudaLinear:
-    """multiprocessors, shared_limit, shared_per_multiprocessor, capability: as csrc/cuda/launch.h has them."""
+    """The last four arguments are those of `Device` in csrc/cuda/launch.h."""
 
     def __init__(
         self,

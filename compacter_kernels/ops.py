@@ -1,6 +1,7 @@
-"""The fused impls as torch.library operators: one node each for torch.compile, torch.export and dispatch modes.
+"""The fused impls as torch.library operators, for torch.compile, torch.export and dispatch modes.
 
-Plain eager calls never come through here. `impl` names a fused impl; the plain-torch ones need no operator.
+Each operator is one node of their graphs. Plain eager calls do not come here. `impl` names a fused
+impl; those of plain torch need no operator.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _kernel(problem: Problem, impl: str) -> Any:
 
 
 def _present(grads: tuple[Tensor | None, ...], x: Tensor) -> list[Tensor]:
-    """An operator returns tensors only: an empty one stands for the gradient of an absent bias."""
+    """The gradients with an empty tensor for an absent bias: an operator returns tensors."""
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -44,6 +45,7 @@ def _empty_gradients(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
 
 
 def _absent(grads: list[Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The reverse of `_present`."""
     return tuple(None if t is None else grad for grad, t in zip(grads, tensors, strict=True))
 
 
@@ -163,7 +165,7 @@ _adapter_backward.register_autograd(_second_derivative)
 
 
 def forward(call: Call, problem: Problem, impl: str) -> Tensor:
-    """The call through its operator."""
+    """Run the call through its operator."""
     result: Tensor
     if call.__class__ is LinearCall:
         x, weights = call
