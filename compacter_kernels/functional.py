@@ -71,18 +71,18 @@ def compacter_adapter(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """scale * up(act(down(x))) [+ residual]: a whole Compacter adapter (arXiv 2106.04647, section 3).
+    """scale * up(act(down(x))) [+ residual], a Compacter adapter (arXiv 2106.04647, section 3).
 
     Args:
         x: (..., k), float32, bfloat16, float16 or float64, with any strides.
         down, up: the projections k -> d and d -> k, in any float dtypes.
         activation: a name in `compacter_kernels.activations.FUSED`, or a callable, not fused.
         residual: a tensor with the shape and dtype of x, or two of them. Adding x itself, as most
-            adapters do, costs no second read. A second residual beside x costs "cpu" one read, and
-            the other impls an addition by torch.
-        scale: a number, or a tensor of one number (differentiable).
-        norm: a layer norm of the result, with weight and bias (k,) in x's dtype. "cpu" computes a
-            frozen one in the same kernel; torch computes every other.
+            adapters do, costs no second read. Another residual beside x costs "cpu" one more read,
+            and the other impls an addition by torch.
+        scale: a number, or a tensor of one number, which is differentiable.
+        norm: a layer norm of the result, with weight and bias (k,) in x's dtype. "cpu" computes
+            a frozen one in the same kernel; torch computes every other.
         out: a tensor like x for the result, if no gradient is recorded. It may overlap the inputs.
         impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
 

@@ -28,7 +28,7 @@ TINY = 1e-200  # replaces a zero divisor
 
 
 class State(NamedTuple):
-    """A fit: rule (n*n, n); left (m, n, a, r) and right (m, n, r, c) of each group of m matrices."""
+    """A fit: rule (n*n, n); left (m, n, a, r), right (m, n, r, c) of each group of m matrices."""
 
     rule: Tensor
     left: list[Tensor]
@@ -168,14 +168,14 @@ def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
 
 
 def _start(targets: Sequence[Tensor], rule: Tensor, rank: int) -> State:
-    """The best W_i for this rule, truncated: optimal if rule is orthonormal or the rank is full."""
+    """The best W_i for this rule, truncated: optimal if it is orthonormal or the rank full."""
     inverse = torch.linalg.pinv(rule)
     pairs = [_split((inverse @ target.flatten(2)).unflatten(2, target.shape[2:]), rank) for target in targets]
     return State(rule, *(list(side) for side in zip(*pairs, strict=True)))
 
 
 def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """W (..., a, c) truncated to left (..., a, r) and right (..., r, c) of one norm, zero-padded."""
+    """W (..., a, c) truncated to left (..., a, r), right (..., r, c) of one norm, zero-padded."""
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = s[..., :rank].sqrt()
     left, right = u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]
@@ -184,7 +184,7 @@ def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[State, float]:
-    """Solve for the left factors, the right factors and the rule in turn; the state and its loss."""
+    """Solve for the left factors, the right factors and the rule in turn: state and loss."""
     rule, lefts, rights = state.rule, [], []
     gram = rule.T @ rule
     normal, products = torch.zeros_like(gram), torch.zeros_like(rule.T)

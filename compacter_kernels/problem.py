@@ -134,7 +134,7 @@ def adapter_problem(
 
 
 def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise unless `value` has that shape and the dtype, device and layout of x, a checked tensor."""
+    """Raise unless `value` has that shape and the dtype, device and layout of the checked x."""
     _check_tensor(value, name)
     assert isinstance(value, Tensor)
     if value.shape != shape:

@@ -1,4 +1,4 @@
-"""Whether a module has to be called as one, since a kernel in its stead would leave something out."""
+"""Whether a kernel may compute a module, or the module must be called to run its hooks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook  # no public name says it, and a kernel would miss these hooks
+from torch.nn.modules.module import _has_any_global_hook  # torch has no public name for this
 
 
 def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
-    """Whether a call of each of these modules is `forward`, a function of their class, and nothing else.
+    """Whether a call of each of these modules runs `forward`, a function of its class, and no more.
 
-    Not so with hooks, those of one module or of all (`register_module_forward_hook`), nor with a forward put on the
-    module itself, as accelerate does, unless it is that of the class again, which accelerate leaves there; nor for a
-    module of another kind. Asked in every call, it only reads attributes.
+    It runs more with hooks, of a module or of all modules (`register_module_forward_hook`), and
+    something else if its class has another forward or the module itself does, as accelerate sets
+    one. accelerate later leaves the forward of the class there, which counts as the class's own.
     """
     for module in modules:
         if (
