@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compacter_kernels import modes
 from compacter_kernels.calls import AdapterCall, Call, LinearCall
-from compacter_kernels.impl import Impl, factored
+from compacter_kernels.impl import Impl, evaluated_when_compiled, factored
 from compacter_kernels.impl.native import plan_arguments
 from compacter_kernels.problem import Problem, Projection
 from compacter_kernels.weights import PHMWeights
@@ -50,13 +50,9 @@ def _key(problem: Problem, name: str) -> tuple[Any, ...]:
     return (problem.operation, plan_arguments(problem), problem.device.index or 0, name)
 
 
+@evaluated_when_compiled
 def _earlier_failure(*key: Any) -> str | None:
     return _failures.get(key)
-
-
-# torch.compile then evaluates the call and does not trace it. torch.compiler.assume_constant_result
-# sets the same mark, but imports dynamo.
-_earlier_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def failure(problem: Problem, name: str, impl: Impl) -> str:

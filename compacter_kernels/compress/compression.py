@@ -81,7 +81,8 @@ def from_dense(
             16 that divide all widths, and the ranks 1, 2, 3, 4, 6, 8, 12, 16 that reduce the
             number of parameters.
         tolerance: choose the form with the fewest parameters whose largest error of a matrix is at
-            most this. None: choose the least error**2 + parameters_after / parameters_before.
+            most this. None: choose the least error**2 + parameters_after / parameters_before, in
+            which a parameter must reduce the error by more than its share.
         shared_phm_rule: False fits one rule for each projection.
         phm_rule: a Parameter (n, n, n) that the adapters share and that is not changed.
         activation: None takes that of a module, or "gelu_new" for projections.
@@ -90,7 +91,7 @@ def from_dense(
 
     Returns:
         A Compression. The adapters have the dtype, device and biases of the source; a projection
-        without a bias gets zeros if the other has one. No global random state changes.
+        without a bias gets zeros if the other has one. The source and the random state are kept.
 
     Raises:
         TypeError, ValueError: before any work, an argument does not fit or a weight is not finite.

@@ -95,21 +95,21 @@ def search(
     candidates: list[Candidate] = []
     best: tuple[float, Candidate, list[PHMWeights]] | None = None
     bounds: dict[int, float] = {}
+
+    def score(error: float, parameters: int) -> float:
+        return error if tolerance is not None else error**2 + parameters / before
+
     for n, r, parameters in forms:
-
-        def score(error: float, parameters: int = parameters) -> float:
-            return error if tolerance is not None else error**2 + parameters / before
-
         if n not in bounds:
             squares = sum(least_error(group, n) ** 2 * len(group) for group in groups)
             bounds[n] = math.sqrt(squares / len(matrices))
-        if score(bounds[n]) > (tolerance if tolerance is not None else best[0] if best else math.inf):
+        if score(bounds[n], parameters) > (tolerance if tolerance is not None else best[0] if best else math.inf):
             continue
         weights = fitted(n, r)
         error = max(relative_error(h, w) for h, w in zip(matrices, weights, strict=True))
         candidates.append(Candidate(n, r, parameters, error))
-        if best is None or score(error) < best[0]:
-            best = score(error), candidates[-1], weights
+        if best is None or score(error, parameters) < best[0]:
+            best = score(error, parameters), candidates[-1], weights
         if tolerance is not None and error <= tolerance:
             return candidates[-1], weights, candidates
     if tolerance is None and best is not None:

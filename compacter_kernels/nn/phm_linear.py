@@ -43,12 +43,10 @@ class PHMLinear(nn.Module):
     Args:
         in_features, out_features: the widths; phm_dim must divide both.
         bias, device, dtype: as for nn.Linear, in the same positions; all other options have names.
-        phm_rule: a Parameter (n, n, n), or a pair for a factorised rule, to share between modules.
-            The layer never draws its values.
+        phm_rule: a Parameter (n, n, n) to share, or a pair if it is factorised; never drawn anew.
         learn_phm: False keeps the rule fixed, even if a training script sets requires_grad.
         init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
-        phm_init_range: the spread of a shared rule, for the module that draws it. A rule of one
-            layer alone has the authors' 0.01.
+        phm_init_range: the spread of a rule that modules share. Otherwise it is the authors' 0.01.
         phm_c_init: the distribution of the rule, "normal" or "uniform".
         impl: see `compacter_kernels.phm_linear`.
 
@@ -125,9 +123,8 @@ class PHMLinear(nn.Module):
     ) -> tuple[PHMLinear, float]:
         """The layer nearest to a dense one, and |H - H'| / |H| in the Frobenius norm.
 
-        linear: an nn.Linear, a weight (out, in) or a pair (weight, bias); the layer has its dtype
-        and device. options: those of the constructor. `compacter_kernels.from_dense` explains when
-        the error can be small.
+        linear: an nn.Linear, a weight (out, in) or a pair (weight, bias), with the dtype and device
+        of the layer. options: those of the constructor. See also `compacter_kernels.from_dense`.
         """
         weight, bias = read_projection(linear, "linear")
         if unknown := {"bias", "device", "dtype", "phm_rule", "factorized_phm_rule"} & options.keys():

@@ -12,10 +12,9 @@ from torch import nn
 def arguments(module: nn.Module, *positional: str, names: dict[str, str], **values: Any) -> str:
     """The arguments of the constructor call that differ from their defaults.
 
-    positional: attributes that are printed first, without a name.
-    names: arguments that are printed as a bare name, because they have no literal. A function is
-        printed in the same way.
-    values: arguments whose value is not an attribute of the same name.
+    positional: attributes that are printed first, without a name. names: arguments that are printed
+    as a bare name, like functions, because they have no literal. values: arguments whose value is
+    not an attribute of the same name.
     """
     parts = [repr(getattr(module, name)) for name in positional]
     parameter = next(module.parameters())
