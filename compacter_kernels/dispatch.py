@@ -115,7 +115,7 @@ def _why_not(name: str, problem: Problem, only_torch: OnlyTorch | None) -> str |
 
 
 def _unproved(name: str, problem: Problem, measured_impls: tuple[str, ...]) -> str | None:
-    """Why "auto" cannot trust this impl on the device, or None; a measured one is trusted."""
+    """Why "auto" cannot trust this impl, or None. A measured one needs no proof in advance."""
     if name in PLAIN or not proof.required(problem):
         return None
     if proof.comparable():
