@@ -139,7 +139,7 @@ COMPACTER_INLINE void store(f16* p, Vec v, int64_t count) {
 }
 #endif
 
-// A store past the caches, for data that they cannot hold until it is read; p is aligned to it.
+// A store past the caches, for data that they cannot hold until it is read. p must be aligned.
 COMPACTER_INLINE void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)v);

@@ -14,7 +14,7 @@ struct WeightGradient {
 
     // Sums start at 0 in every block: two levels of summation reduce the error of long sums.
     void operator()(const float* v, const T* g, int64_t tokens, const T* next) const {
-        // Few rows of m get more vectors of u, so that each coefficient serves several.
+        // A tile of few rows is wider in u, so that each coefficient serves several vectors.
         tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) COMPACTER_INLINE_LAMBDA {
             constexpr int C = decltype(rows)::value;
             constexpr int widest = C <= 4 && many_registers ? 4 : 2;

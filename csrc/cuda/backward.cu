@@ -1,13 +1,14 @@
 // Backward reads x and g once, into shared memory, writes dx once and recomputes the rest.
-//     Z[p,i]   = sum_u x[p,u] s1_i[u]          dV2[q,i] = sum_u g[q,u] t2_i[u]          contract
-//     V, h, Z2, V2 as forward
-//     dZ2[p,i] = sum_q A2_i[p,q] dV2[q,i]      dA2_i[p,q] = sum_tok Z2[p,i] dV2[q,i]    mix_back
-//     dh[p,v]  = sum_i s2_i[v] dZ2[p,i]        ds2_i[v] = sum_{tok,p} h[p,v] dZ2[p,i]
-//     dy = dh act'(y)                          db1 = sum_tok dy
-//     dV[q,i]  = sum_v dy[q,v] t1_i[v]         dt1_i[v] = sum_{tok,q} V[q,i] dy[q,v]
-//     dZ[p,i]  = sum_q A1_i[p,q] dV[q,i]       dA1_i[p,q] = sum_tok Z[p,i] dV[q,i]      mix_back
-//     dx[p,u]  = sum_i s1_i[u] dZ[p,i] (+ g)   ds1_i[u] = sum_{tok,p} x[p,u] dZ[p,i]    expand, and
-//     dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]    db2[q,u] = sum_tok g[q,u]           add_gradient
+//   Z[p,i]   = sum_u x[p,u] s1_i[u]         dV2[q,i] = sum_u g[q,u] t2_i[u]         contract
+//   V, h, Z2, V2 as forward
+//   dZ2[p,i] = sum_q A2_i[p,q] dV2[q,i]     dA2_i[p,q] = sum_tok Z2[p,i] dV2[q,i]   mix_back
+//   dh[p,v]  = sum_i s2_i[v] dZ2[p,i]       ds2_i[v] = sum_{tok,p} h[p,v] dZ2[p,i]
+//   dy       = dh act'(y)                   db1 = sum_tok dy
+//   dV[q,i]  = sum_v dy[q,v] t1_i[v]        dt1_i[v] = sum_{tok,q} V[q,i] dy[q,v]
+//   dZ[p,i]  = sum_q A1_i[p,q] dV[q,i]      dA1_i[p,q] = sum_tok Z[p,i] dV[q,i]     mix_back
+//   dx[p,u]  = sum_i s1_i[u] dZ[p,i] (+ g)                                          expand
+//   ds1_i[u] = sum_{tok,p} x[p,u] dZ[p,i]   db2[q,u] = sum_tok g[q,u]               add_gradient
+//   dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]                                           add_gradient
 // One projection has dV2 = dV and V2 = V. Each block sums weight gradients over its tiles into a row
 // of partials, which reduce.cu adds. `scale` multiplies t2, and at the end dt2 and db2.
 #include "activations.h"

@@ -7,8 +7,8 @@
 namespace compacter::cuda {
 
 // The parameters of both operations. One projection has rule, left, right2, bias2, and inner = 0.
-//     Z = x left, V = mix(rule, Z), out = V right2 + bias2; an adapter has between the last two
-//     Z2 = act(V right + bias) left2, V = mix(rule2, Z2)
+//     Z = x left, V = mix(rule, Z), out = V right2 + bias2
+// Before out, an adapter also computes Z2 = act(V right + bias) left2, V = mix(rule2, Z2).
 struct Factors {
     Array rule, left, right, bias, rule2, left2, right2, bias2;
     float scale;  // of right2 and bias2
