@@ -9,8 +9,8 @@
 //   dx[p,u]  = sum_i s1_i[u] dZ[p,i] (+ g)                                          expand
 //   ds1_i[u] = sum_{tok,p} x[p,u] dZ[p,i]   db2[q,u] = sum_tok g[q,u]               add_gradient
 //   dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]                                           add_gradient
-// One projection has dV2 = dV and V2 = V. Each block sums weight gradients over its tiles into a row
-// of partials, which reduce.cu adds. `scale` multiplies t2, and at the end dt2 and db2.
+// One projection has dV2 = dV and V2 = V. Each block sums weight gradients over its tiles into one
+// row of partials, which reduce.cu adds. `scale` multiplies t2, and at the end dt2 and db2.
 #include "activations.h"
 #include "gradients.h"
 #include "middle.h"

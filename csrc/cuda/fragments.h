@@ -40,7 +40,7 @@ COMPACTER_DEVICE Parts factor_parts(unsigned char* at, int width, int terms) {
 // The position of the pair of columns u, u + 1.
 COMPACTER_DEVICE int place_of(int u) { return u / segment * segment + u % 8 / 2 * 8 + u % segment / 8 * 2; }
 
-// All threads of the block stage a factor, four pairs in flight. ask(c, u) loads an existing number.
+// All threads of the block stage a factor, four pairs in flight. ask(c, u) loads an existing one.
 template <class T, class Ask>
 COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, float scale, const Ask& ask) {
     constexpr int ahead = 4;

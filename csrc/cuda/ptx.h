@@ -97,7 +97,7 @@ COMPACTER_DEVICE void store_streaming(uint4* p, uint4 value) { __stcs(p, value);
 // A load of data that is constant while the kernel runs.
 COMPACTER_DEVICE uint4 load_constant(const uint4* p) { return __ldg(p); }
 
-// Programmatic dependent launch (sm_90 on): the next kernel may start early, and waits here.
+// Programmatic dependent launch (sm_90 on): the next kernel starts early, and waits in the second.
 COMPACTER_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
