@@ -89,7 +89,7 @@ def ordinary(tensor: Tensor) -> bool:
 
 
 def fake(tensor: Tensor) -> bool:
-    """Whether the tensor is a FakeTensor, which an operator can treat. Its mode shows it."""
+    """Whether the tensor is a FakeTensor, which operators can treat, as its fake_mode shows."""
     return getattr(tensor, "fake_mode", None) is not None
 
 

@@ -161,13 +161,13 @@ def _is_like(residual: Tensor, x: Tensor) -> bool:
 
 
 def _raise_for_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
-    """Raise for the first wrong argument: an error of x, down or up comes before the residual's."""
+    """Raise for the first wrong argument: errors of x, down and up come before the residual's."""
     adapter_problem(x, down, up, "identity")
     check_like(residual, "residual", x, x.shape)
 
 
 def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
-    """up and the scale as a number: a tensor is multiplied into up, so that autograd sees it."""
+    """Return up and scale as a number. A tensor is multiplied into up, where autograd sees it."""
     if isinstance(scale, Tensor):
         check_weights(up, "up")
         check_scale(scale, up)

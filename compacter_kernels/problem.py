@@ -1,4 +1,4 @@
-"""The checked sizes, dtypes and device of a call, hashable: a problem is planned once."""
+"""The checked sizes, dtypes and device of a call. A problem is hashable, and is planned once."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _failures: dict[tuple[Any, ...], str] = {}  # the failure of each impl and probl
 
 
 def required(problem: Problem) -> bool:
-    """Whether a fused impl must prove itself for this problem. The tests run those for the CPU."""
+    """Whether a fused impl must prove itself: only on a GPU, since tests run the CPU's kernels."""
     return problem.device.type == "cuda"
 
 

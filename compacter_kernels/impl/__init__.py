@@ -50,7 +50,7 @@ class Impl(Protocol):
         """Why the impl cannot serve this problem, or None."""
 
     def prepare(self, problem: Problem) -> Kernel[Any]:
-        """The kernel for this problem, with all work that depends on the problem alone done."""
+        """Make the kernel for this problem, with all work that depends on the problem alone."""
 
 
 def not_fused(problem: Problem) -> str | None:

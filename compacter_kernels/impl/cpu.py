@@ -57,7 +57,7 @@ class _Adapter(_OnThreads, native.Adapter):
     adds_both = norms = True
 
     def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
-        """The input of the norm goes to norm.rows for backward, or to out, which is overwritten."""
+        """Write the input of the norm to norm.rows for backward, or to out, which then changes."""
         weight, bias = readable(norm.weight, "norm.weight"), readable(norm.bias, "norm.bias")
         of_norm = addresses((weight, bias, out if norm.rows is None else norm.rows))
         self.plan.forward_normed(*call, of_norm, norm.eps, _get_num_threads(), params)

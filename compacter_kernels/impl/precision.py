@@ -1,4 +1,4 @@
-"""The precision of the plain-torch impls, that of the kernels: float32, with one final rounding."""
+"""The precision of the plain-torch impls: float32, as in the kernels, and one final rounding."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def contract(xs, weights, side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def stream(tile, X, T, W, scale, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
-    """sum_u x[(t, p), u] scale w_c[u] of long rows: a loop reads blocks of x and of W."""
+    """sum_u x[(t, p), u] scale w_c[u] for long rows, in a loop over blocks of x and of W."""
     LP: tl.constexpr = P.PRECISION.LP
     SPLIT: tl.constexpr = P.PRECISION.SPLIT
     _, first, o_x, m_x = rows(tile, T, side.K, side, P)

@@ -34,7 +34,7 @@ Configurations = dict[str, tuple[Config, ...]]  # the kernels that serve a probl
 
 HELD_COLUMNS = 256  # the longest chunk of x that a program holds; a longer one is streamed
 HELD_BYTES = 2048  # the longest row of x for a backward in one kernel
-HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix's gradient, and of the wide factors', there
+HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix, and of the wide factors, in its sums
 
 
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:

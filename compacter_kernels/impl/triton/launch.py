@@ -30,7 +30,7 @@ def compile_options(warps: int) -> dict[str, Any]:
 
 
 def fits(metadata: Any, shared: int) -> bool:
-    """Whether a device with this shared memory can run a kernel. Triton checks it at launch."""
+    """Whether a device with this shared memory can run a kernel. Triton checks only at launch."""
     return bool(metadata.shared <= shared and (getattr(metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY)
 
 

@@ -16,19 +16,19 @@ from compacter_kernels.impl.triton.tiles import dot, dot_apart, factor, folded, 
 
 @triton.jit
 def again(tile, T):
-    """0, which the compiler cannot know, so that a load at this offset is repeated in each tile."""
+    """0, unknown to the compiler, which must repeat a load at this offset in each tile."""
     return tile * (tl.minimum(T, 0) * 16)
 
 
 @triton.jit
 def once(T):
-    """1, which the compiler cannot know."""
+    """1, unknown to the compiler."""
     return 1 + tl.minimum(T, 0)
 
 
 @triton.jit
 def blocks(T, P: tl.constexpr):
-    """The number of bottleneck blocks, which the compiler cannot know: it must keep the loop."""
+    """The number of bottleneck blocks, unknown to the compiler, which must keep the loop."""
     return P.DP // P.EB - 1 + once(T)
 
 

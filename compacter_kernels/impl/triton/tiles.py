@@ -101,7 +101,7 @@ def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def wide_split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """`split` in four columns if C is 4, the last 0: warp-group products need 16 columns."""
+    """`split`, but for C = 4 into four columns, the last 0: warp-group products need 16."""
     if SPLIT and a.shape[1] == 4:
         high, low = rounded(a, LP)
         middle, low = rounded(low, LP)
@@ -134,7 +134,7 @@ def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
 def folded(A, W, b, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
     """Block b of the rule folded into the factor on the bottleneck's side, [NP * NI, EB] float32.
 
-    down (t): [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (LEFT, s): [(q, c), (p, v)] = A_i[p, q] s_c[v].
+    down: [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (LEFT): [(q, c), (p, v)] = A_i[p, q] s_c[v].
     A column e of the bottleneck is (e // E, e % E); E is D, or D padded so that DP = NP * E.
     """
     if side.NP * side.E == P.DP:

@@ -62,7 +62,7 @@ def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.cons
 
 @triton.jit
 def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """total + a tile's share of a folded bottleneck's block b, or of one projection's rule."""
+    """Add a tile's share to total, for block b of a folded bottleneck or one projection's rule."""
     if P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
