@@ -81,8 +81,8 @@ def from_dense(
             16 that divide all widths, and the ranks 1, 2, 3, 4, 6, 8, 12, 16 that reduce the
             number of parameters.
         tolerance: choose the form with the fewest parameters whose largest error of a matrix is at
-            most this. None: choose the least error**2 + parameters_after / parameters_before, in
-            which a parameter must reduce the error by more than its share.
+            most this. None: choose the least error**2 + parameters_after / parameters_before, so
+            that parameters are added only where they reduce the error by more than their share.
         shared_phm_rule: False fits one rule for each projection.
         phm_rule: a Parameter (n, n, n) that the adapters share and that is not changed.
         activation: None takes that of a module, or "gelu_new" for projections.

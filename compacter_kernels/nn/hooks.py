@@ -11,11 +11,11 @@ from torch.nn.modules.module import _has_any_global_hook  # torch has no public 
 
 
 def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
-    """Whether a call of each of these modules runs `forward`, a function of its class, and no more.
+    """Whether a call of each module runs `forward`, a function of its class, and nothing else.
 
-    It runs more with hooks, of a module or of all modules (`register_module_forward_hook`), and
-    something else if its class has another forward or the module itself does, as accelerate sets
-    one. accelerate later leaves the forward of the class there, which counts as the class's own.
+    It does not with hooks, of a module or of all modules (`register_module_forward_hook`), with
+    another class, or if accelerate has set a forward on the module. It may leave the class's own
+    forward there, which is allowed. Every call runs this check, which only reads attributes.
     """
     for module in modules:
         if (

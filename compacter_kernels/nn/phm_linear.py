@@ -33,9 +33,9 @@ def own(module: nn.Module, name: str) -> Any:
 
 
 class PHMLinear(nn.Module):
-    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5), like nn.Linear.
+    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5).
 
-    Parameters, with n = phm_dim and r = phm_rank:
+    It is a drop-in for nn.Linear. Its parameters, with n = phm_dim and r = phm_rank:
         W_left (n, in/n, r) and W_right (n, r, out/n); W (n, in/n, out/n) if not factorized_phm_W;
         phm_rule (n, n, n); phm_rule_left (n, n, 1), phm_rule_right (n, 1, n) if it is factorised;
         b (out,), or None with bias=False.
@@ -43,10 +43,10 @@ class PHMLinear(nn.Module):
     Args:
         in_features, out_features: the widths; phm_dim must divide both.
         bias, device, dtype: as for nn.Linear, in the same positions; all other options have names.
-        phm_rule: a Parameter (n, n, n) to share, or a pair if it is factorised; never drawn anew.
+        phm_rule: a shared Parameter (n, n, n), or a pair if it is factorised, which stays as it is.
         learn_phm: False keeps the rule fixed, even if a training script sets requires_grad.
         init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
-        phm_init_range: the spread of a rule that modules share. Otherwise it is the authors' 0.01.
+        phm_init_range: the spread of a rule that modules share; otherwise it is the authors' 0.01.
         phm_c_init: the distribution of the rule, "normal" or "uniform".
         impl: see `compacter_kernels.phm_linear`.
 
