@@ -1,82 +1,66 @@
-"""The native module (csrc/bindings*.cpp). Addresses are integers, 0 for a tensor that is absent."""
+"""The native module (csrc/bindings*.cpp). An address is an integer, and 0 for an absent tensor."""
 
 from collections.abc import Sequence
 from typing import Any
 
 Shape = tuple[int, int, int, int, bool]  # n, rank, in, out, has bias
-Address = int
+Addresses = tuple[int, ...]
 
 def build_info() -> dict[str, Any]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 
 class Tensors:
-    """What tensors are, as bytes, and where they lie; None where DLPack does not describe one of them."""
+    """Signatures (bytes) and addresses of tensors; None if DLPack does not describe one of them."""
 
     def __init__(self, kind: type, api: object) -> None: ...
     def signature(self, tensors: tuple[Any, ...]) -> bytes | None: ...
-    def addresses(self, tensors: tuple[Any, ...]) -> tuple[Address, ...] | None: ...
+    def addresses(self, tensors: tuple[Any, ...]) -> Addresses | None: ...
 
 class Linear:
     def __init__(self, dtype: int, shape: Shape, dtypes: Sequence[int]) -> None: ...
-    def forward(self, x: Address, out: Address, tokens: int, threads: int, params: tuple[Address, ...]) -> None: ...
-    def backward(
-        self, x: Address, grad: Address, grad_x: Address, tokens: int, threads: int, params: tuple[Address, ...]
-    ) -> None: ...
+    def forward(self, x: int, out: int, tokens: int, threads: int, params: Addresses) -> None: ...
+    def backward(self, x: int, grad: int, grad_x: int, tokens: int, threads: int, params: Addresses) -> None: ...
 
 class Adapter:
+    """norm: the addresses of weight, bias and rows; in backward of weight, rows and grad_rows."""
+
     def __init__(self, dtype: int, activation: int, down: Shape, up: Shape, dtypes: Sequence[int]) -> None: ...
     def forward(
-        self,
-        x: Address,
-        residual: Address,
-        out: Address,
-        add_x: bool,
-        tokens: int,
-        scale: float,
-        threads: int,
-        params: tuple[Address, ...],
+        self, x: int, residual: int, out: int, add_x: bool, tokens: int, scale: float, threads: int, params: Addresses
     ) -> None: ...
     def backward(
-        self,
-        x: Address,
-        grad: Address,
-        grad_x: Address,
-        add_x: bool,
-        tokens: int,
-        scale: float,
-        threads: int,
-        params: tuple[Address, ...],
+        self, x: int, grad: int, grad_x: int, add_x: bool, tokens: int, scale: float, threads: int, params: Addresses
     ) -> None: ...
     def forward_normed(
         self,
-        x: Address,
-        residual: Address,
-        out: Address,
+        x: int,
+        residual: int,
+        out: int,
         add_x: bool,
         tokens: int,
         scale: float,
-        norm: tuple[Address, ...],  # weight, bias, rows
+        norm: Addresses,
         eps: float,
         threads: int,
-        params: tuple[Address, ...],
+        params: Addresses,
     ) -> None: ...
     def backward_normed(
         self,
-        x: Address,
-        grad: Address,
-        grad_x: Address,
+        x: int,
+        grad: int,
+        grad_x: int,
         add_x: bool,
         tokens: int,
         scale: float,
-        norm: tuple[Address, ...],  # weight, rows, grad_rows
+        norm: Addresses,
         eps: float,
         threads: int,
-        params: tuple[Address, ...],
+        params: Addresses,
     ) -> None: ...
 
 class CudaLinear:
-    """multiprocessors, shared_limit, shared_per_multiprocessor, capability: as csrc/cuda/launch.h has them."""
+    """The last four arguments are those of `Device` in csrc/cuda/launch.h."""
 
     def __init__(
         self,
@@ -90,16 +74,9 @@ class CudaLinear:
     ) -> None: ...
     def refuses(self) -> str: ...
     def workspace(self, tokens: int) -> int: ...
-    def forward(self, x: Address, out: Address, tokens: int, stream: int, params: tuple[Address, ...]) -> None: ...
+    def forward(self, x: int, out: int, tokens: int, stream: int, params: Addresses) -> None: ...
     def backward(
-        self,
-        x: Address,
-        grad: Address,
-        grad_x: Address,
-        tokens: int,
-        workspace: Address,
-        stream: int,
-        params: tuple[Address, ...],
+        self, x: int, grad: int, grad_x: int, tokens: int, workspace: int, stream: int, params: Addresses
     ) -> None: ...
 
 class CudaAdapter:
@@ -118,25 +95,17 @@ class CudaAdapter:
     def refuses(self) -> str: ...
     def workspace(self, tokens: int) -> int: ...
     def forward(
-        self,
-        x: Address,
-        residual: Address,
-        out: Address,
-        add_x: bool,
-        tokens: int,
-        scale: float,
-        stream: int,
-        params: tuple[Address, ...],
+        self, x: int, residual: int, out: int, add_x: bool, tokens: int, scale: float, stream: int, params: Addresses
     ) -> None: ...
     def backward(
         self,
-        x: Address,
-        grad: Address,
-        grad_x: Address,
+        x: int,
+        grad: int,
+        grad_x: int,
         add_x: bool,
         tokens: int,
         scale: float,
-        workspace: Address,
+        workspace: int,
         stream: int,
-        params: tuple[Address, ...],
+        params: Addresses,
     ) -> None: ...

@@ -1,4 +1,4 @@
-"""Fused kernels for Compacter adapters (arXiv 2106.04647): the Kronecker-structured projections, without building H."""
+"""Fused kernels for Compacter adapters (arXiv 2106.04647), which never build the matrix H."""
 
 from compacter_kernels.checkpoints.convert import convert
 from compacter_kernels.compress import Compression, from_dense

@@ -23,7 +23,7 @@ DENSE: Function = call("dense")
 
 
 def run(inputs: Inputs, function: Function) -> Tensors:
-    """The output of `function` as "out", and by name the gradient of each tensor that requires one."""
+    """Return the output as "out", and the gradient of each tensor that requires one by its name."""
     out = function(inputs)
     wanted = {name: tensor for name, tensor in inputs.tensors().items() if tensor.requires_grad}
     grads = torch.autograd.grad(out, list(wanted.values()), inputs.grad.detach()) if wanted else ()

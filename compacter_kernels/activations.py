@@ -1,7 +1,7 @@
 """The activations between the down and the up projection.
 
-Those in the table are fused into the kernels; `code` is their number in `csrc/adapter.h`. Any other callable works too,
-through the impls that are plain torch.
+The kernels compute those in the table `FUSED`; `code` is their number in `csrc/adapter.h`. The
+plain-torch impls also take any callable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class Activation(NamedTuple):
-    """An activation: its name, its number in the kernels (None: not fused) and its torch function."""
+    """An activation: its name, its code in the kernels (None: not fused) and its torch function."""
 
     name: str
     code: int | None
@@ -64,15 +64,14 @@ _ALIASES = {
 
 
 def resolve(activation: str | Callable[[Tensor], Tensor]) -> Activation:
-    """The activation of that name, or the callable itself as one that is not fused.
+    """The fused activation of a name, in any case, or a callable as one that is not fused.
 
     Raises:
-        ValueError: a name that is not in the table.
-        TypeError: neither a name nor a callable.
+        ValueError: the name is not in the table.
+        TypeError: the argument is neither a name nor a callable.
     """
     if isinstance(activation, str):
-        name = activation.lower()
-        name = _ALIASES.get(name, name)
+        name = _ALIASES.get(activation.lower(), activation.lower())
         if name not in FUSED:
             raise ValueError(
                 f"activation={activation!r} is not known; choose one of {', '.join(FUSED)}, or pass a callable"

@@ -90,11 +90,11 @@ class LinearFunction(_Function):
 
 
 class AdapterFunction(_Function):
-    """compacter_adapter through a fused kernel. `call` holds the same tensors as the other arguments.
+    """compacter_adapter through a fused kernel. `call` holds the tensors of the other arguments.
 
-    A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises by
-    their graph. Backward overwrites the saved input of the norm with its gradient, unless the graph
-    is kept or a saved-tensor hook has seen the input.
+    A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises
+    by their graph. Backward overwrites the saved input of the norm with its gradient, unless the
+    graph is kept or a saved-tensor hook has seen the input.
     """
 
     @staticmethod

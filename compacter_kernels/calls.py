@@ -1,9 +1,9 @@
-"""What a call computes, as one value that every implementation takes.
+"""The arguments of one call, as the value that every implementation takes.
 
     LinearCall:   y = x H + b
-    AdapterCall:  y = scale * up(act(down(x))) [+ x] [+ residual], and a layer norm behind it where there is one
+    AdapterCall:  y = norm(scale * up(act(down(x))) [+ x] [+ residual]), where norm may be absent
 
-The activation is part of the problem (`compacter_kernels.problem`), for which a kernel is made once.
+The activation belongs to the problem (`compacter_kernels.problem`), which a kernel is made for.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class LinearCall(NamedTuple):
-    """phm_linear. x (..., in)."""
+    """A call of phm_linear with x (..., in)."""
 
     x: Tensor
     weights: PHMWeights
 
     def named(self) -> list[tuple[str, Tensor]]:
-        """All tensors that are there, with their names."""
+        """All tensors of the call, with their names."""
         return [("x", self.x), *self.weights.named("weights")]
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """What a backward gives gradients of, in its order."""
+        """The tensors that get a gradient, in the order of `Kernel.backward`."""
         return (self.x, *self.weights)
 
     def of(self, x: Tensor, *weights: Any) -> LinearCall:
-        """The same call of other tensors, in that order."""
+        """The same call with other tensors, in the order of `differentiable`."""
         return LinearCall(x, PHMWeights(*weights))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LinearCall:
@@ -43,9 +43,10 @@ class LinearCall(NamedTuple):
 
 
 class AdapterCall(NamedTuple):
-    """compacter_adapter. x (..., k); residual: None or a tensor like x, which is added; add_x: whether x is added too.
+    """A call of compacter_adapter with x (..., k).
 
-    norm: the layer norm over the rows of what is then there, or None.
+    residual, a tensor like x or None, is added, and with add_x also x. norm, or None, is the layer
+    norm over the rows of that sum.
     """
 
     x: Tensor
@@ -57,24 +58,24 @@ class AdapterCall(NamedTuple):
     norm: NormWeights | None = None
 
     def named(self) -> list[tuple[str, Tensor]]:
-        """All tensors that are there, with their names."""
-        found = [("x", self.x), *self.down.named("down"), *self.up.named("up")]
+        """All tensors of the call, with their names."""
+        named = [("x", self.x), *self.down.named("down"), *self.up.named("up")]
         if self.residual is not None:
-            found.append(("residual", self.residual))
+            named.append(("residual", self.residual))
         if self.norm is not None:
-            found += [("norm.weight", self.norm.weight), ("norm.bias", self.norm.bias)]
-        return found
+            named += [("norm.weight", self.norm.weight), ("norm.bias", self.norm.bias)]
+        return named
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """What a backward gives gradients of, in its order."""
+        """The tensors that get a gradient, in the order of `Kernel.backward`."""
         return (self.x, *self.down, *self.up)
 
     def of(self, x: Tensor, *weights: Any) -> AdapterCall:
-        """The same call of other tensors, in that order."""
+        """The same call with other tensors, in the order of `differentiable`."""
         return self._replace(x=x, down=PHMWeights(*weights[:4]), up=PHMWeights(*weights[4:]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AdapterCall:
-        """The same call with `change` applied to each tensor, those of the norm apart."""
+        """The same call with `change` applied to each tensor, except those of the norm."""
         residual = None if self.residual is None else change(self.residual)
         return self._replace(x=change(self.x), down=self.down.map(change), up=self.up.map(change), residual=residual)
 
@@ -83,21 +84,21 @@ Call = LinearCall | AdapterCall
 
 
 def ordinary(tensor: Tensor) -> bool:
-    """Whether this is a tensor of torch's own class, which has an address, and no wrapper or stand-in of one."""
+    """Whether the tensor is of torch's own class, and so has an address, unlike a wrapper class."""
     return tensor.__class__ in ORDINARY
 
 
 def fake(tensor: Tensor) -> bool:
-    """Whether this is a FakeTensor, a stand-in that an operator knows how to treat; its mode is what tells it."""
+    """Whether the tensor is a FakeTensor, which operators can treat, as its fake_mode shows."""
     return getattr(tensor, "fake_mode", None) is not None
 
 
 def explain_failure(named: Iterable[tuple[str, Tensor]], error: Exception) -> None:
-    """Raise RuntimeError that names the tensors of other classes, if there are any, with which torch failed."""
-    odd = [f"{name} is a {type(tensor).__name__}" for name, tensor in named if not ordinary(tensor)]
-    if odd:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    """Raise RuntimeError from an error of torch if tensors are not ordinary; it names them."""
+    foreign = [f"{name} is a {type(tensor).__name__}" for name, tensor in named if not ordinary(tensor)]
+    if foreign:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
-            f"torch cannot compute this: {', '.join(odd)}. Pass plain tensors, for example full_tensor() of a DTensor, "
-            f"or call the module that gathers them. torch says: {said}"
+            f"torch cannot compute this: {', '.join(foreign)}. Pass plain tensors, for example full_tensor() of a "
+            f"DTensor, or call the module that gathers them. torch says: {reason}"
         ) from error

@@ -1,4 +1,4 @@
-"""One call of the library as data: a `Case` has its sizes and options, `Inputs` have its tensors."""
+"""One call of the library as data: `Case` has its sizes and options, `Inputs` its tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Shape(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of one call, and the gradient that its backward starts from.
 
-    x: (..., k). up: None for phm_linear, whose weights are `down`. residual: None, x itself, another
+    x: (..., k). up: None for phm_linear, whose weights are `down`. residual: None, x itself,
+    another
     tensor like x, or the pair of both. grad: like the output.
     """
 
@@ -68,7 +69,10 @@ class Inputs(NamedTuple):
 
 
 def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
-    """The public function through that impl, as a function of inputs. options: more of its arguments."""
+    """The public function through that impl, as a function of inputs.
+
+    options: further arguments of the public function.
+    """
 
     def function(inputs: Inputs) -> Tensor:
         x, down, up, residual, _, activation, scale = inputs

@@ -1,6 +1,7 @@
-"""The command `compacter-kernels`. Each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`.
+"""The command `compacter-kernels`.
 
-Exit codes: 0, all that was checked holds; 1, something does not; 2, the command cannot be carried out as given.
+Each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. The exit code is 0
+if all checks pass, 1 if one fails, and 2 if the command cannot be carried out as given.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the chosen subcommand alone: the others are not imported."""
+    """The parser with the arguments of the chosen subcommand; no other module is imported."""
     parser = _Parser(prog=PROGRAM, description="Fused kernels for Compacter adapters.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -59,14 +60,14 @@ def _message(command: str, error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; argparse raises SystemExit(2) for arguments it cannot read."""
+    """Run the command line and return its exit code. Wrong arguments raise SystemExit(2)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen: Any = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         args = _parser(chosen).parse_args(arguments)
         code: int = importlib.import_module(COMMANDS[chosen][0]).run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, RuntimeError, ImportError, OSError) as error:

@@ -1,7 +1,8 @@
-"""Which impl serves a call: an explicit choice never falls back, "auto" asks each in turn and says so once.
+"""The choice of the impl for a call. An explicit choice never falls back.
 
-On a GPU "auto" asks first what was measured on such calls, fastest first: a new measurement
-changes the table `MEASURED`, nothing else.
+"auto" takes the first impl that can serve the call, and logs once which one that is. It asks the
+impls that were measured on such calls first, the fastest first. A new measurement changes the table
+`MEASURED` and nothing else.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from compacter_kernels.impl import Impl, Kernel, architecture, cpu, cuda, dense,
 from compacter_kernels.problem import Problem
 
 IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
-PLAIN = ("dense", "factored")  # plain torch: autograd and torch.compile see through them
-PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # in which "auto" asks, after what was measured
+PLAIN = ("dense", "factored")  # made of torch's operations, which autograd and torch.compile see
+PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # the order of "auto" after the measured ones
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
 
 
 class Class(NamedTuple):
-    """Calls that run alike: an operation of rank 1 with both projections of one of these phm_dims."""
+    """Calls that run alike: all projections have rank 1 and one of these phm_dims."""
 
     operation: str
     architecture: str
@@ -34,7 +35,7 @@ class Class(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The impls that were timed, fastest first, and the file or folder that says so."""
+    """The impls that were timed, fastest first, and the file or folder of the results."""
 
     impls: tuple[str, ...]
     source: str
@@ -47,24 +48,24 @@ NOTHING = Measured((), "")
 
 
 def measured(problem: Problem) -> Measured:
-    """What was measured on calls like this one."""
+    """The measurement of calls like this one, or NOTHING."""
     sizes = {(p.phm_dim, p.rank) for p in problem.projections}
-    here = architecture(problem.device)
-    for kind, found in MEASURED.items():
-        if (problem.operation, here, problem.dtype) == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
-            return found
+    key = (problem.operation, architecture(problem.device), problem.dtype)
+    for kind, measurement in MEASURED.items():
+        if key == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
+            return measurement
     return NOTHING
 
 
 class OnlyTorch(NamedTuple):
-    """Why "auto" takes an impl of plain torch; required: why an explicit choice of another is refused too."""
+    """Why "auto" takes plain torch. required: an explicit other choice is refused too."""
 
     why: str
     required: bool
 
 
 class Plan(NamedTuple):
-    """An impl chosen for a problem.
+    """The impl chosen for a problem.
 
     kernel: None where a fused impl runs through its operator. visible: whether torch must see the
     call. foreign: whether the reason is a tensor of another class than torch's own. final: whether
@@ -81,7 +82,7 @@ class Plan(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What `explain` returns: the impl of this call, why, and for each other impl why not."""
+    """The impl of a call and the reason; others: the reason against each other impl."""
 
     impl: str
     reason: str
@@ -93,7 +94,7 @@ class Explanation(NamedTuple):
 
 
 def available_impls() -> dict[str, str | None]:
-    """Every impl, and why it cannot run in this process: None where it can.
+    """Every impl with the reason why it cannot run in this process, or None if it can.
 
     Example: {"dense": None, "factored": None, "cpu": "not built: ..."}
     """
@@ -101,44 +102,44 @@ def available_impls() -> dict[str, str | None]:
 
 
 def auto_impl() -> str:
-    """What impl="auto" means now: the environment variable COMPACTER_KERNELS_IMPL, else "auto" itself."""
+    """What impl="auto" stands for: the variable COMPACTER_KERNELS_IMPL, or else "auto"."""
     return os.environ.get(ENVIRONMENT) or "auto"
 
 
 def _why_not(name: str, problem: Problem, only_torch: OnlyTorch | None) -> str | None:
-    """Why this impl does not serve, or None."""
+    """Why this impl cannot serve the problem, or None."""
     impl = IMPLS[name]
-    barred = only_torch.why if only_torch is not None and name not in PLAIN else None
-    return impl.unavailable() or impl.refuses(problem) or barred
+    not_torch = only_torch.why if only_torch is not None and name not in PLAIN else None
+    return impl.unavailable() or impl.refuses(problem) or not_torch
 
 
-def _unproved(name: str, problem: Problem, shown: tuple[str, ...]) -> str | None:
-    """Why "auto" does not trust this impl on the device, or None. shown: those that a committed file shows there."""
-    if name in PLAIN or not proof.asked(problem):
+def _unproved(name: str, problem: Problem, measured_impls: tuple[str, ...]) -> str | None:
+    """Why "auto" cannot trust this impl, or None. A measured one needs no proof in advance."""
+    if name in PLAIN or not proof.required(problem):
         return None
     if proof.comparable():
         return proof.failure(problem, name, IMPLS[name]) or None
-    found = proof.known(problem, name)
-    if found is None and name not in shown:
+    earlier = proof.earlier_failure(problem, name)
+    if earlier is None and name not in measured_impls:
         return "it has not proved itself on this device, and nothing can be compared now; call it once before"
-    return found or None
+    return earlier or None
 
 
-def _first(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str]:
-    """What "auto" takes, and the reason."""
-    timed, passed = measured(problem), []
+def _automatic(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str]:
+    """The impl that "auto" takes, and the reason."""
+    timed, passed_over = measured(problem), []
     for name in (*timed.impls, *(name for name in PREFERENCE if name not in timed.impls)):
         reason = _why_not(name, problem, only_torch) or _unproved(name, problem, timed.impls)
         if reason is None:
             break
-        passed.append(f"{name}: {reason}")
+        passed_over.append(f"{name}: {reason}")
     if name in timed.impls:
         why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
     else:
         why = "the first of auto's order that serves this call" + _unmeasured(problem)
-    if name not in PLAIN and proof.asked(problem) and proof.known(problem, name) == "":
+    if name not in PLAIN and proof.required(problem) and proof.earlier_failure(problem, name) == "":
         why += ", and right on this device when tried"
-    return name, "; ".join([why, *passed])
+    return name, "; ".join([why, *passed_over])
 
 
 def _unmeasured(problem: Problem) -> str:
@@ -159,14 +160,14 @@ def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> 
     """The impl that serves the problem, and the reason.
 
     Raises:
-        ValueError: a name that is not known.
-        RuntimeError: an explicit choice that cannot serve; the message says why, and what can.
+        ValueError: the name of the impl is unknown.
+        RuntimeError: an explicit impl cannot serve; the message says why, and which impls can.
     """
     source = "impl"
     if check_name(impl) == "auto":
         impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
-        return _first(problem, only_torch)
+        return _automatic(problem, only_torch)
     required = only_torch is not None and only_torch.required
     reason = _why_not(impl, problem, only_torch if required else None)
     if reason is not None:
@@ -180,27 +181,27 @@ def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> 
 def plan(
     problem: Problem, impl: str, only_torch: OnlyTorch | None = None, visible: bool = False, foreign: bool = False
 ) -> Plan:
-    """Choose the impl and prepare its kernel; where torch is to see the call, none of a fused impl."""
+    """Choose the impl and prepare its kernel, except a fused one if torch must see the call."""
     name, reason = choose(problem, impl, only_torch)
     if visible and name not in PLAIN:
         return Plan(problem, name, reason, None, visible, foreign, True)
     if not torch.compiler.is_compiling():
         _announce(problem.operation, name, reason)
-    final = not proof.asked(problem) or proof.comparable()
+    final = not proof.required(problem) or proof.comparable()
     return Plan(problem, name, reason, IMPLS[name].prepare(problem), visible, foreign, final)
 
 
 def _announce(operation: str, name: str, reason: str) -> None:
-    """Say once which impl an operation runs through."""
+    """Log once which impl an operation runs through."""
     if (operation, name) not in _announced:
         _announced.add((operation, name))
         logger.info("%s runs through impl %r (%s)", operation, name, reason)
 
 
 def explain(problem: Problem, impl: str = "auto", only_torch: OnlyTorch | None = None) -> Explanation:
-    """The impl for this problem, and for each other one why not."""
+    """The impl for this problem, and the reason against each other one."""
     name, reason = choose(problem, impl, only_torch)
-    but = f"can serve this call, but {name} was {reason.split(';')[0]}"
-    failed = {other: proof.known(problem, other) for other in IMPLS if proof.asked(problem)}
-    others = {o: _why_not(o, problem, only_torch) or failed.get(o) or but for o in IMPLS if o != name}
+    not_chosen = f"can serve this call, but {name} was {reason.split(';')[0]}"
+    failed = {impl: proof.earlier_failure(problem, impl) for impl in IMPLS if proof.required(problem)}
+    others = {i: _why_not(i, problem, only_torch) or failed.get(i) or not_chosen for i in IMPLS if i != name}
     return Explanation(name, reason, others)

@@ -1,4 +1,4 @@
-"""The public functions: each makes one value of its call, which then goes down through `route` to a kernel."""
+"""The public functions. Each packs its arguments into one call, which `route` takes to a kernel."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Activation = str | Callable[[Tensor], Tensor]
 
 
 def phm_matrix(weights: PHMWeights) -> Tensor:
-    """The matrix H = sum_i A_i (x) (s_i t_i) of a projection, y = x H + b (arXiv 2106.04647, equation 5).
+    """The matrix H of a projection y = x H + b (arXiv 2106.04647, equation 5).
 
+    H = sum_i A_i (x) (s_i t_i), that is
     H[p * in/n + u, q * out/n + v] = sum_i rule[i, p, q] (left_i right_i)[u, v].
 
     Returns:
-        (in, out), contiguous, differentiable; in the widest dtype of the weights and never below float32, since most
-        entries are subnormal in float16 at the paper's initialisation.
+        (in, out), contiguous, differentiable. The dtype is the widest of the weights, but at least
+        float32: at the paper's initialisation most entries would be subnormal in float16.
 
     Raises:
-        TypeError, ValueError: weights that do not fit together; the message names the field.
-        RuntimeError: weights whose memory has been freed.
+        TypeError, ValueError: the weights do not fit together; the message names the field.
+        RuntimeError: the memory of a weight has been freed.
     """
     check_weights(weights, "weights")
     dtype = torch.promote_types(torch.float32, weights.rule.dtype)
@@ -41,19 +42,19 @@ def phm_matrix(weights: PHMWeights) -> Tensor:
 
 
 def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
-    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5); H is built by impl="dense" only.
+    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5).
 
     Args:
-        x: (..., in), float32, bfloat16, float16 or float64; any strides.
+        x: (..., in), float32, bfloat16, float16 or float64, with any strides.
         weights: the projection in -> out, in any float dtypes.
-        impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
+        impl: "auto", "dense" (the only one that builds H), "factored", "cpu", "triton" or "cuda".
 
     Returns:
         (..., out), contiguous, in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: an explicit impl that cannot serve this call; an argument without memory that can be read.
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
     """
     return route.run(LinearCall(x, weights), None, None, impl)
 
@@ -70,26 +71,27 @@ def compacter_adapter(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """scale * up(act(down(x))) [+ residual]: a whole Compacter adapter (arXiv 2106.04647, section 3).
+    """scale * up(act(down(x))) [+ residual], a Compacter adapter (arXiv 2106.04647, section 3).
 
     Args:
-        x: (..., k), float32, bfloat16, float16 or float64; any strides.
+        x: (..., k), float32, bfloat16, float16 or float64, with any strides.
         down, up: the projections k -> d and d -> k, in any float dtypes.
-        activation: a name of `compacter_kernels.activations.FUSED` or any callable; a callable is not fused.
-        residual: a tensor with the shape and dtype of x, or two of them, both to be added. x itself, the usual adapter,
-            costs no second read; a second one beside x costs "cpu" a read, the others an addition of torch's.
-        scale: a number, or a tensor of one number (differentiable).
-        norm: a layer norm behind all this, with weight and bias (k,) in x's dtype. Where it is frozen, "cpu" computes
-            it in the same kernel; else torch does.
-        out: where to write, like x; only where no gradient is recorded. It may overlap the inputs.
+        activation: a name in `compacter_kernels.activations.FUSED`, or a callable, not fused.
+        residual: a tensor with the shape and dtype of x, or two of them. Adding x itself, as most
+            adapters do, costs no second read. Another residual beside x costs "cpu" one more read,
+            and the other impls an addition by torch.
+        scale: a number, or a tensor of one number, which is differentiable.
+        norm: a layer norm of the result, with weight and bias (k,) in x's dtype. "cpu" computes
+            a frozen one in the same kernel; torch computes every other.
+        out: a tensor like x for the result, if no gradient is recorded. It may overlap the inputs.
         impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
 
     Returns:
         (..., k), contiguous, in x's dtype; or `out`.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: an explicit impl that cannot serve this call; an argument without memory that can be read.
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
     """
     return route.run(_adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
 
@@ -106,9 +108,9 @@ def explain(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> dispatch.Explanation:
-    """The impl that `compacter_adapter(x, down, up, ...)`, or without `up` `phm_linear(x, down)`, takes, and why.
+    """Tell which impl the call `compacter_adapter(x, down, up, ...)` takes, and why.
 
-    Takes the arguments of that call and raises what it would raise.
+    Without `up` the call is `phm_linear(x, down)`. Raises whatever that call would raise.
     """
     if up is None:
         return route.explain(LinearCall(x, down), None, out, impl)
@@ -123,49 +125,49 @@ def _adapter_call(
     scale: float | Tensor,
     norm: NormWeights | None,
 ) -> AdapterCall:
-    """The call as every kernel takes it: a number for scale, x and at most one other residual."""
+    """The call as every kernel takes it: scale is a number, and at most one residual is not x."""
     add_x = residual is x
     if add_x:
         residual = None
     elif residual is not None:
         if isinstance(residual, tuple):
-            residual, add_x = _of_two(x, down, up, residual)
-        elif not _alike(residual, x):
-            _complain(residual, x, down, up)
+            residual, add_x = _split_residuals(x, down, up, residual)
+        elif not _is_like(residual, x):
+            _raise_for_residual(residual, x, down, up)
     if not isinstance(scale, float):
         up, scale = _with_scale(up, scale)
     return AdapterCall(x, down, up, residual, add_x, scale, norm)
 
 
-def _of_two(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
-    """The residual besides x, and whether x is added too."""
+def _split_residuals(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
+    """The residual that is not x, and whether x is added too."""
     if len(pair) != 2:
         raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
-    one, other = pair if pair[1] is x else pair[::-1]
-    for tensor in (one, other):
-        if not _alike(tensor, x):
-            _complain(tensor, x, down, up)
-    if other is x:
-        return one, True
-    check_for_torch([("residual", one), ("residual", other)])
-    return one + other, False
+    first, second = pair if pair[1] is x else pair[::-1]
+    for residual in (first, second):
+        if not _is_like(residual, x):
+            _raise_for_residual(residual, x, down, up)
+    if second is x:
+        return first, True
+    check_for_torch([("residual", first), ("residual", second)])
+    return first + second, False
 
 
-def _alike(residual: Tensor, x: Tensor) -> bool:
+def _is_like(residual: Tensor, x: Tensor) -> bool:
     try:
         return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-    except (AttributeError, RuntimeError):  # no tensor, or a nested one
+    except (AttributeError, RuntimeError):  # not a tensor, or a nested tensor
         return False
 
 
-def _complain(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
-    """Raise for a residual that is not like x; but first for what is wrong with the others."""
+def _raise_for_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
+    """Raise for the first wrong argument: errors of x, down and up come before the residual's."""
     adapter_problem(x, down, up, "identity")
     check_like(residual, "residual", x, x.shape)
 
 
 def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
-    """A number as it is; a tensor as weights of up, where autograd differentiates it."""
+    """Return up and scale as a number. A tensor is multiplied into up, where autograd sees it."""
     if isinstance(scale, Tensor):
         check_weights(up, "up")
         check_scale(scale, up)

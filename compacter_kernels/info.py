@@ -1,4 +1,4 @@
-"""`compacter-kernels info`: what is installed and built, which impl serves and why, and a self-test."""
+"""`compacter-kernels info`: the installation, the build, the impl that serves, a self-test."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices() -> list[str]:
-    """Where the self-test runs: the CPU, and the current CUDA device where there is one."""
+    """The devices of the self-test: the CPU, and the current CUDA device if there is one."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def self_test() -> list[dict[str, Any]]:
-    """The adapter and the linear, forward and backward, through each impl of each device, against the oracle."""
+    """Compare forward and backward of each operation, impl, device and dtype with the oracle."""
     rows = []
     for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
         case = Case.of(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).inputs()
@@ -67,7 +67,7 @@ def serving(case: Inputs) -> list[str]:
 
 
 def collect() -> dict[str, Any]:
-    """All that `info` says, as JSON takes it."""
+    """Everything that `info` prints, in JSON types."""
     device = _devices()[-1]
     x = torch.empty(TYPICAL_TOKENS, TYPICAL.k, device=device)
     case = Case.of(TYPICAL, 1).inputs().map(lambda t: t.to(device))
@@ -85,8 +85,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _text(found: dict[str, Any]) -> str:
-    native, typical = found["native"], found["typical_call"]
+def _text(report: dict[str, Any]) -> str:
+    native, typical = report["native"], report["typical_call"]
     if native["built"]:
         isas = ", ".join(native.get("isa", ()))
         built = f"{native.get('compiler')}, kernels for {isas}; this processor runs {native['isa_in_use']}"
@@ -94,22 +94,22 @@ def _text(found: dict[str, Any]) -> str:
         built = native["reason"]
     cuda = ", ".join(native.get("cuda_archs", ())) or f"not built: {native.get('cuda_missing', 'no native part')}"
     lines = [
-        f"compacter_kernels  {found['compacter_kernels']}, revision {found['revision'] or 'unknown'}",
-        f"python             {found['python']}, torch {found['torch']} ({found['torch_cpu_capability']})",
-        f"machine            {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['system']}",
-        f"threads            {found['threads']}, torch.get_num_threads()",
+        f"compacter_kernels  {report['compacter_kernels']}, revision {report['revision'] or 'unknown'}",
+        f"python             {report['python']}, torch {report['torch']} ({report['torch_cpu_capability']})",
+        f"machine            {report['cpu']}, {report['cores']} cores, {report['memory_gib']} GiB, {report['system']}",
+        f"threads            {report['threads']}, torch.get_num_threads()",
         f"native part        {built}",
         f"CUDA part          {cuda}",
         "",
         "impls",
-        *(f"  {name:<10} {'available' if reason is None else reason}" for name, reason in found["impls"].items()),
+        *(f"  {name:<10} {'available' if reason is None else reason}" for name, reason in report["impls"].items()),
         "",
         f"{typical['call']}: {typical['impl']}, {typical['reason']}",
         *(f"  not {name:<10} {reason}" for name, reason in typical["others"].items()),
         "",
         f"self-test, forward and backward, {TYPICAL}, T={SELF_TEST_TOKENS}, the worst of all tensors",
     ]
-    for row in found["self_test"]:
+    for row in report["self_test"]:
         verdict = "ok  " if row["holds"] else "FAIL"
         lines.append(
             f"  {verdict} {row['impl']:<10} {row['device']:<5} {row['operation']:<8} {row['dtype']:<9} {row['worst']}"
@@ -118,7 +118,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it; 0 when every self-test holds."""
-    found = collect()
-    print(json.dumps(found, indent=2) if args.json else _text(found))
-    return 0 if all(row["holds"] for row in found["self_test"]) else 1
+    """Print the report and return 0 if every self-test passes, else 1."""
+    report = collect()
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+    return 0 if all(row["holds"] for row in report["self_test"]) else 1

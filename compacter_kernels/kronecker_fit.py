@@ -1,10 +1,11 @@
-"""The sums of Kronecker products nearest to given matrices in the Frobenius norm: pure tensor functions.
+"""The sums of Kronecker products nearest to given matrices in the Frobenius norm.
 
-With a = in/n and c = out/n, H = sum_i A_i (x) W_i says of the rearranged R[(p, q), u, v] = H[p * a + u, q * c + v] that
-R = sum_i A_i[p, q] W_i[u, v] (Van Loan and Pitsianis, 1993). Where nothing bounds the rank of the W_i the best fit
-is the truncated singular value decomposition of R as a matrix (n * n, a * c). With W_i = s_i t_i of rank r the problem
-is linear in the rule, in the s_i and in the t_i, each given the others, so these are solved for in turn (alternating
-least squares). Matrices that share a rule have their R beside one another.
+With a = in/n and c = out/n, H = sum_i A_i (x) W_i is the same as R = sum_i A_i[p, q] W_i[u, v] for
+the rearranged R[(p, q), u, v] = H[p * a + u, q * c + v] (Van Loan and Pitsianis, 1993). If the rank
+of the W_i is not bounded, the best fit is the truncated singular value decomposition of R as a
+matrix (n * n, a * c). With W_i = s_i t_i of rank r the problem is linear in the rule, in the s_i
+and in the t_i, each given the others: alternating least squares solves for them in turn. If several
+matrices share a rule, their R stand side by side.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from torch.nn import functional as F
 
 from compacter_kernels.weights import PHMWeights
 
-EXACT = 1e-26  # a sum of squared relative errors that is float64's rounding
-EXPLORED, EXPLORED_GAIN = 300, 1e-6  # sweeps from each start, which end where one gains less than this share
-REFINED, REFINED_GAIN = 1000, 1e-9  # the same for the best of them
-TINY = 1e-200  # instead of a zero that would be divided by
+EXACT = 1e-26  # the sum of squared relative errors that rounding in float64 leaves
+EXPLORED, EXPLORED_GAIN = 300, 1e-6  # the most sweeps from each start, and the least gain of a sweep that goes on
+REFINED, REFINED_GAIN = 1000, 1e-9  # the same for the best start
+TINY = 1e-200  # replaces a zero divisor
 
 
 class State(NamedTuple):
-    """A fit under way, of groups of m matrices of one shape: rule (n*n, n), left (m, n, a, r), right (m, n, r, c)."""
+    """A fit: rule (n*n, n); left (m, n, a, r), right (m, n, r, c) of each group of m matrices."""
 
     rule: Tensor
     left: list[Tensor]
     right: list[Tensor]
 
     def beyond(self, previous: State, step: float) -> State:
-        """The point on the line from `previous` through this one, `step` times their distance further."""
+        """The point `step` times their distance beyond this one, on the line from `previous`."""
 
         def move(new: Tensor, old: Tensor) -> Tensor:
             return torch.lerp(old, new, 1 + step)
@@ -51,7 +52,7 @@ def rearranged(matrix: Tensor, phm_dim: int) -> Tensor:
 
 
 def relative_error(matrix: Tensor, weights: PHMWeights) -> float:
-    """|H - H'| / |H| in the Frobenius norm and in float64, H' the matrix of the weights; |H'| where H is zero."""
+    """|H - H'| / |H| for the matrix H' of the weights, in the Frobenius norm; |H'| if H is zero."""
     n = weights.rule.shape[0]
     rule, left = weights.rule.double().reshape(n, n * n), weights.left.double()
     w = left if weights.right is None else left @ weights.right.double()
@@ -60,7 +61,7 @@ def relative_error(matrix: Tensor, weights: PHMWeights) -> float:
 
 
 def least_error(matrices: Sequence[Tensor], phm_dim: int) -> float:
-    """The root mean square of the relative errors that one shared rule leaves whatever the rank: no fit has less."""
+    """The least root mean square of the relative errors with one shared rule, over all ranks."""
     values = torch.linalg.svdvals(torch.cat([rearranged(h, phm_dim).flatten(1) / _norm(h) for h in matrices], 1))
     return math.sqrt(float(values[phm_dim:].square().sum()) / len(matrices))
 
@@ -74,18 +75,19 @@ def fit(
     starts: int = 8,
     seed: int = 0,
 ) -> list[PHMWeights]:
-    """One rule for all matrices and the factors of each, so that the sum of squared relative errors is small.
+    """Fit one rule and the factors of each matrix: the sum of squared relative errors is small.
 
     Args:
-        matrices: H (in, out) each, finite, float64 on the CPU; phm_dim divides all widths.
-        phm_rank: r, the rank of the W_i; None for unfactorised ones.
-        rule: (n, n, n) to be kept as it is, instead of a fitted one.
-        starts: the points that alternating least squares starts from: the singular vectors, then rotations of them
-            that are drawn from `seed`. The global generator is left alone. A rule that is given leaves one start.
+        matrices: each H (in, out), finite, float64, on the CPU; phm_dim divides all widths.
+        phm_rank: r, the rank of the W_i; None for unfactorised W_i.
+        rule: a rule (n, n, n) to keep instead of fitting one.
+        starts: the number of starting points of alternating least squares: the singular vectors,
+            and rotations of them drawn from `seed`, without the global generator. With a given rule
+            there is one.
 
     Returns:
-        The PHMWeights of each matrix, float64, without bias, rule and factors of like magnitude. The fit is the
-        best there is where no W_i is bounded by r, otherwise the best local optimum that the starts led to.
+        The PHMWeights of each matrix, float64, without bias, rule and factors of similar magnitude.
+        The fit is optimal if r bounds no W_i, and otherwise the best local optimum of the starts.
     """
     n = phm_dim
     norms = torch.tensor([_norm(h) for h in matrices], dtype=torch.float64)
@@ -103,29 +105,30 @@ def fit(
     for group, left, right in zip(groups, state.left, state.right, strict=True):
         w = left @ right * norms[group, None, None, None]
         factors.update(zip(group, zip(*((w,) if phm_rank is None else _split(w, phm_rank)), strict=True), strict=True))
-    return _alike(state.rule.T.reshape(n, n, n), [factors[i] for i in range(len(matrices))], rule is not None)
+    return _balanced(state.rule.T.reshape(n, n, n), [factors[i] for i in range(len(matrices))], rule is not None)
 
 
 def descent(
     targets: Sequence[Tensor], state: State, sweeps: int, gain: float, keep_rule: bool = False
 ) -> Iterator[tuple[State, float]]:
-    """Sweeps of alternating least squares and the sum of squared errors after each, which never rises.
+    """Yield the result of each sweep and its sum of squared errors, which never rises.
 
-    A sweep sets out beyond the last state, on the line through the last two; only if that does worse, from the state
-    itself (Mitchell, Ye and De Sterck, 2020). It ends after `sweeps`, or where one gains less than the share `gain`.
+    A sweep starts beyond the last state, on the line through the last two. If that does not reduce
+    the error, the sweep starts from the last state itself (Mitchell, Ye and De Sterck, 2020). The
+    descent ends after `sweeps`, or when a sweep reduces the error by less than the share `gain`.
     """
     step, previous = 0.5, state
     state, loss = _sweep(targets, state, keep_rule)
     yield state, loss
     for _ in range(sweeps - 1):
-        following, found = _sweep(targets, state.beyond(previous, step), keep_rule)
+        following, new_loss = _sweep(targets, state.beyond(previous, step), keep_rule)
         step = min(step * 1.2, 1.0)
-        if not found <= loss:
+        if not new_loss <= loss:
             step = max(step / 4, 0.1)
-            following, found = _sweep(targets, state, keep_rule)
-        gained = loss - found
+            following, new_loss = _sweep(targets, state, keep_rule)
+        gained = loss - new_loss
         if gained > 0:
-            previous, state, loss = state, following, found
+            previous, state, loss = state, following, new_loss
             yield state, loss
         if not gained > gain * loss or loss <= EXACT:
             return
@@ -156,7 +159,7 @@ def _rotations(n: int, count: int, seed: int) -> list[Tensor]:
 
 
 def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
-    """The first n left singular vectors of all R side by side, (n*n, n)."""
+    """The first n left singular vectors (n*n, n) of all R side by side."""
     side_by_side = torch.cat([target.transpose(0, 1).flatten(1) for target in targets], 1)
     vectors: Tensor = torch.linalg.svd(side_by_side, full_matrices=False).U[:, :n]
     if vectors.shape[1] < n:  # R has fewer columns than n
@@ -165,14 +168,14 @@ def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
 
 
 def _start(targets: Sequence[Tensor], rule: Tensor, rank: int) -> State:
-    """The best W_i for this rule, each cut off to its rank: the optimum if the rule is orthonormal or the rank full."""
+    """The best W_i for this rule, truncated: optimal if it is orthonormal or the rank full."""
     inverse = torch.linalg.pinv(rule)
     pairs = [_split((inverse @ target.flatten(2)).unflatten(2, target.shape[2:]), rank) for target in targets]
     return State(rule, *(list(side) for side in zip(*pairs, strict=True)))
 
 
 def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """W (..., a, c) cut off to a rank, as left (..., a, r) and right (..., r, c) of one norm; zeros fill the rest."""
+    """W (..., a, c) truncated to left (..., a, r), right (..., r, c) of one norm, zero-padded."""
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = s[..., :rank].sqrt()
     left, right = u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]
@@ -181,7 +184,7 @@ def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[State, float]:
-    """The left factors, the right factors, then the rule, each the best given the others; and the loss after it."""
+    """Solve for the left factors, the right factors and the rule in turn: state and loss."""
     rule, lefts, rights = state.rule, [], []
     gram = rule.T @ rule
     normal, products = torch.zeros_like(gram), torch.zeros_like(rule.T)
@@ -200,19 +203,19 @@ def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[St
         rule = rule / length
         pairs = [_of_one_norm(*pair, length[:, None, None]) for pair in zip(lefts, rights, strict=True)]
         lefts, rights = (list(side) for side in zip(*pairs, strict=True))
-    rest = (t.flatten(2) - rule @ (a @ b).flatten(2) for t, a, b in zip(targets, lefts, rights, strict=True))
-    return State(rule, lefts, rights), sum(float(r.square().sum()) for r in rest)
+    errors = (t.flatten(2) - rule @ (a @ b).flatten(2) for t, a, b in zip(targets, lefts, rights, strict=True))
+    return State(rule, lefts, rights), sum(float(error.square().sum()) for error in errors)
 
 
 def _of_one_norm(left: Tensor, right: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the product `times` that of these, with equal norms."""
+    """Factors with equal norms whose product is `times` the product of these."""
     a, b = (side.norm(dim=(2, 3), keepdim=True).clamp_min(TINY) for side in (left, right))
     norm = (a * b * times).sqrt()
     return left / a * norm, right / b * norm
 
 
 def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Least squares for left (m, n, a, r), given right, gram = A^T A and projected = A^T R (m, n, a, c)."""
+    """The best left (m, n, a, r), given right, gram = A^T A and projected = A^T R (m, n, a, c)."""
     n, r = right.shape[1:3]
     rows = right.flatten(1, 2)
     normal = rows @ rows.mT * gram.repeat_interleave(r, 0).repeat_interleave(r, 1)
@@ -222,20 +225,20 @@ def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> 
 
 
 def _proximal(normal: Tensor, products: Tensor, old: Tensor) -> Tensor:
-    """The solution of normal X = products; where that leaves X undetermined, the one nearest to `old`."""
+    """The X with normal X = products that is nearest to `old`."""
     weight = 1e-13 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + TINY
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype)
     nearest: Tensor = torch.linalg.solve(normal + weight * eye, products + weight * old)
     return nearest
 
 
-def _alike(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:
-    """The weights, A_i scaled against its factors to a like root mean square, so that half precision holds all."""
+def _balanced(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:
+    """The weights, with A_i and its factors of similar magnitude, which half precision holds."""
     if not keep_rule:
         squares = torch.stack([side.square().mean((1, 2)) for sides in factors for side in sides]).mean(0)
         ratio = (squares / rule.square().mean((1, 2)).clamp_min(TINY)).sqrt()
-        number = len(factors[0])  # of sides, which share the inverse of the scale
-        scale = torch.where(ratio > 0, ratio ** (number / (number + 1)), 1.0)[:, None, None]
+        count = len(factors[0])  # the factors of one matrix share the inverse of the scale
+        scale = torch.where(ratio > 0, ratio ** (count / (count + 1)), 1.0)[:, None, None]
         rule = rule * scale
-        factors = [tuple(side / scale ** (1 / number) for side in sides) for sides in factors]
+        factors = [tuple(side / scale ** (1 / count) for side in sides) for sides in factors]
     return [PHMWeights(rule, sides[0], sides[1] if len(sides) > 1 else None) for sides in factors]

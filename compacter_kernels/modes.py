@@ -1,4 +1,4 @@
-"""Who else takes part in a call: a tracer, a dispatch mode, a transform of torch.func, forward-mode AD.
+"""What takes part in a call besides eager torch: a tracer, a mode, a transform, forward-mode AD.
 
 A kernel that is launched on addresses is seen by none of them. Under a tracer or a dispatch mode
 (torch.jit.trace, make_fx, FakeTensor) each operation must be recorded, so a fused impl runs as its
@@ -18,10 +18,10 @@ def transformed() -> bool:
 
 
 def alone() -> bool:
-    """Whether none of these takes part. torch.compile is another question, which it answers itself."""
+    """Whether none of these takes part. `torch.compiler.is_compiling` answers for torch.compile."""
     return not (dispatch_modes() or transforms() or FORWARD_AD._current_level >= 0 or is_tracing())
 
 
 def only_torch_operators() -> bool:
-    """Whether torch.jit.trace or torch.onnx.export records, which takes torch's own operators alone."""
+    """Whether torch.jit.trace or torch.onnx.export records, which take torch's operators alone."""
     return bool(is_tracing()) or torch.onnx.is_in_onnx_export()

@@ -1,6 +1,7 @@
-"""The fused impls as torch.library operators: one node each for torch.compile, torch.export and dispatch modes.
+"""The fused impls as torch.library operators, for torch.compile, torch.export and dispatch modes.
 
-Plain eager calls never come through here. `impl` names a fused impl; the plain-torch ones need no operator.
+Each operator is one node of their graphs. Plain eager calls do not come here. `impl` names a fused
+impl; those of plain torch need no operator.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from compacter_kernels.weights import PHMWeights
 NO_SECOND_DERIVATIVE = (
     "the fused impls of compacter_kernels have no second derivative; call with impl='factored' for one"
 )
+LINEAR = "Tensor x, Tensor rule, Tensor left, Tensor right, Tensor? bias, str impl"
+PARAMETERS = (
+    "Tensor down_rule, Tensor down_left, Tensor down_right, Tensor? down_bias, "
+    "Tensor up_rule, Tensor up_left, Tensor up_right, Tensor? up_bias, "
+    "bool add_x, str activation, float scale, str impl"
+)
 _kernels: dict[tuple[Problem, str], Any] = {}
 
 
@@ -28,50 +35,62 @@ def _kernel(problem: Problem, impl: str) -> Any:
     return kernel
 
 
-def _present(grads: tuple[Tensor | None, ...], x: Tensor) -> list[Tensor]:
-    """An operator returns tensors only: an empty one stands for the gradient of an absent bias."""
-    return [x.new_empty(0) if grad is None else grad for grad in grads]
+def _linear_call(x: Tensor, *rest: Any) -> tuple[Any, LinearCall]:
+    """The kernel and the call of the arguments `LINEAR`."""
+    call = LinearCall(x, PHMWeights(*rest[:4]))
+    return _kernel(linear_problem(*call), rest[4]), call
+
+
+def _adapter_call(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Any, AdapterCall]:
+    """The kernel and the call of x, a residual and the arguments `PARAMETERS`."""
+    down, up, (add_x, activation, scale, impl) = PHMWeights(*rest[:4]), PHMWeights(*rest[4:8]), rest[8:]
+    kernel = _kernel(adapter_problem(x, down, up, activation), impl)
+    return kernel, AdapterCall(x, down, up, residual, add_x, scale)
+
+
+def _gradients(kernel: Any, call: Call, grad: Tensor) -> list[Tensor]:
+    """All gradients, with an empty tensor for an absent bias, as operators return only tensors."""
+    grads = kernel.backward(call, grad, (True,) * len(call.differentiable()))
+    return [call.x.new_empty(0) if g is None else g for g in grads]
+
+
+def _fake_gradients(x: Tensor, *rest: Tensor | None) -> list[Tensor]:
+    return [
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *rest)
+    ]
+
+
+def _without_absent(grads: list[Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients with None for an absent bias."""
+    return tuple(None if t is None else grad for grad, t in zip(grads, tensors, strict=True))
 
 
 def _second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _empty_gradients(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
-    return [
-        like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors
-    ]
-
-
-def _absent(grads: list[Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else grad for grad, t in zip(grads, tensors, strict=True))
-
-
-@torch.library.custom_op("compacter_kernels::phm_linear", mutates_args=())
-def _linear(x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    call = LinearCall(x, PHMWeights(rule, left, right, bias))
-    result: Tensor = _kernel(linear_problem(*call), impl).forward(call)
+@torch.library.custom_op("compacter_kernels::phm_linear", mutates_args=(), schema=f"({LINEAR}) -> Tensor")
+def _linear(*args: Any) -> Tensor:
+    kernel, call = _linear_call(*args)
+    result: Tensor = kernel.forward(call)
     return result
 
 
 @_linear.register_fake
-def _(x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _(x: Tensor, rule: Tensor, left: Tensor, right: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], right.shape[0] * right.shape[2]))
 
 
-@torch.library.custom_op("compacter_kernels::phm_linear_backward", mutates_args=())
-def _linear_backward(
-    grad: Tensor, x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str
-) -> list[Tensor]:
-    call = LinearCall(x, PHMWeights(rule, left, right, bias))
-    return _present(_kernel(linear_problem(*call), impl).backward(call, grad, (True,) * 5), x)
+@torch.library.custom_op(
+    "compacter_kernels::phm_linear_backward", mutates_args=(), schema=f"(Tensor grad, {LINEAR}) -> Tensor[]"
+)
+def _linear_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    return _gradients(*_linear_call(*args), grad)
 
 
 @_linear_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, rule: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, impl: str
-) -> list[Tensor]:
-    return _empty_gradients(x, rule, left, right, bias, like=x)
+def _(grad: Tensor, *args: Any) -> list[Tensor]:
+    return _fake_gradients(*args[:5])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,68 +100,37 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    return (*_absent(_linear_backward(grad, *tensors, ctx.impl), tensors), None)
+    return (*_without_absent(_linear_backward(grad, *tensors, ctx.impl), tensors), None)
 
 
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 _linear_backward.register_autograd(_second_derivative)
 
 
-@torch.library.custom_op("compacter_kernels::adapter", mutates_args=())
-def _adapter(
-    x: Tensor,
-    residual: Tensor | None,
-    down_rule: Tensor,
-    down_left: Tensor,
-    down_right: Tensor,
-    down_bias: Tensor | None,
-    up_rule: Tensor,
-    up_left: Tensor,
-    up_right: Tensor,
-    up_bias: Tensor | None,
-    add_x: bool,
-    activation: str,
-    scale: float,
-    impl: str,
-) -> Tensor:
-    down = PHMWeights(down_rule, down_left, down_right, down_bias)
-    up = PHMWeights(up_rule, up_left, up_right, up_bias)
-    kernel = _kernel(adapter_problem(x, down, up, activation), impl)
-    result: Tensor = kernel.forward(AdapterCall(x, down, up, residual, add_x, scale))
+@torch.library.custom_op(
+    "compacter_kernels::adapter", mutates_args=(), schema=f"(Tensor x, Tensor? residual, {PARAMETERS}) -> Tensor"
+)
+def _adapter(*args: Any) -> Tensor:
+    kernel, call = _adapter_call(*args)
+    result: Tensor = kernel.forward(call)
     return result
 
 
 @_adapter.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("compacter_kernels::adapter_backward", mutates_args=())
-def _adapter_backward(
-    grad: Tensor,
-    x: Tensor,
-    down_rule: Tensor,
-    down_left: Tensor,
-    down_right: Tensor,
-    down_bias: Tensor | None,
-    up_rule: Tensor,
-    up_left: Tensor,
-    up_right: Tensor,
-    up_bias: Tensor | None,
-    add_x: bool,
-    activation: str,
-    scale: float,
-    impl: str,
-) -> list[Tensor]:
-    down = PHMWeights(down_rule, down_left, down_right, down_bias)
-    up = PHMWeights(up_rule, up_left, up_right, up_bias)
-    kernel = _kernel(adapter_problem(x, down, up, activation), impl)
-    return _present(kernel.backward(AdapterCall(x, down, up, None, add_x, scale), grad, (True,) * 9), x)
+@torch.library.custom_op(
+    "compacter_kernels::adapter_backward", mutates_args=(), schema=f"(Tensor grad, Tensor x, {PARAMETERS}) -> Tensor[]"
+)
+def _adapter_backward(grad: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
+    return _gradients(*_adapter_call(x, None, *args), grad)
 
 
 @_adapter_backward.register_fake
-def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return _empty_gradients(x, *rest[:8], like=x)
+def _(grad: Tensor, *args: Any) -> list[Tensor]:
+    return _fake_gradients(*args[:9])
 
 
 def _adapter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,7 +142,7 @@ def _adapter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _adapter_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grad_x, *grads = _absent(_adapter_backward(grad, *tensors, *ctx.options), tensors)
+    grad_x, *grads = _without_absent(_adapter_backward(grad, *tensors, *ctx.options), tensors)
     return (grad_x, grad if ctx.has_residual else None, *grads, None, None, None, None)
 
 
@@ -163,7 +151,7 @@ _adapter_backward.register_autograd(_second_derivative)
 
 
 def forward(call: Call, problem: Problem, impl: str) -> Tensor:
-    """The call through its operator."""
+    """Run the call through its operator."""
     result: Tensor
     if call.__class__ is LinearCall:
         x, weights = call

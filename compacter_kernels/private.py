@@ -26,9 +26,9 @@ def _name(owner: Any, name: str, without: Any) -> Any:
     return without if PUBLIC else getattr(owner, name, without)
 
 
-# Who takes part in a call (`modes`). torch has no public name for the first three questions. Without
-# one of these names every call runs as if a dispatch mode were active: as an operator, which torch's
-# own machinery treats in the right way or refuses.
+# Who takes part in a call (`modes`). torch has no public name for the first three questions.
+# Without one of these names every call runs as if a dispatch mode were active: as an operator,
+# which torch's own machinery treats in the right way or refuses.
 _WHO = (
     (torch._C, "_len_torch_dispatch_stack"),
     (torch._C, "_are_functorch_transforms_active"),
@@ -53,7 +53,8 @@ current_stream: Callable[[int], int] = _name(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 
-# os.environ raises and catches two exceptions for a variable that is not set; its raw dict does not.
+# os.environ raises and catches two exceptions for a variable that is not set; its raw dict does
+# not.
 ENVIRON: Any = _name(os.environ, "_data", os.environ)
 
 
@@ -80,7 +81,7 @@ def tf32_allowed() -> bool:
     return bool(_fp32_precision("cuda", "matmul") == "tf32")
 
 
-def constant_when_compiled(function: F) -> F:
+def evaluated_when_compiled(function: F) -> F:
     """Let torch.compile evaluate the function and look no further.
 
     torch.compiler.assume_constant_result does the same, but imports all of dynamo.

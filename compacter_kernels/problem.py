@@ -1,4 +1,4 @@
-"""What one call asks for, checked: shapes, dtypes, device. Hashable, so that plans are made once per problem."""
+"""The checked sizes, dtypes and device of a call. A problem is hashable, and is planned once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Projection(NamedTuple):
-    """The sizes of one projection. rank is None for an unfactorised W; dtypes are those of rule, left, right, bias."""
+    """One projection. rank: None if W is unfactorised; dtypes: of rule, left, right, bias."""
 
     phm_dim: int
     rank: int | None
@@ -25,7 +25,7 @@ class Projection(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One call: "linear" with one projection and no activation, or "adapter" with down and up."""
+    """A "linear" with one projection and no activation, or an "adapter" with down and up."""
 
     operation: str
     device: torch.device
@@ -72,8 +72,8 @@ def check_weights(weights: PHMWeights, name: str) -> Projection:
     """The sizes of these weights.
 
     Raises:
-        TypeError: not PHMWeights, or a field that is no float tensor.
-        ValueError: shapes that do not fit each other, or tensors on several devices.
+        TypeError: weights is not a PHMWeights, or a field is not a float tensor.
+        ValueError: the shapes do not fit each other, or the tensors are on several devices.
     """
     if not isinstance(weights, PHMWeights):
         raise TypeError(f"{name} must be PHMWeights(rule, left, right, bias), got {type(weights).__name__}")
@@ -112,7 +112,7 @@ def _check_input(x: Tensor, projection: Projection, weights: PHMWeights, name: s
 
 
 def linear_problem(x: Tensor, weights: PHMWeights) -> Problem:
-    """The problem of `phm_linear(x, weights)`; raises TypeError or ValueError that names the argument at fault."""
+    """The problem of `phm_linear(x, weights)`; a TypeError or ValueError names a wrong argument."""
     projection = check_weights(weights, "weights")
     _check_input(x, projection, weights, "weights")
     return Problem("linear", x.device, x.dtype, (projection,), None)
@@ -121,7 +121,7 @@ def linear_problem(x: Tensor, weights: PHMWeights) -> Problem:
 def adapter_problem(
     x: Tensor, down: PHMWeights, up: PHMWeights, activation: str | Callable[[Tensor], Tensor]
 ) -> Problem:
-    """The problem of `compacter_adapter(x, down, up)`; raises TypeError or ValueError that names the argument."""
+    """The problem of `compacter_adapter(x, down, up)`; raises like `linear_problem`."""
     first, second = check_weights(down, "down"), check_weights(up, "up")
     _check_input(x, first, down, "down")
     if second.in_features != first.out_features:
@@ -134,16 +134,7 @@ def adapter_problem(
 
 
 def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise unless `value` is a tensor of that shape with the dtype, device and layout of x, which has been checked."""
-    if (
-        isinstance(value, Tensor)
-        and not value.is_nested
-        and value.shape == shape
-        and value.dtype == x.dtype
-        and value.device == x.device
-        and value.layout == x.layout
-    ):
-        return
+    """Raise unless `value` has that shape and the dtype, device and layout of the checked x."""
     _check_tensor(value, name)
     assert isinstance(value, Tensor)
     if value.shape != shape:
@@ -155,7 +146,7 @@ def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[in
 
 
 def check_scale(scale: Tensor, up: PHMWeights) -> None:
-    """Raise unless `scale` is a tensor of one number beside the weights of up."""
+    """Raise unless `scale` is a tensor of one number on the device of up."""
     _check_tensor(scale, "scale")
     if scale.numel() != 1:
         raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
@@ -164,15 +155,9 @@ def check_scale(scale: Tensor, up: PHMWeights) -> None:
 
 
 def check_norm(norm: NormWeights, x: Tensor) -> None:
-    """Raise unless `norm` is a layer norm over the rows of x, which has been checked."""
+    """Raise unless `norm` is a layer norm over the rows of the checked tensor x."""
     if not isinstance(norm, NormWeights):
         raise TypeError(f"norm must be NormWeights(weight, bias, eps), got {type(norm).__name__}")
     for field, tensor in zip(("weight", "bias"), norm, strict=False):
         _check_tensor(tensor, f"norm.{field}", 1)
-        assert isinstance(tensor, Tensor)
-        if tensor.shape != x.shape[-1:]:
-            raise ValueError(f"norm.{field} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"norm.{field} must have the dtype of x, {_name(x.dtype)}, got {_name(tensor.dtype)}")
-        if tensor.device != x.device:
-            raise ValueError(f"norm.{field} is on {tensor.device}, x on {x.device}; move one of them")
+        check_like(tensor, f"norm.{field}", x, x.shape[-1:])

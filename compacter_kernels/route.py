@@ -1,7 +1,8 @@
 """The way of a call down to its kernel.
 
-An ordinary call goes straight to the kernel, or through autograd where a gradient is recorded. Where
-a tracer, a mode or a transform takes part (`modes`), or a tensor has a class of its own, torch must
+An ordinary call goes straight to the kernel, or through autograd where a gradient is recorded.
+Where a tracer, a mode or a transform takes part (`modes`), or a tensor has a class of its own,
+torch must
 see the call: a fused impl then runs as its operator, and "auto" takes an impl of plain torch where
 no operator can serve. The way is chosen once for all calls of one signature.
 """
@@ -213,7 +214,7 @@ def _check_out(out: Tensor, call: Call) -> None:
 
 
 def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:
-    """Whether the kernel can write into `out`: it is contiguous and shares no memory with an input."""
+    """Whether a kernel can write into `out`: it is contiguous, and no input shares its memory."""
     if plan.kernel is None or plan.kernel.differentiable or not ordinary(out) or not out.is_contiguous():
         return False
     address = out.untyped_storage().data_ptr()

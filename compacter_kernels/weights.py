@@ -1,4 +1,4 @@
-"""The weights of one PHM projection, and the sum of Kronecker products that they stand for."""
+"""The weights of one PHM projection, and the sum of Kronecker products that they represent."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class PHMWeights(NamedTuple):
-    """The parameters of one projection in -> out (Compacter, arXiv 2106.04647, equations 5 to 7), n = phm_dim.
+    """The parameters of one projection in -> out (arXiv 2106.04647, equations 5 to 7), n = phm_dim.
 
     rule:  (n, n, n), the slow weights A_i = rule[i].
-    left:  (n, in/n, r), the s_i of rank r; or, unfactorised, W of shape (n, in/n, out/n).
-    right: (n, r, out/n), the t_i; None for an unfactorised W.
+    left:  (n, in/n, r), the s_i of rank r; or an unfactorised W of shape (n, in/n, out/n).
+    right: (n, r, out/n), the t_i; None beside an unfactorised W.
     bias:  (out,) or None.
 
     Each may have any float dtype, independent of the others.
@@ -38,11 +38,11 @@ class PHMWeights(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.rule.device
 
     def named(self, side: str) -> list[tuple[str, Tensor]]:
-        """The tensors that are there, with their names: down.rule, down.left and so on for the side "down"."""
+        """The tensors with their names: down.rule, down.left and so on for the side "down"."""
         return [(f"{side}.{name}", t) for name, t in zip(self._fields, self, strict=True) if t is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PHMWeights:
@@ -50,9 +50,9 @@ class PHMWeights(NamedTuple):
         return PHMWeights(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
 
     def scaled(self, scale: Tensor) -> PHMWeights:
-        """Weights whose projection is `scale` times this one, differentiable in `scale` (a tensor of one number).
+        """Weights of `scale`, a tensor of one number, times this projection; differentiable.
 
-        What is scaled is float32 or wider, as the kernels read all parameters.
+        The scaled factor and bias are float32 or wider, as the kernels read all parameters.
         """
 
         def times(weight: Tensor) -> Tensor:
@@ -65,10 +65,11 @@ class PHMWeights(NamedTuple):
 
 
 class NormWeights(NamedTuple):
-    """A layer norm over the last dimension: weight and bias (k,), and the eps that is added to the variance.
+    """A layer norm over the last dimension: weight and bias (k,); eps is added to the variance.
 
-    rows, grad_rows: only between autograd and a kernel. Forward writes what it normalises into rows (it may be None),
-    backward reads it there and writes its gradient into grad_rows, which may be the same memory. Both are like x.
+    rows and grad_rows, both like x, pass between autograd and a kernel only. Forward saves its
+    input of the norm in rows, unless that is None. Backward reads rows and writes the gradient into
+    grad_rows, which may be the same memory.
     """
 
     weight: Tensor
@@ -79,7 +80,7 @@ class NormWeights(NamedTuple):
 
 
 def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:
-    """H of unchecked weights, computed in `dtype`, as the paper writes it: n Kronecker products, then their sum."""
+    """H of unchecked weights in `dtype`, as the paper writes it: n products and their sum."""
     rule, left = weights.rule.to(dtype), weights.left.to(dtype)
     w = left if weights.right is None else torch.bmm(left, weights.right.to(dtype))
     products = rule[:, :, None, :, None] * w[:, None, :, None, :]  # (n, n, in/n, n, out/n)
@@ -87,6 +88,6 @@ def kronecker_sum(weights: PHMWeights, dtype: torch.dtype) -> Tensor:
 
 
 def factorised_rule(left: Tensor, right: Tensor) -> Tensor:
-    """The rule (n, n, n) of rank 1, A_i[p,q] = l_i[p] r_i[q], from (n, n, 1) and (n, 1, n); float32 or wider."""
+    """The rule A_i[p,q] = l_i[p] r_i[q] of left (n, n, 1) and right (n, 1, n), float32 or wider."""
     wide = torch.promote_types(left.dtype, torch.float32)
     return left.to(wide) * right.to(wide)

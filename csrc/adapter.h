@@ -1,8 +1,7 @@
-// The problem that every native target solves: sizes and plain pointers, no torch and no Python header.
-//
-//     Z[p,i] = sum_u x[p,u] s_i[u]        V[q,i] = sum_p A_i[p,q] Z[p,i]        y[q,v] = sum_i V[q,i] t_i[v] + b[q,v]
-//
-// is one PHM projection of a token's row x, cut into n chunks of in/n numbers (Compacter, arXiv 2106.04647, section 3).
+// The problem of each native target, in sizes and pointers, without torch and Python. A PHM
+// projection (Compacter, arXiv 2106.04647, section 3) of x, a token's n chunks of in/n numbers, is
+//     Z[p,i] = sum_u x[p,u] s_i[u]    V[q,i] = sum_p A_i[p,q] Z[p,i]
+//     y[q,v] = sum_i V[q,i] t_i[v] + b[q,v]
 #pragma once
 
 #include <cstdint>
@@ -16,13 +15,13 @@ enum class Activation : int {
     leaky_relu = 7, mish = 8, relu2 = 9, quick_gelu = 10,
 };
 
-// A contiguous tensor of any float dtype. data == nullptr: no such tensor (no bias, gradient not wanted).
+// A contiguous tensor of any float dtype. data == nullptr: an absent bias or an unwanted gradient.
 struct Array {
     void* data = nullptr;
     DType dtype = DType::f32;
 };
 
-// rule (n, n, n) | left (n, in/n, rank) | right (n, rank, out/n) | bias (out,) or none
+// rule (n, n, n), left (n, in/n, rank), right (n, rank, out/n), and bias (out,) or none.
 struct Parameters {
     Array rule, left, right, bias;
 };
@@ -40,8 +39,8 @@ struct Linear {
     const void* x;
 };
 
-// out = scale * up(act(down(x))) + residual: x, residual, out (tokens, k), contiguous in `dtype`; down k -> d, up d -> k.
-// The two projections may differ in n and rank.
+// out = scale * up(act(down(x))) + residual with down k -> d and up d -> k, which may differ in n
+// and rank. x, residual and out are (tokens, k), contiguous in `dtype`.
 struct Adapter {
     Projection down, up;
     Activation activation;
@@ -51,13 +50,13 @@ struct Adapter {
     const void* x;
 };
 
-// The layer norm behind an adapter: normed = (y - mean) / sqrt(variance + eps) * weight + bias over each row y of k numbers
-// that the adapter gives, its residuals added. weight and bias (k,); the others (tokens, k), contiguous in the dtype of x.
+// The norm (y - mean) / sqrt(variance + eps) * weight + bias of each row y of an adapter's output.
+// weight and bias are (k,); y and grad_y are (tokens, k), contiguous in the dtype of x.
 struct LayerNorm {
     Array weight, bias;
     float eps;
-    void* y;       // forward writes it, for backward to read; may be where the normed rows go
-    void* grad_y;  // backward writes it: the gradient of y, which is also that of a residual; may be y
+    void* y;       // forward writes it and backward reads it; it may be the memory of the normed rows
+    void* grad_y;  // backward writes the gradient of y, also that of a residual; it may be y
 };
 
 }  // namespace compacter

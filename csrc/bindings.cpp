@@ -1,4 +1,4 @@
-// compacter_kernels._C: the launch plans of each target, and what this build is.
+// compacter_kernels._C: the launch plans of each target, and a description of the build.
 #include "bindings.h"
 
 namespace compacter::bindings {

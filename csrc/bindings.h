@@ -1,4 +1,4 @@
-// What the bindings of every target share: plans, built once for a shape and its dtypes, and called with addresses.
+// The plans that all bindings share: built once for shapes and dtypes, and called with addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -38,16 +38,16 @@ inline Activation activation_of(int code) {
 inline const void* input(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 inline void* output(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// A tensor that must be there, unless it has no rows.
+// The address of a tensor, which may be 0 only if the tensor has no rows.
 inline void* of_rows(uintptr_t address, int64_t rows) {
     if (!address && rows) throw std::invalid_argument("a tensor of the call has no memory: its address is 0");
     return output(address);
 }
 
-// The one tensor that is added first: the residual, or else x if that is added.
+// The tensor that is added first: the residual, or else x if it is added.
 inline uintptr_t added(uintptr_t x, uintptr_t residual, bool add_x) { return !residual && add_x ? x : residual; }
 
-// The tuple at the end of a call: addresses of rule, left, right and bias of each projection in turn; 0: no such tensor.
+// The last tuple of a call: addresses of rule, left, right, bias of each projection, 0 if absent.
 class Addresses {
   public:
     Addresses(const py::tuple& given, size_t projections) : given_(given) {
@@ -66,7 +66,7 @@ class Addresses {
     Py_ssize_t taken_ = 0;
 };
 
-// A projection with the dtypes of its parameters, waiting for their addresses.
+// A projection with the dtypes of its parameters, without their addresses.
 struct ProjectionPlan {
     Projection projection;
     bool has_bias;
@@ -114,7 +114,7 @@ struct LinearPlan {
         return {plan.with(addresses), dtype, tokens, of_rows(x, tokens)};
     }
 
-    // Without addresses: what depends on the sizes alone.
+    // The problem without addresses, for functions that depend on sizes alone.
     Linear sizes(int64_t tokens) const { return {plan.projection, dtype, tokens, nullptr}; }
 };
 
@@ -142,7 +142,7 @@ struct AdapterPlan {
     }
 };
 
-// The classes of each target, and what it says of itself in build_info().
+// add_* define the classes of a target, describe_* its entries in build_info().
 void add_cpu(py::module_& module);
 void add_cuda(py::module_& module);
 void add_tensors(py::module_& module);

@@ -1,4 +1,4 @@
-// Linear and Adapter: the CPU target. A call gives the interpreter's lock back.
+// Linear and Adapter of the CPU target. A call releases the interpreter's lock.
 #include "bindings.h"
 #include "cpu/isa.h"
 #include "cpu/launch.h"
@@ -17,7 +17,7 @@ struct CpuLinear : LinearPlan {
         cpu::forward(linear, result, threads);
     }
 
-    // parameters, then their gradients
+    // parameters: those of the projection, then their gradients.
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, int threads,
                   const py::tuple& parameters) const {
         Addresses addresses(parameters, 2);
@@ -44,7 +44,7 @@ struct CpuAdapter : AdapterPlan {
 
     using Three = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
 
-    // With a layer norm behind, whose weight and bias have the dtype of x. of_norm: weight, bias, where what is normed goes.
+    // of_norm: weight and bias in the dtype of x, and memory for the input of the norm.
     void forward_normed(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
                         const Three& of_norm, double eps, int threads, const py::tuple& parameters) const {
         const auto [weight, bias, rows] = of_norm;
@@ -53,7 +53,7 @@ struct CpuAdapter : AdapterPlan {
         run_forward(x, residual, out, add_x, tokens, scale, threads, parameters, &norm);
     }
 
-    // of_norm: weight, what was normed, where its gradient goes
+    // of_norm: weight, the input of the norm, and memory for its gradient.
     void backward_normed(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
                          const Three& of_norm, double eps, int threads, const py::tuple& parameters) const {
         const auto [weight, rows, grad_rows] = of_norm;

@@ -1,5 +1,5 @@
-// CudaLinear and CudaAdapter: the CUDA target, where it was built. A launch takes too short to give up the
-// interpreter's lock. All addresses are of the current device, which must be the one that the plan was made for.
+// CudaLinear and CudaAdapter of the CUDA target, if it was built. A launch keeps the interpreter's
+// lock, since it is short. All addresses are on the current device, which must be that of the plan.
 #include "bindings.h"
 
 #ifdef COMPACTER_CUDA
@@ -13,7 +13,7 @@ namespace {
 
 using cuda::Device;
 
-// multiprocessors, shared_limit, shared_per_multiprocessor, capability: as in Device
+// The last four arguments are the members of Device.
 struct CudaLinear : LinearPlan {
     Device device;
 
@@ -30,7 +30,7 @@ struct CudaLinear : LinearPlan {
         cuda::forward(at(x, tokens, addresses), of_rows(out, tokens), device, output(stream));
     }
 
-    // parameters, then their gradients
+    // parameters: those of the projection, then their gradients.
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, uintptr_t workspace,
                   uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 2);
@@ -51,7 +51,7 @@ struct CudaAdapter : AdapterPlan {
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
 
-    // Of x and a residual it adds one.
+    // It adds either x or a residual.
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
                  uintptr_t stream, const py::tuple& parameters) const {
         if (add_x && residual) throw std::invalid_argument("one of x and the residual can be added, not both");
@@ -91,8 +91,8 @@ void add_cuda(py::module_& module) {
 void add_cuda(py::module_&) {}
 #endif
 
-// cuda: true, false or "on the CPU"; cuda_archs: the compute capabilities that it was compiled for, as 10 * major + minor,
-// of which the last is there as PTX too; cuda_missing: why it was not built.
+// cuda: true, false or "on the CPU". cuda_archs: the compiled compute capabilities, 10 * major +
+// minor; the last exists as PTX too. cuda_missing: why it was not built.
 void describe_cuda(py::dict& info) {
     py::list archs;
 #if defined(COMPACTER_CUDA_ON_CPU)

@@ -1,6 +1,7 @@
-// Tensors: the classes, devices, dtypes and shapes of tensors as bytes, and their addresses, in a fraction of the time that Python needs.
-// torch answers through DLPack's C exchange API (dmlc/dlpack, dlpack.h, since 1.2). Its tensor class has the table of that API in the
-// attribute __dlpack_c_exchange_api__. The declarations below are those of that header.
+// Tensors: the class, device, dtype and shape of tensors as bytes, and their addresses, in a
+// fraction of the time that Python takes. torch answers through DLPack's C exchange API
+// (dmlc/dlpack, dlpack.h, since 1.2), whose table is the attribute __dlpack_c_exchange_api__ of its
+// tensor class. The declarations below are those of dlpack.h.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -34,7 +35,7 @@ struct ExchangeApi {
     uint32_t major, minor;
     void* older;
     void *allocate, *managed_from_object, *managed_to_object;
-    int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; 0, or -1 with a Python exception
+    int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; returns 0, or -1 with a Python exception
 };
 
 class Tensors {
@@ -45,7 +46,7 @@ class Tensors {
         if (api_->major != 1) throw std::invalid_argument("DLPack " + std::to_string(api_->major) + " is not known; 1 is");
     }
 
-    // bytes, or None where one is neither None nor a tensor that DLPack describes
+    // Bytes, or None if an item is neither None nor a tensor that DLPack describes.
     py::object signature(const py::tuple& tensors) const {
         char bytes[1024], *end = bytes;
         const auto put = [&](const void* from, size_t count) {
@@ -67,7 +68,7 @@ class Tensors {
         return py::bytes(bytes, end - bytes);
     }
 
-    // the addresses, or None where one is no contiguous tensor that has an address
+    // The addresses, or None if an item is not a contiguous tensor with an address.
     py::object addresses(const py::tuple& tensors) const {
         py::tuple result(tensors.size());
         for (size_t i = 0; i < tensors.size(); ++i) {

@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dispatch.IMPLS[name], "unavailable", lambda: None)
         monkeypatch.setattr(dispatch.IMPLS[name], "refuses", lambda problem: None)
     monkeypatch.setattr(proof, "failure", lambda problem, name, impl: "")
-    monkeypatch.setattr(proof, "known", lambda problem, name: "")
+    monkeypatch.setattr(proof, "earlier_failure", lambda problem, name: "")
 
 
 def _chosen(case: Case) -> dispatch.Explanation:

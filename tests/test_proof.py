@@ -19,8 +19,8 @@ CASES = [Case(), Case("linear"), Case(rank=2, n=3, bias=False, activation="relu"
 
 @pytest.fixture(autouse=True)
 def on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "asked", lambda problem: True)
-    monkeypatch.setattr(proof, "_found", {})
+    monkeypatch.setattr(proof, "required", lambda problem: True)
+    monkeypatch.setattr(proof, "_failures", {})
     monkeypatch.setattr(route, "_plans", {})
 
 

@@ -1,4 +1,4 @@
-"""from_dense: a trained dense bottleneck adapter compressed into Compacter form."""
+"""from_dense compresses a trained dense bottleneck adapter into Compacter form."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Source = nn.Module | tuple[DenseProjection, DenseProjection]
 
 
 class Compression(NamedTuple):
-    """What `from_dense` found.
+    """The result of `from_dense`.
 
-    errors: for each adapter |H - H'| / |H| in the Frobenius norm, of down and of up, for the weights as they are stored
-    (rounded to the dtype). parameters: numbers in weights, biases and rules, before and after. candidates: what was
-    fitted, in that order; a form that could not have been chosen was not.
+    errors: |H - H'| / |H| in the Frobenius norm for down and up of each adapter, with the matrix H'
+        of the stored weights, rounded to the dtype.
+    parameters_before, parameters_after: the size of all weights, biases and rules.
+    candidates: the forms that were fitted, in this order. Forms that cannot win are not fitted.
     """
 
     adapters: tuple[CompacterAdapter, ...]
@@ -42,7 +43,7 @@ class Compression(NamedTuple):
 
     @property
     def adapter(self) -> CompacterAdapter:
-        """The adapter, where there is one; raises ValueError where there are several."""
+        """The only adapter; raises ValueError if there are several."""
         if len(self.adapters) > 1:
             raise ValueError(f"there are {len(self.adapters)} adapters; take one of .adapters")
         return self.adapters[0]
@@ -63,36 +64,38 @@ def from_dense(
     seed: int = 0,
     **options: Any,
 ) -> Compression:
-    """The Compacter adapter nearest to a trained dense one, by alternating least squares on the rearranged weights.
+    """Find the Compacter adapter nearest to a trained dense one, by alternating least squares.
 
-    A trained dense matrix is in general not close to a sum of few Kronecker products, and the error says how far off
-    it is: a start for further training rather than a replacement where it is large. The fit can be exact only if the
-    rearranged matrix (n * n, in/n * out/n), with those of all that share the rule beside it, has rank n or less;
-    from phm_rank = min(in/n, out/n) on, or with factorized_phm_W=False, it then is exact. Below that the W_i must have
-    that rank as well, and the fit is a local optimum: the best of `starts`, which need not be the best there is.
+    A trained dense matrix is in general not close to a sum of few Kronecker products. If the error
+    is large, the result is a start for further training rather than a replacement. The fit can be
+    exact only if the rearranged matrix (n * n, in/n * out/n), beside those of all projections that
+    share the rule, has rank n or less. It then is exact from phm_rank = min(in/n, out/n) on, and
+    with factorized_phm_W=False. With a smaller phm_rank the W_i must have this rank too, and the
+    result is the best local optimum of `starts`, not always the global one.
 
     Args:
-        down, up: the projections k -> d and d -> k, each an nn.Linear, a weight (out, in) or a pair (weight, bias). Or,
-            as down alone, a module with two nn.Linear such as `adapters` makes; or a sequence of such modules and of
-            pairs (down, up), all adapters of a model, which then share one rule.
-        phm_dim, phm_rank: a number, several to choose from, or None: 1 to 16 as far as they divide all widths, and
-            1, 2, 3, 4, 6, 8, 12, 16 as far as the parameters become fewer.
-        tolerance: of several forms the one of fewest parameters whose error, that of the worst matrix, is within it.
-            None: the one of least error**2 + parameters_after / parameters_before, so that a parameter is spent where
-            it explains more than its share.
-        shared_phm_rule: False fits a rule to each projection by itself.
-        phm_rule: (n, n, n), a Parameter that the adapters share with others and that is left as it is.
-        activation: None takes a module's own, and "gelu_new" where projections are passed.
-        starts, seed: see `compacter_kernels.kronecker_fit.fit`; the same seed gives the same weights.
-        options: what else `CompacterAdapter` takes (scale, dropout, add_residual, learn_phm, impl, ...).
+        down, up: the projections k -> d and d -> k, each an nn.Linear, a weight (out, in) or a pair
+            (weight, bias). down alone may be a module with two nn.Linear, as `adapters` makes it,
+            or a sequence of such modules and pairs (down, up): adapters that will share one rule.
+        phm_dim, phm_rank: a number, several to choose from, or None. None tries the phm_dims 1 to
+            16 that divide all widths, and the ranks 1, 2, 3, 4, 6, 8, 12, 16 that reduce the
+            number of parameters.
+        tolerance: choose the form with the fewest parameters whose largest error of a matrix is at
+            most this. None: choose the least error**2 + parameters_after / parameters_before, so
+            that parameters are added only where they reduce the error by more than their share.
+        shared_phm_rule: False fits one rule for each projection.
+        phm_rule: a Parameter (n, n, n) that the adapters share and that is not changed.
+        activation: None takes that of a module, or "gelu_new" for projections.
+        starts, seed: see `compacter_kernels.kronecker_fit.fit`; one seed gives the same weights.
+        options: other options of `CompacterAdapter`: scale, dropout, add_residual, learn_phm, ...
 
     Returns:
-        A Compression. The adapters have the source's dtype and device and its biases; if only one projection has a
-        bias, the other's is zero. The source is not changed, and no global random state.
+        A Compression. The adapters have the dtype, device and biases of the source; a projection
+        without a bias gets zeros if the other has one. The source and the random state are kept.
 
     Raises:
-        TypeError, ValueError: before any work, an argument that does not fit, or weights that are not finite.
-        ValueError: no form meets the tolerance; the message says what was reached.
+        TypeError, ValueError: before any work, an argument does not fit or a weight is not finite.
+        ValueError: no form is within the tolerance; the message says which error was reached.
     """
     sources = read(down, up)
     dtype, device = sources[0].down.dtype, sources[0].down.device
@@ -101,20 +104,19 @@ def from_dense(
     chosen |= {"shared_phm_rule": shared_phm_rule, "factorized_phm_W": factorized_phm_W}
     forms = list_forms(sources, phm_dim, phm_rank, phm_rule, shared_phm_rule, factorized_phm_W)
     for n, r, _ in forms:
-        _adapters(sources, n, r, phm_rule, chosen, torch.device("meta"))  # raises for what does not fit
+        _adapters(sources, n, r, phm_rule, chosen, torch.device("meta"))  # raises for a wrong option
     matrices = [h for dense in sources for h in dense.matrices()]
     groups = [matrices] if shared_phm_rule or phm_rule is not None else [[h] for h in matrices]
     rule = None if phm_rule is None else phm_rule.detach().to("cpu", torch.float64)
 
     def fitted(n: int, r: int | None) -> list[PHMWeights]:
-        found = [w for group in groups for w in fit(group, n, r, rule=rule, starts=starts, seed=seed)]
-        return [rounded(w, dtype, phm_rule is not None) for w in found]
+        weights = [w for group in groups for w in fit(group, n, r, rule=rule, starts=starts, seed=seed)]
+        return [rounded(w, dtype, phm_rule is not None) for w in weights]
 
     before = sum(dense.parameters for dense in sources)
     best, weights, candidates = search(forms, groups, fitted, before, tolerance)
     adapters = _adapters(sources, best.phm_dim, best.phm_rank, phm_rule, chosen, device)
-    pairs = list(zip(weights[::2], weights[1::2], strict=True))
-    for adapter, dense, (first, second) in zip(adapters, sources, pairs, strict=True):
+    for adapter, dense, first, second in zip(adapters, sources, weights[::2], weights[1::2], strict=True):
         adapter.down.load_weights(first._replace(bias=dense.down_bias), phm_rule is None)
         adapter.up.load_weights(second._replace(bias=dense.up_bias), phm_rule is None)
     errors = [relative_error(h, w) for h, w in zip(matrices, weights, strict=True)]
@@ -143,15 +145,15 @@ def _check(phm_rule: object, device: torch.device, tolerance: object, starts: ob
 
 
 def _options(sources: Sequence[Dense], activation: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What CompacterAdapter is given beside its sizes: what the modules say, unless the caller says it."""
-    taken = {"hidden_size", "reduction_factor", "phm_bias", "factorized_phm_rule", "device", "dtype"}
-    if unknown := taken & options.keys():
-        raise TypeError(f"from_dense takes no {', '.join(sorted(unknown))}: the dense adapter says it")
+    """The options of CompacterAdapter besides its sizes, from the caller or else the modules."""
+    read_from_source = {"hidden_size", "reduction_factor", "phm_bias", "factorized_phm_rule", "device", "dtype"}
+    if unknown := read_from_source & options.keys():
+        raise TypeError(f"from_dense takes no {', '.join(sorted(unknown))}: the dense adapter determines it")
     given = options if activation is None else {**options, "activation": activation}
     merged = [{**dense.options, **given} for dense in sources]
-    for i, one in enumerate(merged):
-        if one != merged[0]:
-            raise ValueError(f"adapter {i} has {one}, the first {merged[0]}; they must agree, or be passed as options")
+    for i, each in enumerate(merged):
+        if each != merged[0]:
+            raise ValueError(f"adapter {i} has {each}, the first {merged[0]}; they must agree, or be passed as options")
     if merged[0].get("activation", "") is None:
         raise ValueError("activation is None, but the module does not show which it is; name it or pass a callable")
     return merged[0]
@@ -165,7 +167,7 @@ def _adapters(
     options: dict[str, Any],
     device: torch.device,
 ) -> list[CompacterAdapter]:
-    """The adapters with weights still to be loaded; several share a rule that none of them owns."""
+    """New adapters without their weights. If several share a rule, none of them draws it."""
     dtype = sources[0].down.dtype
     if phm_rule is None and options["shared_phm_rule"] and len(sources) > 1:
         phm_rule = nn.Parameter(torch.empty(n, n, n, device=device, dtype=dtype), options.get("learn_phm", True))
@@ -187,7 +189,7 @@ def _adapters(
 
 
 def _reduction_factor(hidden_size: int, bottleneck: int) -> float:
-    """A factor for which hidden_size // factor is the bottleneck, an int where there is one."""
+    """A factor with hidden_size // factor == bottleneck, an int if possible."""
     if hidden_size % bottleneck == 0:
         return hidden_size // bottleneck
     factor = hidden_size / bottleneck

@@ -1,4 +1,4 @@
-"""What `from_dense` reads: a dense bottleneck adapter, as two projections or as a module of that structure."""
+"""Reading a dense bottleneck adapter for `from_dense`, from two projections or from a module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compacter_kernels.nn.dense import read_projection
 
 
 class Dense(NamedTuple):
-    """One dense adapter: weights as nn.Linear has them, (out, in), and the options that its module says."""
+    """One dense adapter: weights (out, in), as in nn.Linear, and options read from its module."""
 
     down: Tensor
     down_bias: Tensor | None
@@ -28,26 +28,26 @@ class Dense(NamedTuple):
 
     @property
     def bottleneck(self) -> int:
-        """The width between the projections."""
+        """The width of the bottleneck."""
         return self.down.shape[0]
 
     @property
     def parameters(self) -> int:
-        """Numbers in weights and biases."""
+        """The number of parameters in weights and biases."""
         return sum(t.numel() for t in self[:4] if isinstance(t, Tensor))
 
     @property
     def has_bias(self) -> bool:
-        """Whether a projection has one."""
+        """Whether at least one projection has a bias."""
         return self.down_bias is not None or self.up_bias is not None
 
     def matrices(self) -> list[Tensor]:
-        """H of down and of up, (in, out), float64 on the CPU."""
+        """The matrices H (in, out) of down and up, float64, on the CPU."""
         return [w.detach().to("cpu", torch.float64).T for w in (self.down, self.up)]
 
 
 def read(down: object, up: object) -> list[Dense]:
-    """The adapters that `from_dense(down, up)` is asked to compress, of one dtype and on one device."""
+    """The adapters in the arguments of `from_dense`, all of one dtype and on one device."""
     if up is not None:
         return [read_pair(down, up)]
     if isinstance(down, nn.Module) and not isinstance(down, (nn.Linear, nn.ModuleList)):
@@ -77,33 +77,33 @@ def read(down: object, up: object) -> list[Dense]:
 
 
 def read_pair(down: object, up: object, name: str = "") -> Dense:
-    """The adapter of two projections k -> d and d -> k; raises TypeError or ValueError that names what does not fit."""
+    """The adapter of projections k -> d and d -> k; a TypeError or ValueError names a wrong one."""
     dense = Dense(*read_projection(down, f"{name}down"), *read_projection(up, f"{name}up"), {})
     if dense.up.shape != dense.down.T.shape:
         shapes = f"{tuple(dense.up.shape)} for a down weight of {tuple(dense.down.shape)}"
         raise ValueError(f"{name}up must lead back to down's input: its weight (out, in) has shape {shapes}")
     for t, field in ((dense.down_bias, "down.bias"), (dense.up, "up.weight"), (dense.up_bias, "up.bias")):
         if t is not None and (t.dtype, t.device) != (dense.down.dtype, dense.down.device):
-            place = f"{dense.down.dtype} on {dense.down.device}"
-            raise ValueError(f"{name}{field} is {t.dtype} on {t.device}, down.weight {place}; convert one of them")
+            expected = f"{dense.down.dtype} on {dense.down.device}"
+            raise ValueError(f"{name}{field} is {t.dtype} on {t.device}, down.weight {expected}; convert one of them")
     return dense
 
 
 def read_module(module: nn.Module, name: str = "") -> Dense:
-    """The adapter of a module with two nn.Linear, for example an `Adapter` of the library `adapters`.
+    """The adapter of a module with two nn.Linear, such as an `Adapter` of the library `adapters`.
 
-    Its activation is the one part without parameters that is no dropout, None where that is not clear; a number
-    `scaling` and a dropout's probability become options. Whatever else has parameters (layer norms, gates, a learned
-    scale) is refused.
+    Its activation is the only submodule without parameters besides dropout, or None if there are
+    more. A number `scaling` and the probability of a dropout become options. A module with other
+    parameters (layer norms, gates, a learned scale) raises ValueError.
     """
     kind = f"{name}{type(module).__name__}"
     linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
-    own = {id(p) for m in linears.values() for p in m.parameters()}
-    others = [path for path, p in module.named_parameters() if id(p) not in own]
+    of_linears = {id(p) for m in linears.values() for p in m.parameters()}
+    others = [path for path, p in module.named_parameters() if id(p) not in of_linears]
     if len(linears) != 2 or others:
-        found = ", ".join([*linears, *others]) or "neither"
+        present = ", ".join([*linears, *others]) or "neither"
         raise ValueError(
-            f"{kind} must have two nn.Linear and no other parameters, has {found}; pass down and up instead"
+            f"{kind} must have two nn.Linear and no other parameters, has {present}; pass down and up instead"
         )
     down, up = sorted(linears.values(), key=lambda linear: linear.out_features)
     options: dict[str, Any] = {}
@@ -118,18 +118,18 @@ def read_module(module: nn.Module, name: str = "") -> Dense:
 
 
 def _without_parameters(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules within this one that have no parameters, dropout and identity left out."""
-    found = []
+    """The outermost submodules without parameters, except dropout and identity."""
+    children = []
     for child in module.children():
         if next(child.parameters(), None) is not None:
-            found += _without_parameters(child)
+            children += _without_parameters(child)
         elif not isinstance(child, (nn.Dropout, nn.Identity)):
-            found.append(child)
-    return found
+            children.append(child)
+    return children
 
 
 def name_of(activation: Callable[[Tensor], Tensor]) -> str | Callable[[Tensor], Tensor]:
-    """The fused activation that computes the same, by its values; else the callable itself."""
+    """The name of the fused activation with the same values, or the callable itself."""
     x = torch.linspace(-8, 8, 257, dtype=torch.float64)
     with torch.no_grad():
         y = activation(x.clone())

@@ -1,4 +1,4 @@
-"""The forms that `from_dense` may choose from, and the choice."""
+"""The forms that `from_dense` can choose from, and the choice."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compacter_kernels.kronecker_fit import least_error, relative_error
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights
 
-PHM_DIMS = tuple(range(1, 17))  # searched where phm_dim is not given, as far as they divide the widths
-PHM_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)  # searched where phm_rank is not given
+PHM_DIMS = tuple(range(1, 17))  # tried if phm_dim is not given, as far as they divide the widths
+PHM_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried if phm_rank is not given
 
 
 class Candidate(NamedTuple):
-    """A form that was fitted; phm_rank is None for unfactorised W, error the largest relative one of any matrix."""
+    """A fitted form. phm_rank: None if W is unfactorised; error: the largest of any matrix."""
 
     phm_dim: int
     phm_rank: int | None
@@ -34,7 +34,7 @@ def list_forms(
     shared: bool,
     factorized: bool,
 ) -> list[tuple[int, int | None, int]]:
-    """phm_dim, phm_rank and number of parameters of what is asked for or searched, the fewest parameters first."""
+    """phm_dim, phm_rank and parameter count of each form to try, the fewest parameters first."""
     widths = sorted({width for dense in sources for width in (dense.hidden_size, dense.bottleneck)})
     dims = _listed(phm_dim, "phm_dim")
     ranks = _listed(phm_rank, "phm_rank")
@@ -48,19 +48,19 @@ def list_forms(
         for dense in sources:
             check_phm_dim(n, 1, hidden_size=dense.hidden_size, bottleneck=dense.bottleneck)
     before = sum(dense.parameters for dense in sources)
-    found = []
+    forms = []
     for n in dims or [n for n in PHM_DIMS if not any(width % n for width in widths)]:
         full = max(dense.bottleneck // n for dense in sources)
         for r in [None] if not factorized else ranks or [r for r in PHM_RANKS if r == 1 or r <= full]:
             rules = 1 if shared or phm_rule is not None else 2 * len(sources)
-            number = n**3 * rules + sum(_parameters(dense, n, r) for dense in sources)
-            if (dims and (ranks or not factorized)) or number < before:
-                found.append((n, r, number))
-    if not found:
+            count = n**3 * rules + sum(_parameters(dense, n, r) for dense in sources)
+            if (dims and (ranks or not factorized)) or count < before:
+                forms.append((n, r, count))
+    if not forms:
         raise ValueError(
             f"no form searched has fewer parameters than the dense adapter, {before}; name phm_dim and phm_rank"
         )
-    return sorted(found, key=lambda form: (form[2], form[0]))
+    return sorted(forms, key=lambda form: (form[2], form[0]))
 
 
 def _listed(value: int | Sequence[int] | None, name: str) -> list[int] | None:
@@ -73,7 +73,7 @@ def _listed(value: int | Sequence[int] | None, name: str) -> list[int] | None:
 
 
 def _parameters(dense: Dense, n: int, r: int | None) -> int:
-    """Numbers in the factors and biases of one adapter."""
+    """The number of parameters in the factors and biases of one adapter."""
     k, d = dense.hidden_size, dense.bottleneck
     bias = k + d if dense.has_bias else 0
     return bias + 2 * (k * d // n if r is None else r * (k + d))
@@ -86,33 +86,34 @@ def search(
     before: int,
     tolerance: float | None,
 ) -> tuple[Candidate, list[PHMWeights], list[Candidate]]:
-    """The form that `from_dense` promises, of forms in the order of their parameters; with its weights.
+    """The form that `from_dense` promises, its weights, and all fitted forms.
 
-    No rank leaves less than `least_error`, so a form that even then could not be chosen is not fitted.
+    The forms come with the fewest parameters first. No rank has an error below `least_error`, so a
+    form that could not win even with that error is not fitted.
     """
     matrices = [h for group in groups for h in group]
     candidates: list[Candidate] = []
     best: tuple[float, Candidate, list[PHMWeights]] | None = None
     bounds: dict[int, float] = {}
+
+    def score(error: float, parameters: int) -> float:
+        return error if tolerance is not None else error**2 + parameters / before
+
     for n, r, parameters in forms:
-
-        def score(error: float, parameters: int = parameters) -> float:
-            return error if tolerance is not None else error**2 + parameters / before
-
         if n not in bounds:
             squares = sum(least_error(group, n) ** 2 * len(group) for group in groups)
             bounds[n] = math.sqrt(squares / len(matrices))
-        if score(bounds[n]) > (tolerance if tolerance is not None else best[0] if best else math.inf):
+        if score(bounds[n], parameters) > (tolerance if tolerance is not None else best[0] if best else math.inf):
             continue
         weights = fitted(n, r)
         error = max(relative_error(h, w) for h, w in zip(matrices, weights, strict=True))
         candidates.append(Candidate(n, r, parameters, error))
-        if best is None or score(error) < best[0]:
-            best = score(error), candidates[-1], weights
+        if best is None or score(error, parameters) < best[0]:
+            best = score(error, parameters), candidates[-1], weights
         if tolerance is not None and error <= tolerance:
             return candidates[-1], weights, candidates
     if tolerance is None and best is not None:
         return best[1], best[2], candidates
     n, bound = min(bounds.items(), key=lambda item: item[1])
-    found = f"the best found is {best[1]}" if best else f"the least that any rank leaves is {bound:.3g}, at phm_dim={n}"
-    raise ValueError(f"no form has an error within tolerance={tolerance}: {found}; raise it, or allow more forms")
+    least = f"the best found is {best[1]}" if best else f"the least that any rank leaves is {bound:.3g}, at phm_dim={n}"
+    raise ValueError(f"no form has an error within tolerance={tolerance}: {least}; raise it, or allow more forms")

@@ -1,7 +1,7 @@
-"""The implementations. Each is a module of its own, light to import; none imports another.
+"""The implementations (impls). Each is one module, light to import, that imports no other impl.
 
-An impl module has the three functions of `Impl`; what `prepare` returns is a `Kernel`, made once for a problem.
-`native` is what the targets of csrc/ share, `plain` what dense and factored share; `memory` and `precision` serve both.
+An impl module has the three functions of `Impl`. Its `prepare` makes one `Kernel` for a problem.
+The targets of csrc/ share `native`, dense and factored share `plain`, all share `memory`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.calls import Call
-from compacter_kernels.private import constant_when_compiled
+from compacter_kernels.private import evaluated_when_compiled
 from compacter_kernels.problem import Problem
 
 Gradients = tuple[Tensor | None, ...]
@@ -21,9 +21,9 @@ C = TypeVar("C", bound=Call, contravariant=True)
 
 
 class Kernel(Protocol[C]):
-    """One operation for one problem. Tensors may be strided; none is changed but `out`.
+    """One operation for one problem. Tensors may be strided; only `out` is changed.
 
-    differentiable: whether autograd sees through forward, which then is all that is called.
+    differentiable: whether autograd differentiates forward, so that backward is not called.
     norms: whether forward and backward take a call with a norm.
     """
 
@@ -31,26 +31,26 @@ class Kernel(Protocol[C]):
     norms: bool
 
     def forward(self, call: C, out: Tensor | None = None) -> Tensor:
-        """The result, in `out` where one is given: contiguous, and apart from all that is read."""
+        """The result, in `out` if given, which is contiguous and overlaps no input."""
 
     def backward(self, call: C, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        """The gradients of x, then of rule, left, right, bias of each projection; None where not wanted.
+        """The gradients of x and of rule, left, right, bias of each projection; None if unwanted.
 
-        The gradient of a residual is grad itself; behind a norm it is what the norm's grad_rows then hold.
+        The gradient of a residual is grad itself. With a norm, it is norm.grad_rows after the call.
         """
 
 
 class Impl(Protocol):
-    """What the module of an implementation has."""
+    """The interface of an implementation's module."""
 
     def unavailable(self) -> str | None:
-        """Why it cannot run in this process, or None."""
+        """Why the impl cannot run in this process, or None."""
 
     def refuses(self, problem: Problem) -> str | None:
-        """Why it cannot serve this problem, or None."""
+        """Why the impl cannot serve this problem, or None."""
 
     def prepare(self, problem: Problem) -> Kernel[Any]:
-        """The kernel for this problem. What depends on the problem alone is done here, once."""
+        """Make the kernel for this problem, with all work that depends on the problem alone."""
 
 
 def not_fused(problem: Problem) -> str | None:
@@ -64,9 +64,9 @@ def not_fused(problem: Problem) -> str | None:
     return None
 
 
-@constant_when_compiled
+@evaluated_when_compiled
 def architecture(device: torch.device) -> str:
-    """The name of a device's architecture: "sm_90", "gfx942"; of any but a GPU the device's type."""
+    """The architecture of a GPU, such as "sm_90" or "gfx942", or the type of another device."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -75,7 +75,7 @@ def architecture(device: torch.device) -> str:
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    """An uninitialised contiguous tensor for each gradient that is wanted."""
+    """An uninitialised contiguous tensor for each wanted gradient."""
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(tensors, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""Fused C++ kernels (csrc/cpu): one pass over x forward, one pass over x and the gradient backward."""
+"""Fused C++ kernels (csrc/cpu). Forward reads x once; backward reads x and the gradient once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(problem: Problem) -> Kernel[Any]:
 
 
 class _OnThreads:
-    """A launch on as many threads as torch has."""
+    """A kernel that runs on as many threads as torch uses."""
 
     plan: Any
 
@@ -57,13 +57,13 @@ class _Adapter(_OnThreads, native.Adapter):
     adds_both = norms = True
 
     def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
-        """norm.rows: where what is normed goes, for a backward; without one it may be overwritten."""
+        """Write the input of the norm to norm.rows for backward, or to out, which then changes."""
         weight, bias = readable(norm.weight, "norm.weight"), readable(norm.bias, "norm.bias")
-        places = addresses((weight, bias, out if norm.rows is None else norm.rows))
-        self.plan.forward_normed(*call, places, norm.eps, _get_num_threads(), params)
+        of_norm = addresses((weight, bias, out if norm.rows is None else norm.rows))
+        self.plan.forward_normed(*call, of_norm, norm.eps, _get_num_threads(), params)
 
     def launch_normed_backward(self, call: tuple[Any, ...], norm: NormWeights, params: tuple[int, ...]) -> None:
         assert norm.rows is not None
-        rows, weight = readable(norm.rows, "what is normed"), readable(norm.weight, "norm.weight")
-        places = addresses((weight, rows, norm.grad_rows))
-        self.plan.backward_normed(*call, places, norm.eps, _get_num_threads(), params)
+        rows, weight = readable(norm.rows, "the input of the norm"), readable(norm.weight, "norm.weight")
+        of_norm = addresses((weight, rows, norm.grad_rows))
+        self.plan.backward_normed(*call, of_norm, norm.eps, _get_num_threads(), params)

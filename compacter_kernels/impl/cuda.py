@@ -1,4 +1,4 @@
-"""Fused CUDA kernels (csrc/cuda): one pass over x forward; backward, one over x and the gradient, then the sums."""
+"""Fused CUDA kernels (csrc/cuda). Forward reads x once; backward reads x and the gradient once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 
 from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.module import BUILD, MISSING, MODULE
-from compacter_kernels.private import constant_when_compiled, current_device, current_stream
+from compacter_kernels.private import current_device, current_stream, evaluated_when_compiled
 from compacter_kernels.problem import Problem, Projection
 
-OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are pairs of bfloat16
+OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are pairs of bfloat16 numbers
 PHM_DIMS = (1, 2, 4, 8, 12, 16)
 RANKS = (1, 2, 4)
-OLDEST = 80  # 10 * major + minor of the compute capability
+OLDEST = 80  # the least compute capability, 10 * major + minor
 
-# All that this module knows of the process. The tests put others in, whose kernels the CPU executes.
+# The native module and its device. Tests replace both by a build whose kernels the CPU executes.
 _C, _BUILD = MODULE, BUILD
 _DEVICE_TYPE = "cuda"
 _current_device, _current_stream = current_device, current_stream
 
 
 class Device(NamedTuple):
-    """What csrc/cuda has to know of a device (launch.h): bytes of shared memory, of a block and in all."""
+    """A device as csrc/cuda needs it (launch.h); shared memory in bytes, of a block and in all."""
 
     multiprocessors: int
     shared_limit: int
@@ -34,7 +34,7 @@ class Device(NamedTuple):
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
-    # by compute capability (CUDA C++ programming guide); torch < 2.7 does not say. A block has all but 1 KiB.
+    # From the CUDA C++ programming guide, as torch < 2.7 does not say it. A block gets 1 KiB less.
     kib = 228 if capability // 10 in (9, 10, 11) else 164 if capability in (80, 87) else 100
     return Device(properties.multi_processor_count, (kib - 1) * 1024, kib * 1024, capability)
 
@@ -61,7 +61,7 @@ def refuses(problem: Problem) -> str | None:
 
 
 def _not_compiled(projections: tuple[Projection, ...]) -> str | None:
-    """Why no instance of the kernels has these sizes, or None."""
+    """Why no kernel was compiled for these sizes, or None."""
     for p in projections:
         if p.phm_dim not in PHM_DIMS or p.rank not in RANKS:
             served = f"phm_dim {', '.join(map(str, PHM_DIMS))} and phm_rank {', '.join(map(str, RANKS))}"
@@ -72,11 +72,11 @@ def _not_compiled(projections: tuple[Projection, ...]) -> str | None:
 
 
 def _other_architecture(capability: int) -> str | None:
-    """Why what was compiled does not run on a device, or None: machine code serves its own generation."""
+    """Why the compiled code cannot run on a device, or None. Machine code fits one generation."""
     if capability < OLDEST:
         return f"the device is sm_{capability}; sm_{OLDEST} or later is needed"
     compiled = [int(name.removeprefix("sm_")) for name in _BUILD["cuda_archs"]]
-    newer = bool(compiled) and capability >= max(compiled)  # PTX of the last
+    newer = bool(compiled) and capability >= max(compiled)  # runs the PTX of the last architecture
     if not compiled or newer or any(a // 10 == capability // 10 and a <= capability for a in compiled):
         return None
     return f"compiled for {', '.join(f'sm_{a}' for a in compiled)}; the device is sm_{capability}"
@@ -86,9 +86,9 @@ def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:
     return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *device)
 
 
-@constant_when_compiled
+@evaluated_when_compiled
 def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | None:
-    """What the device and the native part have against a problem, or None."""
+    """Why the device or the native module cannot serve a problem, or None."""
     device = _device(index)
     return _other_architecture(device.capability) or _plan(operation, arguments, device).refuses() or None
 
@@ -99,7 +99,7 @@ def prepare(problem: Problem) -> Kernel[Any]:
 
 
 class _OnDevice(native.Kernel):
-    """A launch on the current stream of the device, which is that of the tensors. It waits for nothing."""
+    """A kernel that runs on the current stream of the tensors' device, without waiting for it."""
 
     def __init__(self, problem: Problem) -> None:
         self.device, self.index = problem.device, problem.device.index or 0
@@ -118,7 +118,7 @@ class _OnDevice(native.Kernel):
             with torch.cuda.device(self.index):
                 self.launch_backward(call, tokens, params)
             return
-        # goes back to the allocator when this returns, and so to later work of the same stream alone
+        # The allocator gets it back on return, and gives it only to later work of the same stream.
         workspace = torch.empty(self.plan.workspace(tokens), dtype=torch.float32, device=self.device)
         self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), params)
 

@@ -1,4 +1,4 @@
-"""The paper, literally: build H, then multiply. The definition of the function, and the oracle of every test."""
+"""The definition in the paper: build H, then multiply. Every test compares with it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ from torch import Tensor
 from compacter_kernels.activations import Activation
 from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import plain_kernel
+from compacter_kernels.impl.plain import plain_kernel, refuses as refuses, unavailable as unavailable
 from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights, kronecker_sum
-
-
-def unavailable() -> str | None:
-    """Why this impl cannot run in this process; None, since it is plain torch."""
-    return None
-
-
-def refuses(problem: Problem) -> str | None:
-    """Why this impl cannot serve the problem; None, since it serves every one."""
-    return None
 
 
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
@@ -31,13 +21,13 @@ def _project(x: Tensor, weights: PHMWeights) -> Tensor:
 
 
 def linear(call: LinearCall) -> Tensor:
-    """y = x H + b: x (..., in) -> (..., out), in x's dtype; computed in float32, or float64 for a float64 x."""
+    """y = x H + b, x (..., in) -> (..., out) in x's dtype, computed in `working_dtype(x)`."""
     x, weights = call
     return _project(x.to(working_dtype(x)), weights).to(x.dtype)
 
 
 def adapter(call: AdapterCall, activation: Activation) -> Tensor:
-    """scale * up(act(down(x))) [+ x] [+ residual]: (..., k) -> (..., k), in x's dtype."""
+    """scale * up(act(down(x))) [+ x] [+ residual], (..., k) -> (..., k) in x's dtype."""
     wide = call.x.to(working_dtype(call.x))
     y = _project(activation.function(_project(wide, call.down)), call.up)
     if call.scale != 1.0:

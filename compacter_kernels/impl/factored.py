@@ -1,7 +1,8 @@
-"""The same function through small matmuls that never form H: any device, any dtype, differentiable twice.
+"""The same function by small matmuls without H, on any device, in any dtype, differentiable twice.
 
-A projection of rank r is a low-rank map in -> n^2 r -> out whose factor on the wide side is block-diagonal and
-repeated; the rule folds into the factor on the narrow side. All sums run also over the rank index.
+A projection of rank r is a low-rank map in -> n^2 r -> out. Its factor on the wide side is
+block-diagonal with equal blocks; the rule is folded into the factor on the narrow side. All sums
+also run over the rank index.
 """
 
 from __future__ import annotations
@@ -13,42 +14,33 @@ from torch import Tensor
 from compacter_kernels.activations import Activation
 from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import plain_kernel
+from compacter_kernels.impl.plain import plain_kernel, refuses as refuses, unavailable as unavailable
 from compacter_kernels.impl.precision import working_dtype
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
 
-def unavailable() -> str | None:
-    """Why this impl cannot run in this process; None, since it is plain torch."""
-    return None
-
-
-def refuses(problem: Problem) -> str | None:
-    """Why this impl cannot serve the problem; None, since it serves every one."""
-    return None
-
-
 def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """x H for x (T, in), without H where the weights are factorised."""
+    """x H for x (T, in), without building H if the weights are factorised."""
     n, chunk, rank = left.shape
     tokens = x.shape[0]
-    if right is None:  # no low-rank form: H[p,u,q,v] = sum_i A_i[p,q] W_i[u,v] as one matmul
+    if right is None:
+        # H[p,u,q,v] = sum_i A_i[p,q] W_i[u,v] as one matmul, since W has no low-rank form
         w = rule.reshape(n, n * n).t() @ left.reshape(n, chunk * rank)
         return x @ w.reshape(n, n, chunk, rank).transpose(1, 2).reshape(n * chunk, n * rank)
     if chunk >= right.shape[2]:
-        # Z[p,i] = sum_u x[p,u] s_i[u],  y[q,v] = sum_{p,i} Z[p,i] C[(p,i),(q,v)],  C = A_i[p,q] t_i[v]
+        # Z[p,i] = sum_u x[p,u] s_i[u], y[q,v] = sum_pi Z[p,i] C[(p,i),(q,v)], C = A_i[p,q] t_i[v]
         z = x.reshape(tokens * n, chunk) @ left.transpose(0, 1).reshape(chunk, n * rank)
         c = rule.transpose(0, 1)[:, :, None, :, None] * right[None, :, :, None, :]  # (p, i, r, q, v)
         return z.reshape(tokens, n * n * rank) @ c.reshape(n * n * rank, -1)
-    # V[q,i] = sum_{p,u} x[p,u] D[(p,u),(q,i)],  D = A_i[p,q] s_i[u],  y[q,v] = sum_i V[q,i] t_i[v]
+    # V[q,i] = sum_pu x[p,u] D[(p,u),(q,i)], D = A_i[p,q] s_i[u], y[q,v] = sum_i V[q,i] t_i[v]
     d = rule.permute(1, 2, 0)[:, None, :, :, None] * left.transpose(0, 1)[None, :, None, :, :]  # (p, u, q, i, r)
     v = x @ d.reshape(n * chunk, n * n * rank)
     return (v.reshape(tokens * n, n * rank) @ right.reshape(n * rank, -1)).reshape(tokens, n * right.shape[2])
 
 
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
-    # a conversion that converts nothing takes time too
+    # to() takes time even if the dtype is the same
     rule, left, right, bias = [w if w is None or w.dtype == x.dtype else w.to(x.dtype) for w in weights]
     assert rule is not None and left is not None
     y = _product(x, rule, left, right)
@@ -60,13 +52,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(call: LinearCall) -> Tensor:
-    """y = x H + b: x (..., in) -> (..., out), in x's dtype; computed in float32, or float64 for a float64 x."""
+    """y = x H + b, x (..., in) -> (..., out) in x's dtype, computed in `working_dtype(x)`."""
     x, weights = call
     return _project(_rows(x), weights).to(x.dtype).reshape(*x.shape[:-1], weights.out_features)
 
 
 def adapter(call: AdapterCall, activation: Activation) -> Tensor:
-    """scale * up(act(down(x))) [+ x] [+ residual]: (..., k) -> (..., k), in x's dtype."""
+    """scale * up(act(down(x))) [+ x] [+ residual], (..., k) -> (..., k) in x's dtype."""
     x, rows = call.x, _rows(call.x)
     y = _project(activation.function(_project(rows, call.down)), call.up)
     if call.scale != 1.0:

@@ -1,7 +1,7 @@
 """The check that a tensor has memory, and enough of it, before a kernel gets its address.
 
-Sharding and offloading leave parameters whose storage has been freed, and a tensor subclass may have
-no storage of its own. An address shows neither.
+Sharding and offloading leave parameters whose storage has been freed, and a tensor subclass may
+have no storage of its own. An address shows neither.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Parameters:
         return params, known
 
     def _addresses(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-        """Return the addresses of contiguous tensors, or None where one is not contiguous or has none."""
+        """Return the addresses of the tensors, or None where one is not contiguous or has none."""
         if TENSORS is not None:
             return TENSORS.addresses(tensors)  # type: ignore[no-any-return]
         try:

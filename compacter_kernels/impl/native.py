@@ -1,4 +1,4 @@
-"""What the targets of csrc/ share: the arguments of a plan, and all of a call but its launch."""
+"""The part that all targets of csrc/ share: the arguments of a plan, a call up to its launch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 
 
 def plan_arguments(problem: Problem) -> tuple[Any, ...]:
-    """What every target's plan is made from.
+    """The arguments of every target's plan.
 
-    dtype of x, the activation of an adapter, (n, rank, in, out, has bias) of each projection, all parameter dtypes.
+    They are the dtype of x, the activation of an adapter, (n, rank, in, out, has bias) of each
+    projection, and the dtypes of all parameters.
     """
     activation = [] if problem.activation is None else [problem.activation.code]
     shapes = [
-        # index: under torch.compile a size may be a symbol, of which this asks the number
+        # Under torch.compile a size may be a symbol; index gives its number.
         (*map(index, (p.phm_dim, p.rank or 0, p.in_features, p.out_features)), p.dtypes[3] is not None)
         for p in problem.projections
     ]
@@ -33,9 +34,10 @@ def plan_arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 class Kernel:
-    """A plan of one target, which says how it is launched: with what between a call's arguments and its parameters.
+    """The base of each kernel: a target's plan, which a subclass launches.
 
-    call: addresses and sizes. params: the addresses of the parameters, in backward of their gradients too; 0: none.
+    A launch takes call, the addresses and sizes of a call, and params, the addresses of the
+    parameters and, in backward, of their gradients; 0 if there is none.
     """
 
     differentiable = norms = False
@@ -52,62 +54,62 @@ class Kernel:
 
 
 class Linear(Kernel):
-    """phm_linear, a `Kernel` of `LinearCall` but for its launch."""
+    """The `Kernel` of phm_linear, without its launch."""
 
     def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
         x, weights = call
-        x, (_, places) = readable(x, "x"), self.parameters.readable(weights)
+        x, (_, params) = readable(x, "x"), self.parameters.readable(weights)
         if out is None:
             out = x.new_empty((*x.shape[:-1], self.out_features))
-        self.launch_forward((x.data_ptr(), out.data_ptr(), x.numel() // self.width), places)
+        self.launch_forward((x.data_ptr(), out.data_ptr(), x.numel() // self.width), params)
         return out
 
     def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, places = self.parameters.readable(call.weights)
+        params, given = self.parameters.readable(call.weights)
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
-        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, (*places, *grads))
+        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, (*given, *grads))
         return tuple(results)
 
 
 class Adapter(Kernel):
-    """compacter_adapter, a `Kernel` of `AdapterCall` but for its launch.
+    """The `Kernel` of compacter_adapter, without its launch.
 
-    adds_both: whether the target can add x besides a residual.
+    adds_both: whether the target can add both x and a residual.
     """
 
     adds_both = False
 
     def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
         x, down, up, residual, add_x, scale, norm = call
-        x, (_, places) = readable(x, "x"), self.parameters.readable((*down, *up))
+        x, (_, params) = readable(x, "x"), self.parameters.readable((*down, *up))
         if residual is not None:
             residual = readable(residual, "residual")
             if add_x and not self.adds_both:
                 residual, add_x = residual + x, False
         if out is None:
             out = torch.empty_like(x)
-        other = 0 if residual is None else residual.data_ptr()
-        given = (x.data_ptr(), other, out.data_ptr(), add_x, x.numel() // self.width, scale)
+        added = 0 if residual is None else residual.data_ptr()
+        arguments = (x.data_ptr(), added, out.data_ptr(), add_x, x.numel() // self.width, scale)
         if norm is None:
-            self.launch_forward(given, places)
+            self.launch_forward(arguments, params)
         else:
-            self.launch_normed(given, norm, out, places)
+            self.launch_normed(arguments, norm, out, params)
         return out
 
     def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, places = self.parameters.readable((*call.down, *call.up))
+        params, given = self.parameters.readable((*call.down, *call.up))
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = addresses(results)
         tokens = x.numel() // self.width
-        given = (x.data_ptr(), grad.data_ptr(), grad_x, call.add_x, tokens, call.scale)
+        arguments = (x.data_ptr(), grad.data_ptr(), grad_x, call.add_x, tokens, call.scale)
         if call.norm is None:
-            self.launch_backward(given, tokens, (*places, *grads))
+            self.launch_backward(arguments, tokens, (*given, *grads))
         else:
-            self.launch_normed_backward(given, call.norm, (*places, *grads))
+            self.launch_normed_backward(arguments, call.norm, (*given, *grads))
         return tuple(results)
 
     def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Drop-in modules over the functions."""
+"""Drop-in modules that call the functions."""
 
 from compacter_kernels.nn.adapter import CompacterAdapter
 from compacter_kernels.nn.phm_linear import PHMLinear

@@ -1,4 +1,4 @@
-"""CompacterAdapter, a whole bottleneck adapter of two PHM projections."""
+"""CompacterAdapter, a bottleneck adapter of two PHM projections."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from compacter_kernels.problem import check_phm_dim
 
 
 class CompacterAdapter(nn.Module):
-    """scale * up(act(down(x))) + x: the adapter of Compacter (arXiv 2106.04647, section 3), a drop-in.
+    """scale * up(act(down(x))) + x, the adapter of Compacter (arXiv 2106.04647, section 3).
 
-    The down projection takes hidden_size to hidden_size // reduction_factor, the up projection takes it back. The
-    parameters are those of `PHMLinear` under `down.` and `up.`, then `scaling`, `norm_before.*`, `norm_after.*` where
-    they are asked for.
+    The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
+    are those of `PHMLinear` under `down.` and `up.`, and `scaling`, `norm_before.*` and
+    `norm_after.*` if the options ask for them.
 
-    One kernel computes `down` and `up` together. With hooks on one of them, such as those of pruning, or with another
-    module in its place, they are called as modules instead, one after the other.
+    One kernel computes down and up together. If one of them has hooks, as pruning adds, or is
+    replaced by another module, both are called as modules, one after the other.
 
     Args:
         hidden_size: the width of x; phm_dim must divide it and the bottleneck.
         reduction_factor: an int or a float.
         activation: a name or a callable, see `compacter_kernels.compacter_adapter`.
-        phm_rule: a Parameter to share with other adapters (a pair of them where the rule is factorised).
-        shared_phm_rule: without phm_rule, whether down and up share one rule (Compacter) or have one each.
+        phm_rule: a Parameter to share with other adapters; a pair for a factorised rule.
+        shared_phm_rule: without phm_rule, whether down and up share one rule, as in Compacter.
         add_residual: add x, or the `residual` passed to forward.
         scale: a number, or "learned" for a parameter `scaling` that starts at 1.
-        dropout: probability, on the scaled output before the residual.
-        ln_before, ln_after: layer norm on the input, and on the output; residual_before_ln says whether the residual is
-            added before the latter.
-        phm_bias, phm_rank, factorized_phm_W, factorized_phm_rule, learn_phm, init, phm_init_range, phm_c_init, impl:
-            see `PHMLinear`. phm_init_range is the spread of the rule that down and up share.
+        dropout: the probability of dropout on the scaled output, before the residual.
+        ln_before, ln_after: whether there is a layer norm of the input, and of the output.
+        residual_before_ln: whether the residual is added before the layer norm of the output.
+        phm_init_range: the spread of the rule that down and up share.
+        phm_bias, phm_rank, factorized_phm_W, factorized_phm_rule, learn_phm, init, phm_c_init,
+            impl: see `PHMLinear`.
 
     Raises:
-        TypeError, ValueError: at construction, naming the option and what would do.
+        TypeError, ValueError: an option does not fit; the message names it and a value that does.
     """
 
     scaling: nn.Parameter | None
@@ -122,7 +123,7 @@ class CompacterAdapter(nn.Module):
             reset_rule(self.down.rule_parameters(), self.down.phm_init_range, self.down.phm_c_init)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, except a rule that was passed in."""
+        """Draw new values for all weights, except a rule that was passed in."""
         self.down.reset_parameters()
         self.up.reset_parameters()
         self._reset_shared_rule()
@@ -133,9 +134,9 @@ class CompacterAdapter(nn.Module):
                 norm.reset_parameters()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., hidden_size) -> the same shape, in x's dtype where the residual has it too.
+        """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
 
-        residual: what to add instead of x (parallel placement, a residual from before a norm).
+        residual: a tensor to add instead of x, for a parallel adapter or a residual before a norm.
         """
         if residual is None and self.add_residual:
             residual = x
@@ -170,10 +171,10 @@ class CompacterAdapter(nn.Module):
         return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompacterAdapter:
-        """What `to`, `double`, `to_empty` and their like call: a rule that down and up share is one afterwards too.
+        """Keep a rule that down and up share when `to`, `double`, `to_empty` and so on call this.
 
-        torch puts new Parameters in place of those on meta, one for each name that a Parameter has; it has no public
-        name for this.
+        torch replaces a Parameter on meta by a new one for each of its names. It has no public hook
+        for this.
         """
         down, up = (self._modules[position]._parameters for position in ("down", "up"))  # type: ignore[union-attr]
         shared = [name for name, rule in down.items() if rule is not None and up.get(name) is rule]
@@ -183,7 +184,7 @@ class CompacterAdapter(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """The arguments that rebuild this adapter; a rule passed in appears by the name phm_rule."""
+        """The arguments that rebuild this adapter. A rule passed in appears as phm_rule."""
         down = self.down
         if not self._as_built():
             return f"{self.hidden_size}"
@@ -192,18 +193,18 @@ class CompacterAdapter(nn.Module):
             "hidden_size",
             names={"phm_rule": "phm_rule"} if down.shared_phm_rule and not self._own_rule else {},
             phm_bias=down.b is not None,
-            **{name: getattr(down, name) for name in _OF_PROJECTION},
+            **{name: getattr(down, name) for name in _PROJECTION_OPTIONS},
         )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})" if self._as_built() else super().__repr__()
 
     def _as_built(self) -> bool:
-        """Whether nobody has put another module in the place of a projection, which no argument would say."""
+        """Whether both projections are still PHMLinear, which arguments can describe."""
         return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
 
 
-_OF_PROJECTION = (
+_PROJECTION_OPTIONS = (
     "phm_dim",
     "phm_rank",
     "factorized_phm_W",

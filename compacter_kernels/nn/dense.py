@@ -1,4 +1,4 @@
-"""Dense projections as they are read, and what making a layer of given weights takes."""
+"""Reading dense projections, and helpers for layers that are built from given weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DenseProjection = nn.Linear | Tensor | tuple[Tensor, Tensor | None]
 
 
 def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias of an nn.Linear, a weight, or a pair of both, checked."""
+    """The checked weight (out, in) and bias of an nn.Linear, a weight or a pair (weight, bias)."""
     if isinstance(projection, nn.Linear):
         weight, bias = projection.weight, projection.bias
     elif isinstance(projection, Tensor):
@@ -41,14 +41,14 @@ def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | Non
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Modules draw their weights when they are made; that is undone."""
+    """A context that keeps the random state, although new modules draw their weights."""
     if device.type in ("cpu", "meta"):
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
 
 def rounded(weights: PHMWeights, dtype: torch.dtype, keep_rule: bool = False) -> PHMWeights:
-    """The weights as they are stored; a rule that was given is stored elsewhere."""
+    """The weights rounded to `dtype`, except the bias and, with keep_rule, the rule."""
     rule, left, right, bias = weights
     return PHMWeights(
         rule if keep_rule else rule.to(dtype), left.to(dtype), None if right is None else right.to(dtype), bias

@@ -1,4 +1,4 @@
-"""Whether a module has to be called as one, since a kernel in its stead would leave something out."""
+"""Whether a kernel may compute a module, or the module must be called to run its hooks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from compacter_kernels.private import hooked
 
 
 def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
-    """Whether a call of each of these modules runs `forward`, a function of their class, and nothing else.
+    """Whether a call of each module runs `forward`, a function of its class, and nothing else.
 
-    It does not where a hook is registered, nor where somebody has put another forward on the module itself, as
-    accelerate does, nor for a module of another kind. Every call asks this, so that it only reads attributes.
+    It does not with hooks, of a module or of all modules (`register_module_forward_hook`), with
+    another class, or if accelerate has set a forward on the module. It may leave the class's own
+    forward there, which is allowed. Every call runs this check, which only reads attributes.
     """
     for module in modules:
         if type(module).forward is not forward or (

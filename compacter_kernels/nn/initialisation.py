@@ -1,4 +1,4 @@
-"""How the weights start: as the authors of Compacter draw them, or as the `adapters` library does."""
+"""The initial weights, drawn as by the authors of Compacter or by the `adapters` library."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from compacter_kernels.nn.partitioned import gathered
 
 STYLES = ("paper", "adapters")
 RULE_DISTRIBUTIONS = ("normal", "uniform")
-OWN_RULE_RANGE = 0.01  # the authors' range for a rule that one projection has for itself
+OWN_RULE_RANGE = 0.01  # the authors' spread of a rule that projections do not share
 
 
 def check_options(init: str, phm_c_init: str, phm_init_range: float) -> None:
-    """Raise ValueError for an initialisation that is not known."""
+    """Raise ValueError for an unknown initialisation."""
     if init not in STYLES:
         raise ValueError(f"init={init!r} is not known; choose one of {', '.join(STYLES)}")
     if phm_c_init not in RULE_DISTRIBUTIONS:
@@ -32,7 +32,7 @@ def reset_factors(factors: Sequence[Tensor], init: str) -> None:
     """Draw W_left, W_right or W, slice by slice.
 
     paper: xavier uniform with gain sqrt 2, the "glorot-uniform" of the authors' Compacter runs.
-    adapters: xavier normal with gain 1, what `adapters` draws whatever its option says.
+    adapters: xavier normal with gain 1, which `adapters` draws whatever its option says.
     """
     with gathered(factors, change=True):
         for matrix in itertools.chain.from_iterable(factors):
@@ -44,7 +44,7 @@ def reset_factors(factors: Sequence[Tensor], init: str) -> None:
 
 @torch.no_grad()
 def reset_rule(rules: Sequence[Tensor], spread: float, distribution: str) -> None:
-    """Draw phm_rule, or its two factors: normal with that deviation, or uniform in [-spread, spread]."""
+    """Draw phm_rule or its factors: normal of deviation spread, or uniform in [-spread, spread]."""
     with gathered(rules, change=True):
         for rule in rules:
             if distribution == "normal":

@@ -1,7 +1,7 @@
-"""Parameters that ZeRO stage 3 of DeepSpeed keeps in pieces, one in each process.
+"""Parameters that DeepSpeed's ZeRO stage 3 keeps in pieces, one in each process.
 
-Such a parameter is empty and has its shape in `ds_shape`. DeepSpeed itself is not imported here: whoever has such
-parameters has done it.
+Such a parameter is empty, and `ds_shape` holds its shape. This module does not import DeepSpeed:
+a program that has such parameters has imported it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 def full_shape(tensor: Tensor) -> torch.Size:
-    """The shape that the whole tensor has."""
+    """The shape of the whole tensor."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def gathered(tensors: Iterable[Tensor], *, change: bool = False) -> AbstractContextManager[Any]:
-    """A context in which those of the tensors that are in pieces are whole; all processes must enter it.
+    """A context in which partitioned tensors are whole. All processes must enter it.
 
-    change: what is written there stays, as rank 0 wrote it.
+    change: whether the values that rank 0 writes in the context are kept.
 
     Raises:
-        RuntimeError: parameters of a DeepSpeed that is not there.
+        RuntimeError: tensors are partitioned, but DeepSpeed is not imported.
     """
     pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not pieces:

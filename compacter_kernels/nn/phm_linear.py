@@ -28,26 +28,25 @@ def rule_shapes(phm_dim: int, factorized_phm_rule: bool) -> tuple[tuple[int, int
 
 
 class PHMLinear(nn.Module):
-    """y = x H + b with H = sum_i A_i (x) (s_i t_i), a drop-in for nn.Linear (arXiv 2106.04647, equation 5).
+    """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5).
 
-    Parameters, named as the field names them, n = phm_dim and r = phm_rank:
-        W_left (n, in/n, r), W_right (n, r, out/n), or W (n, in/n, out/n) with factorized_phm_W=False;
-        phm_rule (n, n, n), or phm_rule_left (n, n, 1) and phm_rule_right (n, 1, n) with factorized_phm_rule=True;
+    It is a drop-in for nn.Linear. Its parameters, with n = phm_dim and r = phm_rank:
+        W_left (n, in/n, r) and W_right (n, r, out/n); W (n, in/n, out/n) if not factorized_phm_W;
+        phm_rule (n, n, n); phm_rule_left (n, n, 1), phm_rule_right (n, 1, n) if it is factorised;
         b (out,), or None with bias=False.
 
     Args:
-        in_features, out_features: widths; phm_dim must divide both.
-        bias, device, dtype: as nn.Linear has them, also in its order, without names. All else is given by name.
-        phm_rule: a Parameter (n, n, n), or a pair of them where the rule is factorised, to share with other modules.
-        learn_phm: False keeps the rule as it is, whatever a training script does to requires_grad.
+        in_features, out_features: the widths; phm_dim must divide both.
+        bias, device, dtype: as for nn.Linear, in the same positions; all other options have names.
+        phm_rule: a shared Parameter (n, n, n), or a pair if it is factorised, which stays as it is.
+        learn_phm: False keeps the rule fixed, even if a training script sets requires_grad.
         init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
-        phm_init_range: spread of a rule that modules share; one that the layer has for itself starts at the authors'
-            0.01. A rule passed in is never drawn anew.
-        phm_c_init: "normal" or "uniform", how the rule is drawn.
+        phm_init_range: the spread of a rule that modules share; otherwise it is the authors' 0.01.
+        phm_c_init: the distribution of the rule, "normal" or "uniform".
         impl: see `compacter_kernels.phm_linear`.
 
     Raises:
-        TypeError, ValueError: at construction, naming the option and what would do.
+        TypeError, ValueError: an option does not fit; the message names it and a value that does.
     """
 
     W: nn.Parameter
@@ -78,7 +77,7 @@ class PHMLinear(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(bias, bool):  # the authors' PHMLinear has phm_dim there
+        if not isinstance(bias, bool):  # the authors' PHMLinear takes phm_dim in this position
             raise TypeError(f"bias must be True or False, got {bias!r}; phm_dim is given by name, phm_dim={bias!r}")
         check_phm_dim(phm_dim, phm_rank, in_features=in_features, out_features=out_features)
         check_options(init, phm_c_init, phm_init_range)
@@ -99,7 +98,7 @@ class PHMLinear(nn.Module):
         else:
             self.W = parameter(n, chunk_in, chunk_out)
         shapes = rule_shapes(n, factorized_phm_rule)
-        rules = [parameter(*s, learn=learn_phm) for s in shapes] if phm_rule is None else _given(phm_rule, shapes)
+        rules = [parameter(*s, learn=learn_phm) for s in shapes] if phm_rule is None else _rule_list(phm_rule, shapes)
         for name, rule in zip(self.rule_names(), rules, strict=True):
             self.register_parameter(name, rule)
         self.register_parameter("b", parameter(out_features) if bias else None)
@@ -117,17 +116,17 @@ class PHMLinear(nn.Module):
         seed: int = 0,
         **options: Any,
     ) -> tuple[PHMLinear, float]:
-        """The layer nearest to a dense one, in its dtype and on its device, and |H - H'| / |H| in the Frobenius norm.
+        """The layer nearest to a dense one, and |H - H'| / |H| in the Frobenius norm.
 
-        Takes an nn.Linear, a weight (out, in) or a pair (weight, bias); options are those of the constructor. See
-        `compacter_kernels.from_dense`, also for when the error can be small.
+        linear: an nn.Linear, a weight (out, in) or a pair (weight, bias), with the dtype and device
+        of the layer. options: those of the constructor. See also `compacter_kernels.from_dense`.
         """
         weight, bias = read_projection(linear, "linear")
         if unknown := {"bias", "device", "dtype", "phm_rule", "factorized_phm_rule"} & options.keys():
             raise TypeError(f"from_dense takes no {', '.join(sorted(unknown))}")
         options |= {"phm_dim": phm_dim, "phm_rank": phm_rank, "bias": bias is not None, "dtype": weight.dtype}
         out_features, in_features = weight.shape
-        cls(in_features, out_features, device="meta", **options)  # raises for what does not fit
+        cls(in_features, out_features, device="meta", **options)  # raises for a wrong option
         matrix = weight.detach().to("cpu", torch.float64).T
         rank = phm_rank if options.get("factorized_phm_W", True) else None
         (weights,) = fit([matrix], phm_dim, rank, starts=starts, seed=seed)
@@ -139,7 +138,7 @@ class PHMLinear(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: PHMWeights, with_rule: bool = True) -> None:
-        """Copy these weights into the parameters, a bias where both have one."""
+        """Copy these weights into the parameters; the bias only if both have one."""
         if with_rule:
             self.phm_rule.copy_(weights.rule)
         if weights.right is None:
@@ -151,26 +150,27 @@ class PHMLinear(nn.Module):
             self.b.copy_(weights.bias)
 
     def borrow(self, owner: nn.Module, **names: str) -> None:
-        """Use parameters of another module in place of this layer's, which it then neither holds, moves nor saves.
+        """Use the parameters of another module instead of this layer's own, which are deleted.
 
-        The owner is asked in every call, so that whatever replaces its parameters (a sharded model, say) is followed.
+        The layer then does not hold, move or save them. It reads them from the owner in every call,
+        and so follows a sharded model, for example, that replaces them.
 
-        names: this layer's parameter -> the owner's, for example phm_rule="phm_rule", W_left="W_down_left".
+        names: the owner's name of each parameter, as in phm_rule="phm_rule", W_left="W_down_left".
         """
-        for name, theirs in names.items():
+        for name, owner_name in names.items():
             shape = full_shape(getattr(self, name))
-            if full_shape(getattr(owner, theirs)) != shape:
-                raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {theirs} another")
-        for name, theirs in names.items():
+            if full_shape(getattr(owner, owner_name)) != shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {owner_name} another")
+        for name, owner_name in names.items():
             delattr(self, name)
-            self._borrowed[name] = (owner, theirs)
+            self._borrowed[name] = (owner, owner_name)
 
     def _weight(self, name: str) -> nn.Parameter:
-        """A parameter, this layer's or one that it borrows, on this layer's device."""
+        """A parameter of this layer, or a borrowed one, on the device of this layer."""
         if name not in self._borrowed:
             return parameter(self, name)  # type: ignore[no-any-return]
-        owner, theirs = self._borrowed[name]
-        weight: nn.Parameter = getattr(owner, theirs)
+        owner, owner_name = self._borrowed[name]
+        weight: nn.Parameter = getattr(owner, owner_name)
         b = parameter(self, "b")
         return weight if b is None or weight.device == b.device else weight.to(b.device)  # type: ignore[return-value]
 
@@ -183,11 +183,11 @@ class PHMLinear(nn.Module):
         return ("W_left", "W_right") if self.factorized_phm_W else ("W",)
 
     def rule_parameters(self) -> tuple[nn.Parameter, ...]:
-        """phm_rule, or its two factors: what `phm_rule=` of another module takes to share it."""
+        """phm_rule or its two factors, which another module takes as `phm_rule=` to share them."""
         return tuple(self._weight(name) for name in self.rule_names())
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, except a shared rule and what is borrowed; biases are zero."""
+        """Draw new weights, except a shared rule and borrowed parameters; the bias becomes zero."""
         reset_factors([getattr(self, name) for name in self.factor_names() if name not in self._borrowed], self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
@@ -196,7 +196,7 @@ class PHMLinear(nn.Module):
                 nn.init.zeros_(self.b)
 
     def weights(self) -> PHMWeights:
-        """The parameters as the functions take them; a factorised rule is multiplied out, a fixed one detached."""
+        """The parameters for the functions: a factorised rule multiplied, a fixed one detached."""
         if self.factorized_phm_rule:
             rule: Tensor = factorised_rule(self._weight("phm_rule_left"), self._weight("phm_rule_right"))
         else:
@@ -210,10 +210,11 @@ class PHMLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """H^T (out, in), as nn.Linear has it, for code that reads the matrix; computed anew in each read.
+        """H^T (out, in), like the weight of nn.Linear, for code that reads the matrix.
 
-        It is differentiable, in the dtype of the layer's parameters. What is written into it is lost. A call of the
-        layer itself never builds it, and keeps more digits in bfloat16 and float16.
+        Each read computes it again, differentiable and in the dtype of the parameters; values
+        written into it are lost. A call of the layer never builds it, and is more exact than it in
+        bfloat16 and float16.
         """
         weights = self.weights()
         return phm_matrix(weights).T.to(weights.left.dtype)
@@ -224,16 +225,16 @@ class PHMLinear(nn.Module):
         return parameter(self, "b")  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) in x's dtype."""
+        """Map x (..., in) to (..., out) in x's dtype."""
         return phm_linear(x, self.weights(), impl=self.impl)
 
     def extra_repr(self) -> str:
-        """The arguments that rebuild this layer; a shared rule appears by the name phm_rule."""
+        """The arguments that rebuild this layer. A shared rule appears as phm_rule."""
         rule = {"phm_rule": "phm_rule"} if self.shared_phm_rule else {}
         return arguments(self, "in_features", "out_features", bias=self.b is not None, names=rule)
 
 
-def _given(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.Parameter]:
+def _rule_list(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.Parameter]:
     rules = list(phm_rule) if isinstance(phm_rule, (tuple, list)) else [phm_rule]
     if len(rules) != len(shapes):
         raise ValueError(f"phm_rule must be {len(shapes)} tensor(s) of shapes {shapes}, got {len(rules)}")

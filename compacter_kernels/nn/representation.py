@@ -1,4 +1,4 @@
-"""The arguments of a module's constructor, read back from the module: what its repr prints."""
+"""The arguments of a constructor, read back from the module, for its repr."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 
 
 def arguments(module: nn.Module, *positional: str, names: dict[str, str], **values: Any) -> str:
-    """The constructor call's arguments that differ from the defaults.
+    """The arguments of the constructor call that differ from their defaults.
 
-    positional: attributes printed first, without a name. names: arguments printed as a bare name, since no literal can
-    stand for them; a function is printed so too. values: arguments whose value is no attribute of that name.
+    positional: attributes that are printed first, without a name. names: arguments that are printed
+    as a bare name, like functions, because they have no literal. values: arguments whose value is
+    not an attribute of the same name.
     """
     parts = [repr(getattr(module, name)) for name in positional]
     parameter = next(module.parameters())

@@ -1,6 +1,5 @@
-// The activations: value and slope. Each is one struct; `with_activation` turns the enum into a type.
-//
-// NaN goes through, so no max(x, 0). Where a product would be 0 * infinity for large finite y, y is clamped first.
+// The activations, value and slope, one struct each; `with_activation` turns the enum into a type.
+// They use no max(x, 0), so that NaN stays NaN. y is clamped if a large y would give 0 * infinity.
 #pragma once
 
 #include "../adapter.h"
@@ -12,7 +11,7 @@ struct ValueAndSlope {
     Vec value, slope;
 };
 
-// sigma(y) = 1 / (1 + e^-y), and its slope sigma (1 - sigma) = e / (1 + e)^2 with e = exp(-|y|): 1 - sigma would cancel
+// sigma(y) = 1 / (1 + e^-y), slope = e / (1 + e)^2, e = exp(-|y|); sigma (1 - sigma) would cancel
 COMPACTER_INLINE Vec sigmoid(Vec y) { return 1.f / (1.f + exp(-y)); }
 
 COMPACTER_INLINE ValueAndSlope sigmoid_with_slope(Vec y) {
@@ -45,7 +44,7 @@ struct Sigmoid {
     static COMPACTER_INLINE ValueAndSlope both(Vec y) { return sigmoid_with_slope(y); }
 };
 
-// tanh: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|y|) elsewhere; slope = 4 e / (1 + e)^2
+// tanh: a polynomial near 0, else (1 - e) / (1 + e) with e = exp(-2|y|); slope = 4 e / (1 + e)^2
 struct Tanh {
     static COMPACTER_INLINE Vec value(Vec y) { return both(y).value; }
     static COMPACTER_INLINE ValueAndSlope both(Vec y) {
@@ -102,7 +101,8 @@ struct Gelu {
     }
 };
 
-// y tanh(log(1 + e^y)) = y w / (w + 2), w = e (e + 2), e = e^y; slope = w / (w + 2) + 4 y e (e + 1) / (w + 2)^2
+// y tanh(log(1 + e^y)) = y w / (w + 2) with e = e^y, w = e (e + 2);
+// slope = w / (w + 2) + 4 y e (e + 1) / (w + 2)^2
 struct Mish {
     static COMPACTER_INLINE Vec value(Vec y) {
         const Vec e = exp(clamp(y, -105.f, 20.f)), w = e * (e + 2.f);

@@ -1,5 +1,5 @@
-// out = up(act(down(x))) + residual [+ x], or the layer norm of that, and its gradients, block by block. The scale is part
-// of up's right and bias.
+// out = up(act(down(x))) + residual [+ x], or its layer norm, and the gradients, block by block.
+// The scale is a factor of up's right and bias.
 #pragma once
 
 #include "bottleneck.h"
@@ -10,7 +10,7 @@ namespace compacter::COMPACTER_ISA {
 
 using cpu::AdapterJob;
 
-// Names as in the formulas: quantities of the up projection end in 2.
+// The names are those of the formulas; quantities of the up projection end in 2.
 struct AdapterScratch {
     float *z, *v, *z2, *v2, *h, *slope, *dh, *x_contraction, *g_contraction, *kept, *kept2;
 
@@ -49,7 +49,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
-        // In cache the room for the output takes as long to come as x; a residual of its own takes longest.
+        // Prefetches the slowest: another residual, or x if the output is streamed, or the output.
         T* y_rows = y + token * up.out;
         const T* x_next = rows_after(x, token, end, down.in);
         const T* other = residual && residual != x ? residual + token * up.out : nullptr;

@@ -1,4 +1,4 @@
-// Hands out pieces of a part's scratch. With no scratch behind it, it only counts.
+// Divides the scratch of a part. Without scratch (nullptr), it only counts.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-// The bottleneck of an adapter, whole in the lane layout: from V of the down projection to Z of the up projection.
+// The bottleneck of an adapter in the lane layout, from V of down to Z of up.
 #pragma once
 
 #include "activations.h"
@@ -21,14 +21,14 @@ inline void contract_bottleneck(const Factors& up, float* h, float* z2) {
         lane_gemm({z2 + p * up.m * lanes, 1}, up.m, {h + p * chunk * lanes, 1}, chunk, {up.left, chunk, 1});
 }
 
-// h = act(y), in place
+// h = act(y), which overwrites y.
 inline void activate(Activation activation, float* y, int64_t d) {
     with_activation(activation, [&](auto act) {
         for (int64_t j = 0; j < d * lanes; j += W) store(y + j, act.value(load(y + j)));
     });
 }
 
-// h = act(y), in place, and act'(y)
+// h = act(y), which overwrites y, and act'(y).
 inline void activate_with_slope(Activation activation, float* y, float* slope, int64_t d) {
     with_activation(activation, [&](auto act) {
         for (int64_t j = 0; j < d * lanes; j += W) {
@@ -45,7 +45,7 @@ inline void left_gradient(const Factors& up, const float* h, const float* dz2, f
     lane_outer(sum, chunk, dz2, h, 1, 1, {up.n, up.m, up.m, chunk, chunk});
 }
 
-// dy[p,v] = act'(y)[p,v] sum_c s2_c[v] dZ2[p,c], in the place of act'(y); `dh` is scratch
+// dy[p,v] = act'(y)[p,v] sum_c s2_c[v] dZ2[p,c], which overwrites act'(y); `dh` is scratch.
 inline void preactivation_gradient(const Factors& up, float* dz2, float* dh, float* slope) {
     const int64_t chunk = up.in_chunk();
     for (int64_t p = 0; p < up.n; ++p)

@@ -7,11 +7,11 @@
 namespace compacter::cpu {
 namespace {
 
-// A larger one serves a socket's many cores, and holds mostly what others put there: where 260 MiB were reported to a
-// machine of two cores, 32 MiB kept up with a copy from memory and more fell behind it.
+// A larger cache serves many cores and holds mostly their data. With two cores and 260 MiB,
+// a limit of 32 MiB was as fast as a copy from memory, and a larger limit was slower.
 constexpr int64_t largest_share = int64_t{32} << 20;
 
-// What Linux says of the cache that this processor shares; sysconf adds up the caches of all cores on some machines.
+// The size that Linux reports. On some machines sysconf adds the caches of all cores instead.
 int64_t ask() {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
     int64_t size = 0;

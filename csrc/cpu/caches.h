@@ -4,8 +4,8 @@
 
 namespace compacter::cpu {
 
-// Bytes of the last-level cache that a call may count on: what the system tells, or a typical size where it does not,
-// and at most 32 MiB.
+// The bytes of the last-level cache that a call can use: the size that the system reports, or a
+// typical one, but at most 32 MiB.
 int64_t last_level_cache();
 
 }  // namespace compacter::cpu

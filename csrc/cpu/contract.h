@@ -1,8 +1,8 @@
 // From rows of tokens to lanes, the first read of x (and of g):   Z[p,c] = sum_u x[p,u] s_c[u]
 //
-// A vector holds `span` numbers u of each of `group` = W / span rows c of s, and `span` numbers of x repeated: the shorter
-// the span, the fewer sums have to be added up at the end (fold4: four tokens at once, straight into lanes), and the more
-// loads of x there are. Few rows take the longer span.
+// A vector holds `span` numbers u for each of `group` = W / span rows c of s, another the same
+// numbers of x repeated. A shorter span leaves fewer sums to add at the end (fold4 adds four tokens
+// at once into lanes), but loads x more often. A small m takes the longer span.
 #pragma once
 
 #include "element.h"
@@ -22,8 +22,8 @@ public:
         return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
     }
 
-    // z[p,c][token] of `tokens` <= 16 rows of x, zero for the other lanes. `next`: as many rows that will be read or
-    // written soon, fetched meanwhile, as this is the phase that stores next to nothing; may be null.
+    // z[p,c][token] of `tokens` <= 16 rows of x, zero in the other lanes. `next`, or null: as many
+    // rows that are used soon. They are prefetched here, in the phase that stores almost nothing.
     template <class T>
     void operator()(const T* x, int64_t tokens, float* z, const T* next = nullptr) const {
         if (tokens < lanes)
@@ -52,7 +52,7 @@ private:
 
     static int64_t groups(int64_t m, int span) { return (m * span + W - 1) / W; }
 
-    // packed[group][u / span][row in group][span], zeros where s has no number
+    // packed[group][u / span][row in group][span], padded with zeros.
     template <int Span>
     void pack(const float* basis) {
         const int64_t padded = round_up(chunk, Span);
@@ -81,7 +81,7 @@ private:
             tiles<2, 1>(0, groups(m, Span), body);
     }
 
-    // R tokens by G groups. A step prefetches in every other row, the next one in the rows between.
+    // R tokens by G groups. A step prefetches in every second row, the next step in the others.
     template <int R, int G, int Span, class T>
     __attribute__((noinline)) void tile(const T* rows, const T* ahead, int64_t first, float* z) const {
         const int64_t stride = n * chunk;

@@ -1,4 +1,4 @@
-// One number of any float dtype to fp32 and back, and loops over arrays of them.
+// Conversions of one number of any float dtype to fp32 and back.
 #pragma once
 
 #include <cstdint>

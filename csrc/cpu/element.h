@@ -1,4 +1,4 @@
-// Numbers of x, g and the output in memory (f32, bf16, f16), and as fp32 in a vector.
+// The numbers of x, g and the output: f32, bf16 or f16 in memory, fp32 in a vector.
 #pragma once
 
 #include "simd.h"
@@ -16,7 +16,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(2 * W), aligned(2), may_ali
 
 COMPACTER_INLINE BitVec widen(HalfBits half) {
 #if defined(__AVX512F__)
-    return (BitVec)_mm512_cvtepu16_epi32((__m256i)half);  // one instruction; GCC takes three for the line below
+    return (BitVec)_mm512_cvtepu16_epi32((__m256i)half);  // one instruction, where GCC needs three
 #else
     return __builtin_convertvector(half, BitVec);
 #endif
@@ -69,7 +69,7 @@ COMPACTER_INLINE HalfBits load_bits(const void* p) { return *static_cast<const H
 COMPACTER_INLINE Vec load(const bf16* p) { return from_bf16(load_bits(p)); }
 COMPACTER_INLINE Vec load(const f16* p) { return from_f16(load_bits(p)); }
 
-// The same Span numbers again and again.
+// The same Span numbers, repeated.
 template <int Span>
 COMPACTER_INLINE HalfBits load_bits_repeated(const void* p) {
 #if defined(__AVX512F__)
@@ -82,7 +82,7 @@ COMPACTER_INLINE HalfBits load_bits_repeated(const void* p) {
 #endif
 }
 
-// For bf16 one byte shuffle puts each number into the upper half of its fp32.
+// One byte shuffle moves each bf16 number to the upper half of its fp32.
 template <int Span>
 COMPACTER_INLINE Vec load_repeated(const bf16* p) {
 #if defined(__AVX512F__)
@@ -105,7 +105,7 @@ COMPACTER_INLINE Vec load_repeated(const f16* p) {
 COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
 COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
 
-// The first `count` < W numbers, zeros behind them; reads and writes nothing beyond.
+// The first `count` < W numbers, then zeros. No memory behind them is read or written.
 template <class T>
 COMPACTER_INLINE Vec load(const T* p, int64_t count) {
     T padded[W] = {};
@@ -139,7 +139,7 @@ COMPACTER_INLINE void store(f16* p, Vec v, int64_t count) {
 }
 #endif
 
-// Store past the caches; p is aligned to the bytes written. Only for data that no cache would hold until it is read.
+// A store past the caches, for data that they cannot hold until it is read. p must be aligned.
 COMPACTER_INLINE void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)v);
@@ -165,7 +165,7 @@ COMPACTER_INLINE void stream_bits(void* p, HalfBits half) {
 COMPACTER_INLINE void stream(bf16* p, Vec v) { stream_bits(p, to_bf16(v)); }
 COMPACTER_INLINE void stream(f16* p, Vec v) { stream_bits(p, to_f16(v)); }
 
-// Streamed stores of this thread become visible before what it does next.
+// Makes streamed stores of this thread visible before its later stores.
 COMPACTER_INLINE void stream_fence() {
 #if defined(__SSE2__)
     _mm_sfence();
@@ -176,7 +176,7 @@ COMPACTER_INLINE void stream_fence() {
 template <class T>
 constexpr int vectors_per_line = W * sizeof(T) >= 64 ? 1 : 64 / (W * sizeof(T));
 
-// Tiles of U vectors over [0, width), the last one cut: body(Int<U>, u, count), count = numbers in the last vector.
+// Tiles of U vectors: body(Int<U>, u, cut, count). The last vector may be cut to `count` numbers.
 template <int... Sizes, class Body>
 COMPACTER_INLINE void columns(int64_t width, const Body& body) {
     const int64_t whole = width / W;

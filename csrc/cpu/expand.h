@@ -1,6 +1,6 @@
-// From lanes to rows of tokens, the only write:   out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
-//
-// In this order: where a residual is far larger than the adapter's output, each addition after it costs a rounding of its size.
+// From lanes to rows of tokens, the only write:
+//     out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
+// The residual comes last, since each addition after a large residual would round to its size.
 #pragma once
 
 #include "element.h"
@@ -14,8 +14,8 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
 
-    // Rows of `tokens` <= 16 tokens; residual and also may be null. `next`: rows of the
-    // next block, which are fetched meanwhile; may be null.
+    // Rows of `tokens` <= 16 tokens. It prefetches `next`, the rows of the next block, which may be
+    // null like residual and also.
     void operator()(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
             blocks<4>(v, residual, also, out, tokens, next);
@@ -28,12 +28,12 @@ struct Expansion {
     }
 
 private:
-    static constexpr int64_t page = 4096;  // bytes; in wider rows each step from token to token would meet a new one
+    static constexpr int64_t page = 4096;  // bytes; with wider rows each token would touch a new page
 
-    // M: the number of terms where it is known at compile time, else 0.
+    // M: the number of terms if it is known at compile time, else 0.
     template <int M>
     void blocks(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
-        // Backwards: what was read last, the end of x's rows, is still in the first cache.
+        // Backwards, since the ends of x's rows were read last and are still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
             const Chunk here{v + q * m * lanes,           bias ? bias + at : nullptr, residual ? residual + at : nullptr,
@@ -49,7 +49,7 @@ private:
         }
     }
 
-    // One chunk of a block: pointers to its first number.
+    // Pointers to the first number of a chunk.
     struct Chunk {
         const float *coef, *bias;
         const T *residual, *also;
@@ -57,11 +57,11 @@ private:
         const T* next;
     };
 
-    // The basis stays in registers while the tokens go by: few loads, and the stores come evenly.
+    // The basis stays in registers for all tokens, which saves loads and spreads the stores.
     template <int U, int M, bool Cut>
     __attribute__((noinline)) void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
                                               int64_t count) const {
-        // Copies, as the compiler must take a store to the output for one to what `this` and `at` point to.
+        // Copies, since a store to the output might change the members of `this` and `at`.
         const int64_t row = n * chunk;
         const bool streams = streaming;
         const float* coef = at.coef;
@@ -80,7 +80,7 @@ private:
             Vec sum[U];
 #pragma GCC unroll 4
             for (int k = 0; k < U; ++k) sum[k] = start[k];
-            if (!streams) {  // the line is there when the products are
+            if (!streams) {  // the line has arrived when the products are ready
 #pragma GCC unroll 4
                 for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(out + k * W, 1, 3);
             }
@@ -118,7 +118,7 @@ private:
         });
     }
 
-    // R tokens by U vectors; the basis comes from the first cache.
+    // R tokens by U vectors, with the basis from the first cache.
     template <int R, int U, int M, bool Cut>
     COMPACTER_INLINE void token_tile(const Chunk& at, int64_t token, int64_t u, std::bool_constant<Cut>, int64_t count) const {
         const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
@@ -179,7 +179,7 @@ private:
     }
 };
 
-// Whether every whole vector of every row of `out` is aligned, so that it may be streamed.
+// Whether all vectors of all rows of `out` are aligned, as streamed stores require.
 template <class T>
 COMPACTER_INLINE bool can_stream(const T* out, int64_t chunk) {
     return reinterpret_cast<uintptr_t>(out) % (W * sizeof(T)) == 0 && chunk % W == 0;

@@ -11,7 +11,7 @@ struct Sizes {
 
 Sizes sizes(const Projection& p) { return {p.n * p.n * p.n, p.in * p.rank, p.out * p.rank, p.out}; }
 
-// left lies as [i][u][rho], the kernels want [i][rho][u]; visits (offset in the tensor, offset in the factors).
+// left is [i][u][rho], the kernels read [i][rho][u]. Visits (offset in left, offset in factors).
 template <class Body>
 void for_each_left(const Projection& p, const Body& body) {
     const int64_t chunk = p.in / p.n;

@@ -1,4 +1,4 @@
-// Which instruction set serves: the best that the processor has, unless told otherwise.
+// The choice of the instruction set: the best of the processor, unless the user names another.
 #pragma once
 
 #include <string>
@@ -9,9 +9,9 @@
 namespace compacter::cpu {
 
 std::vector<std::string> compiled_isas();
-std::vector<std::string> supported_isas();  // compiled, and this processor has them; the best last
+std::vector<std::string> supported_isas();  // those compiled that this processor has, the best last
 
-// The first call takes $COMPACTER_KERNELS_ISA into account. Throws std::invalid_argument for a name not supported.
+// The first call reads $COMPACTER_KERNELS_ISA. Throws std::invalid_argument for a wrong name.
 const Kernels& kernels();
 void set_isa(const std::string& name);
 

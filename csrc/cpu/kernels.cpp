@@ -1,4 +1,4 @@
-// The kernels of one instruction set. CMake compiles this file once for each, with COMPACTER_ISA its name.
+// The kernels of one instruction set, COMPACTER_ISA. CMake compiles this file once for each.
 #include "adapter_kernel.h"
 
 namespace compacter::COMPACTER_ISA {

@@ -1,14 +1,14 @@
-// What the launcher hands to the kernels of one instruction set, and their table.
+// The arguments of the kernels of one instruction set, and the table of these kernels.
 #pragma once
 
 #include "../adapter.h"
 
 namespace compacter::cpu {
 
-// Tokens that a kernel takes at a time: they sit in vector lanes between x and the output.
+// The tokens that a kernel computes at once, in the lanes of vectors between x and the output.
 constexpr int64_t block_tokens = 16;
 
-// One projection, its parameters as fp32. The rank index is folded into c = (i, rho), c < m = n * rank.
+// One projection with parameters in fp32. c = (i, rho) < m = n * rank joins slice and rank.
 struct Factors {
     int64_t n, rank, m, in, out;
     const float* rule;   // [n][n][n]
@@ -20,7 +20,7 @@ struct Factors {
     int64_t out_chunk() const { return out / n; }
 };
 
-// Sums over tokens, in the layout of Factors; null where the gradient is not wanted (right and bias come together).
+// Sums over tokens, like Factors; null for an unwanted gradient, with right and bias alike.
 struct Sums {
     float *rule, *left, *right, *bias;
 };
@@ -33,7 +33,7 @@ struct LinearJob {
     bool streaming;
 };
 
-// A layer norm's parameters as fp32, [k]; null: no norm.
+// The parameters of a layer norm in fp32, [k]; null if there is none.
 struct Norm {
     const float *weight, *bias;
     float eps;
@@ -43,16 +43,15 @@ struct AdapterJob {
     Factors down, up;
     Activation activation;
     DType dtype;
-    const void *x, *residual, *grad_out;  // residual: null, x, or another tensor; backward: any, if x was one
+    const void *x, *residual, *grad_out;  // residual: x, another tensor or null; backward: not null if x was one
     void* out;                            // forward: the output; backward: the gradient of x, or null
-    bool streaming, also_x;               // also_x: forward, add x besides the residual
+    bool streaming, also_x;               // also_x: forward adds x besides the residual
     Norm norm{};
-    void *y = nullptr, *grad_y = nullptr;  // with a norm: what is normed; backward: room for its gradient
+    void *y = nullptr, *grad_y = nullptr;  // with a norm: its input; backward: memory for the gradient of it
 };
 
-// A part is a range of tokens that starts at a multiple of block_tokens. `scratch` has as many floats as the
-// *_scratch function says, aligned to 64 bytes.
-// The sizes of scratch depend on the dimensions alone, not on the pointers.
+// A part is a range of tokens that starts at a multiple of block_tokens. Its `scratch`, aligned to
+// 64 bytes, has the floats that *_scratch returns, which depend on the dimensions alone.
 struct Kernels {
     const char* isa;
     int64_t (*linear_scratch)(const Factors&);

@@ -1,8 +1,8 @@
 // The lane layout: a quantity c of the 16 tokens of a block is 16 consecutive floats, L[c][token].
 //
-// Between x and the output everything is one of two small products over such arrays:
-//     lane_gemm    O[a] = init(a) + sum_c coef(a, c) I[c]                    per token
-//     lane_outer   G[a][b] += sum_group sum_token L[group, a] R[group, b]    over tokens: a weight's gradient
+// Two small products over such arrays compute everything between x and the output:
+//     lane_gemm    O[a] = init(a) + sum_c coef(a, c) I[c]                   for each token
+//     lane_outer   G[a][b] += sum_group sum_token L[group, a] R[group, b]   a weight's gradient
 #pragma once
 
 #include "kernels.h"
@@ -13,7 +13,7 @@ namespace compacter::COMPACTER_ISA {
 constexpr int lanes = static_cast<int>(cpu::block_tokens);
 constexpr int lane_vectors = lanes / W;
 
-// Strides count floats for coefficients and rows of 16 for lane arrays.
+// Strides count floats in coefficients, and rows of 16 floats in lane arrays.
 struct Coefficients {
     const float* data;
     int64_t out_stride, in_stride;
@@ -27,7 +27,7 @@ struct LaneRows {
 
 inline void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Coefficients coef,
                                 const float* init = nullptr) {
-    constexpr int P = many_registers ? 1 : 2;  // vectors of tokens at a time
+    constexpr int P = many_registers ? 1 : 2;  // vectors of tokens at once
     for (int l = 0; l < lanes; l += P * W)
         tiles<8 / P, 4 / P, 1>(0, n_out, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
             constexpr int A = decltype(size)::value;
@@ -54,7 +54,7 @@ inline void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Co
         });
 }
 
-// Rows of `left` and `right` lie one after another inside a group; group strides count rows.
+// The rows of `left` and `right` are consecutive in a group. Group strides count rows.
 struct OuterShape {
     int64_t groups, left_stride, left_rows, right_stride, right_rows;
 };

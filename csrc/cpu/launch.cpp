@@ -10,7 +10,7 @@ namespace {
 
 int64_t work_per_token(const Projection& p) { return (p.in + p.out + p.n * p.n) * p.n * p.rank; }
 
-// Whether the caches will not keep what is written until somebody reads it: other work shares them, so half.
+// Whether the output leaves the caches before it is read. Other work takes half of them.
 bool exceeds_caches(int64_t tokens, int64_t numbers_per_token, DType dtype) {
     const int64_t size = dtype == DType::f32 ? 4 : 2;
     return tokens * numbers_per_token * size > last_level_cache() / 2;

@@ -13,7 +13,7 @@ namespace compacter::COMPACTER_ISA {
 using cpu::LinearJob;
 using cpu::Sums;
 
-// The rows that the next block will read; null after the last whole block.
+// The rows of the next block, or null if it is not whole.
 template <class T>
 COMPACTER_INLINE const T* rows_after(const T* x, int64_t token, int64_t end, int64_t row) {
     return token + 2 * lanes <= end ? x + (token + lanes) * row : nullptr;

@@ -1,4 +1,4 @@
-// exp and erfc on vectors, relative error near one unit in the last place. NaN stays NaN.
+// exp and erfc of vectors, with a relative error near one unit in the last place. NaN stays NaN.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace compacter::COMPACTER_ISA {
 
 COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
-#if defined(__AVX512F__)  // of a NaN and a number these take the second operand
+#if defined(__AVX512F__)  // with a NaN, these return the second operand
     return (Vec)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
 #else
     x = x < splat(low) ? splat(low) : x;
@@ -16,10 +16,10 @@ COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
 
 COMPACTER_INLINE Vec abs(Vec x) { return (Vec)((BitVec)x & 0x7fffffffu); }
 
-// e^x = 2^n e^r, r = x - n ln 2; 0 below -104 and infinity above 88.8, as in exact arithmetic rounded to fp32.
+// e^x = 2^n e^r, r = x - n ln 2; 0 below -104 and infinity above 88.8, as e^x rounded to fp32.
 COMPACTER_INLINE Vec exp(Vec x) {
     x = clamp(x, -105.f, 89.f);
-    const Vec magic = splat(0x1.8p23f);  // adding it rounds to an integer, which then sits in the low bits
+    const Vec magic = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
     const Vec shifted = x * 1.44269504f + magic;
     const Vec n = shifted - magic;
     const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -32,13 +32,13 @@ COMPACTER_INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    // 2^n in two factors, so that subnormal and infinite results come out right.
+    // 2^n is two factors, so that subnormal and infinite results are right.
     const IntVec exponent = (IntVec)shifted - (IntVec)magic, half = exponent >> 1;
     return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
 #endif
 }
 
-// erfc(z) for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2) (Chebyshev fit, relative error 1.2e-7; Numerical Recipes 6.2.2).
+// erfc(z) = t exp(-z^2 + P(t)), z >= 0, t = 1 / (1 + z/2); error 1.2e-7 (Numerical Recipes 6.2.2).
 COMPACTER_INLINE Vec erfc_positive(Vec z) {
     z = clamp(z, 0.f, 11.f);
     const Vec t = 1.f / (z * 0.5f + 1.f);

@@ -1,4 +1,4 @@
-// The n^3 mixes with the rule A, the only place where chunks meet.
+// The mixes by the rule A, n^3 products for each rank index. Only here do chunks meet.
 #pragma once
 
 #include "lanes.h"

@@ -1,12 +1,12 @@
-// The layer norm behind an adapter, row by row while a block of rows is in the first cache:
+// The layer norm of an adapter's output, row by row while a block of rows is in the first cache:
 //
-//     m = sum_u y[u] / k      c = sum_u (y[u] - m) / k      r = 1 / sqrt(sum_u (y[u] - m)^2 / k - c^2 + eps)
-//     z[u] = ((y[u] - m) - c) r      out[u] = z[u] w[u] + b[u]
-//     dy[u] = r (g[u] w[u] - sum_v g[v] w[v] / k - z[u] sum_v g[v] w[v] z[v] / k)
+//   m = sum_u y[u] / k, c = sum_u (y[u] - m) / k, r = 1 / sqrt(sum_u (y[u] - m)^2 / k - c^2 + eps)
+//   z[u] = ((y[u] - m) - c) r, out[u] = z[u] w[u] + b[u]
+//   dy[u] = r (g[u] w[u] - sum_v g[v] w[v] / k - z[u] sum_v g[v] w[v] z[v] / k)
 //
-// c is 0 but for rounding. Of a row far from 0 the sum m is off, by more the fewer vectors it is spread over, and no
-// fp32 is close to the mean; c, of small numbers, is what m lacks (Chan, Golub and LeVeque, 1983).
-// Backward takes m and r again from y, which it reads anyway.
+// c corrects the rounding of m. For a row far from 0, m has an error, larger with fewer vectors,
+// and fp32 cannot express the mean; c is a sum of small numbers (Chan, Golub and LeVeque, 1983).
+// Backward computes m and r again from y, which it reads anyway.
 #pragma once
 
 #include "element.h"
@@ -32,7 +32,7 @@ struct Normalisation {
         }
     }
 
-    // g: the gradient of what forward wrote; dy, where that of y goes, may be `y`.
+    // g: the gradient of the normed rows. dy, the memory for the gradient of y, may be `y`.
     void backward(const T* y, const T* g, int64_t tokens, T* dy) const {
         for (; tokens > 0; --tokens, y += k, g += k, dy += k) {
             const Row row = moments(y, dy, g);
@@ -59,7 +59,7 @@ private:
         COMPACTER_INLINE Vec z(Vec y) const { return ((y - mean) - rest) * rate; }
     };
 
-    // Also fetches the rows that are to be written and read next; null: none.
+    // It also prefetches the rows that are written and read next, unless they are null.
     Row moments(const T* y, const T* written, const T* read) const {
         Vec sum[unroll] = {}, rests[unroll] = {}, squares[unroll] = {};
         each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
@@ -77,7 +77,7 @@ private:
         });
         const Vec rest = average(rests);
         float variance = (average(squares) - rest * rest)[0];
-        if (variance < 0) variance = 0;  // of equal numbers; NaN stays
+        if (variance < 0) variance = 0;  // possible for equal numbers; NaN stays
         return {mean, rest, splat(1.f / __builtin_sqrtf(variance + norm.eps))};
     }
 
@@ -86,7 +86,7 @@ private:
         return splat(((four[0] + four[1]) + (four[2] + four[3])) / static_cast<float>(k));
     }
 
-    // A vector of a row, the last of which may be cut after `count` numbers.
+    // Access to a vector of a row. The last vector may be cut after `count` numbers.
     template <bool Cut>
     struct Numbers {
         int64_t count;
@@ -103,7 +103,7 @@ private:
                 store(p, v);
         }
 
-        // Zeros behind the last number.
+        // v with zeros behind the last number.
         COMPACTER_INLINE Vec only(Vec v) const {
             float kept[W];
             store(kept, v);
@@ -111,7 +111,7 @@ private:
         }
     };
 
-    // body(u, which of `unroll` sums, Numbers) for each vector of a row.
+    // body(u, index of the sum, Numbers) for each vector of a row.
     template <class Body>
     COMPACTER_INLINE void each(const Body& body) const {
         columns<unroll, 1>(k, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {

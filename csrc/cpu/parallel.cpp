@@ -7,9 +7,9 @@
 namespace compacter::cpu {
 namespace {
 
-constexpr int64_t work_per_part = 1 << 17;  // multiplications that pay for waking a thread
+constexpr int64_t work_per_part = 1 << 17;  // the multiplications for which it pays to wake a thread
 
-bool forked = false;  // OpenMP's threads do not survive a fork, and waiting for them never ends
+bool forked = false;  // a forked child has no OpenMP threads and would wait for them forever
 
 #ifndef _WIN32
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });

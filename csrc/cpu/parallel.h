@@ -1,4 +1,4 @@
-// A static split of the tokens over OpenMP threads.
+// The static division of tokens among OpenMP threads.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +8,13 @@
 
 namespace compacter::cpu {
 
-// The parts that `tokens` are cut into: as many as threads, fewer for little work, one in a forked child.
+// The number of parts of `tokens`: the threads, fewer for little work, and one in a forked child.
 int64_t part_count(int64_t tokens, int64_t work_per_token, int threads);
 
 inline int64_t block_count(int64_t tokens) { return (tokens + block_tokens - 1) / block_tokens; }
 
-// body(part, begin, end). The cut depends on tokens and parts alone, and so do the sums of each part, whichever thread
-// runs it. The body must not throw.
+// body(part, begin, end), which must not throw. The parts, and so their sums, depend on tokens and
+// parts alone, and not on the thread that runs a part.
 template <class Body>
 void for_each_part(int64_t tokens, int64_t parts, const Body& body) {
     const int64_t blocks = block_count(tokens);

@@ -1,4 +1,4 @@
-// Gradient of a rule:   dA_i[p,q] = sum_{token,rho} Z[p,c] dV[q,c]
+// The gradient of a rule:   dA_i[p,q] = sum_{token,rho} Z[p,c] dV[q,c]
 #pragma once
 
 #include "lanes.h"
@@ -7,8 +7,8 @@ namespace compacter::COMPACTER_ISA {
 
 using cpu::Factors;
 
-// A block has only 16 tokens to sum over, too few to pay for adding up lanes
-// and for n^3 sums in memory: keep Z and dV of some blocks, and multiply them together.
+// The 16 tokens of a block are too few for the cost of adding lanes and of n^3 sums in memory, so
+// it keeps Z and dV of several blocks and multiplies them together.
 class RuleGradient {
 public:
     static constexpr int64_t batch = 8;
@@ -22,7 +22,7 @@ public:
     float* z() const { return z_kept + used * block_floats(); }
     float* dv() const { return dv_kept + used * block_floats(); }
 
-    // z() and dv() now hold a block.
+    // To be called when z() and dv() hold a block.
     void next() {
         if (++used == batch) flush();
     }

@@ -1,4 +1,4 @@
-// Memory of the calling thread, aligned to 64 bytes and kept between calls while it is small.
+// Memory of the calling thread, aligned to 64 bytes. It is kept between calls if it is small.
 #pragma once
 
 #include <cstdint>

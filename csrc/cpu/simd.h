@@ -1,7 +1,8 @@
-// The vector of one instruction set: W floats, and the few operations that plain vector arithmetic lacks.
+// The vector of one instruction set: W floats, and operations that plain vector arithmetic lacks.
 //
-// Everything below csrc/cpu that names COMPACTER_ISA is compiled once per instruction set, in a namespace of that name,
-// and calls no inline function of the standard library: the linker keeps one copy of those, which might be the AVX-512 one.
+// Every file in csrc/cpu that names COMPACTER_ISA is compiled for each instruction set, in a
+// namespace of that name. It must not call inline functions of the standard library: the linker
+// keeps one copy of each, which might be the one for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ COMPACTER_INLINE Vec splat(float value) { return value - Vec{}; }
 COMPACTER_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 COMPACTER_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
-// The same Span floats again and again: 4, or 8 where a vector has 16.
+// The same Span floats, repeated: 4, or also 8 if a vector has 16.
 template <int Span>
 COMPACTER_INLINE Vec load_repeated(const float* p) {
 #if defined(__AVX512F__)
@@ -88,7 +89,7 @@ COMPACTER_INLINE int64_t round_up(int64_t count, int64_t step) { return (count +
 template <int Value>
 using Int = std::integral_constant<int, Value>;
 
-// Covers [begin, end) with tiles of the given falling sizes, the last of which is 1: body(Int<size>, first).
+// Covers [begin, end) with tiles of decreasing sizes, the last one 1: body(Int<size>, first).
 template <int Size, int... Smaller, class Body>
 COMPACTER_INLINE void tiles(int64_t begin, int64_t end, const Body& body) {
     for (; begin + Size <= end; begin += Size) body(Int<Size>{}, begin);

@@ -1,4 +1,5 @@
-// Gradients of the wide factors:   G_c[u] += sum_{token,q} V[q,c] g[q,u]        bias[q,u] += sum_token g[q,u]
+// The gradients of the wide factors:
+//     G_c[u] += sum_{token,q} V[q,c] g[q,u]        bias[q,u] += sum_token g[q,u]
 #pragma once
 
 #include "element.h"
@@ -11,9 +12,9 @@ struct WeightGradient {
     int64_t n, m, chunk;
     float *sum, *bias_sum;  // [m][chunk]; [n * chunk] or null
 
-    // Sums start at 0 in every block: two levels of summation keep the error of long sums small.
+    // Sums start at 0 in every block: two levels of summation reduce the error of long sums.
     void operator()(const float* v, const T* g, int64_t tokens, const T* next) const {
-        // Wide in u for the few rows that m leaves, so that each coefficient serves several vectors.
+        // A tile of few rows is wider in u, so that each coefficient serves several vectors.
         tiles<largest, 4, 1>(0, m, [&](auto rows, int64_t first) COMPACTER_INLINE_LAMBDA {
             constexpr int C = decltype(rows)::value;
             constexpr int widest = C <= 4 && many_registers ? 4 : 2;

@@ -1,4 +1,4 @@
-// The activations: value and slope at once, fp32. NaN goes through, so no max(x, 0).
+// The activations, value and slope in fp32. They do not use max(x, 0), so that NaN stays NaN.
 #pragma once
 
 #include "../adapter.h"
@@ -10,7 +10,7 @@ struct ValueAndSlope {
     float value, slope;
 };
 
-// sigma(y) = 1 / (1 + e^-y), and its slope e / (1 + e)^2 with e = exp(-|y|): sigma (1 - sigma) would cancel
+// sigma(y) = 1 / (1 + e^-y), slope = e / (1 + e)^2, e = exp(-|y|); sigma (1 - sigma) would cancel
 COMPACTER_DEVICE ValueAndSlope sigmoid(float y) {
     const float e = expf(-fabsf(y)), below = 1.f / (1.f + e);
     return {y < 0.f ? e * below : below, e * below * below};
@@ -35,7 +35,8 @@ COMPACTER_DEVICE ValueAndSlope gelu(float y) {
     return {y * phi, phi + (density == 0.f ? 0.f : y * density * 0.398942280f)};
 }
 
-// y tanh(log(1 + e^y)) = y w / (w + 2), w = e (e + 2), e = e^y; slope = w / (w + 2) + 4 y e (e + 1) / (w + 2)^2
+// y tanh(log(1 + e^y)) = y w / (w + 2), e = e^y, w = e (e + 2);
+// slope = w / (w + 2) + 4 y e (e + 1) / (w + 2)^2
 COMPACTER_DEVICE ValueAndSlope mish(float y) {
     const float e = expf(y > 20.f ? 20.f : y), w = e * (e + 2.f), below = 1.f / (w + 2.f);
     const float rise = y > 20.f ? 0.f : 4.f * e * (e + 1.f) * below * below;

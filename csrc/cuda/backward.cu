@@ -1,17 +1,16 @@
-// Backward: x and g are read once, dx is written once, all else is recomputed; a block has a tile, in shared memory.
-//
-//     Z[p,i]   = sum_u x[p,u] s1_i[u]           dV2[q,i] = sum_u g[q,u] t2_i[u]                      contract
-//     V, h, Z2, V2 as forward
-//     dZ2[p,i] = sum_q A2_i[p,q] dV2[q,i]       dA2_i[p,q] = sum_tok Z2[p,i] dV2[q,i]                mix_back
-//     dh[p,v]  = sum_i s2_i[v] dZ2[p,i]         ds2_i[v] = sum_{tok,p} h[p,v] dZ2[p,i]
-//     dy = dh act'(y)                           db1 = sum_tok dy
-//     dV[q,i]  = sum_v dy[q,v] t1_i[v]          dt1_i[v] = sum_{tok,q} V[q,i] dy[q,v]
-//     dZ[p,i]  = sum_q A1_i[p,q] dV[q,i]        dA1_i[p,q] = sum_tok Z[p,i] dV[q,i]                  mix_back
-//     dx[p,u]  = sum_i s1_i[u] dZ[p,i] (+ g)    ds1_i[u] = sum_{tok,p} x[p,u] dZ[p,i]                expand, add_gradient
-//     dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]     db2[q,u] = sum_tok g[q,u]                            add_gradient
-//
-// One projection has dV2 = dV and V2 = V. Each block sums the weights' gradients over its own tiles in shared memory and
-// leaves one row of partials; reduce.cu adds the rows. `scale` sits in t2, and multiplies dt2 and db2 at the end.
+// Backward reads x and g once, into shared memory, writes dx once and recomputes the rest.
+//   Z[p,i]   = sum_u x[p,u] s1_i[u]         dV2[q,i] = sum_u g[q,u] t2_i[u]         contract
+//   V, h, Z2, V2 as forward
+//   dZ2[p,i] = sum_q A2_i[p,q] dV2[q,i]     dA2_i[p,q] = sum_tok Z2[p,i] dV2[q,i]   mix_back
+//   dh[p,v]  = sum_i s2_i[v] dZ2[p,i]       ds2_i[v] = sum_{tok,p} h[p,v] dZ2[p,i]
+//   dy       = dh act'(y)                   db1 = sum_tok dy
+//   dV[q,i]  = sum_v dy[q,v] t1_i[v]        dt1_i[v] = sum_{tok,q} V[q,i] dy[q,v]
+//   dZ[p,i]  = sum_q A1_i[p,q] dV[q,i]      dA1_i[p,q] = sum_tok Z[p,i] dV[q,i]     mix_back
+//   dx[p,u]  = sum_i s1_i[u] dZ[p,i] (+ g)                                          expand
+//   ds1_i[u] = sum_{tok,p} x[p,u] dZ[p,i]   db2[q,u] = sum_tok g[q,u]               add_gradient
+//   dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]                                           add_gradient
+// One projection has dV2 = dV and V2 = V. Each block sums weight gradients over its tiles into one
+// row of partials, which reduce.cu adds. `scale` multiplies t2, and at the end dt2 and db2.
 #include "activations.h"
 #include "gradients.h"
 #include "middle.h"
@@ -21,7 +20,7 @@
 namespace compacter::cuda {
 namespace {
 
-// Writes numbers of a quad as parts, [part][c][row].
+// Stores the numbers of a quad as parts, [part][c][row].
 template <class T, class K>
 struct ToParts {
     uint16_t* first;
@@ -65,7 +64,7 @@ struct Pass {
         return {reinterpret_cast<uint16_t*>(shared_memory() + offset), b.part_stride, groups * 8 * b.part_stride, n};
     }
 
-    // The factors; zeros where sums begin; parts: zeros where c >= m, ones for the bias.
+    // Stages the factors, clears sums and parts, and sets the ones that pick the bias.
     COMPACTER_DEVICE void prepare() const {
         const Factors& f = b.factors;
         stage_factor<T>(left, s.in, m, 1.f, [&](int c, int u) { return ask_left(f.left, s, s.in, c, u); });
@@ -92,7 +91,7 @@ struct Pass {
                   s.out, s.out_vectors);
     }
 
-    // Z and dV2, each 16 rows and each share of the columns by another warp.
+    // Z and dV2. Each warp computes 16 rows of a share of the columns.
     COMPACTER_DEVICE void contract_both(const SharedRows<T>& x, const SharedRows<T>& g) const {
         const int groups = s.rows() / 16;
         for (int job = warp; job < 2 * groups * b.splits; job += warps) {
@@ -114,7 +113,7 @@ struct Pass {
         block.sync();
     }
 
-    // From Z and dV2 to V2 and dZ, with the gradients of what lies between.
+    // From Z and dV2 to V2 and dZ, with the gradients of the parameters between them.
     COMPACTER_DEVICE void middle() const {
         const ToParts<T, K> to_v = to_parts(b.v_parts, right_columns), to_dz = to_parts(b.dz_parts, columns);
         const float *rule = floats_at(b.shared.rule), *rule2 = floats_at(b.shared.rule2);
@@ -143,7 +142,7 @@ struct Pass {
         block.sync();
     }
 
-    // h and dy
+    // Computes h and dy.
     COMPACTER_DEVICE void bottleneck() const {
         const float *right = floats_at(b.shared.right), *left2 = floats_at(b.shared.left2), *bias = floats_at(b.shared.bias);
         for_each_quad<K>(block, s, s.inner, s.by_inner, [&](int token, int blk, int at) {
@@ -162,7 +161,7 @@ struct Pass {
         });
     }
 
-    // Z2 and dV, and what h and dy give to the gradients of t1, s2 and b1
+    // Computes Z2 and dV, and adds to the gradients of t1, s2 and b1.
     COMPACTER_DEVICE void reduce_bottleneck() const {
         const float *right = floats_at(b.shared.right), *left2 = floats_at(b.shared.left2);
         for_each_quad<K>(block, s, m, s.by_m, [&](int token, int blk, int c) {
@@ -208,7 +207,7 @@ struct Pass {
         }
     }
 
-    // This block's row of partials, each gradient in the layout of its parameter.
+    // Writes the block's row of partials, each gradient in the layout of its parameter.
     COMPACTER_DEVICE void store() const {
         float* row = b.partials + blockIdx.x * b.row;
         const auto store_rule = [&](int to, int from) {

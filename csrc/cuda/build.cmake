@@ -1,15 +1,15 @@
-# The CUDA part. Sets cuda_objects (empty: there is none), cuda_definitions and cuda_libraries for compacter_kernels._C.
+# The CUDA part. Sets cuda_objects (empty if it is not built), cuda_definitions and cuda_libraries.
 #
-#   COMPACTER_CUDA=AUTO      built where nvcc is found: CMAKE_CUDA_COMPILER, CUDACXX, or on the path
-#   COMPACTER_CUDA=ON, OFF   required; left out, for the reason in COMPACTER_NO_CUDA
-#   COMPACTER_CUDA_ON_CPU    the same sources as C++, executed by tests/cuda_on_cpu: for tests, without nvcc and GPU
+#   COMPACTER_CUDA=AUTO      is built if nvcc exists: CMAKE_CUDA_COMPILER, CUDACXX, or on the path
+#   COMPACTER_CUDA=ON, OFF   must be built; is left out, for the reason in COMPACTER_NO_CUDA
+#   COMPACTER_CUDA_ON_CPU    is C++ that tests/cuda_on_cpu executes, for tests without nvcc and GPU
 set(COMPACTER_CUDA AUTO CACHE STRING "The CUDA part: AUTO, ON (required) or OFF")
 set(COMPACTER_NO_CUDA "left out by COMPACTER_CUDA=OFF" CACHE STRING "Why there is no CUDA part, where it is OFF")
 set(COMPACTER_CUDA_ARCHS "" CACHE STRING "Instead of 80-real;90-real;100-real;120; as CMAKE_CUDA_ARCHITECTURES")
 option(COMPACTER_CUDA_ON_CPU "Compile the CUDA part as C++ that the CPU executes, for tests" OFF)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-set(cuda_element_sources ${cuda_sources})  # those whose instances are many: compiled once for each dtype of x
+set(cuda_element_sources ${cuda_sources})  # these have many instances, so each dtype of x is compiled by itself
 list(FILTER cuda_element_sources INCLUDE REGEX "/(forward|backward)\\.cu$")
 if(cuda_element_sources)
   list(REMOVE_ITEM cuda_sources ${cuda_element_sources})
@@ -66,14 +66,14 @@ else()
       set(CMAKE_CUDA_ARCHITECTURES ${COMPACTER_CUDA_ARCHS})
     elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
-    else()  # machine code for each generation, and PTX of the last for what comes later
+    else()  # machine code for each generation, and PTX of the last for later ones
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
     endif()
     add_all_cuda()
     string(REPLACE "-real" "" cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
     string(REPLACE ";" " " cuda_archs "${cuda_archs}")
     list(APPEND cuda_definitions COMPACTER_CUDA_ARCHS="${cuda_archs}")
-    set(cuda_libraries CUDA::cudart_static -Wl,--exclude-libs,ALL)  # nothing of it may meet torch's own
+    set(cuda_libraries CUDA::cudart_static -Wl,--exclude-libs,ALL)  # its symbols must not meet those of torch
   elseif(COMPACTER_CUDA STREQUAL "ON")
     message(FATAL_ERROR "COMPACTER_CUDA=ON, but there is no nvcc; put it on the path, or its file name into CUDACXX")
   else()

@@ -1,4 +1,4 @@
-// The wide sides of a tile, by matrix instructions: 16 rows at a time, contracted to numbers and expanded from them.
+// The wide sides of a tile: matrix instructions contract and expand 16 rows at once.
 #pragma once
 
 #include "fragments.h"
@@ -9,7 +9,7 @@ struct Lane {
     int index = threadIdx.x % 32, g = index / 4, t = index % 4;
 };
 
-// Rows of a tile in global memory, of which `valid` exist.
+// The rows of a tile in global memory, of which `valid` exist.
 template <class T>
 struct GlobalRows {
     const T* first;
@@ -22,7 +22,7 @@ struct GlobalRows {
     }
 };
 
-// Rows of a tile in shared memory, whole segments, zeros where there is no number.
+// The rows of a tile in shared memory, whole segments padded with zeros.
 template <class T>
 struct SharedRows {
     const unsigned char* first;
@@ -39,10 +39,10 @@ struct SharedRows {
 
 struct NoRows {};
 
-// Z[row, c] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over some segments, to z[token][c][p].
+// z[token][c][p] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over segments begin to end.
 template <class T, class K, class Rows>
 COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
-    constexpr int ahead = K::most_columns > 1 || T::parts > 1 ? 2 : 4;  // segments asked for before the first is used
+    constexpr int ahead = K::most_columns > 1 || T::parts > 1 ? 2 : 4;  // segments that are loaded before the first is used
     const Lane lane;
     const int m = K::m(s), columns = eights(m);
     float sum[K::most_columns][4] = {};
@@ -87,7 +87,7 @@ COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, i
         }
 }
 
-// The left operand of an expansion: 16 rows of numbers c < 8 * steps, zeros where there is no c.
+// The left operand of an expansion: 16 rows of numbers c < 8 * steps, padded with zeros.
 template <class T, int Most>
 struct Operand {
     uint32_t pairs[Most][T::factor_parts][2];
@@ -127,7 +127,7 @@ struct Operand {
     }
 };
 
-// out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] of 16 rows and one segment; `out` is the tile's first row.
+// out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] of 16 rows and one segment of a tile, out
 template <class T, int Most, class Residual>
 COMPACTER_DEVICE void expand(const Operand<T, Most>& v, int steps, int row, int at, const Parts& factor, int terms,
                              const Residual& residual, T* out, int valid, int width, bool vectors) {

@@ -1,10 +1,9 @@
-// Numbers of x, g and the output: eight in a row at a time, as they lie in memory, as fp32, and as bf16 pairs for the
-// matrix instructions.
+// Eight numbers of x, g or the output: as in memory, as fp32, as bf16 pairs for matrix products.
 //
-// Every matrix product is one of bf16 numbers, summed in fp32. What bf16 cannot hold is split into parts that add up:
+// Matrix products multiply bf16 numbers and sum in fp32. A number that bf16 cannot hold is split:
 //     value = part[0] + part[1] + part[2]        8 significant bits each
-// x in bf16 is one part, in fp16 two, in fp32 three; a weight, or a number between the projections, is two beside a
-// 16-bit x and three beside fp32. A product of two sums of parts leaves out what lies below the last part.
+// x has one part in bf16, two in fp16, three in fp32. A weight or a number between the projections
+// has two for a 16-bit x and three for fp32. A product omits the terms below the last part.
 #pragma once
 
 #include <type_traits>
@@ -29,12 +28,12 @@ struct f16 {
 COMPACTER_DEVICE float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 COMPACTER_DEVICE float high_of(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// What rounding to `rounded` left of a value; nothing of an Inf or a NaN, which the first part carries alone.
+// The rounding error of a value; 0 for an Inf or a NaN, which the first part holds alone.
 COMPACTER_DEVICE float rest_of(float value, float rounded) {
     return (__float_as_uint(rounded) & 0x7f800000u) == 0x7f800000u ? 0.f : value - rounded;
 }
 
-// Two floats as pairs, a pair for each part.
+// Splits two floats into one pair for each part.
 template <int Parts>
 COMPACTER_DEVICE void split(float low, float high, uint32_t (&pair)[Parts]) {
 #pragma unroll
@@ -45,25 +44,25 @@ COMPACTER_DEVICE void split(float low, float high, uint32_t (&pair)[Parts]) {
     }
 }
 
-// Whether the product of part a of one operand and part b of the other counts.
+// Whether the product of part a of one operand and part b of the other is computed.
 template <int A, int B>
 COMPACTER_DEVICE constexpr bool counts(int a, int b) {
     return a + b < (A > B ? A : B);
 }
 
-// Eight numbers of a row, as they lie in memory.
+// Eight numbers of a row as in memory.
 template <class T>
 struct Eight {
     static constexpr int vectors = sizeof(T) * 8 / 16;
     uint4 raw[vectors];
 };
 
-// One number as fp32 and back.
+// One number as fp32.
 COMPACTER_DEVICE float to_float(f32 x) { return x.value; }
 COMPACTER_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 COMPACTER_DEVICE float to_float(f16 x) { return from_f16(x.bits); }
 
-// Pairs of 16-bit numbers to fp32.
+// Pairs of 16-bit numbers to fp32 and back.
 COMPACTER_DEVICE void widen(bf16, uint32_t pair, float& low, float& high) {
     low = low_of(pair);
     high = high_of(pair);
@@ -123,7 +122,7 @@ COMPACTER_DEVICE Eight<T> zeros() {
     return eight;
 }
 
-// `count` <= 8 of them from memory, zeros behind; vectors: all eight lie there, aligned to 16 bytes.
+// Loads `count` <= 8 numbers, padded with zeros. vectors: all eight exist, aligned to 16 bytes.
 template <class T>
 COMPACTER_DEVICE Eight<T> load_eight(const T* p, int count, bool vectors) {
     Eight<T> eight = zeros<T>();

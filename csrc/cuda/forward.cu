@@ -1,13 +1,13 @@
-// Forward: x is read once, the output is written once; a warp has a tile of 16 rows (48 for n = 12) for itself.
+// Forward reads x once and writes the output once. Each warp has a tile of 16 rows (48 for n = 12).
 //
-//     Z[p,i] = sum_u x[p,u] s1_i[u]           contract    matrix instructions, x straight from memory to registers
+//     Z[p,i] = sum_u x[p,u] s1_i[u]           contract, with x from memory straight to registers
 //     V[q,i] = sum_p A1_i[p,q] Z[p,i]         mix
 //     h[q,v] = act(sum_i V[q,i] t1_i[v] + b1[q,v])
 //     Z2[p,i] = sum_v h[p,v] s2_i[v]
 //     V2[q,i] = sum_p A2_i[p,q] Z2[p,i]       mix
-//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]         expand; `scale` sits in t2 and b2
+//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]         expand
 //
-// The rows of b2 follow those of t2 in the expansion, and meet a 1 where c - m is the row's q.
+// `scale` multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 if c - m is q.
 #include "activations.h"
 #include "columns.h"
 #include "middle.h"
@@ -16,7 +16,7 @@
 namespace compacter::cuda {
 namespace {
 
-// The small products of an adapter, from V of `down` to V of `up`, in place.
+// The small products of an adapter, from V of `down` to V of `up`, which overwrites it.
 template <class K>
 COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, float* z, float* v, float* h) {
     constexpr int Q = K::quad;
@@ -43,7 +43,7 @@ COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, flo
     warp.sync();
 }
 
-// A warp's first tile is on its way while the block prepares the factors.
+// Prefetches the first tile of a warp while the block stages the factors.
 template <class T>
 COMPACTER_DEVICE void prefetch_rows(const T* first, int64_t numbers) {
     for (int64_t at = threadIdx.x % 32 * (128 / sizeof(T)); at < numbers; at += 32 * (128 / sizeof(T))) prefetch(first + at);

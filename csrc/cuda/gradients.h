@@ -1,32 +1,33 @@
 // The gradients of the wide factors: products over the rows of a tile, summed in shared memory.
 //
-//     sums[u, c] += sum_row x[row, u] B[row, c]         B = dZ for x, [V2 | 1 where c - m is the row's q] for g
+//   sums[u, c] += sum_row x[row, u] B[row, c], B = dZ for x, [V2 | 1 if c - m is the row's q] for g
 //
-// The left operand is x transposed: ldmatrix.trans for 16-bit numbers, plain loads for fp32. B lies as [part][c][row], so
-// that two rows are a pair. A job is 16 columns u with all c; its accumulators lie as [u / 16][c / 8][lane], a vector each.
+// The left operand is x transposed, by ldmatrix.trans for 16-bit numbers and plain loads for fp32.
+// B is [part][c][row], so that two rows are a pair. A job is 16 columns u with all c. Its
+// accumulators are [u / 16][c / 8][lane], one vector each.
 #pragma once
 
 #include "columns.h"
 
 namespace compacter::cuda {
 
-// Vectors of a job's sums over so many c.
+// The vectors that the sums of a job take for `terms` numbers c.
 COMPACTER_BOTH constexpr int sum_vectors(int terms) { return terms / 8 * 32 + (terms % 8 + 1) / 2 * 8; }
 
-// Where a lane's vector of columns c / 8 = column lies, or -1.
+// The index of a lane's vector for c / 8 = column, or -1.
 COMPACTER_DEVICE int sum_place(int terms, int column, const Lane& lane) {
     const int left = (terms - column * 8 + 1) / 2, lanes = left < 4 ? left : 4;
     return lane.t < lanes ? column * 32 + lane.g * lanes + lane.t : -1;
 }
 
-// The right operand of rows `row` to `row` + 15, columns c / 8 = column.
+// The right operand of rows `row` to `row` + 15 and c / 8 = column.
 COMPACTER_DEVICE void load_right(uint32_t (&b)[2], const Parts& from, int part, int column, int row, const Lane& lane) {
     const uint16_t* at = from.first + part * from.part + (column * 8 + lane.g) * from.stride + row + lane.t * 2;
     b[0] = *reinterpret_cast<const uint32_t*>(at);
     b[1] = *reinterpret_cast<const uint32_t*>(at + 8);
 }
 
-// Rows `row` to `row` + 15 of columns u to u + 15, transposed, as the left operand in parts.
+// The left operand in parts: rows `row` to `row` + 15 of columns u to u + 15, transposed.
 COMPACTER_DEVICE void load_transposed(uint32_t (&a)[1][4], const SharedRows<bf16>& rows, int row, int u, const Lane& lane) {
     const int at = row + (lane.index & 7) + lane.index / 16 * 8;
     load_matrices_transposed(a[0], rows.first + at * rows.stride + (u + (lane.index / 8 & 1) * 8) * 2);
@@ -56,7 +57,7 @@ COMPACTER_DEVICE void load_transposed(uint32_t (&a)[3][4], const SharedRows<f32>
     }
 }
 
-// One job: columns u to u + 15, all c < terms, in at most Most groups of eight, of which five at a time are in registers.
+// One job: columns u to u + 15 with all c, at most Most groups of eight, five of them in registers.
 template <class T, int Most>
 COMPACTER_DEVICE void add_gradient(const SharedRows<T>& x, int u, int rows, const Parts& b, uint4* sums, int terms) {
     constexpr int batch = Most < 5 ? Most : 5;
@@ -98,7 +99,7 @@ COMPACTER_DEVICE void add_gradient(const SharedRows<T>& x, int u, int rows, cons
     }
 }
 
-// body(u, c, sum) for all sums of a width, by all warps of the block.
+// body(u, c, sum) for all sums of a width, on all warps of the block.
 template <class Body>
 COMPACTER_DEVICE void for_each_sum(const uint4* sums, int width, int terms, const Body& body) {
     const Lane lane;

@@ -1,4 +1,4 @@
-// The three kernels as the launcher sees them: their arguments, and where each thing lies in shared memory.
+// The arguments of the three kernels, and the layout of their shared memory.
 #pragma once
 
 #include "runtime.h"
@@ -6,31 +6,32 @@
 
 namespace compacter::cuda {
 
-// The parameters of both operations. A single projection has rule, left, right2 and bias2, and inner = 0:
-//     Z = x left,  V = mix(rule, Z);   adapter: Z2 = act(V right + bias) left2,  V = mix(rule2, Z2);   out = V right2 + bias2
+// The parameters of both operations. One projection has rule, left, right2, bias2, and inner = 0.
+//     Z = x left, V = mix(rule, Z), out = V right2 + bias2
+// Before out, an adapter also computes Z2 = act(V right + bias) left2, V = mix(rule2, Z2).
 struct Factors {
     Array rule, left, right, bias, rule2, left2, right2, bias2;
     float scale;  // of right2 and bias2
     Activation activation;
 };
 
-// Takes room in shared memory, in multiples of 16 bytes.
+// Allocates shared memory in multiples of 16 bytes.
 struct Room {
     int bytes = 0;
 
     int take(int64_t wanted) {
         const int at = bytes;
         const int64_t end = at + (wanted + 15) / 16 * 16;
-        bytes = end > (1 << 30) ? 1 << 30 : static_cast<int>(end);  // far too much stays far too much
+        bytes = end > (1 << 30) ? 1 << 30 : static_cast<int>(end);  // a size that no device has
         return at;
     }
     int floats(int64_t count) { return take(count * 4); }
 };
 
-// The small factors in shared memory, as fp32: offsets in bytes.
+// The small factors in shared memory, in fp32, as offsets in bytes.
 struct SharedFactors {
-    int rule, rule2;   // [i][p][q], rule_stride floats from i to i
-    int right, left2;  // [c][v], inner_stride floats from c to c
+    int rule, rule2;   // [i][p][q], rule_stride floats from one i to the next
+    int right, left2;  // [c][v], inner_stride floats from one c to the next
     int bias;          // [v][q]
 
     SharedFactors() = default;
@@ -50,9 +51,9 @@ struct Forward {
     int64_t tokens;
 
     SharedFactors shared;
-    int left, right2;            // the wide factors (fragments.h), right2 with the rows of bias2 behind
+    int left, right2;            // the wide factors (fragments.h); the rows of bias2 follow right2
     int scratch, scratch_bytes;  // a warp's z, v and h
-    int z, v, h;                 // in it
+    int z, v, h;                 // their offsets in it
 };
 
 struct Backward {
@@ -63,32 +64,32 @@ struct Backward {
     bool residual_is_x;
     int64_t tokens;
 
-    float* partials;                                               // a row for each block
-    int64_t row;                                                   // floats of it
-    int rule, left, right, bias, rule2, left2, right2, bias2;      // where it has each gradient
+    float* partials;                                               // one row for each block
+    int64_t row;                                                   // floats of a row
+    int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
 
     SharedFactors shared;
     int left_factor, right2_factor;            // the wide factors (fragments.h)
-    int left_sums, right_sums;                 // accumulators of the wide gradients, as the matrix instructions have them
+    int left_sums, right_sums;                 // accumulators of the wide gradients, in the matrix instructions' layout
     int rule_sums, rule2_sums, right_inner_sums, left2_sums, bias_sums;
-    int stages, tile, tile_bytes;              // rows of x, then of g
+    int stages, tile, tile_bytes;              // a tile is rows of x, then rows of g
     int x_stride, g_stride;                    // bytes of a row
-    int splits, z, dv2, v, dz2, z2, dv, h, dy; // numbers of a tile; z and dv2 in `splits` parts, one for each share of the columns
-    int v_parts, dz_parts, part_stride;        // [part][c][row] in bf16, part_stride numbers from c to c
+    int splits, z, dv2, v, dz2, z2, dv, h, dy; // numbers of a tile; z and dv2 for each of `splits` shares of columns
+    int v_parts, dz_parts, part_stride;        // [part][c][row] in bf16, part_stride numbers for each c
 };
 
-// Sums the rows of partials in a fixed order, and writes the gradients. One segment of a row is one gradient.
+// Sums the rows of partials in a fixed order and writes the gradients, each one segment of a row.
 struct Reduce {
     const float* partials;
     int64_t row;
     int rows;
     int count;
     Array gradient[8];
-    int begin[9];  // where the segments begin in a row; begin[count] is its end
+    int begin[9];  // the starts of the segments; begin[count] is the end of the row
 };
 
-// T is the dtype of x: f32, bf16 or f16. Each picks its instance from the sizes.
+// T is the dtype of x: f32, bf16 or f16. The sizes select the instance.
 template <class T>
 void forward_kernel(const Forward& forward, const Launch& launch);
 template <class T>

@@ -5,7 +5,7 @@
 namespace compacter::cuda {
 namespace {
 
-// Rows of x, g and the output begin where their tensors begin, a multiple of their width later.
+// A row begins a multiple of its width after its tensor, so the tensor's alignment decides.
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 std::string refuses(const Problem& p, const Device& device) {

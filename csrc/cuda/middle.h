@@ -1,5 +1,5 @@
-// Between the projections: numbers X[token][c][p] of a tile in shared memory, p fastest, worked on by a warp or a block.
-// p is taken Q = 4 at a time (1 where 4 does not divide n). All of it is fp32.
+// Between the projections: fp32 numbers X[token][c][p] of a tile in shared memory, for a warp or a
+// block. Q = 4 numbers p are computed at once, or 1 if 4 does not divide n.
 #pragma once
 
 #include "sizes.h"
@@ -15,7 +15,7 @@ struct Block {
     int rank = threadIdx.x, size = blockDim.x;
     COMPACTER_DEVICE void sync() const { __syncthreads(); }
 
-    // The same team, begun `by` < size threads later, so that small jobs side by side fall to different threads.
+    // The same team from thread `by` < size on, so that small jobs in a row use different threads.
     COMPACTER_DEVICE Block shifted(int by) const {
         Block team = *this;
         team.rank = rank >= by ? rank - by : rank - by + size;
@@ -68,7 +68,7 @@ COMPACTER_DEVICE void for_each_quad(const Team& team, const Sizes& s, int count,
     }
 }
 
-// V[q, i] = sum_p A_i[p, q] Z[p, i], to store(token, block of q, c, quad)
+// V[q, i] = sum_p A_i[p, q] Z[p, i], for which it calls store(token, block of q, c, quad).
 template <class K, class Team, class Store>
 COMPACTER_DEVICE void mix(const Team& team, const Sizes& s, const float* rule, const float* z, const Store& store) {
     constexpr int Q = K::quad;
@@ -86,7 +86,7 @@ COMPACTER_DEVICE void mix(const Team& team, const Sizes& s, const float* rule, c
     });
 }
 
-// dZ[p, i] = sum_q A_i[p, q] dV[q, i], to store(token, block of p, c, quad)
+// dZ[p, i] = sum_q A_i[p, q] dV[q, i], for which it calls store(token, block of p, c, quad).
 template <class K, class Team, class Store>
 COMPACTER_DEVICE void mix_back(const Team& team, const Sizes& s, const float* rule, const float* dv, const Store& store) {
     constexpr int Q = K::quad;
@@ -104,14 +104,14 @@ COMPACTER_DEVICE void mix_back(const Team& team, const Sizes& s, const float* ru
     });
 }
 
-// sum_b factor[b * stride] X[b][p], one quad of it: X is [count][n], from the quad on.
+// Adds sum_b factor[b * stride] X[b][p] for one quad of p, where X is [count][n] from the quad on.
 template <class K>
 COMPACTER_DEVICE void add_product(Quad<K::quad>& sum, const float* factor, int stride, const float* x, int count, int n) {
 #pragma unroll 4
     for (int b = 0; b < count; ++b) add_scaled(sum, factor[b * stride], load_quad<K::quad>(x + b * n));
 }
 
-// G[a][b] += sum over tokens and p of L[token][a][p] R[token][b][p]; rows of G are `stride` floats apart.
+// G[a * stride + b] += sum over tokens and p of L[token][a][p] R[token][b][p]
 template <class K>
 COMPACTER_DEVICE void add_outer(const Block& team, const Sizes& s, float* gradient, int stride, const float* left, int lefts,
                                 const float* right, int rights, const Divisor& by_rights) {
@@ -128,7 +128,7 @@ COMPACTER_DEVICE void add_outer(const Block& team, const Sizes& s, float* gradie
     }
 }
 
-// dA_i[p, q] += sum over tokens and rho of Z[p, i] dV[q, i], Q x Q numbers at a time; the matrices of `gradient` lie as the rule's
+// dA_i[p, q] += sum over tokens and rho of Z[p, i] dV[q, i], Q x Q numbers at once, laid out as A
 template <class K>
 COMPACTER_DEVICE void add_rule_gradient(const Block& team, const Sizes& s, float* gradient, const float* z, const float* dv) {
     constexpr int Q = K::quad;

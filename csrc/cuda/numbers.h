@@ -1,4 +1,4 @@
-// Parameters of any float dtype, read as fp32; fp32 sums, written in a gradient's dtype.
+// Reads parameters of any float dtype as fp32, and writes fp32 sums in the dtype of a gradient.
 #pragma once
 
 #include "../adapter.h"
@@ -6,7 +6,7 @@
 
 namespace compacter::cuda {
 
-// A number of an array that has been asked for, not yet looked at: many may be under way at once, as nothing branches.
+// A number whose load has started, without a branch that needs it: many loads can be in flight.
 struct Asked {
     DType dtype;
     uint32_t low, high;

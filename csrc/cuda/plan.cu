@@ -11,10 +11,10 @@ namespace {
 constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
 constexpr int max_warps = 8;
 
-// Tokens of the smallest tile: its rows are a multiple of 16.
+// The tokens of the smallest tile, whose rows are a multiple of 16.
 int least_tokens(int n) { return n == 12 ? 4 : 16 / n; }
 
-// `vectors` of a chunk of so many numbers: its rows begin at multiples of 16 bytes.
+// in_vectors and out_vectors: whether rows begin at multiples of 16 bytes.
 Sizes sizes_of(const Problem& problem, int tokens) {
     const Projection &first = *problem.down, &last = problem.up ? *problem.up : first;
     Sizes s{};
@@ -38,12 +38,12 @@ Sizes sizes_of(const Problem& problem, int tokens) {
     return s;
 }
 
-// Blocks of so much shared memory that a multiprocessor holds, at most `most`.
+// The blocks with this shared memory that a multiprocessor holds, but at most `most`.
 int blocks_per_multiprocessor(const Device& device, int bytes, int most) {
     return std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, most);
 }
 
-// Blocks that the registers of an instance leave room for: see __launch_bounds__ of the kernels.
+// The blocks that the registers of an instance allow: see __launch_bounds__ of the kernels.
 int blocks_by_registers(const Sizes& s) {
     return with_instance(s, [](auto known) { return decltype(known)::general ? 1 : 2; });
 }
@@ -112,7 +112,7 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
     f.scratch = room.bytes;
     f.scratch_bytes = warp.bytes;
 
-    // As many warps as there is room and work for, but few tiles over many multiprocessors.
+    // As many warps as memory and work allow, but few tiles spread over many multiprocessors.
     const int64_t tiles = (problem.tokens + s.tokens - 1) / s.tokens;
     const int64_t spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;
     int warps = static_cast<int>(std::clamp<int64_t>(spread, 4, max_warps));
@@ -125,7 +125,7 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
 
 namespace {
 
-// The layout of a backward with tiles of so many tokens, in so many stages.
+// The layout of backward with this number of tokens in a tile, and of stages.
 template <class T>
 int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int warps) {
     const Sizes s = b.sizes = sizes_of(problem, tokens);
@@ -173,7 +173,7 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device) {
     b.tokens = problem.tokens;
     const Row row = row_of(problem);
     b.row = row.floats;
-    const int last = row.count - 4;  // where `up` begins in it; one projection is both
+    const int last = row.count - 4;  // the start of `up`; one projection is both down and up
     b.rule = row.begin[0];
     b.left = row.begin[1];
     b.right = row.begin[2];
@@ -183,8 +183,8 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device) {
     b.right2 = row.begin[last + 2];
     b.bias2 = row.begin[last + 3];
 
-    // The first of these that leaves room for two blocks, else the first that fits at all: 32 rows or 16 (48 for n = 12),
-    // the next tile under way or not.
+    // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
+    // 16 rows (48 for n = 12), with or without the next tile in flight.
     const int n = static_cast<int>(problem.down->n), least = least_tokens(n), more = n == 12 || n == 1 ? least : 2 * least;
     const int choices[][2] = {{more, 2}, {more, 1}, {least, 2}, {least, 1}};
     const auto bytes_of = [&](int choice) {
@@ -194,7 +194,7 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device) {
     };
     const int half = std::min(device.shared_limit, device.shared_per_multiprocessor / 2 - reserved);
     int chosen = 3;
-    for (const int limit : {device.shared_limit, half})  // the last that is found wins
+    for (const int limit : {device.shared_limit, half})  // the last assignment wins
         for (int choice = 3; choice >= 0; --choice)
             if (bytes_of(choice) <= limit) chosen = choice;
     const int bytes = bytes_of(chosen);

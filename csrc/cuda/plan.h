@@ -1,4 +1,4 @@
-// How a problem is cut on a device: the tiles, what lies where in shared memory, the grid.
+// The plan of a problem on a device: the tiles, the layout of shared memory, the grid.
 #pragma once
 
 #include "element.h"
@@ -6,7 +6,7 @@
 
 namespace compacter::cuda {
 
-// body(T{}) with the type of x's numbers.
+// Calls body(T{}) with the type of the numbers of x.
 template <class Body>
 auto with_element(DType dtype, const Body& body) {
     if (dtype == DType::bf16) return body(bf16{});
@@ -14,7 +14,7 @@ auto with_element(DType dtype, const Body& body) {
     return body(f32{});
 }
 
-// One problem as the kernels see it: an adapter, or a single projection (up == nullptr).
+// One problem for the kernels: an adapter, or one projection (up == nullptr).
 struct Problem {
     const Projection *down, *up;
     DType dtype;
@@ -26,7 +26,7 @@ struct Problem {
 Problem problem_of(const Linear& linear);
 Problem problem_of(const Adapter& adapter);
 
-// What a backward writes, in the order of a row of partials.
+// The gradients of a backward in a row of partials.
 struct Row {
     int64_t floats;
     int begin[9];
@@ -36,7 +36,7 @@ struct Row {
 Row row_of(const Problem& problem);
 Factors factors_of(const Problem& problem);
 
-// A kernel's arguments, without pointers, and its launch. shared_bytes may be more than the device has.
+// The arguments of a kernel, without pointers, and its launch, which may exceed the shared memory.
 struct PlannedForward {
     Forward arguments;
     Launch launch;

@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, each behind a name. The CPU execution of the tests gives the same names
-// plain bodies (tests/cuda_on_cpu), so nothing else under csrc/cuda may hold assembly.
+// The instructions that C++ cannot express, one function each. Tests on the CPU replace this file
+// (tests/cuda_on_cpu), so that no other file in csrc/cuda may contain assembly.
 #pragma once
 
 #ifndef COMPACTER_CUDA_ON_CPU
@@ -10,7 +10,7 @@
 
 namespace compacter::cuda {
 
-// The block's dynamic shared memory, aligned to 128 bytes. There is no other shared memory.
+// The dynamic shared memory of the block, aligned to 128 bytes, and the only shared memory.
 COMPACTER_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char compacter_shared[];
     return compacter_shared;
@@ -18,7 +18,7 @@ COMPACTER_DEVICE unsigned char* shared_memory() {
 
 COMPACTER_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Two floats as bf16, rounded to nearest even: `low` in the lower half, as a pair lies in memory.
+// Two floats as bf16, rounded to nearest even, with `low` in the lower half as in memory.
 COMPACTER_DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -43,9 +43,9 @@ COMPACTER_DEVICE double double_of(uint32_t high, uint32_t low) {
     return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
 }
 
-// d += a b in bf16, 16 x 8 x 16; lane (g, t) = (lane / 4, lane % 4) holds, as pairs along k,
+// d += a b in bf16, 16 x 8 x 16. Lane (g, t) = (lane / 4, lane % 4) holds, as pairs along k,
 //   a[0]: row g, k 2t    a[1]: row g+8, k 2t    a[2]: row g, k 2t+8    a[3]: row g+8, k 2t+8
-//   b[0]: k 2t, column g    b[1]: k 2t+8, column g    d[0..1]: row g, columns 2t, 2t+1    d[2..3]: row g+8
+//   b[0]: k 2t, column g  b[1]: k 2t+8, column g  d[0..1]: row g, column 2t, 2t+1  d[2..3]: row g+8
 COMPACTER_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -53,15 +53,15 @@ COMPACTER_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d += a b in bf16, 16 x 8 x 8:   a[0]: row g, k 2t    a[1]: row g+8, k 2t    b: k 2t, column g    d as above
+// d += a b, 16 x 8 x 8:  a[0]: row g, k 2t  a[1]: row g+8, k 2t  b: k 2t, column g  d as above
 COMPACTER_DEVICE void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// Four 8 x 8 matrices of 16-bit numbers; lane 8j+i points to row i of matrix j (16 bytes, aligned), and receives of
-// each matrix j its row g, columns 2t and 2t+1 in r[j]; transposed: rows 2t and 2t+1 of column g.
+// Four 8 x 8 matrices of 16-bit numbers. Lane 8j+i points to row i of matrix j (16 aligned bytes).
+// r[j] becomes row g, columns 2t and 2t+1 of matrix j; transposed: rows 2t and 2t+1 of column g.
 COMPACTER_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -75,29 +75,29 @@ COMPACTER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
                  : "memory");
 }
 
-// 16 bytes from global to shared memory, there after the wait; zeros where not `real`. Both aligned to 16 bytes.
+// Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.
 COMPACTER_DEVICE void copy_async(void* shared, const void* global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(real ? 16 : 0)
                  : "memory");
 }
-// Closes this thread's group of copies; then waits until at most `Left` of its groups are under way.
+// Closes this thread's group of copies; waits until at most `Left` of its groups are in flight.
 COMPACTER_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Left>
 COMPACTER_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
-// Asks for the line of global memory at p, to be found in the L2.
+// Prefetches the line of global memory at p into the L2.
 COMPACTER_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Written once and read by nobody here: leaves the caches first.
+// A store of data that no kernel reads: the caches may evict it first.
 COMPACTER_DEVICE void store_streaming(uint4* p, uint4 value) { __stcs(p, value); }
 
-// Read only for the life of the kernel.
+// A load of data that is constant while the kernel runs.
 COMPACTER_DEVICE uint4 load_constant(const uint4* p) { return __ldg(p); }
 
-// Programmatic dependent launch (sm_90 on): the next kernel of the stream may start, and waits here for this one's end.
+// Programmatic dependent launch (sm_90 on): the next kernel starts early, and waits in the second.
 COMPACTER_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,6 +1,6 @@
-// The second stage of a backward: the blocks' rows of partials added up, always in the same order, and written.
+// The second stage of backward, which adds the rows of partials in a fixed order.
 //
-// A block has 32 columns; its sixteen warps take every sixteenth row each, and the first adds what the others found.
+// A block has 32 columns. Each of its 16 warps sums every 16th row, and the first adds their sums.
 #include "kernels.h"
 #include "numbers.h"
 

@@ -1,4 +1,4 @@
-// A launch, the only thing that csrc/cuda asks of the CUDA runtime. The tests bring their own (tests/cuda_on_cpu).
+// The launch, the only use of the CUDA runtime in csrc/cuda. Tests replace it (tests/cuda_on_cpu).
 #pragma once
 
 #ifndef COMPACTER_CUDA_ON_CPU
@@ -25,7 +25,7 @@ inline void check(cudaError_t error, const char* what) {
 // On the current device. Throws std::runtime_error.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& l, Arguments&&... arguments) {
-    // 48 KiB need no leave; more has to be asked for, once for each kernel and device, which costs nothing again
+    // More than 48 KiB must be requested once for a kernel and device; repeating it is free.
     if (l.shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes),
               "shared memory of a kernel");

@@ -1,7 +1,7 @@
-// The sizes of one problem as the kernels take them. Made on the host, once for a launch.
+// The sizes of one problem for the kernels, computed on the host for each launch.
 //
-// A row x of a token is n chunks; a tile is some tokens, that is tokens * n rows of a chunk each, a multiple of 16.
-// Between the projections a token is numbers X[c][p], c = (i, rho) < m = n * rank, p < n: see middle.h.
+// The row x of a token is n chunks. A tile is tokens * n rows of a chunk, a multiple of 16. Between
+// the projections a token is numbers X[c][p], c = (i, rho) < m = n * rank, p < n: see middle.h.
 #pragma once
 
 #include "launch.h"
@@ -14,13 +14,13 @@
 
 namespace compacter::cuda {
 
-constexpr int segment = 32;  // columns that a warp takes at once, eight for each lane of four
+constexpr int segment = 32;  // columns that a warp loads at once, eight for each of four lanes
 
 COMPACTER_BOTH constexpr int round_up(int count, int step) { return (count + step - 1) / step * step; }
 COMPACTER_BOTH constexpr int segments(int width) { return (width + segment - 1) / segment; }
 COMPACTER_BOTH constexpr int eights(int count) { return (count + 7) / 8; }
 
-// Division by a number that the compiler does not know, exact while count * divisor < 2^32.
+// Division by a number unknown to the compiler, exact if count * divisor < 2^32.
 struct Divisor {
     uint32_t divisor = 1, inverse = 0;
 
@@ -35,26 +35,26 @@ struct Divisor {
 
 struct Sizes {
     int n, rank, m;
-    int in, inner, out;  // widths of chunks: of x, of the bottleneck (0: there is none), of the output
-    int blocks;          // of the n numbers X[c], four at a time (one where four do not divide n)
+    int in, inner, out;  // widths of the chunks of x, of the bottleneck (0 without one), of the output
+    int blocks;          // blocks of the n numbers X[c]: four at once, or one if four do not divide n
     int rule_stride;     // floats from one matrix of a rule to the next, in shared memory
     int inner_stride;    // floats from one inner factor to the next
-    int tokens;          // of a tile
+    int tokens;          // tokens of a tile
     Divisor by_n, by_m, by_blocks, by_inner;
-    bool in_vectors, out_vectors;  // whether each row of x (of the output) may be moved 16 bytes at a time
+    bool in_vectors, out_vectors;  // whether rows of x, of the output are moved in steps of 16 bytes
 
     COMPACTER_BOTH int rows() const { return tokens * n; }
     COMPACTER_BOTH int numbers() const { return tokens * m * n; }       // X of a tile
     COMPACTER_BOTH int inner_numbers() const { return tokens * inner * n; }
 };
 
-// What an instance of a kernel knows of the sizes when it is compiled: N and M, or 0; Q numbers X[c][p] at a time.
+// The sizes that an instance of a kernel knows: N and M, or 0, and Q numbers X[c][p] at once.
 template <int N, int M, int Q>
 struct Known {
     static constexpr bool general = N == 0;
     static constexpr int quad = Q;
     static constexpr int most_columns = M ? eights(M) : 8;     // groups of eight c
-    static constexpr int most_steps = M ? eights(M + N) : 10;  // groups of eight c, with the bias's rows behind
+    static constexpr int most_steps = M ? eights(M + N) : 10;  // the same with the rows of the bias
 
     COMPACTER_BOTH static int n(const Sizes& s) { return N ? N : s.n; }
     COMPACTER_BOTH static int m(const Sizes& s) { return M ? M : s.m; }
@@ -67,7 +67,7 @@ struct Known {
     }
 };
 
-// The instances that are compiled; body gets the one for these sizes.
+// Calls body with the compiled instance for these sizes.
 template <class Body>
 auto with_instance(const Sizes& s, const Body& body) {
     if (s.n == 4 && s.m == 4) return body(Known<4, 4, 4>{});

@@ -1,4 +1,4 @@
-// From the parameters to shared memory, once for each block.
+// Copies the parameters to shared memory, once for each block.
 #pragma once
 
 #include "fragments.h"
@@ -10,7 +10,7 @@ namespace compacter::cuda {
 COMPACTER_DEVICE float* floats_at(int offset) { return reinterpret_cast<float*>(shared_memory() + offset); }
 COMPACTER_DEVICE uint4* vectors_at(int offset) { return reinterpret_cast<uint4*>(shared_memory() + offset); }
 
-// s_c[u], c = (i, rho), of left [i][u][rho]; t_c[v] of right [i][rho][v]
+// s_c[u], c = (i, rho), of left [i][u][rho], and t_c[v] of right [i][rho][v].
 COMPACTER_DEVICE Asked ask_left(const Array& left, const Sizes& s, int width, int c, int u) {
     const int i = s.rank == 1 ? c : c / s.rank;
     return Asked(left, (i * static_cast<int64_t>(width) + u) * s.rank + c - i * s.rank);

@@ -1,17 +1,17 @@
-// Rows of a tile from memory to shared memory, whole segments with zeros where there is no number.
+// Copies the rows of a tile to shared memory, in whole segments padded with zeros.
 #pragma once
 
 #include "columns.h"
 
 namespace compacter::cuda {
 
-// Bytes of a row: an odd number of 16, so that eight rows below each other lie in different banks.
+// The bytes of a row, an odd multiple of 16, so that eight consecutive rows are in different banks.
 template <class T>
 COMPACTER_BOTH constexpr int row_bytes(int width) {
     return segments(width) * segment * static_cast<int>(sizeof(T)) + 16;
 }
 
-// Started here, complete after wait_copies and a barrier. All threads of the block.
+// All threads of the block start the copy, which is complete after wait_copies and a barrier.
 template <class T>
 COMPACTER_DEVICE void copy_rows(unsigned char* to, int stride, int rows, const T* first, int valid, int width, bool vectors) {
     if (vectors) {

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for any GPU: one kernel forward; one kernel and a small second stage backward."""
+"""Fused Triton kernels for any GPU: one kernel forward; backward one and a small second stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compacter_kernels.impl import Kernel, not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
-OPERANDS_LIKE_X = True  # matrix operands beside a 16-bit x are 16-bit numbers, or pairs of them
+OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are 16-bit numbers or pairs of them
 
 
 def _interpreted() -> bool:

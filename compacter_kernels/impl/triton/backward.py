@@ -1,12 +1,12 @@
-"""The backward kernel: x and g = dout are read once, dx is written once, all else is recomputed.
+"""The backward kernel, which reads x and g = dout once, writes dx once, and recomputes the rest.
 
     Z[p, i]   = sum_u x[p, u] s1_i[u]               dV2[q, i] = scale sum_u g[q, u] t2_i[u]
     Z, dV2 -> dZ, V2 (middle_backward.py)
-    dx[p, u]  = sum_i s1_i[u] dZ[p, i] (+ g where the residual is x)
+    dx[p, u]  = sum_i s1_i[u] dZ[p, i] (+ g if the residual is x)
     ds1_i[u]  = sum_{tok, p} x[p, u] dZ[p, i]
     dt2_i[u]  = scale sum_{tok, q} V2[q, i] g[q, u]   db2[q, u] = scale sum_tok g[q, u]
 
-Weight gradients are summed by each program over its own tiles, and written as one row of partials (partials.py).
+Each program sums the weight gradients over its tiles and writes one row of partials (partials.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product
 
 @triton.jit(do_not_specialize=["T"])
 def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
-    """Programs walk over tiles of BT tokens, whose x and g stay on chip."""
+    """Each program loops over tiles of BT tokens, whose x and g stay on chip."""
     NB1: tl.constexpr = (P.IN.K + P.BK - 1) // P.BK
     NB2: tl.constexpr = (P.OUT.K + P.BK - 1) // P.BK
     LP: tl.constexpr = P.PRECISION.LP

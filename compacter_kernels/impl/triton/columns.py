@@ -1,4 +1,4 @@
-"""The wide side of a tile: its rows, their column blocks, and the contraction of both with a factor."""
+"""The wide side of a tile: its rows, their column blocks, and their contraction with a factor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def block(b, BK: tl.constexpr):
 
 @triton.jit
 def rows(tile, T, width, side: tl.constexpr, P: tl.constexpr):
-    """The rows (token, p) of a tile, of `width` numbers: p, the tile's offset (int64), theirs in it, which exist."""
+    """The rows (token, p) of a tile: p, offset of the tile (int64), offsets in it, mask."""
     r = tl.arange(0, P.BT * side.NP)
     token = r // side.NP
     p = r % side.NP
@@ -49,7 +49,7 @@ def contract(xs, weights, side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def stream(tile, X, T, W, scale, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
-    """The same of a row too long to be held, sum_u x[(t, p), u] scale w_c[u]: a loop that reads the factor too."""
+    """sum_u x[(t, p), u] scale w_c[u] for long rows, in a loop over blocks of x and of W."""
     LP: tl.constexpr = P.PRECISION.LP
     SPLIT: tl.constexpr = P.PRECISION.SPLIT
     _, first, o_x, m_x = rows(tile, T, side.K, side, P)

@@ -1,8 +1,8 @@
-"""Tile sizes for each kernel, device and shape class: chosen by table, never by timing at run time.
+"""Tile sizes for each kernel, device and class of shapes, from a table and not by timing.
 
-For each class the configurations stand best first (measured on sm_90 by benchmarks/tune_triton.py, elsewhere by what
-the compiler reports); the first whose shared memory the device has is taken. benchmarks/aot_report.py shows what the
-compiler makes of each: none that is in use may spill registers.
+The best configuration of a class comes first: on sm_90 as benchmarks/tune_triton.py measured it,
+elsewhere as the compiler reports. A kernel takes the first one that fits into the shared memory of
+the device. No configuration in use may spill registers, see benchmarks/aot_report.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from compacter_kernels.impl.triton.sizes import Sizes, power_of_two
 
 
 class Config(NamedTuple):
-    """How one kernel is cut.
+    """How one kernel divides its work.
 
-    tokens: in a tile; rows (token, p) in `columns`.
-    columns: of a chunk of x or of the output that are worked on at once.
-    stages: tiles, or column blocks of a streamed row, on their way from memory; 0: one tile for each program.
-    programs: at most, for each multiprocessor.
+    tokens: the tokens of a tile; for the kernel `columns`, its rows (token, p).
+    columns: the columns of a chunk of x or of the output that a program handles at once.
+    stages: the tiles, or blocks of a streamed row, in flight; 0: a program has one tile only.
+    programs: the most programs for each multiprocessor.
     """
 
     tokens: int
@@ -30,17 +30,17 @@ class Config(NamedTuple):
     programs: int
 
 
-Configurations = dict[str, tuple[Config, ...]]  # of each kernel that serves a problem, best first
+Configurations = dict[str, tuple[Config, ...]]  # the kernels that serve a problem; best configuration first
 
-HELD_COLUMNS = 256  # of a chunk of x; a longer one is streamed
-HELD_BYTES = 2048  # of a row of x, for a backward in one kernel
-HELD_SUMS = 4096, 6144  # numbers of a folded matrix's gradient, and of the wide factors' gradients, likewise
+HELD_COLUMNS = 256  # the longest chunk of x that a program holds; a longer one is streamed
+HELD_BYTES = 2048  # the longest row of x for a backward in one kernel
+HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix, and of the wide factors, in its sums
 
 
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:
-    """The kernels that serve x of this dtype, with their configurations; s and back: sizes of forward and backward."""
+    """The kernels for this dtype and their configurations. s, back: sizes forward, backward."""
     bf16 = dtype == torch.bfloat16
-    # rows stay on chip where matrix instructions read them from shared memory: elsewhere they would fill the registers
+    # Rows stay on chip if matrix instructions read shared memory; else they fill the registers.
     held = bf16 and architecture in ("sm_90", "sm_100", "interpreter")
     forward = (
         {"forward": _held_forward(s)}
@@ -58,7 +58,7 @@ def _columns(s: Sizes, most: int) -> int:
 
 
 def _warps(architecture: str) -> int:
-    """Of 32 threads with 255 registers, or on AMD's processors of 64 with 512."""
+    """Warps of 32 threads with 255 registers, or on AMD's processors of 64 threads with 512."""
     return 4 if architecture.startswith("gfx") else 8
 
 
@@ -66,7 +66,7 @@ def _held_sums(s: Sizes) -> bool:
     """Whether one program can hold the sums of a backward."""
     wide = sum(side.K * max(2 * side.NI, 16) for side in (s.IN, s.OUT))
     inner = s.inner * s.DP
-    narrow = s.inner <= (64 if s.IN.NP >= 8 else 16)  # fewer rows than columns would be repeated by every warp
+    narrow = s.inner <= (64 if s.IN.NP >= 8 else 16)  # with fewer rows, every warp would repeat them
     return s.FOLD and narrow and inner <= HELD_SUMS[0] and wide <= HELD_SUMS[1] and s.K <= HELD_COLUMNS
 
 
@@ -82,7 +82,7 @@ def _held_forward(s: Sizes) -> tuple[Config, ...]:
 
 
 def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations:
-    """Fewer columns at a time where the middle takes more registers."""
+    """Fewer columns at a time if the middle needs more registers."""
     if bf16:
         c = _columns(s, 32 if s.inner > 64 and s.K > 64 else 64)
     elif not s.FOLD:

@@ -1,4 +1,4 @@
-"""The forward kernel: x is read once, the output is written once, and between them a token is n^2 r numbers.
+"""The forward kernel, which reads x once, holds n^2 r numbers of a token, and writes out once.
 
 Z[p, i] = sum_u x[p, u] s1_i[u]
 adapter:  V[q, i] = sum_p A1_i[p, q] Z[p, i],  y[q, v] = sum_i V[q, i] t1_i[v] + b1,  h = act(y),
@@ -19,7 +19,7 @@ from compacter_kernels.impl.triton.tiles import factor, output, product, t_opera
 
 @triton.jit
 def wide_weights(S1, T2, B2, scale, P: tl.constexpr):
-    """The operands that all tiles share, s1 and t2, by column blocks."""
+    """The operands s1 and t2, which all tiles share, by column blocks."""
     c1 = tl.arange(0, P.IN.NI)
     s1 = ()
     for b in tl.static_range((P.IN.K + P.BK - 1) // P.BK):
@@ -33,7 +33,7 @@ def wide_weights(S1, T2, B2, scale, P: tl.constexpr):
 
 @triton.jit
 def forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P: tl.constexpr):
-    """One tile, whose blocks of x are xs."""
+    """Compute one tile from its blocks xs of x."""
     z = contract(xs, s1, P.IN, P)
     v2 = held_middle(z, held, P)
     p, first, o_out, m_out = rows(tile, T, P.OUT.K, P.OUT, P)
@@ -51,7 +51,7 @@ def forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
-    """Programs walk over tiles, whose x stays on chip; STAGES = 0: each has one, and asks for x before the weights."""
+    """A program loops over tiles; with STAGES = 0 it has one, and loads it before the weights."""
     if P.STAGES == 0:
         tile = tl.program_id(0)
         xs = load_blocks(tile, X, T, P.IN, P)
@@ -68,7 +68,7 @@ def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.co
 
 @triton.jit(do_not_specialize=["T"])
 def forward_streamed(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
-    """For rows too long to be held: column blocks in two loops, whose second read of x comes from the cache."""
+    """Forward for long rows, in two loops over blocks of columns. A cache serves the second."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, P.IN, P, True)
         v2 = middle(z, tile, T, A1, T1, B1, A2, S2, P)

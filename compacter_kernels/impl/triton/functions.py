@@ -1,4 +1,4 @@
-"""The fused activations and their derivatives in Triton, by the numbers of `compacter_kernels.activations.FUSED`."""
+"""The fused activations and their derivatives, by their codes in `activations.FUSED`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _sigmoid(y):
 
 @triton.jit
 def _tanh(y):
-    # (1 - e^-2|y|) / (1 + e^-2|y|) with y's sign, and near 0, where the difference loses digits, the Taylor series
+    # (1 - e^-2|y|) / (1 + e^-2|y|) with the sign of y. Near 0, where the difference loses digits,
+    # the Taylor series.
     e = tl.exp(-2.0 * tl.abs(y))
     t = (1.0 - e) / (1.0 + e)
     x = y * y
@@ -35,13 +36,13 @@ def _tanh(y):
 
 @triton.jit
 def _gelu_new_argument(y):
-    # z of 0.5 (1 + tanh(z / 2)) = sigmoid(z): tanh itself would lose digits where it is near -1 or 0
+    # the z of 0.5 (1 + tanh(z / 2)) = sigmoid(z); tanh would lose digits near -1 and 0
     return (y + y * y * y * CUBIC) * (2.0 * SQRT_2_OVER_PI)
 
 
 @triton.jit
 def _tanh_softplus(y):
-    # tanh(log(1 + w)) = (w^2 + 2w) / (w^2 + 2w + 2) with w = e^y; 1 in float32 from y = 20 on
+    # tanh(log(1 + w)) = (w^2 + 2w) / (w^2 + 2w + 2) with w = e^y; it is 1 in float32 from y = 20 on
     w = tl.exp(tl.where(y > 20.0, 20.0, y))
     s = w * (w + 2.0)
     return s / (s + 2.0)
@@ -49,7 +50,7 @@ def _tanh_softplus(y):
 
 @triton.jit
 def activate(y, CODE: tl.constexpr):
-    """act(y), elementwise, float32. A NaN stays one: no max or min is taken."""
+    """act(y), elementwise, float32. It uses no max or min, so that a NaN stays one."""
     if CODE == IDENTITY:
         h = y
     elif CODE == RELU:
@@ -78,7 +79,7 @@ def activate(y, CODE: tl.constexpr):
 
 @triton.jit
 def derivative(y, CODE: tl.constexpr):
-    """act'(y), elementwise, float32; as torch has it at the kinks (0 at 0, and the slope for leakyrelu)."""
+    """act'(y), elementwise, float32. At 0 it is what torch has: 0, and the slope for leakyrelu."""
     if CODE == IDENTITY:
         d = tl.full(y.shape, 1.0, tl.float32)
     elif CODE == RELU:
@@ -88,7 +89,7 @@ def derivative(y, CODE: tl.constexpr):
     elif CODE == GELU_NEW:
         s = _sigmoid(_gelu_new_argument(y))
         q = y * s * (1.0 - s)
-        # not q times a sum: that order of operations takes up to 70 registers more, and spills
+        # q times the sum would take up to 70 registers more, and spill
         d = s + q * (2.0 * SQRT_2_OVER_PI) + q * (y * y * (6.0 * CUBIC * SQRT_2_OVER_PI))
     elif CODE == SILU:
         s = _sigmoid(y)

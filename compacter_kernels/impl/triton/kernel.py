@@ -1,4 +1,4 @@
-"""The Triton kernels as a `Kernel` of each operation: tensors in, tensors out."""
+"""The `Kernel` of each operation, which launches the Triton kernels on tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reduction(s: Sizes) -> dict[str, Any]:
 
 
 class _Kernel:
-    """What both operations share: sizes, configurations, launches."""
+    """The part that both operations share: sizes, configurations, launches."""
 
     differentiable = norms = False
 
@@ -60,19 +60,19 @@ class _Kernel:
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
-        """The kernel with the first configuration that fits the device; found once for each choice of `Options`."""
+        """The kernel with the first configuration that fits, kept for each choice of `Options`."""
         tf32 = self.float32 and tf32_allowed()
-        found = self.launches.get((name, tf32, options))
-        if found is None:
+        launch = self.launches.get((name, tf32, options))
+        if launch is None:
             kernel = self.served[name]
             if tf32:
                 kernel = kernel._replace(
                     precision=replace(kernel.precision, WIDE="tf32", MIDDLE="tf32", SUMS="tf32", BEYOND="tf32")
                 )
-            place = (self.device, self.multiprocessors)
-            found = first_that_fits(KERNELS[name], kernel, Options(*options), place, tensors)
-            self.launches[name, tf32, options] = found
-        return found
+            device = (self.device, self.multiprocessors)
+            launch = first_that_fits(KERNELS[name], kernel, Options(*options), device, tensors)
+            self.launches[name, tf32, options] = launch
+        return launch
 
     def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: Optionals, scale: float) -> None:
         tokens = x.numel() // self.width
@@ -87,7 +87,7 @@ class _Kernel:
     def _backward(
         self, x: Tensor, g: Tensor, dx: Tensor | None, params: Optionals, scale: float, residual: bool, grads: Optionals
     ) -> None:
-        """params as the kernel takes them; grads in the order of a row of partials."""
+        """params in the order of the kernel's arguments, grads in that of a row of partials."""
         tokens = x.numel() // self.width
         if not tokens:
             for grad in grads:
@@ -112,7 +112,7 @@ class _Kernel:
         self, x: Tensor, g: Tensor, dx: Tensor | None, params: Optionals, scale: float, residual: bool, has_bias: bool,
         tokens: int,
     ) -> tuple[Tensor, int, int]:  # fmt: skip
-        """The partials, and how many rows of them the wide gradients and the others have."""
+        """The partials, and the number of rows for the wide gradients and for the others."""
         s = self.sizes
         part = self._partials(x, "columns", "sums")
         z, dz = x.new_empty((2, tokens * s.IN.N, s.IN.C), dtype=torch.float32)
@@ -138,12 +138,12 @@ class _Kernel:
         return part, wide_rows, rows
 
     def _partials(self, x: Tensor, *names: str) -> Tensor:
-        """A row for each program of these kernels, whatever configuration they take."""
+        """Memory with a row for each program of these kernels in any of their configurations."""
         rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
         return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
 
     def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
-        """The second stage for these gradients, and its number of programs; found once."""
+        """The second stage for these gradients and its number of programs, made once."""
         constants = reduction(self.sizes)
         blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(constants["SIZES"], wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
@@ -151,7 +151,7 @@ class _Kernel:
 
 
 class Linear(_Kernel):
-    """phm_linear."""
+    """The `Kernel` of phm_linear."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -177,7 +177,7 @@ class Linear(_Kernel):
 
 
 class Adapter(_Kernel):
-    """compacter_adapter."""
+    """The `Kernel` of compacter_adapter."""
 
     def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
         x, (params, _) = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))

@@ -1,4 +1,4 @@
-"""From torch tensors to a launched kernel, with as little host time as Python allows."""
+"""The launch of a kernel on torch tensors, with as little host time as Python allows."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from compacter_kernels.impl.triton.plan import Options, Served, Static, plan
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.private import current_device, current_stream
 
-TENSOR_MEMORY = 512  # columns, of sm_100
+TENSOR_MEMORY = 512  # the columns that sm_100 has
 _interpreted, _runtime = INTERPRETED.value, knobs.runtime
 
 
 def compile_options(warps: int) -> dict[str, Any]:
-    """What the compiler is told beside the kernel's arguments; nothing is left to Triton's environment variables.
+    """The options of the compiler, which override Triton's environment variables.
 
-    Loops without a number of stages of their own have one.
+    A loop that does not set its number of stages has one.
     """
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def fits(metadata: Any, shared: int) -> bool:
-    """Whether a device with so much shared memory can run a compiled kernel; Triton finds out at the launch."""
+    """Whether a device with this shared memory can run a kernel. Triton checks only at launch."""
     return bool(metadata.shared <= shared and (getattr(metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY)
 
 
 class Launch:
     """One kernel with its compile-time arguments on one device.
 
-    Compiled once for each pattern of absent tensors and of addresses beyond a multiple of 16 bytes.
+    It is compiled once for each pattern of absent tensors and of addresses modulo 16 bytes.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
@@ -45,13 +45,13 @@ class Launch:
         self.compiled: dict[tuple[int | None, ...], Any] = {}
 
     def compile(self, tensors: Sequence[Tensor | None]) -> Any:
-        """The compiled kernel for tensors of these dtypes and alignments; its scalars are a float and integers."""
+        """The compiled kernel for tensors of these dtypes and alignments; scale is a float."""
         names = self.kernel.arg_names[len(tensors) :]
         scalars = [1.0 if name == "scale" else 2 for name in names if name not in self.constants]
         return self.kernel.warmup(*tensors, *scalars, **self.constants, **compile_options(self.warps), grid=(1,))
 
     def __call__(self, columns: int, rows: int, tensors: Sequence[Tensor | None], *scalars: float) -> None:
-        """Launch columns x rows programs on the current stream of the device, which is that of the tensors."""
+        """Launch columns x rows programs on the current stream of the tensors' device."""
         if _interpreted:
             self.kernel[columns, rows](*tensors, *scalars, **self.constants)
             return
@@ -80,16 +80,16 @@ class Launch:
 class Tiled(Launch):
     """A launch whose programs share the tiles of a configuration."""
 
-    def __init__(self, kernel: Any, known: Static, config: Config, device: int, multiprocessors: int) -> None:
-        super().__init__(kernel, {"P": known}, config.warps, device)
+    def __init__(self, kernel: Any, static: Static, config: Config, device: int, multiprocessors: int) -> None:
+        super().__init__(kernel, {"P": static}, config.warps, device)
         self.config, self.most = config, config.programs * multiprocessors
 
     def programs(self, count: int) -> int:
-        """How many for so many tokens (rows in the second phase of a backward): one for each tile, up to the most."""
+        """The number of programs for `count` tokens or rows: one for each tile, up to `most`."""
         return min(-(-count // self.config.tokens), self.most)
 
     def fits(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the device has the shared memory that this takes."""
+        """Whether the device has enough shared memory."""
         if _interpreted:
             return True
         with torch.cuda.device(self.device):
@@ -98,15 +98,15 @@ class Tiled(Launch):
 
 
 def first_that_fits(
-    kernel: Any, served: Served, options: Options, place: tuple[int, int], tensors: Sequence[Tensor | None]
+    kernel: Any, served: Served, options: Options, device: tuple[int, int], tensors: Sequence[Tensor | None]
 ) -> Tiled:
-    """The launch with the first configuration whose shared memory the device has; place: device, multiprocessors.
+    """The launch with the first configuration that fits. device: its index and multiprocessors.
 
     Raises:
-        RuntimeError: none has.
+        RuntimeError: the device has too little shared memory for all of them.
     """
     for config in served.configs:
-        launch = Tiled(kernel, plan(served.sizes, config, served.precision, options), config, *place)
+        launch = Tiled(kernel, plan(served.sizes, config, served.precision, options), config, *device)
         if launch.fits(tensors):
             return launch
     raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")

@@ -1,7 +1,8 @@
-"""From Z to V2, the n^2 r numbers of a token between x and the output.
+"""The middle of a token, from the n^2 r numbers of Z to those of V2.
 
-FOLD: the rule is folded into the factor beside it, two products of [BT, n^2 r] with one small matrix each (n <= 8), a
-block of EB columns of the bottleneck at a time. Otherwise the mixes by the rule stay apart, n^3 r operations each.
+With FOLD (n <= 8) the rule is folded into the factor next to it: [BT, n^2 r] meets two small
+matrices, for one block of EB columns of the bottleneck at a time. Otherwise the mixes by the rule
+are separate, with n^3 r operations each.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from compacter_kernels.impl.triton.tiles import dot, dot_apart, factor, folded, 
 
 @triton.jit
 def again(tile, T):
-    """0, as the compiler cannot know: what is read at this offset is read for every tile, and not kept in registers."""
+    """0, unknown to the compiler, which must repeat a load at this offset in each tile."""
     return tile * (tl.minimum(T, 0) * 16)
 
 
 @triton.jit
 def once(T):
-    """1, as the compiler cannot know."""
+    """1, unknown to the compiler."""
     return 1 + tl.minimum(T, 0)
 
 
 @triton.jit
 def blocks(T, P: tl.constexpr):
-    """The number of blocks of the bottleneck, as the compiler cannot know: so that they stay a loop (`dot_apart`)."""
+    """The number of bottleneck blocks, unknown to the compiler, which must keep the loop."""
     return P.DP // P.EB - 1 + once(T)
 
 
@@ -44,13 +45,13 @@ def folded_rule(A, side: tl.constexpr):
 
 @triton.jit
 def inside(e, side: tl.constexpr):
-    """Whether a column of the bottleneck is no padding."""
+    """Whether a column of the bottleneck is not padding."""
     return (e // side.E < side.N) & (e % side.E < side.D)
 
 
 @triton.jit
 def folded_weights(b, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """Block b of C1, C2 and b1."""
+    """Block b of C1, C2 (middle_backward.py) and b1."""
     c1 = folded(A1, T1, b, P.IN, P, False)
     c2 = folded(A2, S2, b, P.OUT, P, True)
     e = b * P.EB + tl.arange(0, P.EB)
@@ -76,7 +77,7 @@ def left_factor(S2, P: tl.constexpr):
 
 @triton.jit
 def rule_weights(A1, P: tl.constexpr):
-    """The rule of a projection alone."""
+    """The rule of a call with one projection."""
     if P.FOLD:
         return folded_rule(A1, P.IN)
     else:
@@ -85,7 +86,7 @@ def rule_weights(A1, P: tl.constexpr):
 
 @triton.jit
 def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
-    """All that `held_middle` multiplies with: the rule of a projection alone, or C1, C2 and b1 of each block."""
+    """The weights of `held_middle`: C1, C2 and b1 of each block, or the rule of one projection."""
     if P.ACTIVATION is None:
         return (folded_rule(A1, P.IN),)
     else:
@@ -97,7 +98,7 @@ def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
 
 @triton.jit
 def into_bottleneck(v1, T1, B1, P: tl.constexpr):
-    """y = V1 t1 + b1, [BT * NP, DP], where nothing is folded."""
+    """y = V1 t1 + b1, [BT * NP, DP], without folding."""
     y = product(v1, right_factor(T1, P), P.PRECISION.MIDDLE)
     if B1 is not None:
         p = tl.arange(0, P.IN.NP)
@@ -110,14 +111,14 @@ def into_bottleneck(v1, T1, B1, P: tl.constexpr):
 
 @triton.jit
 def unpadded(P: tl.constexpr):
-    """Which numbers of the unfolded bottleneck [BT * NP, DP] are no padding."""
+    """The mask of the unfolded bottleneck [BT * NP, DP] without its padding."""
     p = tl.arange(0, P.BT * P.IN.NP) % P.IN.NP
     return (p < P.IN.N)[:, None] & (tl.arange(0, P.DP) < P.IN.D)[None, :]
 
 
 @triton.jit
 def through_block(b, zj, v2, weights, P: tl.constexpr):
-    """v2 + what passes through block b of the bottleneck."""
+    """v2 + the contribution of block b of the bottleneck."""
     c1, c2, b1 = weights
     y = product(zj, c1, P.PRECISION.MIDDLE) + b1[None, :]
     m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)
@@ -127,7 +128,7 @@ def through_block(b, zj, v2, weights, P: tl.constexpr):
 
 @triton.jit
 def held_middle(z, held, P: tl.constexpr):
-    """`middle` where the rule is folded and the weights stay in registers for all tiles."""
+    """`middle` for a folded rule, with weights that stay in registers for all tiles."""
     zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
     if P.ACTIVATION is None:
         v2 = product(zj, held[0], P.PRECISION.MIDDLE)

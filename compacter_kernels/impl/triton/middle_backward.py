@@ -1,13 +1,13 @@
-"""The middle again, and its derivative: from Z and dV2 to dZ and V2, and the sums over tokens for the small gradients.
+"""The middle and its derivative: Z, dV2 -> dZ, V2, and the sums for the small gradients.
 
-    y = V t1 + b1, h = act(y), as forward
     dZ2[p, i] = sum_q A2_i[p, q] dV2[q, i]      dA2_i[p, q] = sum_tok Z2[p, i] dV2[q, i]
-    dh[p, v]  = sum_i s2_i[v] dZ2[p, i]         ds2_i[v] = sum_{tok, p} h[p, v] dZ2[p, i],   dy = dh act'(y)
-    dV[q, i]  = sum_v dy[q, v] t1_i[v]          dt1_i[v] = sum_{tok, q} V[q, i] dy[q, v],    db1 = sum_tok dy
+    dh[p, v]  = sum_i s2_i[v] dZ2[p, i]         ds2_i[v] = sum_{tok, p} h[p, v] dZ2[p, i]
+    dy        = dh act'(y), h = act(y)          db1 = sum_tok dy
+    dV[q, i]  = sum_v dy[q, v] t1_i[v]          dt1_i[v] = sum_{tok, q} V[q, i] dy[q, v]
     dZ[p, i]  = sum_q A1_i[p, q] dV[q, i]       dA1_i[p, q] = sum_tok Z[p, i] dV[q, i]
 
-Folded, with C1[(p, i), (q, v)] = A1_i[p, q] t1_i[v] and C2[(q, i), (p, v)] = A2_i[p, q] s2_i[v], what is summed is
-dC1 = Z^T dy and dC2 = dV2^T h; `partials` then sums those over v or over p and q.
+With FOLD, C1[(p, i), (q, v)] = A1_i[p, q] t1_i[v] and C2[(q, i), (p, v)] = A2_i[p, q] s2_i[v]. The
+kernels sum dC1 = Z^T dy and dC2 = dV2^T h; partials.py sums these over v, or over p and q.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, 
 
 @triton.jit
 def block_gradients(b, zj, dvj, weights, turns, P: tl.constexpr):
-    """h and dy of block b of a folded bottleneck, [BT, EB]; `turns` as `dot_apart` has it."""
+    """h and dy of block b of a folded bottleneck, [BT, EB]. turns: see `dot_apart`."""
     c1, c2, b1 = weights
     m = inside(b * P.EB + tl.arange(0, P.EB), P.IN)[None, :]
     nothing = tl.zeros((P.BT, P.EB), tl.float32)
@@ -45,7 +45,7 @@ def block_gradients(b, zj, dvj, weights, turns, P: tl.constexpr):
 
 @triton.jit
 def through_block(dz, v2, h, dy, weights, P: tl.constexpr):
-    """dz and v2 + what passes through a block of the bottleneck."""
+    """dz and v2 + the contributions of a block of the bottleneck."""
     dz = dot(dy, tl.trans(weights[0]), dz, P.PRECISION.BEYOND)
     v2 = dot(h, tl.trans(weights[1]), v2, P.PRECISION.BEYOND)
     return dz, v2
@@ -94,7 +94,7 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
 
 @triton.jit
 def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
-    """The sums of a block, (dC1, dC2, db1), with a tile's share added."""
+    """The sums (dC1, dC2, db1) of a block with the share of a tile added."""
     d_c2 = dot_apart(tl.trans(dvj), h, sums[1], turns, P.PRECISION.SUMS)
     d_c1 = dot_apart(tl.trans(zj), dy, sums[0], turns, P.PRECISION.SUMS)
     return d_c1, d_c2, sums[2] + tl.sum(dy, 0, keep_dims=True)
@@ -102,7 +102,7 @@ def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
 
 @triton.jit
 def zero_folded_sums(P: tl.constexpr):
-    """What `folded_sums` adds to."""
+    """The initial sums of `folded_sums`."""
     c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
     c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
     return c1, c2, tl.zeros((1, P.EB), tl.float32)
@@ -110,7 +110,7 @@ def zero_folded_sums(P: tl.constexpr):
 
 @triton.jit
 def zero_held_sums(P: tl.constexpr):
-    """What `held_backward` adds to: (dC1, dC2, db1) of each block, or the folded rule of a projection alone."""
+    """The initial sums of `held_backward`: (dC1, dC2, db1) of each block, or one folded rule."""
     if P.ACTIVATION is None:
         return (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
     else:
@@ -122,7 +122,7 @@ def zero_held_sums(P: tl.constexpr):
 
 @triton.jit
 def held_backward(z, dv2, sums, held, P: tl.constexpr):
-    """`middle_backward` with the folded weights in registers, and the sums with this tile's share added."""
+    """`middle_backward` with folded weights in registers, and the sums with this tile's share."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
     dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
@@ -158,13 +158,13 @@ def by_chunk(a, P: tl.constexpr):
 
 @triton.jit
 def add_factor(total, v, dy, P: tl.constexpr):
-    """total + V^T dy for each chunk, [NP, NI, DP]: one product over all rows would be one that every warp repeats."""
+    """total + V^T dy by chunks, [NP, NI, DP]. Every warp would repeat one product over all rows."""
     return dot(tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), total, P.PRECISION.SUMS)
 
 
 @triton.jit
 def zero_unfolded_sums(side: tl.constexpr, P: tl.constexpr):
-    """What `in_sums` or `out_sums` adds to: the rule's gradient, the factor's by chunks, and db1."""
+    """The initial sums of `in_sums` and `out_sums`: gradients of rule, factor by chunks, b1."""
     a = tl.zeros((side.NI, side.NP, side.NP), tl.float32)
     w = tl.zeros((side.NP, side.NI, P.DP), tl.float32)
     return a, w, tl.zeros((P.IN.NP, P.DP), tl.float32)
@@ -172,7 +172,7 @@ def zero_unfolded_sums(side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """dA1, dt1 and db1 with a tile's share added, where nothing is folded; z and dv2 are pointers and mask."""
+    """dA1, dt1 and db1 with a tile's share added, not folded. z, dv2: pointers and mask."""
     dz2 = mix(tl.load(dv2[0], mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
     dh = product(dz2, left_factor(S2 + zero, P), P.PRECISION.MIDDLE)
     v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
@@ -187,7 +187,7 @@ def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
 
 @triton.jit
 def out_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """dA2 and ds2 likewise."""
+    """dA2 and ds2 in the same way."""
     v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
     y = into_bottleneck(v1, T1 + zero, B1, P)
     h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)

@@ -1,7 +1,7 @@
-"""One row of partial gradients for each program: where each gradient lies in it, and how the sums are written there.
+"""The row of partial gradients that each program writes from its sums; reduce.py adds the rows.
 
-A row holds left1, right2, bias2, rule1, right1, bias1, rule2, left2, each laid out like its parameter; a rule r times,
-once for each rank index. `reduce.py` sums the rows.
+A row holds left1, right2, bias2, rule1, right1, bias1, rule2 and left2, each laid out like its
+parameter. A rule appears r times, once for each rank index.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from compacter_kernels.impl.triton.tiles import factor, merge, product, rule_at
 
 @triton.jit
 def store_left(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
-    """d [., .] at (u, c), broadcast, as left (n, K, r)."""
+    """Store d at (u, c), broadcast, as left (n, K, r)."""
     tl.store(TO + (c // side.R) * (K * side.R) + u * side.R + c % side.R, d, mask=(u < K) & (c < side.C))
 
 
 @triton.jit
 def store_right(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
-    """d at (u, c), broadcast, as right (n, r, K)."""
+    """Store d at (u, c), broadcast, as right (n, r, K)."""
     tl.store(TO + c * K + u, d, mask=(u < K) & (c < side.C))
 
 
 @triton.jit
 def sum_dz(d, NI: tl.constexpr):
-    """[BK, m NI] = x^T dz_operand, summed to [BK, NI]; of four columns two are the same as the others."""
+    """Sum [BK, m NI] = x^T dz_operand to [BK, NI]. Of m = 4 columns, two repeat the others."""
     if d.shape[1] == 4 * NI:
         d = tl.where(tl.arange(0, d.shape[1])[None, :] % 2 == 0, d, 0.0)
     return merge(d, NI)
@@ -34,7 +34,7 @@ def sum_dz(d, NI: tl.constexpr):
 
 @triton.jit
 def store_out_side(row, d, u, scale, P: tl.constexpr):
-    """[BK, m NI] = g^T v_operand, scaled: even columns add up to dt2, the first odd one is db2."""
+    """Store scale * g^T v_operand, [BK, m NI]: even columns add up to dt2, column 1 is db2."""
     M: tl.constexpr = d.shape[1] // P.OUT.NI
     o = tl.arange(0, d.shape[1])[None, :]
     c = tl.arange(0, P.OUT.NI)[None, :]
@@ -48,7 +48,7 @@ def store_out_side(row, d, u, scale, P: tl.constexpr):
 
 @triton.jit
 def store_rule(TO, d, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
-    """d at (c, outer, inner), broadcast, as r rules (n, n, n); LEFT swaps outer and inner."""
+    """Store d at (c, outer, inner), broadcast, as r rules (n, n, n). LEFT: (c, inner, outer)."""
     N: tl.constexpr = side.N
     if LEFT:
         o_rule = inner * N + outer
@@ -60,7 +60,7 @@ def store_rule(TO, d, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def store_factor(TO, d, v, c, side: tl.constexpr, LEFT: tl.constexpr):
-    """d at (c, v), broadcast, as the factor on the bottleneck's side: left (up) or right (down)."""
+    """Store d at (c, v), broadcast, as the factor at the bottleneck: left (up) or right (down)."""
     if LEFT:
         store_left(TO, d, v, c, side.D, side)
     else:
@@ -69,10 +69,10 @@ def store_factor(TO, d, v, c, side: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def store_folded(D_RULE, D_FACTOR, b, d, A, W, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
-    """Block b of dC, [NP * NI, EB], as the gradients of the rule and of the factor in it; of the latter it is copy b.
+    """Store block b of dC, [NP * NI, EB], as gradients of the rule and copy b of the factor's.
 
-    down: dA_i[p, q] = sum_v dC[(p, i), (q, v)] t_i[v],    dt_i[v] = sum_{p, q} dC[(p, i), (q, v)] A_i[p, q];
-    up (LEFT) has (q, i), (p, v) and s instead.
+    down: dA_i[p,q] = sum_v dC[(p,i), (q,v)] t_i[v],  dt_i[v] = sum_{p,q} dC[(p,i), (q,v)] A_i[p,q]
+    up (LEFT) has (q,i), (p,v) and s instead.
     """
     D_FACTOR += b * (side.C * side.D)
     if side.NP * side.E == P.DP:
@@ -87,7 +87,7 @@ def store_folded(D_RULE, D_FACTOR, b, d, A, W, side: tl.constexpr, P: tl.constex
         store_rule(D_RULE, tl.sum(d * w[None, :, None, :], 3), c[None, :, None], outer, inner, side, LEFT)
         d_factor = tl.sum(tl.sum(d * a[:, :, :, None], 2), 0)
     else:
-        # sums over a part of e, which is no axis here, are products with one-hot matrices
+        # e is one axis here, so products with one-hot matrices sum over a part of it.
         NQ: tl.constexpr = side.NP if side.NP > 16 else 16
         MIDDLE: tl.constexpr = P.PRECISION.MIDDLE
         j = tl.arange(0, side.NP * side.NI)[:, None]
@@ -106,7 +106,7 @@ def store_folded(D_RULE, D_FACTOR, b, d, A, W, side: tl.constexpr, P: tl.constex
 
 @triton.jit
 def store_folded_sums(row, b, sums, A1, T1, A2, S2, P: tl.constexpr):
-    """The sums of block b of a folded bottleneck: dC1, dC2, db1."""
+    """Store the sums of block b of a folded bottleneck: dC1, dC2, db1."""
     store_folded(row + P.O.A1, row + P.O.T1, b, sums[0], A1, T1, P.IN, P, False)
     store_folded(row + P.O.A2, row + P.O.S2, b, sums[1], A2, S2, P.OUT, P, True)
     e = b * P.EB + tl.arange(0, P.EB)
@@ -116,7 +116,7 @@ def store_folded_sums(row, b, sums, A1, T1, A2, S2, P: tl.constexpr):
 
 @triton.jit
 def store_rule_sum(row, d, P: tl.constexpr):
-    """The sum of a projection alone: its rule's gradient, folded or by columns."""
+    """Store the sum of one projection: the gradient of its rule, folded or by columns."""
     if P.FOLD:
         j = tl.arange(0, P.IN.NP * P.IN.NI)
         c, p = j % P.IN.NI, j // P.IN.NI
@@ -131,7 +131,7 @@ def store_rule_sum(row, d, P: tl.constexpr):
 
 @triton.jit
 def store_held_sums(row, sums, A1, T1, A2, S2, P: tl.constexpr):
-    """The sums of `held_backward`."""
+    """Store the sums of `held_backward`."""
     if P.ACTIVATION is None:
         store_rule_sum(row, sums[0], P)
     else:
@@ -141,7 +141,7 @@ def store_held_sums(row, sums, A1, T1, A2, S2, P: tl.constexpr):
 
 @triton.jit
 def store_unfolded_sums(row, sums, P: tl.constexpr):
-    """One side's sums of a bottleneck that is not folded: dA1, dt1 and db1, or dA2 and ds2."""
+    """Store the unfolded sums of one side: dA1, dt1 and db1, or dA2 and ds2."""
     v = tl.arange(0, P.DP)
     d_factor = tl.sum(sums[1], 0)
     if P.OPTIONS.IN_SIDE:

@@ -1,4 +1,4 @@
-"""Everything that a kernel knows when it is compiled, as one argument `P`: sizes, tiles, precision, options."""
+"""The compile-time argument `P` of a kernel: sizes, tiles, precision and options."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from compacter_kernels.problem import Problem
 
 @dataclass(frozen=True)
 class Precision:
-    """How the products beside x are rounded.
+    """The rounding of products; "bf16" rounds their operands.
 
-    LP: the dtype of matrix operands. SPLIT: a factor is two of them. WIDE: the precision of float32 operands.
-    MIDDLE: the same between the projections, where "bf16" rounds them; SUMS: of the sums over tokens there; BEYOND: of
-    the products that lead from the bottleneck to dZ and V2. TURN: as `tiles.output` has it.
+    LP: the dtype of matrix operands that meet x. SPLIT: whether a factor is two of them. WIDE: the
+    precision of float32 operands that meet x. MIDDLE: that between the projections, except SUMS for
+    the sums over tokens, BEYOND from the bottleneck to dZ and V2. TURN: see `tiles.output`.
     """
 
     LP: Any
@@ -34,10 +34,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Options:
-    """What distinguishes two launches of a kernel on one problem.
+    """The options in which two launches of a kernel on one problem may differ.
 
-    SAME: the residual is x. RESIDUAL: in the backward, g is added to dx. HAS_BIAS: the up bias's gradient is wanted.
-    IN_SIDE, OUT_SIDE: which side the second phase of a backward works on.
+    SAME: the residual is x. RESIDUAL: backward adds g to dx. HAS_BIAS: the gradient of the up bias
+    is wanted. IN_SIDE, OUT_SIDE: the sides that the second phase of a backward computes.
     """
 
     SAME: bool = False
@@ -49,10 +49,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel knows of its problem and of its configuration (sizes.py, config.py).
+    """The problem and the configuration of a kernel (sizes.py, config.py).
 
-    BT: tokens in a tile, in a second phase rows. BK: wide columns worked on at once.
-    O: where the gradients lie in a row of partials. SQUARE: x and the output have the same rows.
+    BT: tokens of a tile, or rows in a second phase. BK: wide columns that are computed at once.
+    O: the offsets of the gradients in a row of partials. SQUARE: x and the output have equal rows.
     """
 
     IN: Side
@@ -71,7 +71,7 @@ class Plan:
 
 
 class Static:
-    """A dataclass as a kernel's compile-time argument: its attributes are compile-time values too."""
+    """A dataclass as a compile-time argument, with attributes that are compile-time values too."""
 
     def __init__(self, values: Any) -> None:
         self._values = values
@@ -111,7 +111,7 @@ def plan(s: Sizes, config: Config, rounding: Precision, options: Options) -> Sta
 
 
 class Served(NamedTuple):
-    """A kernel that serves a problem: with which sizes, precision, and configurations, best first."""
+    """The sizes, precision and configurations, best first, of a kernel that serves a problem."""
 
     sizes: Sizes
     precision: Precision
@@ -120,18 +120,18 @@ class Served(NamedTuple):
 
 def served(problem: Problem, architecture: str) -> dict[str, Served]:
     """The kernels that serve a problem on an architecture, by their names."""
-    found, back = sizes(problem), sizes(problem, backward=True)
+    fore, back = sizes(problem), sizes(problem, backward=True)
     kernels = {}
-    for name, configs in configurations(found, back, problem.dtype, architecture).items():
-        s = found if name.startswith("forward") else back
+    for name, configs in configurations(fore, back, problem.dtype, architecture).items():
+        s = fore if name.startswith("forward") else back
         if name == "forward":
-            s = replace(s, EB=s.DP)  # the weights stay in registers, so there is nothing to gain by blocks
+            s = replace(s, EB=s.DP)  # one block, since the weights stay in registers
         kernels[name] = Served(s, precision(name, s, problem.dtype, architecture), configs)
     return kernels
 
 
-# of float32 products in a backward whose rule is not folded, MIDDLE and SUMS: what spills nothing there. On sm_100 the
-# tensor memory does not hold the six products of bf16x6, and the compiler makes the kernel a trap.
+# MIDDLE and SUMS of float32 products in a backward without folding, such that no register spills.
+# The tensor memory of sm_100 cannot hold the six products of bf16x6: the compiler emits a trap.
 UNFOLDED = {
     "sm_90": ("tf32x3", "tf32x3"),
     "sm_100": ("tf32x3", "tf32x3"),
@@ -140,13 +140,13 @@ UNFOLDED = {
 
 
 def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> Precision:
-    """How a kernel rounds the products beside x of this dtype.
+    """The rounding of a kernel's products for x of this dtype.
 
-    float32 is computed from three tf32 or six bfloat16 products, whichever takes fewer registers, and on AMD's matrix
-    units as it is. float16 goes through tf32, whose 10 bits hold it exactly and whose exponents hold every gradient.
-    Between the projections a bfloat16 x is served with tf32 products, and with bfloat16 ones where those would take too
-    many registers, the rounding of x itself weighing as much: for a folded rule from n = 8 on, and to dZ and V2 in
-    `backward`.
+    A float32 product is three tf32 or six bfloat16 products, whichever need fewer registers; AMD's
+    matrix units compute it directly. float16 uses tf32, whose 10 bits hold it exactly and whose
+    exponent holds every gradient. Between the projections bfloat16 uses tf32 too, or bfloat16 if
+    tf32 needs too many registers (a folded rule with n >= 8, and dZ and V2 in `backward`): there
+    the rounding of x weighs as much.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32x3" if dtype == torch.float32 else "tf32"

@@ -1,4 +1,4 @@
-"""The second stage of the backward: the rows of partials are summed in a fixed order, and written in each dtype."""
+"""The second stage of backward, which sums the rows of partials in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def reduce_one(PART, OUT, block, rows, offset, SIZE, COPIES, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr):
-    """OUT[o] = sum over rows and copies of PART[row, offset + copy * SIZE + o] for one block of o."""
+    """OUT[o] = sum of PART[row, offset + copy * SIZE + o] over rows and copies, for one block."""
     o = block * BLOCK + tl.arange(0, BLOCK)
     i_row = tl.arange(0, BR)
     total = tl.zeros((BR, BLOCK), tl.float32)
@@ -25,9 +25,9 @@ def reduce_rows(
     PART, G0, G1, G2, G3, G4, G5, G6, G7, wide_rows, rows,
     SIZES: tl.constexpr, COPIES: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program for each block of each gradient, in the order of a row (partials.py); None where not wanted.
+    """Each program sums a block of a gradient; they are in the order of a row, unwanted ones None.
 
-    The first three, whose length is that of x or of the output, have wide_rows rows, the others rows.
+    The first three, the gradients of the wide sides, have `wide_rows` rows, the others `rows`.
     """
     grads = (G0, G1, G2, G3, G4, G5, G6, G7)
     block = tl.program_id(0)

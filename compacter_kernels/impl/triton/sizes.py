@@ -1,31 +1,32 @@
-"""The sizes of one problem as the kernels take them, and where each gradient lies in a row of partials."""
+"""The sizes of a problem for the kernels, and the offsets of the gradients in a row of partials."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from compacter_kernels.problem import Problem
 
-FOLD_LIMIT = 16384  # elements of a folded matrix that a program holds
-FOLD_INNER = 64  # columns of one with float32 operands
-BLOCK = 64  # columns of a folded bottleneck that a program works on at once
-BLOCK_BYTES = 8192  # of a folded matrix, in x's dtype, likewise
-MIX_LIMIT = 16384  # elements of an unfolded rule
+FOLD_LIMIT = 16384  # the most elements of a folded matrix that a program can hold
+FOLD_INNER = 64  # the most columns of a folded matrix with float32 operands
+BLOCK = 64  # the most columns of a folded bottleneck that a program computes at once
+BLOCK_BYTES = 8192  # the most bytes of a folded matrix, in x's dtype, for these columns
+MIX_LIMIT = 16384  # the most elements of an unfolded rule
 
 
 def power_of_two(value: int, least: int = 1) -> int:
-    """The smallest power of two that is at least both."""
+    """The smallest power of two that is at least value and least."""
     return max(least, 1 << (value - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Side:
-    """The side of x or of the output: its wide rows and the projection there.
+    """The side of x or of the output, with its wide rows and its projection.
 
-    N: phm_dim. R: rank. K: numbers of a wide chunk. D: numbers of a chunk of the bottleneck, E: with their padding.
-    NP: N padded; NI: the columns C = N R, padded.
+    N: phm_dim. R: rank. K: numbers of a wide chunk. D: numbers of a chunk of the bottleneck.
+    E: D padded. NP: N padded. NI: the number of columns, C = N R, padded.
     """
 
     N: int
@@ -38,18 +39,18 @@ class Side:
 
     @property
     def NW(self) -> int:
-        """The columns where they are the inner size of a product, at least 16."""
+        """NI, but at least 16, the least inner size of a product."""
         return max(self.NI, 16)
 
     @property
     def C(self) -> int:
-        """Columns: slices of the rule times rank."""
+        """The number of columns: slices of the rule times rank."""
         return self.N * self.R
 
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where each gradient but the first, left1, starts in a row of partials, and the row's length."""
+    """The start of each gradient after left1 in a row of partials, and the length of the row."""
 
     T2: int
     B2: int
@@ -63,10 +64,10 @@ class Offsets:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the kernels need to know of a problem. For a projection alone both sides have its phm_dim and rank.
+    """The sizes of a problem. If it is one projection, both sides have its phm_dim and rank.
 
-    DP: the bottleneck's numbers, padded; EB: those of a block. ACTIVATION: its code, None for a projection alone.
-    FOLD: as middle.py explains.
+    DP: the numbers of the bottleneck, padded. EB: those of a block. ACTIVATION: its code, or None
+    for one projection. FOLD: see middle.py.
     """
 
     IN: Side
@@ -78,34 +79,34 @@ class Sizes:
 
     @property
     def square(self) -> bool:
-        """Whether x and the output have the same rows."""
+        """Whether x and the output have equal rows."""
         return (self.IN.N, self.IN.K) == (self.OUT.N, self.OUT.K)
 
     @property
     def K(self) -> int:
-        """Numbers of the longer of the wide chunks."""
+        """The length of the longer wide chunk."""
         return max(self.IN.K, self.OUT.K)
 
     @property
     def row(self) -> int:
-        """Numbers of the longer of the wide rows."""
+        """The length of the longer wide row."""
         return max(self.IN.N * self.IN.K, self.OUT.N * self.OUT.K)
 
     @property
     def inner(self) -> int:
-        """Numbers of a token between x and the bottleneck, padded."""
+        """The padded numbers of a token between x and the bottleneck."""
         return self.IN.NP * self.IN.NI
 
     @property
     def blocks(self) -> int:
-        """Blocks of the bottleneck."""
+        """The number of blocks of the bottleneck."""
         return self.DP // self.EB
 
     @property
     def gradients(self) -> tuple[tuple[int, int], ...]:
-        """(elements, copies) of left1, right2, bias2, rule1, right1, bias1, rule2, left2 in a row of partials.
+        """(elements, copies) of each gradient, in the order of a row of partials (partials.py).
 
-        A rule comes once for each rank index, a factor of the bottleneck once for each block.
+        A rule has a copy for each rank index, a factor of the bottleneck one for each block.
         """
         a, b = self.IN, self.OUT
         middle = (0, 0, 0, 0)
@@ -125,20 +126,17 @@ class Sizes:
 
     @property
     def offsets(self) -> Offsets:
-        """Where each of them starts, and the length of a row, which is a multiple of 4."""
-        found, offset = [], 0
-        for elements, copies in self.gradients:
-            offset += elements * copies
-            found.append(offset)
-        found[-1] += -found[-1] % 4
-        return Offsets(*found)
+        """The starts of the gradients and the length of a row, which is a multiple of 4."""
+        ends = list(accumulate(elements * copies for elements, copies in self.gradients))
+        ends[-1] += -ends[-1] % 4
+        return Offsets(*ends)
 
 
 def sizes(problem: Problem, backward: bool = False) -> Sizes:
-    """The sizes of a problem. Columns (slices times rank) are padded to powers of two, NP NI to 16 at least.
+    """The sizes of a problem. Columns are padded to powers of two, and NP NI to at least 16.
 
-    A folded matrix is n^2 r wide. With float32 operands that takes too many registers beyond n = 8 and rank 1; with
-    bfloat16 ones beyond n = 8 only the forward of an adapter gains by it.
+    A folded matrix is n^2 r wide. With float32 operands it takes too many registers beyond n = 8
+    and rank 1. With bfloat16 operands beyond n = 8, only the forward of an adapter gains by it.
     """
     columns = 4 if problem.dtype == torch.bfloat16 else 8
     first, last = problem.projections[0], problem.projections[-1]
@@ -170,7 +168,7 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     code = problem.activation.code if problem.activation is not None else None
     side1 = Side(n1, first.rank, first.in_features // n1, d1, e1, np1, ni1)
     side2 = Side(n2, last.rank, last.out_features // n2, d2, e2, np2, ni2)
-    # only chunks of a power of two divide the bottleneck into blocks
+    # Blocks divide the bottleneck only if its chunks are powers of two.
     most = min(BLOCK, BLOCK_BYTES // problem.dtype.itemsize // (np1 * max(ni1, ni2)))
     block = min(dp, max(most, e1, 16)) if fold and n1 == n2 else dp
     return Sizes(side1, side2, dp, block, code, fold)

@@ -1,7 +1,7 @@
-"""What the kernels are made of: operands from the factors, the products with them, the mixes by the rule.
+"""The parts of the kernels: operands from the factors, products with them, mixes by the rule.
 
-A tile is BT tokens. Its rows r = (token, p) are those of x seen as [T*n, in/n], n padded to NP = 2^m, so BT * NP rows.
-Its columns c = (i, rho) run over slices and rank, padded to NI = 2^m. What is padded is zero.
+A tile is BT tokens. Its BT * NP rows r = (token, p) are those of x as [T*n, in/n], with n padded to
+NP = 2^m. Its columns c = (i, rho) are the slices and the rank, padded to NI = 2^m. Padding is zero.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import triton
 import triton.language as tl
 
-# the interpreter multiplies bfloat16 matrices wrongly (seen on 3.6 and 3.9), so there all products are float32
+# The interpreter of 3.6 and 3.9 multiplies bfloat16 matrices wrongly, so it gets float32 products.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def operands(a, b, PRECISION: tl.constexpr):
-    """Both as the products take them: PRECISION is that of float32 operands, "bf16" rounds them."""
+    """Both operands of a product. PRECISION is that of float32 operands; "bf16" rounds them."""
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
@@ -49,10 +49,10 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def output(a, b, P: tl.constexpr):
-    """a b of the wide side, as it is stored.
+    """a b of the wide side, in the layout for the store.
 
-    TURN: as the transpose of b^T a^T. A product itself AMD's compiler stores in pieces of four numbers, as they come
-    out of the matrix units, which for 16-bit numbers is half of what one access can take.
+    TURN computes it as the transpose of b^T a^T. AMD's compiler stores a product in pieces of four
+    numbers, as its matrix units produce them; of 16-bit numbers one access could store eight.
     """
     if P.PRECISION.TURN:
         return tl.trans(product(tl.trans(b), tl.trans(a), P.PRECISION.WIDE))
@@ -62,10 +62,10 @@ def output(a, b, P: tl.constexpr):
 
 @triton.jit
 def dot_apart(a, b, acc, turns, PRECISION: tl.constexpr):
-    """The same in a loop of so many turns, which is 1; the compiler must not know (`middle.once`).
+    """`dot` in a loop of turns = 1, which the compiler must not know (`middle.once`).
 
-    A product in a loop of its own is spread over the warps by its own shape. Otherwise it is spread like those around
-    it, whose rows may be so few that every warp would compute the same.
+    The compiler distributes a product in its own loop over the warps by its own shape. Otherwise it
+    follows the products nearby, which may have so few rows that every warp computes the same.
     """
     for _ in tl.range(0, turns):
         acc = dot(a, b, acc, PRECISION)
@@ -74,16 +74,16 @@ def dot_apart(a, b, acc, turns, PRECISION: tl.constexpr):
 
 @triton.jit
 def interleave(a, b):
-    """[M, C] and [M, C] -> [M, 2 C]: each column of a followed by that of b."""
+    """Join [M, C] and [M, C] to [M, 2 C]: each column of a, followed by that of b."""
     return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
 def rounded(a, LP: tl.constexpr):
-    """a as the sum of two numbers that LP holds (the second nearly so), still float32.
+    """a as the sum of two float32 numbers; LP holds the first exactly, the second nearly.
 
-    The conversion to LP comes last, after every reshape: a reshape right before a product makes Triton 3.6 fail on
-    8 warps (`Illegal shared layout`).
+    The conversion to LP must follow every reshape, since a reshape right before a product makes
+    Triton 3.6 fail on 8 warps (`Illegal shared layout`).
     """
     high = a.to(LP).to(tl.float32)
     return high, a - high
@@ -91,7 +91,7 @@ def rounded(a, LP: tl.constexpr):
 
 @triton.jit
 def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """[M, C] float32 as an operand of dtype LP; SPLIT: [M, 2 C], each column as the two numbers of `rounded`."""
+    """[M, C] float32 as an operand in LP; with SPLIT [M, 2 C], the two numbers of `rounded`."""
     if SPLIT:
         high, low = rounded(a, LP)
         return interleave(high, low).to(LP)
@@ -101,7 +101,7 @@ def split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def wide_split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """`split`, of four columns where C is 4 (the last is 0): 16 columns are the least that warp-group products take."""
+    """`split`, but for C = 4 into four columns, the last 0: warp-group products need 16."""
     if SPLIT and a.shape[1] == 4:
         high, low = rounded(a, LP)
         middle, low = rounded(low, LP)
@@ -112,7 +112,7 @@ def wide_split(a, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def merge(a, C: tl.constexpr):
-    """[M, m C], m columns for each of C, summed to [M, C]."""
+    """Sum [M, m C], m neighbouring columns for each of C, to [M, C]."""
     M: tl.constexpr = a.shape[1] // C
     if M > 1:
         return tl.sum(tl.reshape(a, (a.shape[0], C, M)), 2)
@@ -122,7 +122,7 @@ def merge(a, C: tl.constexpr):
 
 @triton.jit
 def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
-    """s_i[u] of left (n, K, r) or t_i[u] of right (n, r, K), i = c // r: float32, 0 outside; u and c broadcast."""
+    """s_c[u] of left (n, K, r) or t_c[u] of right (n, r, K): float32, 0 outside; u, c broadcast."""
     if LEFT:
         p_w = W + (c // side.R) * (K * side.R) + u * side.R + c % side.R
     else:
@@ -134,7 +134,7 @@ def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
 def folded(A, W, b, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
     """Block b of the rule folded into the factor on the bottleneck's side, [NP * NI, EB] float32.
 
-    down (right, t): [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (left, s): [(q, c), (p, v)] = A_i[p, q] s_c[v].
+    down: [(p, c), (q, v)] = A_i[p, q] t_c[v];  up (LEFT): [(q, c), (p, v)] = A_i[p, q] s_c[v].
     A column e of the bottleneck is (e // E, e % E); E is D, or D padded so that DP = NP * E.
     """
     if side.NP * side.E == P.DP:
@@ -153,7 +153,7 @@ def folded(A, W, b, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
-    """A_i[outer, inner], or LEFT A_i[inner, outer], i = c // R: float32, 0 outside; the indices broadcast."""
+    """A_i[outer, inner], or with LEFT A_i[inner, outer], i = c // R: float32, 0 outside."""
     if LEFT:
         o_rule = (c // side.R) * (side.N * side.N) + inner * side.N + outer
     else:
@@ -163,7 +163,7 @@ def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
 
 @triton.jit
 def unfolded(A, side: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The rule for each column c = (i, rho): [NI, NP, NP] float32, A_i[p, q] at (c, p, q); TRANSPOSED: (c, q, p)."""
+    """The rule by columns, [NI, NP, NP] float32: A_i[p, q] at (c, p, q) or TRANSPOSED (c, q, p)."""
     c = tl.arange(0, side.NI)[:, None, None]
     p = tl.arange(0, side.NP)[None, :, None]
     q = tl.arange(0, side.NP)[None, None, :]
@@ -185,7 +185,7 @@ def mix(z, a, side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """[rows, NI] as [rows, m NI]: as it is, or each column as the two numbers of `rounded`; twice where NI is 4."""
+    """[rows, NI] or with SPLIT [rows, m NI], the two numbers of `rounded`, twice if NI is 4."""
     if SPLIT and dz.shape[1] == 4:
         high, low = rounded(dz, LP)
         return interleave(interleave(high, low), interleave(high, low)).to(LP)
@@ -195,7 +195,7 @@ def dz_operand(dz, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def s_operand(s, LP: tl.constexpr, SPLIT: tl.constexpr):
-    """[BK, NI] -> [m NI, BK], the partner of `dz_operand` in dx = dZ s, with what rounding took where NI is 4."""
+    """[BK, NI] -> [m NI, BK], the other operand of dx = dZ s; rounding errors too if NI is 4."""
     high, low = rounded(s, LP)
     if SPLIT and s.shape[1] == 4:
         return tl.trans(interleave(interleave(high, high), interleave(low, low)).to(LP))
@@ -207,9 +207,9 @@ def s_operand(s, LP: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
-    """[rows, m NI]: each column of V followed by 1 where the row's p is c, which picks row c of the bias.
+    """[rows, m NI]: each column of V and a 1 where the row's p is c, which picks row c of the bias.
 
-    m = 2, or 4 where NI is 4: V rounded, 1, what rounding took, 1.
+    m = 2, or 4 if NI is 4: V rounded, 1, the rounding error, 1.
     """
     c = tl.arange(0, v.shape[1])
     onehot = ((p[:, None] == c[None, :]) & (c < N)[None, :]).to(tl.float32)
@@ -222,7 +222,7 @@ def v_operand(v, p, N: tl.constexpr, LP: tl.constexpr):
 
 @triton.jit
 def t_operand(T, B, scale, u, side: tl.constexpr, LP: tl.constexpr):
-    """[m NI, BK], the partner of `v_operand` in out = V t + b: rows scale t_c[u], and row c of scale b."""
+    """[m NI, BK], the other operand of out = V t + b: rows scale t_c[u] and row c of scale b."""
     c = tl.arange(0, side.NI)[None, :]
     t = factor(T, u[:, None], c, side.K, side, False) * scale
     if B is not None:

@@ -1,9 +1,9 @@
 """The backward in two phases, for widths whose weight gradients one program cannot hold.
 
-Phase 1 (`tokens`) reads x and g and keeps each token's Z, dV2, dZ and V2, n^2 r numbers each. Phase 2 sums over tokens,
-for the wide factors by blocks of their columns (`columns`), and for the rest by blocks of the bottleneck (`sums`):
+Phase 1 (`tokens`) reads x and g and stores Z, dV2, dZ, V2 of each token. Phase 2 sums over tokens,
+for the wide factors by blocks of columns (`columns`), for the rest by bottleneck blocks (`sums`).
 
-    dx[p, u]  = sum_i s1_i[u] dZ[p, i] (+ g where the residual is x)
+    dx[p, u]  = sum_i s1_i[u] dZ[p, i] (+ g if the residual is x)
     ds1_i[u]  = sum_{tok, p} x[p, u] dZ[p, i]
     dt2_i[u]  = scale sum_{tok, q} V2[q, i] g[q, u]   db2[q, u] = scale sum_tok g[q, u]
     all others from Z and dV2 (middle_backward.py)
@@ -39,7 +39,7 @@ from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, output,
 
 @triton.jit
 def narrow(tile, T, side: tl.constexpr, P: tl.constexpr):
-    """Offsets and mask of the columns [BT * NP, NI] of a tile in [T * n, n r]."""
+    """The offsets and the mask of a tile [BT * NP, NI] in [T * n, n r]."""
     _, first, o_row, m_row = rows(tile, T, side.C, side, P)
     c = tl.arange(0, side.NI)
     return first + (o_row[:, None] + c[None, :]), m_row[:, None] & (c < side.C)[None, :]
@@ -47,7 +47,7 @@ def narrow(tile, T, side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
-    """Phase 1: programs walk over tiles of BT tokens."""
+    """Phase 1: each program loops over tiles of BT tokens."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         z = stream(tile, X, T, S1, 1.0, P.IN, P, True)
         dv = stream(tile, G, T, T2, scale, P.OUT, P, False)
@@ -62,7 +62,7 @@ def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.cons
 
 @triton.jit
 def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """total + the share of a tile, of block b of a folded bottleneck or of the rule of a projection alone."""
+    """Add a tile's share to total, for block b of a folded bottleneck or one projection's rule."""
     if P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
@@ -78,9 +78,9 @@ def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
-    """Phase 2, the small gradients: one block of a folded bottleneck and every num_programs(1)-th tile of BT tokens.
+    """Phase 2 for the small gradients, over every num_programs(1)-th tile of BT tokens.
 
-    Where nothing is folded, one side's: both would be too many for one program.
+    A program sums a block of a folded bottleneck, or one unfolded side: it cannot hold both.
     """
     b = tl.program_id(0)
     if P.ACTIVATION is None and P.FOLD:
@@ -114,9 +114,9 @@ def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
-    """Phase 2, for one block of columns and every num_programs(1)-th tile of BT rows (token, p).
+    """Phase 2 for one block of columns, over every num_programs(1)-th tile of BT rows (token, p).
 
-    Both sides at once where x and g have the same rows, otherwise one launch for each.
+    One launch computes both sides if x and g have equal rows; otherwise each side has one.
     """
     LP: tl.constexpr = P.PRECISION.LP
     SPLIT: tl.constexpr = P.PRECISION.SPLIT
