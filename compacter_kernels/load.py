@@ -21,9 +21,9 @@ from compacter_kernels.checkpoints.files import (
 )
 from compacter_kernels.checkpoints.format import of_model, read_config
 from compacter_kernels.config import DTYPES, CompacterConfig
+from compacter_kernels.inject.checks import check_name
 from compacter_kernels.inject.injection import Injection, activate, place
 from compacter_kernels.inject.keys import is_head
-from compacter_kernels.inject.obstacles import check_name
 from compacter_kernels.inject.prepare import Prepared, prepare, to_device_of
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.targets.added import NAME

@@ -10,9 +10,9 @@ from torch import Tensor, distributed as dist, nn
 from compacter_kernels.checkpoints.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.checkpoints.format import describe
 from compacter_kernels.inject.control import known
+from compacter_kernels.inject.exchanged import exchanged_modules
 from compacter_kernels.inject.injection import injection
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.lost import lost
 from compacter_kernels.inject.offload import in_place
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.wrappers import check_gathered, unwrapped
@@ -37,7 +37,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     name = here.active if name is None else known(model, name)
     if name is None:
         raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
-    gone = list(lost(model, here.placed, name))
+    gone = list(exchanged_modules(model, here.placed, name))
     if gone:
         raise ValueError(
             f"modules that had adapters or trained copies of {name!r} were exchanged for others since: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from compacter_kernels.inject.slots import AdapterSlot, Slot
+from compacter_kernels.inject.target_adapters import AddedModules, TargetAdapters
 
 FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
@@ -22,11 +22,11 @@ class FastPath:
             (module, flag)
             for module in model.modules()
             for kind, flag in FLAGS.items()
-            if isinstance(module, kind) and any(isinstance(part, Slot) for part in module.modules())
+            if isinstance(module, kind) and any(isinstance(part, AddedModules) for part in module.modules())
         ]
         parts = [part for module, _ in holders for part in module.modules()]
         self._flags = [(module, flag, getattr(module, flag)) for module, flag in holders]
-        self._slots = [part for part in dict.fromkeys(parts) if isinstance(part, AdapterSlot)]
+        self._slots = [part for part in dict.fromkeys(parts) if isinstance(part, TargetAdapters)]
 
     def allow(self, on: bool) -> None:
         """Let torch compute past the modules, or not."""

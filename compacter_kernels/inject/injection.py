@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.copies import CopySlot
+from compacter_kernels.inject.checks import check_name
+from compacter_kernels.inject.exchanged import HeadWatch
 from compacter_kernels.inject.fast_path import FastPath
 from compacter_kernels.inject.freeze import freeze
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.lost import Watch
-from compacter_kernels.inject.obstacles import check_name
 from compacter_kernels.inject.prepare import Prepared, prepare
-from compacter_kernels.inject.slots import AdapterSlot, Slot, slot_of
+from compacter_kernels.inject.target_adapters import AddedModules, TargetAdapters, added_modules
+from compacter_kernels.inject.trained_copies import TrainedCopies
 from compacter_kernels.targets.added import NAME, Added
+from compacter_kernels.targets.find import is_layer_norm
 from compacter_kernels.targets.layer import Layer
-from compacter_kernels.targets.sites import is_layer_norm
 from compacter_kernels.targets.wrappers import check_injectable, plain_path, unwrapped
 
 logger = logging.getLogger("compacter_kernels")
@@ -36,13 +36,13 @@ class Injection(Added, nn.Module):
         self.configs: dict[str, CompacterConfig] = {}
         self.active: str | None = None
         self.trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
-        self.placed: dict[str, Slot] = {}
+        self.placed: dict[str, AddedModules] = {}
         self.fast_path = FastPath(model)
-        self.watch = Watch()
+        self.watch = HeadWatch()
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self._handles = [m.register_forward_hook(self._need_gradient) for m in _embeddings(model)]
 
-    def slots(self) -> set[Slot]:
+    def slots(self) -> set[AddedModules]:
         """What stands beside modules of the model, those too that were exchanged since."""
         return set(self.placed.values())
 
@@ -56,7 +56,7 @@ class Injection(Added, nn.Module):
         """The tensors of the adapters of that name, by their names in a file."""
         return named_tensors(model, self.parts(model, name))
 
-    def watch_head(self, model: nn.Module, path: str, slot: CopySlot) -> None:
+    def watch_head(self, model: nn.Module, path: str, slot: TrainedCopies) -> None:
         """Say so in a later call if the module of that name was exchanged, and its trained copy with it."""
         if not len(self.watch):
             self._handles.append(model.register_forward_pre_hook(self._look))
@@ -91,9 +91,9 @@ def injection(model: nn.Module) -> Injection:
     return found
 
 
-def slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
+def slots(model: nn.Module) -> Iterator[tuple[str, AddedModules]]:
     """The slots of a model, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Slot))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AddedModules))
 
 
 def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "default", impl: str = "auto") -> Model:
@@ -130,16 +130,16 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
         present = Injection(model)
         setattr(model, NAME, present)
         model.requires_grad_(False)
-    for site in prepared.sites:
-        write, read = Layer(model, site.write), Layer(model, site.read)
-        slot: Any = slot_of(write.module) or AdapterSlot(write)
-        adapter = prepared.adapters[site.write].train(write.module.training)
-        slot.put_adapter(name, adapter, read, prepared.shared)
-        present.placed[plain_path(model, site.write)] = slot
+    for target in prepared.targets:
+        write, read = Layer(model, target.write), Layer(model, target.read)
+        slot: Any = added_modules(write.module) or TargetAdapters(write)
+        adapter = prepared.adapters[target.write].train(write.module.training)
+        slot.add_adapter(name, adapter, read, prepared.shared)
+        present.placed[plain_path(model, target.write)] = slot
     for path, module in prepared.copies.items():
         base = unwrapped(model.get_submodule(path))
-        slot = slot_of(base) or CopySlot(base)
-        slot.put_copy(name, module, config.dtype is not None)
+        slot = added_modules(base) or TrainedCopies(base)
+        slot.add_copy(name, module, config.dtype is not None)
         present.placed[plain_path(model, path)] = slot
         if not is_layer_norm(base):
             present.watch_head(model, path, slot)
@@ -150,7 +150,7 @@ def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepar
     present.configs[name] = config
     activate(model, name)
     logger.info(
-        "%d adapters and %d trained copies in %s", len(prepared.sites), len(prepared.copies), type(model).__name__
+        "%d adapters and %d trained copies in %s", len(prepared.targets), len(prepared.copies), type(model).__name__
     )
 
 

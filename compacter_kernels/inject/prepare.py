@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.inject.copies import trained_copy
+from compacter_kernels.inject.checks import check_adapted_or_copied, check_child_names, check_nested
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.obstacles import check_beside, check_nested, check_own_names
 from compacter_kernels.inject.offload import device_of
-from compacter_kernels.inject.shared import SharedWeights
+from compacter_kernels.inject.shared_weights import SharedWeights
+from compacter_kernels.inject.trained_copies import trained_copy
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME
-from compacter_kernels.targets.sites import Site, find_copied, find_sites
+from compacter_kernels.targets.find import Target, find_modules_to_save, find_targets
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
 
 
 class Prepared(NamedTuple):
     """All that adapters need, built apart from the model: it is unchanged until they are placed."""
 
-    sites: list[Site]
+    targets: list[Target]
     shared: SharedWeights | None
     adapters: dict[str, CompacterAdapter]
     copies: dict[str, nn.Module]
@@ -41,14 +41,14 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
         TypeError, ValueError: as `inject`.
     """
     check_nested(model)
-    sites = find_sites(model, config)
-    copied = find_copied(model, config)
-    adapted = [site.write for site in sites]
+    targets = find_targets(model, config)
+    copied = find_modules_to_save(model, config)
+    adapted = [target.write for target in targets]
     check_outside_peft(model, adapted, copied)
-    check_own_names(model, (*adapted, *copied))
-    check_beside(model, adapted, copied)
-    shared, adapters = _build(model, config, sites, impl, device)
-    return Prepared(sites, shared, adapters, {path: _copy(model, path, config) for path in copied})
+    check_child_names(model, (*adapted, *copied))
+    check_adapted_or_copied(model, adapted, copied)
+    shared, adapters = _build(model, config, targets, impl, device)
+    return Prepared(targets, shared, adapters, {path: _copy(model, path, config) for path in copied})
 
 
 def _copy(model: nn.Module, path: str, config: CompacterConfig) -> nn.Module:
@@ -61,55 +61,55 @@ def _copy(model: nn.Module, path: str, config: CompacterConfig) -> nn.Module:
 
 def to_device_of(model: nn.Module, prepared: Prepared) -> None:
     """Give adapters that were built on meta memory beside the layers they follow, its values undefined."""
-    for site in prepared.sites:
-        device = computes_like(model, model.get_submodule(site.write)).device
-        prepared.adapters[site.write].to_empty(device=device)
-        if prepared.shared is not None and site is prepared.sites[0]:
+    for target in prepared.targets:
+        device = computes_like(model, model.get_submodule(target.write)).device
+        prepared.adapters[target.write].to_empty(device=device)
+        if prepared.shared is not None and target is prepared.targets[0]:
             prepared.shared.to_empty(device=device)
 
 
 def _build(
-    model: nn.Module, config: CompacterConfig, sites: list[Site], impl: str, device: str | None
+    model: nn.Module, config: CompacterConfig, targets: list[Target], impl: str, device: str | None
 ) -> tuple[SharedWeights | None, dict[str, CompacterAdapter]]:
     """All adapters, and what they share, apart from the model."""
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
-    for site in sites:
-        module = unwrapped(model.get_submodule(site.write))
-        adapter = _adapter(model, module, config, site, impl, device)
+    for target in targets:
+        module = unwrapped(model.get_submodule(target.write))
+        adapter = _adapter(model, module, config, target, impl, device)
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
             shared.lend(adapter)
-        adapters[site.write] = adapter
+        adapters[target.write] = adapter
     return shared, adapters
 
 
 def _adapter(
-    model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
+    model: nn.Module, module: nn.Module, config: CompacterConfig, target: Target, impl: str, device: str | None
 ) -> CompacterAdapter:
-    like, width = computes_like(model, module), width_of(model, module, site.write)
+    like, width = computes_like(model, module), width_of(model, module, target.write)
     if config.is_parallel:
-        _check_parallel(unwrapped(model.get_submodule(site.read)), site, width)
+        _check_parallel(unwrapped(model.get_submodule(target.read)), target, width)
     try:
         return CompacterAdapter(
             width,
-            reduction_factor=config.reduction_factor_of(site.layer),
+            reduction_factor=config.reduction_factor_of(target.layer),
             impl=impl,
             device=device or like.device,
             dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
             **config.of_each_adapter(),
         )
     except ValueError as error:
-        raise ValueError(f"{site.write}: {error}") from error
+        raise ValueError(f"{target.write}: {error}") from error
 
 
-def _check_parallel(read: nn.Module, site: Site, width: int) -> None:
+def _check_parallel(read: nn.Module, target: Target, width: int) -> None:
     sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
     taken = next((size for size in sizes if isinstance(size, int)), width)
     if taken != width:
         raise ValueError(
-            f"is_parallel: {site.read} takes {taken} numbers and {site.write} gives {width}, which is no block that a "
+            f"is_parallel: {target.read} takes {taken} numbers and {target.write} gives {width}, which is no block that a "
             "parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for a model of the "
             "table, or set is_parallel=False"
         )

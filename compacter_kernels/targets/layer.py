@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from compacter_kernels.targets.wrappers import around, is_a, unwrapped
+from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
 
 WRAPPED_LATER = (
     "peft has wrapped {child}, a layer whose output or input Compacter adapters take: they would miss what peft does "
@@ -30,7 +30,7 @@ class Layer:
         wrapper = _peft_layer(outer, self.module)
         self.parts = (self.module,) if wrapper is None else (wrapper, self.module)
 
-    def counts(self, module: nn.Module, *harmless: str) -> bool:
+    def is_outer_call(self, module: nn.Module, *harmless: str) -> bool:
         """Whether a call of the module, one of the parts, is not within the call of a wrapper of peft.
 
         harmless: kinds of wrappers that may have come later.
@@ -51,7 +51,7 @@ class Layer:
 
 def _peft_layer(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
     """The layer of peft around a layer, of all that stands in the layer's place; None where there is none."""
-    for module in around(outer):
+    for module in wrapper_chain(outer):
         if module is not layer and is_a(module, "BaseTunerLayer"):
             return module if unwrapped(module) is layer else None
     return None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-HELD = {  # the class of a wrapper: its child that is wrapped
+WRAPPED_CHILD = {  # the class of a wrapper: its child that is wrapped
     "OptimizedModule": "_orig_mod",  # of torch.compile
     "ActivationWrapper": "_checkpoint_wrapped_module",  # of torch's checkpoint_wrapper and offload_wrapper
     "DistributedDataParallel": "module",
@@ -34,26 +34,26 @@ def is_a(module: nn.Module, *kinds: str) -> bool:
     return any(base.__name__ in kinds for base in type(module).__mro__)
 
 
-def held(module: nn.Module) -> tuple[str, nn.Module] | None:
+def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
     """The name and the module of what a wrapper wraps; None for a module that is no wrapper."""
     for base in type(module).__mro__:
-        inner = module._modules.get(HELD.get(base.__name__, ""))
+        inner = module._modules.get(WRAPPED_CHILD.get(base.__name__, ""))
         if inner is not None:
-            return HELD[base.__name__], inner
+            return WRAPPED_CHILD[base.__name__], inner
     return None
 
 
-def around(model: nn.Module) -> list[nn.Module]:
+def wrapper_chain(model: nn.Module) -> list[nn.Module]:
     """The wrappers of a model, from outside, and then the model itself."""
     found = [model]
-    while (inside := held(found[-1])) is not None:
+    while (inside := wrapped_child(found[-1])) is not None:
         found.append(inside[1])
     return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without what torch.compile, DistributedDataParallel, FSDP, DeepSpeed or peft put around it."""
-    return around(model)[-1]
+    return wrapper_chain(model)[-1]
 
 
 def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
@@ -68,7 +68,7 @@ def plain_path(model: nn.Module, path: str) -> str:
     """The name, in the model without wrappers, of what has this name in the model."""
     kept = []
     for module, name in _steps(model, path):
-        inside = held(module) if isinstance(module, nn.Module) else None
+        inside = wrapped_child(module) if isinstance(module, nn.Module) else None
         if inside is None or inside[0] != name:
             kept.append(name)
     return ".".join(kept)
@@ -118,7 +118,7 @@ def check_injectable(model: nn.Module) -> None:
 
     Each process would train adapters of its own.
     """
-    for module in around(model):
+    for module in wrapper_chain(model):
         if is_a(module, "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule"):
             raise ValueError(
                 f"the model is a {type(module).__name__}, which does not keep in step what is added to it now; put in "
@@ -140,7 +140,7 @@ def check_gathered(model: nn.Module) -> None:
 
 def check_fillable(model: nn.Module) -> None:
     """Raise ValueError for a model whose optimizer, one of DeepSpeed's, would write its own values over new ones."""
-    for module in around(model):
+    for module in wrapper_chain(model):
         if is_a(module, "DeepSpeedEngine") and getattr(module, "optimizer", None) is not None:
             raise ValueError(
                 "the model belongs to a DeepSpeedEngine, whose optimizer keeps copies of the parameters and writes "

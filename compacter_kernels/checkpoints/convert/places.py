@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from compacter_kernels.targets.architectures import ARCHITECTURES, Architecture
-from compacter_kernels.targets.sites import HEADS, block_pattern
+from compacter_kernels.targets.find import HEADS, block_pattern
 from compacter_kernels.targets.wrappers import plain_names
 
 KINDS = {"attention": "mh_adapter", "feed_forward": "output_adapter", "cross_attention": "cross_adapter"}

@@ -18,7 +18,7 @@ from torch import nn
 
 from compacter_kernels.inject.hidden_states import map_tensors
 from compacter_kernels.inject.offload import ATTRIBUTES, in_place
-from compacter_kernels.inject.slots import Slot, slot_of
+from compacter_kernels.inject.target_adapters import AddedModules, added_modules
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.added import NAME
 
@@ -26,7 +26,7 @@ OWN_FORWARD = "_forward_of_the_instance"
 PLAIN = "_class_without_copies"
 
 
-class CopySlot(Slot):
+class TrainedCopies(AddedModules):
     """Trained copies of a module, which stand in for it; it keeps its own weights."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -35,7 +35,7 @@ class CopySlot(Slot):
         self._casts: set[str] = set()
         own = vars(base).pop("forward", None)
         if not hasattr(type(base), PLAIN):
-            base.__class__ = with_copies(type(base))
+            base.__class__ = class_with_copies(type(base))
         if own is not None:
             base.forward = own
         setattr(base, NAME, self)
@@ -45,7 +45,7 @@ class CopySlot(Slot):
         """The module that the copies stand in for."""
         return self._base[0]
 
-    def put_copy(self, name: str, trained: nn.Module, casts: bool) -> None:
+    def add_copy(self, name: str, trained: nn.Module, casts: bool) -> None:
         """Take a copy in. casts: its parameters may have another dtype than the module's."""
         self[name] = trained
         if casts:
@@ -84,7 +84,7 @@ def _cast(before: torch.dtype, after: torch.dtype) -> Callable[[torch.Tensor], t
 def _stand_in(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A module's forward: that of the copy in use, else the plain one."""
     slot = module._modules.get(NAME)
-    trained = slot.in_use() if isinstance(slot, CopySlot) else None
+    trained = slot.in_use() if isinstance(slot, TrainedCopies) else None
     if trained is None:
         return plain(*args, **kwargs)
     return slot.call_copy(trained, args, kwargs)  # type: ignore[union-attr, operator]
@@ -93,7 +93,7 @@ def _stand_in(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def with_copies(plain: type[nn.Module]) -> type[nn.Module]:
+def class_with_copies(plain: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module's class, of the same name, that asks the copies first. It is pickled by its base."""
     if plain in _classes:
         return _classes[plain]
@@ -129,7 +129,7 @@ def with_copies(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _blank(plain: type[nn.Module]) -> nn.Module:
     """An instance without content, for pickle to fill."""
-    made = with_copies(plain)
+    made = class_with_copies(plain)
     return made.__new__(made)
 
 
@@ -144,8 +144,8 @@ def trained_copy(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     floating = [p.is_floating_point() for name, p in base.named_parameters() if not name.startswith(f"{NAME}.")]
     if not floating or not all(floating):
         raise ValueError(f"a {type(base).__name__} of no or of quantised parameters cannot be trained; leave it out")
-    slot = slot_of(base)
-    if any(isinstance(part, Slot) and part is not slot for part in base.modules()):
+    slot = added_modules(base)
+    if any(isinstance(part, AddedModules) and part is not slot for part in base.modules()):
         raise ValueError(f"a {type(base).__name__} that holds adapters or trained copies cannot be trained whole")
     stays = object()
     parts = tuple(part for name, part in base.named_modules() if not f"{name}.".startswith(f"{NAME}."))

@@ -27,7 +27,7 @@ REPLACED = (
 )
 
 
-class Slot(Added, nn.ModuleDict):
+class AddedModules(Added, nn.ModuleDict):
     """The modules of one place, by the name of the adapter that they belong to."""
 
     active: str | None = None
@@ -41,10 +41,10 @@ class Slot(Added, nn.ModuleDict):
         raise NotImplementedError
 
 
-def slot_of(module: nn.Module) -> Slot | None:
+def added_modules(module: nn.Module) -> AddedModules | None:
     """What stands beside a module already."""
     found = module._modules.get(NAME)
-    return found if isinstance(found, Slot) else None
+    return found if isinstance(found, AddedModules) else None
 
 
 # `waiting`: the slot between whose two modules this thread computes, and the input that its parallel adapter waits for,
@@ -53,7 +53,7 @@ def slot_of(module: nn.Module) -> Slot | None:
 _in_flight = threading.local()
 
 
-class AdapterSlot(Slot):
+class TargetAdapters(AddedModules):
     """Adapters behind a module: y = adapter(y), or y + adapter(x) with the block's input x where it is parallel.
 
     write: the layer whose output they take, a tensor or what begins with one. The slot stands beside the layer itself,
@@ -69,7 +69,7 @@ class AdapterSlot(Slot):
         setattr(write.module, NAME, self)
         self.register_hooks()
 
-    def put_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
+    def add_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
         """Take an adapter in. read: the layer whose input a parallel one takes. shared: whose weights it borrows."""
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
@@ -100,13 +100,13 @@ class AdapterSlot(Slot):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if self.active in self._reads:
             read, first = self._reads[self.active]
-            if module in read.parts and read.counts(module, "LoraLayer"):
+            if module in read.parts and read.is_outer_call(module, "LoraLayer"):
                 _in_flight.waiting = (self, first_input(module, args, kwargs or {}, first))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         """rest: the inputs by keyword, and the output; torch.ao registers the hook anew without the former."""
         adapter: CompacterAdapter | None = self.in_use()
-        if adapter is None or not self._write.counts(module):
+        if adapter is None or not self._write.is_outer_call(module):
             return rest[-1]
         if module not in self._write.parts:
             now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
@@ -122,7 +122,7 @@ class AdapterSlot(Slot):
         read, first = self._reads[self.active]  # type: ignore[index]
         if read.module is self._write.module:
             return first_input(module, args, kwargs, first)
-        waiting: tuple[AdapterSlot, Tensor] | None = getattr(_in_flight, "waiting", None)
+        waiting: tuple[TargetAdapters, Tensor] | None = getattr(_in_flight, "waiting", None)
         _in_flight.waiting = None
         if waiting is None or waiting[0] is not self:
             raise RuntimeError(

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Sequence
 
 from torch import nn
 
-from compacter_kernels.inject.copies import CopySlot
-from compacter_kernels.inject.slots import AdapterSlot, Slot, slot_of
+from compacter_kernels.inject.target_adapters import AddedModules, TargetAdapters, added_modules
+from compacter_kernels.inject.trained_copies import TrainedCopies
 from compacter_kernels.targets.added import NAME, Added
 from compacter_kernels.targets.layer import Layer
 from compacter_kernels.targets.wrappers import unwrapped
@@ -17,7 +17,7 @@ from compacter_kernels.targets.wrappers import unwrapped
 def check_name(name: str, present: Container[str] = ()) -> None:
     """Raise ValueError for what cannot name adapters, or names some already."""
     plain = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
-    slots = AdapterSlot(Layer(nn.Identity(), "")), CopySlot(nn.Identity())
+    slots = TargetAdapters(Layer(nn.Identity(), "")), TrainedCopies(nn.Identity())
     if not plain or any(hasattr(slot, name) for slot in slots):
         raise ValueError(
             f"name must be a plain name of an adapter, such as 'default', and none that modules of torch use "
@@ -27,7 +27,7 @@ def check_name(name: str, present: Container[str] = ()) -> None:
         raise ValueError(f"the model has adapters of the name {name!r} already; give another name=, or remove them")
 
 
-def check_own_names(model: nn.Module, paths: Iterable[str]) -> None:
+def check_child_names(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise ValueError if the model, or a module that gets something beside it, has a child `compacter` of its own."""
     for path in ("", *paths):
         if not isinstance(getattr(unwrapped(model.get_submodule(path)), NAME, None), Added | None):
@@ -40,7 +40,7 @@ def check_nested(model: nn.Module) -> None:
     own = getattr(model, NAME, None)
     inside = [(name.rpartition(".")[0], part) for name, part in model.named_modules() if isinstance(part, Added)]
     for path, part in inside:
-        if not isinstance(part, Slot) and part is not own:
+        if not isinstance(part, AddedModules) and part is not own:
             raise ValueError(
                 f"{path} has adapters of its own, as inject was called for it alone: go on with inject(model.{path}, "
                 f"name=...), or call remove_adapters(model.{path}) first"
@@ -52,15 +52,15 @@ def check_nested(model: nn.Module) -> None:
         )
 
 
-def check_beside(model: nn.Module, adapted: Sequence[str], copied: Sequence[str]) -> None:
+def check_adapted_or_copied(model: nn.Module, adapted: Sequence[str], copied: Sequence[str]) -> None:
     """Raise ValueError if a module is to have an adapter that is trained whole, in these adapters or in others."""
     for path, write in itertools.product(copied, adapted):
         if f"{write}.".startswith(f"{path}."):
             raise ValueError(
                 f"{path} holds {write}, which gets an adapter, and cannot be trained whole: see modules_to_save"
             )
-    for paths, kind, other in ((adapted, AdapterSlot, "trained copies"), (copied, CopySlot, "adapters")):
+    for paths, kind, other in ((adapted, TargetAdapters, "trained copies"), (copied, TrainedCopies, "adapters")):
         for path in paths:
-            slot = slot_of(unwrapped(model.get_submodule(path)))
+            slot = added_modules(unwrapped(model.get_submodule(path)))
             if slot is not None and not isinstance(slot, kind):
                 raise ValueError(f"{path} has {other} already ({', '.join(slot)}); it cannot have both")

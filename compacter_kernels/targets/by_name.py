@@ -9,7 +9,7 @@ from torch import nn
 READERS = ("WavLMAttention",)  # as nn.MultiheadAttention, they read the weights of the modules in them and call none
 
 
-def called(model: nn.Module, path: str) -> bool:
+def is_called(model: nn.Module, path: str) -> bool:
     """Whether a module is called, and not only its weights read by the attention around it."""
     parts = path.split(".")
     above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))

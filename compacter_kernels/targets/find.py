@@ -12,14 +12,14 @@ from torch import nn
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.targets.added import Added
 from compacter_kernels.targets.architectures import ARCHITECTURES, Architecture, Block
-from compacter_kernels.targets.called import called
+from compacter_kernels.targets.by_name import is_called
 from compacter_kernels.targets.wrappers import plain_path
 
 LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
 HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
 
 
-class Site(NamedTuple):
+class Target(NamedTuple):
     """A place for an adapter: the module whose output it takes, the one whose input a parallel one takes, the layer."""
 
     write: str
@@ -33,7 +33,7 @@ def model_types(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(kind for kind in types if isinstance(kind, str)))
 
 
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base, with their names: without adapters and copies that it has already."""
     added = None
     for name, module in model.named_modules():  # what a module holds comes right after it
@@ -43,7 +43,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def find_sites(model: nn.Module, config: CompacterConfig) -> list[Site]:
+def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     """The places that the config asks for, in the order of the model's modules.
 
     Raises:
@@ -52,9 +52,9 @@ def find_sites(model: nn.Module, config: CompacterConfig) -> list[Site]:
     found = list(_targets(model, config) if config.target_modules is not None else _of_table(model, config))
     if not found:
         raise ValueError(_nothing_found(model, config))
-    kept = [site for site in found if site.layer not in config.leave_out]
+    kept = [target for target in found if target.layer not in config.leave_out]
     if not kept:
-        layers = sorted({site.layer for site in found})
+        layers = sorted({target.layer for target in found})
         raise ValueError(f"leave_out={list(config.leave_out)} leaves no layer an adapter; there are {layers}")
     return kept
 
@@ -65,7 +65,7 @@ def block_pattern(architecture: Architecture, names: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<stack>(?:.*\.)?(?:{architecture.layers}))\.(?P<layer>\d+)\.(?:{names})")
 
 
-def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
+def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     wanted = {
         "attention": config.mh_adapter,
         "feed_forward": config.output_adapter,
@@ -75,7 +75,7 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
     blocks = [(kind, block) for kind in kinds for name in wanted if wanted[name] and (block := getattr(kind, name))]
     patterns = [(kind, block, block_pattern(kind, block.write)) for kind, block in blocks]
     full: dict[str, str] = {}  # by the names without wrappers; of a wrapper and what it wraps, the wrapper's
-    for name, _ in own_modules(model):
+    for name, _ in base_modules(model):
         full.setdefault(plain_path(model, name), name)
     names = list(full)
     offsets = _offsets(names, list(kinds))
@@ -84,7 +84,7 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
             match = pattern.fullmatch(name)
             if match:
                 read = _read(names, kind, block, match)
-                yield Site(full[name], full[read], offsets[match["stack"]] + int(match["layer"]))
+                yield Target(full[name], full[read], offsets[match["stack"]] + int(match["layer"]))
                 break
 
 
@@ -105,9 +105,9 @@ def _offsets(names: list[str], kinds: list[Architecture]) -> dict[str, int]:
     return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
 
 
-def _targets(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
+def _targets(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     targets = config.target_modules or ()
-    names = [name for name, _ in own_modules(model)]
+    names = [name for name, _ in base_modules(model)]
     missing = [target for target in targets if not any(_ends_with(name, target) for name in names)]
     if missing:
         raise ValueError(f"target_modules: no module's name ends with {', '.join(missing)}. {_likely(model)}")
@@ -119,12 +119,12 @@ def _targets(model: nn.Module, config: CompacterConfig) -> Iterator[Site]:
             stacks.setdefault(stack, {})[name] = int(layer or 0)
     offset = 0
     for layers in stacks.values():
-        yield from (Site(name, name, offset + layer) for name, layer in layers.items())
+        yield from (Target(name, name, offset + layer) for name, layer in layers.items())
         offset += max(layers.values()) + 1
 
 
 def _check_called(model: nn.Module, name: str, option: str) -> None:
-    if not called(model, name):
+    if not is_called(model, name):
         attention = name.rpartition(".")[0] or type(model).__name__
         raise ValueError(
             f"{option}: {name} is never called, {attention} reads its weights itself; name the attention, "
@@ -147,8 +147,8 @@ def _nothing_found(model: nn.Module, config: CompacterConfig) -> str:
 def _likely(model: nn.Module) -> str:
     """Linear layers that occur once in each of several layers, those with the field's names for a block's end first."""
     counts: dict[str, int] = {}
-    for name, module in own_modules(model):
-        if (isinstance(module, nn.Linear) or hasattr(module, "nf")) and called(model, name):
+    for name, module in base_modules(model):
+        if (isinstance(module, nn.Linear) or hasattr(module, "nf")) and is_called(model, name):
             end = re.split(r"\.\d+\.", f".{name}")[-1].removeprefix(".")
             counts[end] = counts.get(end, 0) + 1
     repeated = [end for end, count in counts.items() if count > 1] or list(counts)
@@ -163,13 +163,13 @@ def is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
 
 
-def find_copied(model: nn.Module, config: CompacterConfig) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
     """The modules that are trained whole, in copies: layer norms, and heads that start untrained.
 
     Raises:
         ValueError: modules_to_save names one that the model does not have.
     """
-    norms = [name for name, module in own_modules(model) if config.train_layer_norms and _trains(module)]
+    norms = [name for name, module in base_modules(model) if config.train_layer_norms and _trains(module)]
     whole = heads(model) if config.modules_to_save is None else _named(model, config.modules_to_save)
     return whole + [name for name in norms if not any(name == w or name.startswith(f"{w}.") for w in whole)]
 
@@ -179,7 +179,7 @@ def _trains(norm: nn.Module) -> bool:
 
 
 def _named(model: nn.Module, ends: Sequence[str]) -> list[str]:
-    names = [name for name, _ in own_modules(model)]
+    names = [name for name, _ in base_modules(model)]
     missing = [end for end in ends if not any(_ends_with(name, end) for name in names)]
     if missing:
         raise ValueError(f"modules_to_save: no module's name ends with {', '.join(missing)}")
