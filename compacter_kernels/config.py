@@ -1,4 +1,4 @@
-"""What adapters a model gets: the options of Compacter and Compacter++."""
+"""The options of Compacter and Compacter++: which adapters a model gets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ from compacter_kernels.nn.initialisation import check_options
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+# The options that `CompacterAdapter` has under the same names.
+_ADAPTER_OPTIONS = (
+    *("phm_dim", "phm_rank", "dropout", "ln_before", "ln_after", "phm_bias", "factorized_phm_W"),
+    *("factorized_phm_rule", "learn_phm", "init", "phm_init_range", "phm_c_init"),
+)
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class CompacterConfig:
-    """Compacter (arXiv 2106.04647): adapters after attention and feed-forward, their slow weights shared by all.
+    """Compacter (arXiv 2106.04647): adapters after attention and feed-forward, with shared slow weights.
 
-    The names are those of the field, mostly of the `adapters` library; the defaults are the authors'. What each option
-    means is in its `metadata["help"]`.
+    Most names are those of the `adapters` library, and the defaults are the authors'. The
+    `metadata["help"]` of a field says what it means.
 
     Raises:
-        TypeError, ValueError: at construction, naming the option, what was got and what would do.
+        TypeError, ValueError: at construction. The message names the option, the value that was
+            given and the values that are allowed.
     """
 
     reduction_factor: float | Mapping[str, float] = _option(
@@ -119,7 +127,7 @@ class CompacterConfig:
         """The reduction factor of a layer.
 
         Raises:
-            ValueError: reduction_factor gives none for it.
+            ValueError: the mapping has neither this layer nor "default".
         """
         if not isinstance(self.reduction_factor, Mapping):
             return self.reduction_factor
@@ -129,38 +137,27 @@ class CompacterConfig:
         return factor
 
     def of_each_adapter(self) -> dict[str, Any]:
-        """The arguments of `CompacterAdapter` that all adapters of the model have; what they share is lent to them."""
+        """The arguments of `CompacterAdapter` that all adapters of the model have in common."""
         return {
-            "phm_dim": self.phm_dim,
-            "phm_rank": self.phm_rank,
+            **{name: getattr(self, name) for name in _ADAPTER_OPTIONS},
             "activation": self.non_linearity,
             "add_residual": not self.is_parallel,
             "scale": self.scaling,
-            "dropout": self.dropout,
-            "ln_before": self.ln_before,
-            "ln_after": self.ln_after,
             "residual_before_ln": self.adapter_residual_before_ln,
-            "phm_bias": self.phm_bias,
-            "factorized_phm_W": self.factorized_phm_W,
-            "factorized_phm_rule": self.factorized_phm_rule,
-            "shared_phm_rule": False,
-            "learn_phm": self.learn_phm,
-            "init": self.init,
-            "phm_init_range": self.phm_init_range,
-            "phm_c_init": self.phm_c_init,
+            "shared_phm_rule": False,  # Shared weights are lent to the adapters afterwards.
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON has them."""
+        """The options as values that JSON can store."""
         values = ((option.name, getattr(self, option.name)) for option in dataclasses.fields(self))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
-        """The config of those options, as `to_dict` gives them.
+        """The config with the options that `to_dict` returned.
 
         Raises:
-            TypeError, ValueError: an option that is not known or does not fit.
+            TypeError, ValueError: an option is unknown or has a wrong value.
         """
         known = [option.name for option in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))

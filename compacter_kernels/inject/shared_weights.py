@@ -1,4 +1,4 @@
-"""What the adapters of a model share: their slow weights, and where it is asked for their fast ones."""
+"""The weights that all adapters of one name share: slow weights and, if asked for, fast weights."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from compacter_kernels.nn.initialisation import reset_rule
 
 
 class SharedWeights(nn.Module):
-    """Owns each shared parameter once: phm_rule or phm_rule_left and phm_rule_right, W_down_left, W_up_right and so on.
+    """Owns the shared parameters, for example phm_rule, W_down_left and W_up_right.
 
-    The adapters borrow them (`PHMLinear.borrow`) and hold none, so nothing is saved, counted or sharded twice. Names
-    are those of the `adapters` library's `shared_parameters`.
+    The adapters borrow them (`PHMLinear.borrow`) and hold none, so that each is saved, counted and
+    sharded once. Names are those of `shared_parameters` in the `adapters` library.
     """
 
     def __init__(self, adapter: CompacterAdapter, config: CompacterConfig) -> None:
-        """Take the parameters of the first adapter."""
+        """Take over the parameters of the first adapter."""
         super().__init__()
+        # For each projection: its name for a parameter, and the name here.
         self.names: dict[str, dict[str, str]] = {"down": {}, "up": {}}
-        for position, names in self.names.items():
-            if config.shared_phm_rule:
-                names.update({name: name for name in adapter.down.rule_names()})
-            if config.shared_W_phm:
-                names.update({name: name.replace("W", f"W_{position}") for name in adapter.down.factor_names()})
+        rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
+        factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
+        for projection, names in self.names.items():
+            names.update({name: name for name in rule_names})
+            names.update({name: name.replace("W", f"W_{projection}") for name in factor_names})
             for name, own in names.items():
-                self.register_parameter(own, getattr(getattr(adapter, position), name))
-        if config.shared_phm_rule:
-            rules = [getattr(self, name) for name in adapter.down.rule_names()]
-            reset_rule(rules, config.phm_init_range, config.phm_c_init)
+                self.register_parameter(own, getattr(getattr(adapter, projection), name))
+        if rule_names:
+            reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
 
     def lend(self, adapter: CompacterAdapter) -> None:
-        """Let the adapter borrow all that is shared.
+        """Let the adapter borrow the shared weights.
 
         Raises:
-            ValueError: a shared weight that has another shape in this adapter.
+            ValueError: a shared weight has another shape in this adapter.
         """
-        adapter.down.borrow(self, **self.names["down"])
-        adapter.up.borrow(self, **self.names["up"])
+        for projection, names in self.names.items():
+            getattr(adapter, projection).borrow(self, **names)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.checkpoints.files import read_tensors, require_safetensors
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
-from compacter_kernels.inject.injection import inject
+from compacter_kernels.inject.api import inject
 from compacter_kernels.inject.prepare import computes_like, width_of
 from compacter_kernels.load import load_adapter
 from compacter_kernels.save import save_adapter
