@@ -29,10 +29,11 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class CompacterConfig:
-    """Compacter (arXiv 2106.04647): adapters after attention and feed-forward, with shared slow weights.
+    """Compacter (arXiv 2106.04647): adapters that share their slow weights.
 
-    Most names are those of the `adapters` library, and the defaults are the authors'. The
-    `metadata["help"]` of a field says what it means.
+    By default an adapter follows each attention block and each feed-forward block. Most names are
+    those of the `adapters` library, and the defaults are the authors'. The `metadata["help"]` of a
+    field says what it means.
 
     Raises:
         TypeError, ValueError: at construction. The message names the option, the value that was

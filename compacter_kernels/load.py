@@ -1,4 +1,4 @@
-"""`load_adapter` reads adapters from a folder into a model. It checks them before it changes any."""
+"""`load_adapter` reads adapters from a folder into a model, after it has checked all of them."""
 
 from __future__ import annotations
 

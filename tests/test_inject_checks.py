@@ -1,4 +1,4 @@
-"""What stands in the way of inject: refused before anything is changed."""
+"""Errors of `inject`, which are raised before the model changes."""
 
 from __future__ import annotations
 

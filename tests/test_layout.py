@@ -30,7 +30,7 @@ RANKS = (
     ("nn",),
     ("compress", "config"),
     ("targets",),
-    ("checkpoints", "inject", "patch"),
+    ("checkpoints", "inject", "patch"),  # As any names of one rank, these three never import each other.
     ("load", "save"),
     ("accuracy",),
     ("machine", "options", "saved"),

@@ -31,7 +31,7 @@ class Count(NamedTuple):
 
 
 def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "default", impl: str = "auto") -> Model:
-    """Put Compacter adapters into a transformers model, freeze its own weights, activate the adapters.
+    """Put Compacter adapters into a transformers model, activate them and freeze all other weights.
 
     Args:
         model: any model that the table in `compacter_kernels.targets.architectures` lists, or any

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-
-
-def first_parameter(module: nn.Module) -> str:
-    """The name of the first parameter of a module's forward."""
-    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:

@@ -143,7 +143,7 @@ class Injection(Added, nn.Module):
             warn_of_changed_heads(model, self._heads, self._added, self.active)
 
     def _require_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Reentrant checkpointing gives no gradients to a layer whose input does not require one."""
+        """Reentrant checkpointing gives gradients only to layers whose input requires one."""
         needs = torch.is_grad_enabled() and any([m.gradient_checkpointing and m.training for m in self._checkpointed])
         if needs and isinstance(output, Tensor) and not output.requires_grad:
             output.requires_grad_(True)

@@ -25,7 +25,7 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def is_head(model: nn.Module, key: str) -> bool:
-    """Whether a name in a file is outside of the model's base, like `classifier.compacter.weight`."""
+    """Whether a name in a file, such as `classifier.compacter.weight`, is outside of the base."""
     base = unwrapped(model.get_submodule(base_prefix(model).removesuffix(".")))
     return key.partition(".")[0] not in {NAME, *(name for name, _ in base.named_children())}
 

@@ -13,27 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-# accelerate's attributes of a module: its hook, and the forward that the hook's forward replaces.
-ATTRIBUTES = ("_hf_hook", "_old_forward")
+# accelerate's attributes of a module: its hook, and the forward that was replaced.
+HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"
 NOTHING = nullcontext()
-
-
-def offload_hook(module: nn.Module) -> Any:
-    """accelerate's hook on a module, or None."""
-    return vars(module).get(ATTRIBUTES[0])
 
 
 def onloaded(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """A context in which the modules hold their weights, as during a call of them."""
-    for module in modules:
-        if ATTRIBUTES[0] in vars(module):
-            return _onloaded(modules)
-    return NOTHING
+    hooked = [(module, vars(module)[HOOK]) for module in modules if HOOK in vars(module)]
+    return _onloaded(hooked) if hooked else NOTHING
 
 
 @contextmanager
-def _onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    hooked = [(module, hook) for module in modules if (hook := offload_hook(module)) is not None]
+def _onloaded(hooked: list[tuple[nn.Module, Any]]) -> Iterator[None]:
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
@@ -46,7 +38,7 @@ def _onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
 def device_of(module: nn.Module) -> torch.device:
     """The device that a module computes on. It is the CPU for a module without parameters."""
     for part in module.modules():
-        hook = offload_hook(part)
+        hook = vars(part).get(HOOK)
         for each in getattr(hook, "hooks", (hook,)):
             device = getattr(each, "execution_device", None)
             if device is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, first_output, first_parameter, with_output
+from compacter_kernels.inject.hidden_states import first_input, first_output, with_output
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME, AddedModules
@@ -56,7 +57,8 @@ class TargetAdapters(AddedModules):
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
         if not adapter.add_residual:
-            self._reads[name] = (read, first_parameter(read.module))
+            first_parameter = next(iter(inspect.signature(read.module.forward).parameters), "")
+            self._reads[name] = (read, first_parameter)
             self.register_hooks()
 
     def __delitem__(self, name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from compacter_kernels.inject.hidden_states import map_tensors
-from compacter_kernels.inject.offload import ATTRIBUTES, onloaded
+from compacter_kernels.inject.offload import HOOK, OLD_FORWARD, onloaded
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.added import NAME, AddedModules, added_modules
 
@@ -180,6 +180,5 @@ def trained_copy(original: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def _instance_attributes(module: nn.Module) -> list[str]:
     """The attributes by which a library changed this instance, and which a copy must not share."""
-    names = [name for name in (*ATTRIBUTES, "forward", INSTANCE_FORWARD) if name in vars(module)]
-    hooked = ATTRIBUTES[0] in names
-    return [name for name in names if hooked or getattr(vars(module)[name], "__self__", None) is not module]
+    names = [name for name in (HOOK, OLD_FORWARD, "forward", INSTANCE_FORWARD) if name in vars(module)]
+    return [name for name in names if HOOK in names or getattr(vars(module)[name], "__self__", None) is not module]

@@ -87,7 +87,7 @@ def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def check_not_copied_by_peft(model: nn.Module, path: str) -> None:
-    """Raise ValueError for a module inside one that peft trains as a copy: its name is ambiguous."""
+    """Raise ValueError for a module inside one that peft trains as a copy: two have its name."""
     if any(is_a(module, TRAINED_BY_PEFT) for module, _ in _steps(model, path)):
         raise ValueError(
             f"{path} lies in what peft trains itself (its modules_to_save); save the adapters before "
