@@ -92,7 +92,7 @@ def load_adapter(
         tensors, targets = (
             {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (tensors, targets)
         )
-    check_tensors(tensors, targets, path / TENSORS)
+    _check_tensors(tensors, targets, path / TENSORS)
     check_digest(path / TENSORS, content.get(DIGEST))
     if prepared is None:
         _fill(targets, tensors)
@@ -131,7 +131,7 @@ def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, h
         )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
     """Raise ValueError unless the tensors have the names, shapes and kinds of dtype of targets."""
     wrong = [
         f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(full_shape(target))}"

@@ -15,9 +15,8 @@ from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS
 from compacter_kernels.targets.base_modules import base_modules, is_called, names_ending_with
 from compacter_kernels.targets.wrappers import plain_path
 
-# Usual names of the last linear layer of a block.
+# Usual names of the last linear layer of a block, and of heads.
 LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
-
 HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
 
 
@@ -140,7 +139,7 @@ def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]
         ValueError: modules_to_save names a module that the model does not have or never calls.
     """
     if config.modules_to_save is None:
-        whole = heads(model)
+        whole = list(_heads(model))
     else:
         named = names_ending_with(model, config.modules_to_save, "modules_to_save")
         whole = [name for name in named if model.get_submodule(name).state_dict()]  # Not a ReLU.
@@ -152,14 +151,13 @@ def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]
     return whole + [name for name in norms if not any(f"{name}.".startswith(f"{other}.") for other in whole)]
 
 
-def heads(model: nn.Module) -> list[str]:
+def _heads(model: nn.Module) -> Iterator[str]:
     """The names of heads, which start untrained, at the top of a model or of a model inside it."""
-    found = []
     for path, top in _tops("", model):
         names = (*HEADS, "lm_head") if type(top).__name__.endswith("ForCTC") else HEADS
-        children = [(name, child) for name, child in top.named_children() if name in names]
-        found += [f"{path}{name}" for name, child in children if not any(map(_of_transformers, child.modules()))]
-    return found
+        for name, child in top.named_children():
+            if name in names and not any(map(_of_transformers, child.modules())):
+                yield f"{path}{name}"
 
 
 def _tops(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
