@@ -66,15 +66,9 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
         if shared is not None:
             shared.lend(adapter)
         adapters[target.write] = adapter
-    return Prepared(targets, shared, adapters, {path: _copy(model, path, config) for path in copied})
-
-
-def _copy(model: nn.Module, path: str, config: CompacterConfig) -> nn.Module:
-    try:
-        original = unwrapped(model.get_submodule(path))
-        return trained_copy(original, None if config.dtype is None else DTYPES[config.dtype])
-    except ValueError as error:
-        raise ValueError(f"modules_to_save: {path}: {error}") from error
+    dtype = DTYPES.get(config.dtype or "")
+    copies = {path: trained_copy(unwrapped(model.get_submodule(path)), path, dtype) for path in copied}
+    return Prepared(targets, shared, adapters, copies)
 
 
 def _adapter(
@@ -90,7 +84,7 @@ def _adapter(
             reduction_factor=config.reduction_factor_of(target.layer),
             impl=impl,
             device=device or like.device,
-            dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
+            dtype=DTYPES.get(config.dtype or "", like.dtype),
             **config.of_each_adapter(),
         )
     except ValueError as error:

@@ -142,8 +142,8 @@ def _new_instance(original: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-def trained_copy(original: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a module whose parameters are trained, in that dtype or in the module's.
+def trained_copy(original: nn.Module, path: str, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of the module of that path, to be trained, in that dtype or in the module's.
 
     The copy has no hooks and no other copies. It has a `forward` that was set on the instance only
     if that is a method of the module.
@@ -152,12 +152,12 @@ def trained_copy(original: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         ValueError: the module has no parameters, or some that are not floating; it holds adapters
             or trained copies.
     """
-    kind, own = type(original).__name__, added_modules(original)
+    subject, own = f"modules_to_save: {path}: a {type(original).__name__}", added_modules(original)
     floating = [p.is_floating_point() for name, p in original.named_parameters() if not name.startswith(f"{NAME}.")]
     if not floating or not all(floating):
-        raise ValueError(f"a {kind} of no or of quantised parameters cannot be trained; leave it out")
+        raise ValueError(f"{subject} of no or of quantised parameters cannot be trained; leave it out")
     if any(isinstance(part, AddedModules) and part is not own for part in original.modules()):
-        raise ValueError(f"a {kind} that holds adapters or trained copies cannot be trained whole")
+        raise ValueError(f"{subject} that holds adapters or trained copies cannot be trained whole")
     left_out = object()
     parts = tuple(part for name, part in original.named_modules() if not f"{name}.".startswith(f"{NAME}."))
     memo = {id(vars(part)[name]): left_out for part in parts for name in _instance_attributes(part)}
