@@ -26,8 +26,8 @@ class SharedWeights(nn.Module):
         for projection, names in self.names.items():
             names.update({name: name for name in rule_names})
             names.update({name: name.replace("W", f"W_{projection}") for name in factor_names})
-            for name, own in names.items():
-                self.register_parameter(own, getattr(getattr(adapter, projection), name))
+            for name, shared_name in names.items():
+                self.register_parameter(shared_name, getattr(getattr(adapter, projection), name))
         if rule_names:
             reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
 

@@ -152,17 +152,17 @@ def trained_copy(original: nn.Module, path: str, dtype: torch.dtype | None) -> n
         ValueError: the module has no parameters, or some that are not floating; it holds adapters
             or trained copies.
     """
-    subject, own = f"modules_to_save: {path}: a {type(original).__name__}", added_modules(original)
+    subject, copies = f"modules_to_save: {path}: a {type(original).__name__}", added_modules(original)
     floating = [p.is_floating_point() for name, p in original.named_parameters() if not name.startswith(f"{NAME}.")]
     if not floating or not all(floating):
         raise ValueError(f"{subject} of no or of quantised parameters cannot be trained; leave it out")
-    if any(isinstance(part, AddedModules) and part is not own for part in original.modules()):
+    if any(isinstance(part, AddedModules) and part is not copies for part in original.modules()):
         raise ValueError(f"{subject} that holds adapters or trained copies cannot be trained whole")
     left_out = object()
     parts = tuple(part for name, part in original.named_modules() if not f"{name}.".startswith(f"{NAME}."))
     memo = {id(vars(part)[name]): left_out for part in parts for name in _instance_attributes(part)}
-    if own is not None:
-        memo[id(own)] = left_out
+    if copies is not None:
+        memo[id(copies)] = left_out
     with onloaded(parts), gathered(original.parameters()):
         copied: nn.Module = copy.deepcopy(original, memo)
     copied._modules.pop(NAME, None)
