@@ -5,15 +5,15 @@ from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
 from compacter_kernels.functional import compacter_adapter, explain, phm_linear, phm_matrix
-from compacter_kernels.inject.control import (
+from compacter_kernels.inject.api import (
     adapter_parameters,
     count_parameters,
     disable_adapters,
+    inject,
     print_trainable_parameters,
     remove_adapters,
     set_adapter,
 )
-from compacter_kernels.inject.injection import inject
 from compacter_kernels.load import load_adapter
 from compacter_kernels.nn import CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch

@@ -1,4 +1,4 @@
-"""What adapters a model gets: the options of Compacter and Compacter++."""
+"""The options of Compacter and Compacter++: which adapters a model gets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.nn.initialisation import check_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# The options that `CompacterAdapter` has under the same names.
+_ADAPTER_OPTIONS = (
+    *("phm_dim", "phm_rank", "dropout", "ln_before", "ln_after", "phm_bias", "factorized_phm_W"),
+    *("factorized_phm_rule", "learn_phm", "init", "phm_init_range", "phm_c_init"),
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,50 +27,58 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class CompacterConfig:
-    """Compacter (arXiv 2106.04647): adapters after attention and feed-forward, their slow weights shared by all.
+    """Compacter (arXiv 2106.04647): adapters that share their slow weights.
 
-    The names are those of the field, mostly of the `adapters` library; the defaults are the authors'. What each option
-    means is in its `metadata["help"]`.
+    By default an adapter follows each attention block and each feed-forward block. Most names are
+    those of the `adapters` library, and the defaults are the authors'. The `metadata["help"]` of a
+    field says what it means.
 
     Raises:
-        TypeError, ValueError: at construction, naming the option, what was got and what would do.
+        TypeError, ValueError: at construction. The message names the option, the value that was
+            given and the values that are allowed.
     """
 
     reduction_factor: float | Mapping[str, float] = _option(
         32,
-        'hidden size over bottleneck; or by layer, {"0": 16, "default": 32}, counted as in leave_out',
+        'hidden size / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out',
     )
-    phm_dim: int = _option(4, "n, the number of Kronecker products; divides the hidden size and the bottleneck")
+    phm_dim: int = _option(
+        4, "n, the number of Kronecker products; must divide the hidden size and the bottleneck size"
+    )
     phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
-    non_linearity: str = _option("gelu_new", "activation of the bottleneck; `adapters` itself defaults to gelu")
+    non_linearity: str = _option("gelu_new", "activation of the bottleneck; the default of `adapters` is gelu")
     phm_bias: bool = _option(True, "whether the projections have a bias")
-    factorized_phm_W: bool = _option(True, "W as W_left W_right, which is what makes Compacter small")
-    factorized_phm_rule: bool = _option(False, "phm_rule as phm_rule_left phm_rule_right")
-    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters of the model, else one for each projection")
-    shared_W_phm: bool = _option(False, "W, too, one for all down and one for all up projections")
-    learn_phm: bool = _option(True, "whether phm_rule trains")
-    init: str = _option("paper", 'how weights start: "paper", or "adapters" for what that library draws')
-    phm_init_range: float = _option(1e-4, "spread of a shared phm_rule at the start")
-    phm_c_init: str = _option("normal", 'how phm_rule is drawn, "normal" or "uniform"')
+    factorized_phm_W: bool = _option(True, "store W as the product W_left W_right, which makes Compacter small")
+    factorized_phm_rule: bool = _option(False, "store phm_rule as the product phm_rule_left phm_rule_right")
+    shared_phm_rule: bool = _option(
+        True, "one phm_rule for all adapters of the model, instead of one for each projection"
+    )
+    shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
+    learn_phm: bool = _option(True, "train phm_rule")
+    init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
+    phm_init_range: float = _option(1e-4, "spread of the initial values of a shared phm_rule")
+    phm_c_init: str = _option("normal", 'distribution of the initial phm_rule, "normal" or "uniform"')
     scaling: float | str = _option(1.0, 'factor on the adapter\'s output, or "learned"')
-    dropout: float = _option(0.0, "on the adapter's output, before the residual")
+    dropout: float = _option(0.0, "dropout probability of the adapter's output, before the residual is added")
     ln_before: bool = _option(False, "a layer norm before the down projection")
     ln_after: bool = _option(False, "a layer norm after the up projection")
-    adapter_residual_before_ln: bool = _option(False, "with ln_after: whether the residual is added before it")
+    adapter_residual_before_ln: bool = _option(False, "with ln_after: add the residual before that norm")
     mh_adapter: bool = _option(True, "an adapter after self-attention")
     output_adapter: bool = _option(True, "an adapter after the feed-forward block")
     cross_adapter: bool = _option(False, "an adapter after cross-attention")
-    is_parallel: bool = _option(False, "adapters read the block's input and add to its output (arXiv 2110.04366)")
-    leave_out: Sequence[int] = _option((), "layers without adapters, decoder layers counting on after the encoder's")
-    target_modules: Sequence[str] | None = _option(
-        None, 'ends of module names, such as ("attn.out", "mlp.fc2"), instead of the model\'s entry in the table'
+    is_parallel: bool = _option(False, "adapters take the block's input and add to its output (arXiv 2110.04366)")
+    leave_out: Sequence[int] = _option(
+        (), "numbers of layers without adapters; decoder layers count on after the encoder's"
     )
-    train_layer_norms: bool = _option(True, "train copies of the model's layer norms as well, as the authors do")
+    target_modules: Sequence[str] | None = _option(
+        None, 'ends of module names, such as ("attn.out", "mlp.fc2"); None: as the table says for the type of the model'
+    )
+    train_layer_norms: bool = _option(True, "also train copies of the model's layer norms, as the authors do")
     modules_to_save: Sequence[str] | None = _option(
-        None, "modules to train whole, in copies, by the end of their names; None: classification and CTC heads"
+        None, "ends of the names of modules to train whole, as copies; None: classification and CTC heads"
     )
     dtype: str | None = _option(
-        None, "of adapters and trained copies; None: that of the layers which they follow or copy"
+        None, "dtype of adapters and trained copies; None: that of the layers that these follow or copy"
     )
 
     def __post_init__(self) -> None:
@@ -119,7 +132,7 @@ class CompacterConfig:
         """The reduction factor of a layer.
 
         Raises:
-            ValueError: reduction_factor gives none for it.
+            ValueError: the mapping has neither this layer nor "default".
         """
         if not isinstance(self.reduction_factor, Mapping):
             return self.reduction_factor
@@ -129,38 +142,27 @@ class CompacterConfig:
         return factor
 
     def of_each_adapter(self) -> dict[str, Any]:
-        """The arguments of `CompacterAdapter` that all adapters of the model have; what they share is lent to them."""
+        """The arguments of `CompacterAdapter` that all adapters of the model have in common."""
         return {
-            "phm_dim": self.phm_dim,
-            "phm_rank": self.phm_rank,
+            **{name: getattr(self, name) for name in _ADAPTER_OPTIONS},
             "activation": self.non_linearity,
             "add_residual": not self.is_parallel,
             "scale": self.scaling,
-            "dropout": self.dropout,
-            "ln_before": self.ln_before,
-            "ln_after": self.ln_after,
             "residual_before_ln": self.adapter_residual_before_ln,
-            "phm_bias": self.phm_bias,
-            "factorized_phm_W": self.factorized_phm_W,
-            "factorized_phm_rule": self.factorized_phm_rule,
-            "shared_phm_rule": False,
-            "learn_phm": self.learn_phm,
-            "init": self.init,
-            "phm_init_range": self.phm_init_range,
-            "phm_c_init": self.phm_c_init,
+            "shared_phm_rule": False,  # Shared weights are lent to the adapters afterwards.
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON has them."""
+        """The options as values that JSON can store."""
         values = ((option.name, getattr(self, option.name)) for option in dataclasses.fields(self))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
-        """The config of those options, as `to_dict` gives them.
+        """The config with the options that `to_dict` returned.
 
         Raises:
-            TypeError, ValueError: an option that is not known or does not fit.
+            TypeError, ValueError: an option is unknown or has a wrong value.
         """
         known = [option.name for option in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))

@@ -1,4 +1,4 @@
-"""`load_adapter`: adapters from a folder into a model, after all was checked and before anything is changed."""
+"""`load_adapter` reads adapters from a folder into a model, after it has checked all of them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from compacter_kernels.checkpoints.files import (
 )
 from compacter_kernels.checkpoints.format import of_model, read_config
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.inject.injection import Injection, activate, place
+from compacter_kernels.inject.checks import check_name
+from compacter_kernels.inject.injection import add_adapters, injection_of
 from compacter_kernels.inject.keys import is_head
-from compacter_kernels.inject.obstacles import check_name
-from compacter_kernels.inject.prepare import Prepared, prepare, to_device_of
+from compacter_kernels.inject.prepare import Prepared, prepare
 from compacter_kernels.nn.partitioned import full_shape, gathered
-from compacter_kernels.targets.added import NAME
+from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.wrappers import check_fillable, check_gathered, check_injectable, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-OF_START = ("init", "phm_init_range", "phm_c_init", "dtype")  # of no meaning once there are values
+INITIAL_OPTIONS = ("init", "phm_init_range", "phm_c_init", "dtype")  # They have no effect on loaded values.
 
 
 def load_adapter(
@@ -44,81 +44,86 @@ def load_adapter(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Model:
-    """Read what `save_adapter` wrote: inject adapters of that name and activate them, or set those that are there.
+    """Read adapters that `save_adapter` wrote, and activate them.
+
+    If the model has adapters of that name, they get the values of the file. Else they are injected.
 
     Args:
-        model: of the same family and size as the one that was saved; head and dtype may differ. Values are cast to the
-            dtype of the adapters here.
-        folder: a folder, or the id of one on the hub.
-        revision, cache_dir, local_files_only: for the hub, as `huggingface_hub.snapshot_download` has them.
-        name: of the adapters, as in `inject`. Adapters of this name must have the options of the file.
-        impl: see `compacter_kernels.compacter_adapter`; for new adapters.
-        heads: False leaves out what lies outside the model's base, such as a trained classifier: that of the file is
-            ignored, that of the model trains on from the values it has.
+        model: a model of the same family and size as the saved one; head and dtype may differ.
+            Values are cast to the dtype of the adapters in this model.
+        folder: a folder, or the id of a repository on the hub.
+        revision, cache_dir, local_files_only: as `huggingface_hub.snapshot_download` takes them.
+        name: the name of the adapters, as in `inject`. Existing adapters of this name must have the
+            options that the file has.
+        impl: of new adapters, see `compacter_kernels.compacter_adapter`.
+        heads: False leaves out tensors outside of the model's base, such as a trained classifier.
+            Those of the file are ignored, and those of the model keep their values.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError, ValueError: files that are malformed or do not fit the model; the model is unchanged.
-        FileNotFoundError, ImportError: no such folder or files, safetensors is not installed.
+        TypeError, ValueError: the files are malformed or do not fit the model, which is unchanged.
+        FileNotFoundError, ImportError: there is no such folder or file; safetensors is not
+            installed.
     """
     check_name(name)
     check_gathered(model)
     check_fillable(model)
-    base = unwrapped(model)
+    inner = unwrapped(model)
     path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
-    found = read_json(path / CONFIG)
-    config = read_config(found, path / CONFIG)
-    _check_model(found, base, path / CONFIG)
+    content = read_json(path / CONFIG)
+    config = read_config(content, path / CONFIG)
+    _check_model(content, inner, path / CONFIG)
     if not heads:
         config = dataclasses.replace(config, modules_to_save=None)
     tensors = read_tensors(path / TENSORS)
 
-    present = getattr(base, NAME, None)
+    existing = adapters_of(inner)
     prepared: Prepared | None = None
-    if isinstance(present, Injection) and name in present.configs:
-        _check_same(config, present.configs[name], name, heads)
-        targets = present.tensors(base, name)
+    if existing is not None and name in existing.configs:
+        _check_same(config, existing.configs[name], name, heads)
+        targets = existing.tensors(inner, name)
     else:
         check_injectable(model)
-        prepared = _prepare(base, config, impl, path / CONFIG)
-        targets = prepared.tensors(base)
+        prepared = _prepare(inner, config, impl, path / CONFIG)
+        targets = prepared.tensors(inner)
     if not heads:
-        tensors = {key: tensor for key, tensor in tensors.items() if not is_head(base, key)}
-        targets = {key: tensor for key, tensor in targets.items() if not is_head(base, key)}
-    check_tensors(tensors, targets, path / TENSORS)
-    check_digest(path / TENSORS, found.get(DIGEST))
+        tensors, targets = (
+            {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (tensors, targets)
+        )
+    _check_tensors(tensors, targets, path / TENSORS)
+    check_digest(path / TENSORS, content.get(DIGEST))
     if prepared is None:
         _fill(targets, tensors)
-        activate(base, name)
+        injection_of(inner).activate(name)
     else:
-        to_device_of(base, prepared)
-        targets = prepared.tensors(base)
+        prepared.allocate(inner)
+        targets = prepared.tensors(inner)
         _fill({key: targets[key] for key in tensors}, tensors)
-        place(base, name, config, prepared)
+        add_adapters(inner, name, config, prepared)
     return model
 
 
 def _prepare(model: nn.Module, config: CompacterConfig, impl: str, path: Path) -> Prepared:
-    """What inject would build, on meta: whatever sizes a file asks for, it costs nothing."""
+    """Build the adapters on meta, so that even huge sizes in a file take no memory."""
     try:
         return prepare(model, config, impl, "meta")
-    except (TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor has
+    except (TypeError, RuntimeError, OverflowError) as error:  # Sizes that no tensor can have.
         raise ValueError(f"{path} asks for what cannot be built: {str(error).splitlines()[0]}") from error
 
 
-def _check_model(found: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    for key, here in of_model(model).items():
-        there = found.get(key)
-        if there is not None and here is not None and there != here:
-            raise ValueError(f"{path} is of a model with {key} {there!r}, this {type(model).__name__} has {here!r}")
+def _check_model(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
+    for key, value in of_model(model).items():
+        saved = content.get(key)
+        if saved is not None and value is not None and saved != value:
+            raise ValueError(f"{path} is of a model with {key} {saved!r}, this {type(model).__name__} has {value!r}")
 
 
-def _check_same(config: CompacterConfig, present: CompacterConfig, name: str, heads: bool) -> None:
-    ours, theirs = present.to_dict(), config.to_dict()
-    left_out = OF_START if heads else (*OF_START, "modules_to_save")
-    differ = [key for key in ours if key not in left_out and ours[key] != theirs[key]]
+def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:
+    ours, theirs = existing.to_dict(), config.to_dict()
+    ignored = INITIAL_OPTIONS if heads else (*INITIAL_OPTIONS, "modules_to_save")
+    differ = [key for key in ours if key not in ignored and ours[key] != theirs[key]]
     if differ:
         listed = "; ".join(f"{key} is {ours[key]!r} in the model, {theirs[key]!r} in the file" for key in differ)
         raise ValueError(
@@ -126,22 +131,22 @@ def _check_same(config: CompacterConfig, present: CompacterConfig, name: str, he
         )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError unless the tensors are those that the targets ask for, by name, shape and kind of dtype."""
-    missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
+def _check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless the tensors have the names, shapes and kinds of dtype of targets."""
     wrong = [
         f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(full_shape(target))}"
         for key, target in targets.items()
         if key in tensors and tensors[key].shape != full_shape(target)
     ]
-    for what, keys in (("lacks", missing), ("has, and the model does not,", unexpected)):
+    missing, unexpected = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    for verb, keys in (("lacks", missing), ("has, and the model does not,", unexpected)):
         if keys:
-            wrong.append(f"it {what} {len(keys)} tensors: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
+            wrong.append(f"it {verb} {len(keys)} tensors: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
     for key in targets.keys() & tensors.keys():
-        found, expected = tensors[key].dtype, targets[key].dtype
-        fits = found in DTYPES.values() if expected.is_floating_point else found == expected
+        dtype, expected = tensors[key].dtype, targets[key].dtype
+        fits = dtype in DTYPES.values() if expected.is_floating_point else dtype == expected
         if not fits:
-            wrong.append(f"{key} is {found}, not {' or '.join(DTYPES) if expected.is_floating_point else expected}")
+            wrong.append(f"{key} is {dtype}, not {' or '.join(DTYPES) if expected.is_floating_point else expected}")
     if wrong:
         more = "" if len(wrong) <= 4 else f"; and {len(wrong) - 4} more"
         raise ValueError(
@@ -151,9 +156,10 @@ def check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], 
 
 @torch.no_grad()
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    elsewhere = [key for key, target in targets.items() if target.is_meta]
-    if elsewhere:
-        raise ValueError(f"{elsewhere[0]} would be on meta; give the model its weights before its adapters")
+    """Copy the tensors into the targets of their names, which may be sharded."""
+    on_meta = [key for key, target in targets.items() if target.is_meta]
+    if on_meta:
+        raise ValueError(f"{on_meta[0]} would be on meta; give the model its weights before its adapters")
     with gathered(targets.values(), change=True):
         for key, target in targets.items():
             value = tensors[key]

@@ -1,66 +1,66 @@
-"""`save_adapter`: the trained part of a model into a folder of two files."""
+"""`save_adapter` writes the trained part of a model into a folder of two files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, distributed as dist, nn
 
 from compacter_kernels.checkpoints.files import TENSORS, require_safetensors, write_folder
 from compacter_kernels.checkpoints.format import describe
-from compacter_kernels.inject.control import known
-from compacter_kernels.inject.injection import injection
+from compacter_kernels.inject.injection import injection_of
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.lost import lost
-from compacter_kernels.inject.offload import in_place
+from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.wrappers import check_gathered, unwrapped
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
-    """Write the adapters of that name, by default the active ones: `adapter_model.safetensors`, `adapter_config.json`.
+    """Write the adapters of that name, by default the active ones, into a folder.
 
-    Shared weights once, trained layer norms and heads included, in the dtypes that they have; docs/checkpoints.md says
-    under which names. A folder that exists keeps its other files. In a distributed run call it on all ranks: sharded
-    parameters are gathered there (those of FSDP1 by its `summon_full_params`), and rank 0 writes.
+    The files are `adapter_model.safetensors` and `adapter_config.json`. The tensors keep their
+    dtypes, shared weights are written once, and trained layer norms and heads are included.
+    docs/checkpoints.md gives the names of the tensors. Other files in the folder stay.
+
+    In a distributed run call this on all ranks. They gather sharded parameters (those of FSDP1
+    within its `summon_full_params`), and rank 0 writes.
 
     Raises:
-        ValueError: a model without adapters, or without these, or whose weights are elsewhere (sharded, on "meta");
-            one of which modules with adapters or trained copies were exchanged since.
-        OSError, ImportError: the folder cannot be written, safetensors is not installed. What was there is unchanged.
+        ValueError: the model has no adapters of that name; their weights are not here (sharded, on
+            "meta"); modules with adapters or trained copies were exchanged since `inject`.
+        OSError, ImportError: the folder cannot be written; safetensors is not installed. Files that
+            were in the folder are unchanged.
     """
     require_safetensors()
     check_gathered(model)
     model = unwrapped(model)
-    here = injection(model)
-    name = here.active if name is None else known(model, name)
+    injection = injection_of(model)
+    name = injection.active if name is None else injection.require(name)
     if name is None:
-        raise ValueError(f"no adapters are active; give name=, of {', '.join(here.configs)}")
-    gone = list(lost(model, here.placed, name))
-    if gone:
+        raise ValueError(f"no adapters are active; give name=, of {', '.join(injection.configs)}")
+    exchanged = injection.exchanged(model, name)
+    if exchanged:
         raise ValueError(
             f"modules that had adapters or trained copies of {name!r} were exchanged for others since: "
-            f"{', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''}. Put back what was there; or exchange modules "
-            "first, then inject or load_adapter"
+            f"{', '.join(exchanged[:4])}{', ...' if len(exchanged) > 4 else ''}. Put back what was there; or exchange "
+            "modules first, then inject or load_adapter"
         )
-    parts = list(here.parts(model, name))
-    with in_place([module for _, part in parts for module in part.modules()]):
+    parts = list(injection.parts(model, name))
+    with onloaded([module for _, part in parts for module in part.modules()]):
         named = named_tensors(model, parts)
         with gathered(named.values()):
-            tensors = {key: _gathered(tensor) for key, tensor in named.items()}
+            tensors = {key: _full(tensor) for key, tensor in named.items()}
             if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-                _check_values(tensors)
-                write_folder(Path(folder), {TENSORS: tensors}, {**describe(model), **here.configs[name].to_dict()})
+                for key, tensor in tensors.items():
+                    if tensor.is_meta or not tensor.numel():
+                        raise ValueError(
+                            f"{key} holds no values here: it is on meta, or sharded otherwise than by FSDP or ZeRO"
+                        )
+                config = {**describe(model), **injection.configs[name].to_dict()}
+                write_folder(Path(folder), {TENSORS: tensors}, config)
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    """A tensor of FSDP2 with all its values; any other as it is."""
+def _full(tensor: Tensor) -> Tensor:
+    """All values of a tensor of FSDP2; any other tensor itself."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if tensor.is_meta or not tensor.numel():
-            raise ValueError(f"{key} holds no values here: it is on meta, or sharded otherwise than by FSDP or ZeRO")

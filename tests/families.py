@@ -12,7 +12,7 @@ WIDTH, WORDS = 32, 50
 _TOKENS = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _LLAMA = {**_BERT, **_TOKENS, "num_key_value_heads": 2}
-_BART = {"d_model": WIDTH, **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+_BART = {"d_model": WIDTH, **{f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in
          (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))}}  # fmt: skip
 
 # family: (configuration class, its options, model class)

@@ -1,4 +1,4 @@
-"""Small transformers models, their batches, and what must hold after any training of one with adapters."""
+"""Small transformers models, their batches, and checks after a training with adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def base_of(kind: str) -> nn.Module:
 
 
 def make(kind: str, config: ck.CompacterConfig = CONFIG, impl: str = "auto") -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model with adapters, in training, the same each time; and a copy of what its base holds."""
+    """A model with adapters in training mode, the same each time, and a copy of its base's state."""
     torch.manual_seed(0)
     model = base_of(kind)
     base = copy.deepcopy(model.state_dict())
@@ -54,7 +54,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what has been trained."""
+    """A copy of the trained parameters."""
     return {name: p.detach().clone() for name, p in trained(model).items()}
 
 
@@ -67,12 +67,12 @@ def gradients(
     loss.backward()
     missing = [name for name, p in trained(model).items() if p.grad is None]
     assert not missing, f"no gradient for {missing}"
-    found = {
+    result = {
         "loss": loss.detach(),
         **{name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None},
     }
     model.zero_grad()
-    return found
+    return result
 
 
 def assert_only_adapters_trained(model: nn.Module, base: dict[str, Tensor], start: dict[str, Tensor]) -> None:

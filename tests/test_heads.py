@@ -1,4 +1,4 @@
-"""Heads that start untrained are found, and trained in copies, also in a model that something wraps or holds."""
+"""Heads that start untrained are trained as copies, also in a model inside another module."""
 
 from __future__ import annotations
 

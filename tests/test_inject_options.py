@@ -1,4 +1,4 @@
-"""The options of `inject`: names, sharing, layers, dtypes, what else trains, and what is refused."""
+"""The options of `inject`: names, sharing, layers, dtypes, other trained modules, errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_option_trains(name: str, parallel: bool) -> None:
     assert len({id(p) for p in trained.values()}) == len(trained), "a parameter is held twice"
 
 
-def test_what_is_shared_is_held_once() -> None:
+def test_a_shared_weight_is_held_once() -> None:
     model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL, shared_W_phm=True))
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if "compacter" in name]
     assert sum(name.endswith("phm_rule") for name in names) == 1
@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_and_changes_nothing(name: str) -> None:
+def test_errors_change_nothing(name: str) -> None:
     make, options, message = REFUSED[name]
     model = make()
     before = {key: (p.requires_grad, id(p)) for key, p in model.named_parameters()}
@@ -288,7 +288,7 @@ def test_the_input_gets_a_gradient_under_reentrant_checkpointing() -> None:
 
 
 def test_copies_by_data_parallel_are_refused() -> None:
-    """They share the hooks of the module that they are copies of, and so its adapters."""
+    """A replica shares the hooks of its original, and so the adapters of the original."""
     layer = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     ck.inject(layer, ck.CompacterConfig(**SMALL, target_modules=["0"]))
     replica = layer[0]._replicate_for_data_parallel()

@@ -27,7 +27,7 @@ RANKS = (
     ("nn",),
     ("compress", "config"),
     ("targets",),
-    ("checkpoints", "inject", "patch"),
+    ("checkpoints", "inject", "patch"),  # As any names of one rank, these three never import each other.
     ("load", "save"),
     ("cases",),
     ("accuracy",),

@@ -52,9 +52,9 @@ Change = Callable[[Path], None]
 
 def config(**changes: Any) -> Change:
     def change(folder: Path) -> None:
-        found = json.loads((folder / CONFIG).read_text())
-        found.update(changes)
-        (folder / CONFIG).write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
+        content = json.loads((folder / CONFIG).read_text())
+        content.update(changes)
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
     return change
 
@@ -67,9 +67,9 @@ def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     """The tensors edited, the digest left out, so that the check behind it is the one that is tried."""
 
     def change(folder: Path) -> None:
-        found = safetensors.load_file(folder / TENSORS)
-        edit(found)
-        safetensors.save_file(found, folder / TENSORS)
+        loaded = safetensors.load_file(folder / TENSORS)
+        edit(loaded)
+        safetensors.save_file(loaded, folder / TENSORS)
         config(**{DIGEST: ...})(folder)
 
     return change

@@ -35,7 +35,7 @@ def _data_parallel(model: nn.Module) -> nn.Module:
 
 
 def _fully_sharded(model: nn.Module) -> nn.Module:
-    """Each layer by itself, then what is left, with it the rule that the adapters of all layers share."""
+    """Shard each layer, then the rest, which includes the rule that all adapters share."""
     from torch.distributed.fsdp import fully_shard
 
     for module in model.modules():

@@ -15,7 +15,7 @@ LENGTH = 10
 
 
 def strong(model: nn.Module, seed: int) -> nn.Module:
-    """The active adapters far from where they start, so that they decide what is generated."""
+    """The active adapters get large weights, so that they decide the generated text."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in ck.adapter_parameters(model):
@@ -47,7 +47,7 @@ def generated(model: nn.Module, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_generation_is_step_by_step_argmax(kind: str) -> None:
-    """With the cache of keys and values; the adapters matter, and without them the base generates what it did."""
+    """With the cache of keys and values, with adapters and, unchanged, without them."""
     model, _ = make(kind)
     model.eval()
     with ck.disable_adapters(model):
@@ -78,7 +78,7 @@ def test_generation_with_each_of_two_adapters(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_training_one_adapter_leaves_the_other(kind: str) -> None:
-    """Trained in turns in one model, each becomes what it becomes alone."""
+    """Adapters trained in turns in one model get the values that each gets alone."""
     alone = []
     for seed in (1, 2):
         model, _ = make(kind)

@@ -40,7 +40,7 @@ def test_the_loss_falls_and_only_the_adapters_move(kind: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_checkpointing_gives_the_same_gradients(kind: str, reentrant: bool) -> None:
-    """Bit by bit; a reentrant one, whose backwards are several, adds up what a weight gets in another order."""
+    """Equal bit by bit, except that reentrant checkpointing adds up gradients in another order."""
     model, _ = make(kind)
     model.config.use_cache = False  # as it is under checkpointing: a cache gives attention keys of other strides
     expected = gradients(model, batch(kind))

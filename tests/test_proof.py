@@ -123,5 +123,5 @@ def test_under_a_compiler_the_proof_is_an_earlier_one() -> None:
 
 def test_a_mode_that_records_is_no_time_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proof.comparable()
-    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 1)
+    monkeypatch.setattr(modes, "dispatch_modes", lambda: 1)
     assert not proof.comparable()

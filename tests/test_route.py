@@ -61,7 +61,7 @@ def test_each_file_once_and_downwards(case: Case, how: str, impl: str) -> None:
             return case.call(tensors, impl, **options)
 
         call()  # makes the plan
-        found = files_of(call, tensors["x"])
+        found = [name for name in files_of(call, tensors["x"]) if name != "cases"]  # which makes the call
     assert found[0] == "functional"
     assert len(found) == len(set(found)), found
     ranks = [RANK[room(f"compacter_kernels.{name}")] for name in found]

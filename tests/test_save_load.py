@@ -75,10 +75,10 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 
 def test_names_in_the_file(tmp_path: Path) -> None:
-    """Without the adapter's name, relative to the base; what is shared once; each tensor of the adapters, no other."""
+    """Names are relative to the base, without the adapter's name; each tensor is there once, and no other."""
     model = trained(build("bert"), name="mine")
     save_adapter(model, tmp_path)
-    found = keys(tmp_path)
+    names = keys(tmp_path)
     assert {
         "encoder.layer.0.output.dense.compacter.down.W_left",
         "encoder.layer.1.attention.output.dense.compacter.up.b",
@@ -86,9 +86,9 @@ def test_names_in_the_file(tmp_path: Path) -> None:
         "encoder.layer.0.output.LayerNorm.compacter.weight",
         "embeddings.LayerNorm.compacter.bias",
         "classifier.compacter.weight",
-    } <= found
-    assert len(found) == len(list(ck.adapter_parameters(model, "mine")))
-    assert sum("phm_rule" in key for key in found) == 1
+    } <= names
+    assert len(names) == len(list(ck.adapter_parameters(model, "mine")))
+    assert sum("phm_rule" in key for key in names) == 1
     config = json.loads((tmp_path / files.CONFIG).read_text())
     assert config["peft_type"] == "COMPACTER" and config["model_type"] == "bert" and config["hidden_size"] == 32
     assert ck.CompacterConfig(**SMALL).to_dict().items() <= config.items()
@@ -110,7 +110,7 @@ def _bert(kind: str, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["BertModel", "BertForTokenClassification", "BertForMaskedLM"])
 def test_another_class_of_the_family(kind: str, tmp_path: Path) -> None:
-    """Without heads what was trained in one class fits the others, both ways."""
+    """Without heads, adapters of one class fit the others, in both directions."""
     options = {"num_labels": 7} if kind == "BertForTokenClassification" else {}
     source, target = trained(build("bert")), _bert(kind, **options)
     save_adapter(source, tmp_path / "there")
@@ -148,7 +148,7 @@ def test_t5_encoder_and_decoder_names_need_no_prefix(tmp_path: Path) -> None:
 
 
 def test_dtypes(tmp_path: Path) -> None:
-    """Saved as they are; loaded in the dtype of the adapters that are there."""
+    """The file has the dtypes of the adapters; loaded values get the dtype of the model's adapters."""
     model = trained(build("bert").to(torch.bfloat16))
     save_adapter(model, tmp_path)
     saved = safetensors.load_file(tmp_path / files.TENSORS)
@@ -257,7 +257,7 @@ def test_a_save_cut_between_the_two_files_is_told(tmp_path: Path, monkeypatch: p
 
 
 def test_a_cache_of_the_hub(tmp_path: Path) -> None:
-    """snapshots/<revision>/ with links into blobs, found by its id without a network."""
+    """snapshots/<revision>/ with links into blobs, loaded by its id without a network."""
     pytest.importorskip("huggingface_hub")
     model = trained(build("bert"))
     save_adapter(model, tmp_path / "saved")
@@ -271,10 +271,10 @@ def test_a_cache_of_the_hub(tmp_path: Path) -> None:
         (tmp_path / "saved" / file).rename(repo / "blobs" / file)
         (snapshot / file).symlink_to(Path("../../blobs", file))
     for options in ({}, {"revision": revision}):
-        found = load_adapter(
+        loaded = load_adapter(
             build("bert"), "someone/adapter", cache_dir=tmp_path / "hub", local_files_only=True, **options
         )
-        assert torch.equal(output("bert", found), output("bert", model))
+        assert torch.equal(output("bert", loaded), output("bert", model))
     assert torch.equal(output("bert", load_adapter(build("bert"), snapshot)), output("bert", model))
     with pytest.raises(FileNotFoundError, match="the hub gave none"):
         load_adapter(build("bert"), "someone/else", cache_dir=tmp_path / "hub", local_files_only=True)

@@ -1,4 +1,4 @@
-"""torch's own encoder, which in eval reads the weights of its modules instead of calling them."""
+"""torch's own encoder, which in eval mode reads the weights of its modules and calls none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def encoder(norm_first: bool = False) -> nn.TransformerEncoder:
 
 
 def outputs(model: nn.Module) -> list[Tensor]:
-    """Without and with padding, of which only what is no padding."""
+    """The outputs without and with padding, without the rows of the padding."""
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
     return [model(x), model(x, src_key_padding_mask=PADDED)[~PADDED]]
 
@@ -71,7 +71,7 @@ def test_a_single_layer_is_as_it_was_while_adapters_are_disabled() -> None:
         assert torch.equal(model(x), plain)
 
 
-def test_what_the_attention_never_calls_is_refused() -> None:
+def test_modules_that_attention_never_calls_are_refused() -> None:
     model = encoder()
     with pytest.raises(ValueError, match=r"self_attn.out_proj is never called, layers.0.self_attn reads .*'self_attn'"):
         ck.inject(model, ck.CompacterConfig(reduction_factor=4, target_modules=["self_attn.out_proj"]))
@@ -83,7 +83,7 @@ def test_what_the_attention_never_calls_is_refused() -> None:
 
 
 class Plain(nn.MultiheadAttention):
-    """As users shorten it: what is called is still torch's forward."""
+    """A subclass as users write it, which still calls torch's forward."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]

@@ -1,4 +1,4 @@
-"""Copies of norms and heads that stand in for their modules: dtypes, classes, hooks, other libraries' forwards."""
+"""Trained copies of norms and heads: dtypes, classes, hooks, forwards of other libraries."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_module_stays_what_it_was() -> None:
 
 
 def test_a_forward_on_the_instance_is_the_base_s() -> None:
-    """Put there before or after inject, or taken off: the copy is used, and the base has the forward it was given."""
+    """Set before or after inject, or deleted: the copy computes, and the base keeps its forward."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
     norm, x = model[1], torch.randn(2, WIDTH)
 

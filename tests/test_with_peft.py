@@ -1,4 +1,4 @@
-"""Beside LoRA of peft: which of the two comes first is kept, or said; files have the names of the plain model."""
+"""Adapters together with LoRA of peft, in both orders; files have the names of the plain model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     ],
 )
 def test_adapters_behind_lora(given: str, undo: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """They read what LoRA has changed, stay where they are when it is merged, and load into the plain model."""
+    """They take the output of LoRA, also after a merge, and load into the plain model."""
     wrapped = lora(build("bert"))
     plain_with_lora = output("bert", wrapped)
     trained(wrapped if given == "the wrapper" else wrapped.base_model.model, **options)
@@ -57,7 +57,7 @@ def test_adapters_behind_lora(given: str, undo: str, options: dict[str, Any], tm
     ck.inject(wrapped, ck.CompacterConfig(reduction_factor=4, **options), name="second")
     ck.set_adapter(wrapped, "default")
     save_adapter(wrapped, tmp_path / "wrapped")
-    found = getattr(wrapped, undo)()
+    undone = getattr(wrapped, undo)()
     model = wrapped.base_model.model
     save_adapter(model, tmp_path / "after")
     expected = (tmp_path / "wrapped" / TENSORS).read_bytes()
@@ -66,7 +66,7 @@ def test_adapters_behind_lora(given: str, undo: str, options: dict[str, Any], tm
     save_adapter(fresh, tmp_path / "fresh")
     assert (tmp_path / "fresh" / TENSORS).read_bytes() == expected
     if undo == "unload":
-        assert_close(output("bert", found), output("bert", fresh))
+        assert_close(output("bert", undone), output("bert", fresh))
     else:
         assert_close(output("bert", model), both)
     ck.remove_adapters(model)
@@ -107,7 +107,7 @@ def test_lora_on_other_layers(options: dict[str, Any], tmp_path: Path) -> None:
     ],
     ids=["head", "layer norms", "wrapped layers"],
 )
-def test_what_peft_trains_is_not_taken(options: dict[str, Any], config: dict[str, Any], named: str) -> None:
+def test_modules_that_peft_trains_are_refused(options: dict[str, Any], config: dict[str, Any], named: str) -> None:
     wrapped = lora(build("bert"), **options)
     names = [name for name, _ in wrapped.named_modules()]
     trains = [p.requires_grad for p in wrapped.parameters()]
@@ -140,8 +140,8 @@ def test_both_train() -> None:
 
 
 @pytest.mark.parametrize("first", ["wrap", "inject"])
-def test_what_is_around_lora(first: str) -> None:
-    """Activation checkpointing of a layer with LoRA: the adapters still read what LoRA has changed, and once."""
+def test_a_wrapper_around_lora(first: str) -> None:
+    """With activation checkpointing of a layer with LoRA, adapters still take its output, once."""
     expected = output("bert", trained(lora(build("bert"))))
     wrapped = lora(build("bert"))
     if first == "inject":

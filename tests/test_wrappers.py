@@ -1,4 +1,4 @@
-"""Names in files are those of the plain model, whatever others have put around it or around its layers."""
+"""Names in files are those of the plain model, whatever wraps the model or its layers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_around_the_model_and_around_layers(wrapper: str, tmp_path: Path) -> Non
 
 
 def test_a_child_that_has_the_name_of_a_wrapper_s() -> None:
-    """Keeps it: what is a wrapper is told by its class."""
+    """It keeps its name, since a wrapper is recognised by its class."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -86,7 +86,7 @@ def test_inject_through_a_wrapper() -> None:
 @pytest.mark.parametrize("is_parallel", [False, True])
 @pytest.mark.parametrize("first", ["wrap", "inject"])
 def test_layers_that_adapters_follow_are_wrapped(first: str, is_parallel: bool) -> None:
-    """The slot stands beside the layer itself: one for all names, gone after remove_adapters."""
+    """The adapters of all names are a child of the layer itself, until remove_adapters."""
 
     def wrapped(model: nn.Module) -> nn.Module:
         for layer in model.bert.encoder.layer:

@@ -1,6 +1,6 @@
 """Parameters in pieces, as ZeRO stage 3 of DeepSpeed has them: copied, counted, saved, loaded and drawn as a whole.
 
-Where deepspeed is not installed an imitation of what we use of it takes its place, and the training is left out.
+Without deepspeed, an imitation of the functions that we use replaces it, and the training test is skipped.
 """
 
 from __future__ import annotations
@@ -165,6 +165,6 @@ def test_two_processes_of_deepspeed(saved: Path) -> None:
         optimizer.zero_grad()
         output("bert", plain).square().sum().backward()
         optimizer.step()
-    found = load_adapter(build("bert"), saved / "after")
-    for (key, p), (_, q) in zip(ck.adapter_parameters(found), ck.adapter_parameters(plain), strict=True):
+    loaded = load_adapter(build("bert"), saved / "after")
+    for (key, p), (_, q) in zip(ck.adapter_parameters(loaded), ck.adapter_parameters(plain), strict=True):
         torch.testing.assert_close(p, q, rtol=0.0, atol=1e-3, msg=key)  # deepspeed rounds; two steps are 2e-2

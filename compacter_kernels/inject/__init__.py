@@ -1,1 +1,1 @@
-"""Putting Compacter adapters into a transformers model, switching between them, and taking them out again."""
+"""Adapters in a transformers model: adding, switching and removing them."""

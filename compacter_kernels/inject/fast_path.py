@@ -1,15 +1,16 @@
-"""torch's own encoder, which in eval computes past its modules.
+"""Switches off the fast path of torch's encoder, which does not call the modules in it.
 
-nn.TransformerEncoderLayer then reads the weights of its linear layers and norms and calls none of them, unless some
-module in it has hooks; nn.TransformerEncoder packs padded batches into nested tensors for that. Both are off while
-adapters are in use, and as they were while none is.
+In eval mode nn.TransformerEncoderLayer reads the weights of its linear layers and norms instead of
+calling them, unless a module in it has hooks. nn.TransformerEncoder packs padded batches into
+nested tensors for that. Both must be off while adapters are in use.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from compacter_kernels.inject.slots import AdapterSlot, Slot
+from compacter_kernels.inject.target_adapters import TargetAdapters
+from compacter_kernels.targets.added import AddedModules
 
 FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
@@ -18,19 +19,19 @@ class FastPath:
     """The torch encoders of a model that hold adapters or trained copies."""
 
     def __init__(self, model: nn.Module) -> None:
-        holders = [
+        encoders = [
             (module, flag)
             for module in model.modules()
             for kind, flag in FLAGS.items()
-            if isinstance(module, kind) and any(isinstance(part, Slot) for part in module.modules())
+            if isinstance(module, kind) and any(isinstance(part, AddedModules) for part in module.modules())
         ]
-        parts = [part for module, _ in holders for part in module.modules()]
-        self._flags = [(module, flag, getattr(module, flag)) for module, flag in holders]
-        self._slots = [part for part in dict.fromkeys(parts) if isinstance(part, AdapterSlot)]
+        parts = dict.fromkeys(part for module, _ in encoders for part in module.modules())
+        self._flags = [(module, flag, getattr(module, flag)) for module, flag in encoders]
+        self._adapters = [part for part in parts if isinstance(part, TargetAdapters)]
 
     def allow(self, on: bool) -> None:
-        """Let torch compute past the modules, or not."""
+        """Restore the fast path, or switch it off. The adapters have hooks only while it is off."""
         for module, flag, value in self._flags:
             setattr(module, flag, value if on else type(value)(0))
-        for slot in self._slots:
-            slot.remove_hooks() if on else slot.register_hooks()
+        for adapters in self._adapters:
+            adapters.remove_hooks() if on else adapters.register_hooks()

@@ -1,4 +1,4 @@
-"""`requires_grad` off, without a loss for graphs that were recorded before."""
+"""Sets `requires_grad` to False so that graphs recorded before still give their gradients."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ MARK = "compacter_kernels.freeze"
 
 
 def freeze(parameter: nn.Parameter) -> None:
-    """Train the parameter no further: graphs to come do not hold it, one that holds it already still gives a gradient.
+    """Exclude the parameter from new graphs; a graph that holds it still gives it a gradient.
 
-    autograd drops what arrives at a leaf that requires none by then. So what arrives is added to `grad` before that, by
-    a hook of the node where it arrives; the node, and the hook with it, lives as long as there is such a graph.
+    autograd drops the gradient of a leaf that does not require one when it arrives. So a hook of
+    the graph's node for the parameter adds the gradient to `grad` before that. The node, and with
+    it the hook, lives as long as a graph holds it.
     """
     if not parameter.requires_grad:
         return
     with torch.inference_mode(False):
         node = get_gradient_edge(parameter).node
-        known: dict[str, bool] = node.metadata  # type: ignore[assignment]  # a property, in the stubs a method
-        if MARK not in known:
-            known[MARK] = True
-            node.register_prehook(functools.partial(_keep, parameter))
+        metadata: dict[str, bool] = node.metadata  # type: ignore[assignment]  # The stubs say that it is a method.
+        if MARK not in metadata:
+            metadata[MARK] = True
+            node.register_prehook(functools.partial(_accumulate, parameter))
     parameter.requires_grad_(False)
 
 
-def _keep(parameter: nn.Parameter, gradients: tuple[Tensor | None, ...]) -> None:
+def _accumulate(parameter: nn.Parameter, gradients: tuple[Tensor | None, ...]) -> None:
     gradient = gradients[0]
     if gradient is not None and not parameter.requires_grad:
         parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient

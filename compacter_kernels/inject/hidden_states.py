@@ -1,70 +1,63 @@
-"""The hidden state in what a module takes and in what it gives: a tensor, or what begins with one."""
+"""The hidden states in the arguments and in the output of a module."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def first_parameter(module: nn.Module) -> str:
-    """The name of the first argument that a module's forward takes."""
-    return next(iter(inspect.signature(module.forward).parameters), "")
-
-
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The first argument of a call, also where it was passed by that name.
+    """The first argument of a call, which may also be passed by that name.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
     """
-    found = args[0] if args else kwargs.get(name)
-    if not isinstance(found, Tensor):
+    x = args[0] if args else kwargs.get(name)
+    if not isinstance(x, Tensor):
         raise TypeError(
             f"a parallel adapter takes the first argument of {type(module).__name__}.forward, {name}, which must be a "
-            f"tensor; got {type(found).__name__}, of {len(args)} arguments by place and by name {sorted(kwargs)}"
+            f"tensor; got {type(x).__name__}, of {len(args)} arguments by position and by name {sorted(kwargs)}"
         )
-    return found
+    return x
 
 
 def first_output(module: nn.Module, output: Any) -> Tensor:
-    """The tensor that an output is or begins with: the first of a tuple or list, the first value of a dict.
+    """The output itself, or the first item of a tuple or list, or the first value of a dict.
 
     Raises:
-        TypeError: there is none.
+        TypeError: this is not a tensor.
     """
     if isinstance(output, Tensor):
         return output
-    found = output
+    first = output
     if isinstance(output, Mapping):
-        found = next(iter(output.values()), None)
+        first = next(iter(output.values()), None)
     elif isinstance(output, tuple | list):
-        found = output[0] if output else None
-    if not isinstance(found, Tensor):
+        first = output[0] if output else None
+    if not isinstance(first, Tensor):
         raise TypeError(
             f"an adapter takes a tensor, or the first of a tuple, list or dict; {type(module).__name__} gave a "
-            f"{type(output).__name__}{'' if found is output else f' that begins with {type(found).__name__}'}"
+            f"{type(output).__name__}{'' if first is output else f' that begins with {type(first).__name__}'}"
         )
-    return found
+    return first
 
 
 def with_output(output: Any, y: Tensor) -> Any:
-    """The output with y in the place of its tensor; the output itself is left as it is."""
+    """A new output that has y instead of the first tensor."""
     if isinstance(output, Tensor):
         return y
     if isinstance(output, Mapping):
-        first = {next(iter(output)): y}
-        return _like(output, {**output, **first})
-    if hasattr(output, "_replace"):  # a named tuple
+        return _like(output, {**output, next(iter(output)): y})
+    if hasattr(output, "_replace"):  # A named tuple.
         return output._replace(**{output._fields[0]: y})
     return type(output)((y, *output[1:]))
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The value with its tensors changed, those in tuples, lists and dicts too."""
+    """The value with `change` applied to its tensors, also to those in tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -76,7 +69,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _like(mapping: Any, items: dict[str, Any]) -> Any:
-    """A mapping of the same type; the outputs of transformers are dataclasses as well."""
+    """A mapping of the same type. The outputs of transformers are also dataclasses."""
     if dataclasses.is_dataclass(type(mapping)):
         return dataclasses.replace(mapping, **items)
     changed = mapping.copy()

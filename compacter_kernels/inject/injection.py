@@ -1,196 +1,182 @@
-"""`inject`: adapters into a transformer, its own weights frozen."""
+"""The child `compacter` of an adapted model, which knows all adapters in the model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.copies import CopySlot
+from compacter_kernels.inject.exchanged import Heads, exchanged_modules, warn_of_changed_heads
 from compacter_kernels.inject.fast_path import FastPath
 from compacter_kernels.inject.freeze import freeze
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.lost import Watch
-from compacter_kernels.inject.obstacles import check_name
-from compacter_kernels.inject.prepare import Prepared, prepare
-from compacter_kernels.inject.slots import AdapterSlot, Slot, slot_of
-from compacter_kernels.targets.added import NAME, Added
+from compacter_kernels.inject.prepare import Prepared
+from compacter_kernels.inject.target_adapters import TargetAdapters
+from compacter_kernels.inject.trained_copies import TrainedCopies
+from compacter_kernels.targets.added import NAME, Added, AddedModules, added_modules
+from compacter_kernels.targets.find import is_layer_norm
 from compacter_kernels.targets.layer import Layer
-from compacter_kernels.targets.sites import is_layer_norm
-from compacter_kernels.targets.wrappers import check_injectable, plain_path, unwrapped
+from compacter_kernels.targets.wrappers import plain_path, unwrapped
 
 logger = logging.getLogger("compacter_kernels")
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Injection(Added, nn.Module):
-    """The child `compacter` of an injected model: its configs by name, and the weights that its adapters share."""
+    """All adapters of a model.
+
+    configs: the config of each adapter name. active: the name in use, or None. shared: the weights
+    that the adapters of one name share.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.shared = nn.ModuleDict()
         self.configs: dict[str, CompacterConfig] = {}
         self.active: str | None = None
-        self.trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
-        self.placed: dict[str, Slot] = {}
-        self.fast_path = FastPath(model)
-        self.watch = Watch()
+        self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
+        self._added: dict[str, AddedModules] = {}  # By the path of their module, also if it was exchanged.
+        self._fast_path = FastPath(model)
+        self._heads: Heads = {}
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
-        self._handles = [m.register_forward_hook(self._need_gradient) for m in _embeddings(model)]
+        self._handles = [m.register_forward_hook(self._require_gradient) for m in _embeddings(model)]
 
-    def slots(self) -> set[Slot]:
-        """What stands beside modules of the model, those too that were exchanged since."""
-        return set(self.placed.values())
+    def add(self, model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
+        """Put prepared adapters and copies into the model and activate them."""
+        for target in prepared.targets:
+            write, read = Layer(model, target.write), Layer(model, target.read)
+            adapters: Any = added_modules(write.module) or TargetAdapters(write)
+            adapter = prepared.adapters[target.write].train(write.module.training)
+            adapters.add_adapter(name, adapter, read, prepared.shared)
+            self._added[plain_path(model, target.write)] = adapters
+        for path, trained in prepared.copies.items():
+            original = unwrapped(model.get_submodule(path))
+            copies: Any = added_modules(original) or TrainedCopies(original)
+            copies.add_copy(name, trained, config.dtype is not None)
+            self._added[plain_path(model, path)] = copies
+            if not is_layer_norm(original):
+                if not self._heads:
+                    self._handles.append(model.register_forward_pre_hook(self._check_heads))
+                parent = model.get_submodule(path.rpartition(".")[0])
+                self._heads.setdefault(plain_path(model, path), (parent, copies))
+        self._fast_path.allow(True)
+        self._fast_path = FastPath(model)
+        if prepared.shared is not None:
+            self.shared[name] = prepared.shared
+        self.configs[name] = config
+        self.activate(name)
+        counts = len(prepared.targets), len(prepared.copies)
+        logger.info("%d adapters and %d trained copies in %s", *counts, type(model).__name__)
+
+    def remove(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Take out the adapters of these names. After the last, the model is as before `inject`."""
+        all_added = set(self._added.values())
+        for name in names:
+            del self.configs[name]
+            for modules in (self.shared, *all_added):
+                if name in modules:
+                    del modules[name]
+        self._fast_path.allow(True)
+        for modules in all_added:
+            if not len(modules):
+                modules.detach()
+        self._added = {path: modules for path, modules in self._added.items() if len(modules)}
+        self._fast_path = FastPath(model)
+        if self.configs:
+            self.activate(self.active if self.active in self.configs else next(iter(self.configs)))
+            return
+        for handle in self._handles:
+            handle.remove()
+        delattr(model, NAME)
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(plain_path(model, path) in self._trained_before)
+
+    def use(self, name: str | None) -> None:
+        """Compute with the adapters of that name. With None the model computes as its base."""
+        self.active = name
+        self._fast_path.allow(name is None)
+        for modules in self._added.values():
+            modules.active = name
+
+    def activate(self, name: str) -> None:
+        """Compute with the adapters of that name, and train them and no others."""
+        self.use(name)
+        for modules in (self.shared, *self._added.values()):
+            for key, module in modules.items():
+                for path, parameter in module.named_parameters():
+                    fixed = not self.configs[key].learn_phm and path.rpartition(".")[2].startswith("phm_rule")
+                    if key == name and not fixed:
+                        parameter.requires_grad_(True)
+                    else:
+                        freeze(parameter)
+
+    def require(self, name: str) -> str:
+        """Return the name.
+
+        Raises:
+            ValueError: the model has no adapters of that name.
+        """
+        if name not in self.configs:
+            raise ValueError(f"the model has no adapters of the name {name!r}; it has {', '.join(self.configs)}")
+        return name
 
     def parts(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        """What belongs to the adapters of that name in a model: the path of a slot, the module in it."""
-        for path, slot in [(f"{NAME}.shared", self.shared), *slots(model)]:
-            if name in slot:
-                yield path, slot.get_submodule(name)
+        """The modules of the adapters of that name, with the paths of their parents."""
+        beside = ((path, module) for path, module in model.named_modules() if isinstance(module, AddedModules))
+        for path, modules in ((f"{NAME}.shared", self.shared), *beside):
+            if name in modules:
+                yield path, modules.get_submodule(name)
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The tensors of the adapters of that name, by their names in a file."""
         return named_tensors(model, self.parts(model, name))
 
-    def watch_head(self, model: nn.Module, path: str, slot: CopySlot) -> None:
-        """Say so in a later call if the module of that name was exchanged, and its trained copy with it."""
-        if not len(self.watch):
-            self._handles.append(model.register_forward_pre_hook(self._look))
-        self.watch.add(plain_path(model, path), model.get_submodule(path.rpartition(".")[0]), slot)
+    def exchanged(self, model: nn.Module, name: str) -> list[str]:
+        """The paths of adapters and copies of that name whose module was exchanged."""
+        return list(exchanged_modules(model, self._added, name))
 
-    def _look(self, model: nn.Module, inputs: Any) -> None:
-        if self.active is not None:
-            self.watch.look(model, self.placed, self.active)
+    def _check_heads(self, model: nn.Module, inputs: Any) -> None:
+        if self.active is not None and not torch.compiler.is_compiling():
+            warn_of_changed_heads(model, self._heads, self._added, self.active)
 
-    def _need_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Under reentrant checkpointing a layer whose input needs no gradient would give its adapters none."""
+    def _require_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Reentrant checkpointing gives gradients only to layers whose input requires one."""
         needs = torch.is_grad_enabled() and any([m.gradient_checkpointing and m.training for m in self._checkpointed])
         if needs and isinstance(output, Tensor) and not output.requires_grad:
             output.requires_grad_(True)
 
-    def detach(self) -> None:
-        """Take the hooks off the model."""
-        self.fast_path.allow(True)
-        for handle in self._handles:
-            handle.remove()
+
+def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
+    """Put prepared adapters into a model and activate them. The first ones freeze the model."""
+    if not isinstance(getattr(model, NAME, None), Injection):
+        setattr(model, NAME, Injection(model))
+        model.requires_grad_(False)
+    injection_of(model).add(model, name, config, prepared)
 
 
-def injection(model: nn.Module) -> Injection:
-    """What `inject` left in a model.
+def injection_of(model: nn.Module) -> Injection:
+    """The child `compacter` of a model or of the model inside its wrappers.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    found = getattr(unwrapped(model), NAME, None)
-    if not isinstance(found, Injection):
+    child = getattr(unwrapped(model), NAME, None)
+    if not isinstance(child, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
-    return found
-
-
-def slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """The slots of a model, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Slot))
-
-
-def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "default", impl: str = "auto") -> Model:
-    """Put Compacter adapters into a transformers model and freeze the rest of it; they become its active ones.
-
-    Args:
-        model: any model of the table in `compacter_kernels.targets.architectures`, or with `config.target_modules` any
-            module. Its own parameters are frozen and keep their names and values.
-        config: a `CompacterConfig` (the default) or `CompacterPlusPlusConfig`.
-        name: of these adapters. Call again with another name for further ones, see `set_adapter`.
-        impl: see `compacter_kernels.compacter_adapter`.
-
-    Returns:
-        The model itself. Each adapter has the device and the floating dtype of the layer that it follows.
-
-    Raises:
-        TypeError, ValueError: before anything is changed; the message says what would do.
-    """
-    config = CompacterConfig() if config is None else config
-    if not isinstance(config, CompacterConfig):
-        raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
-    check_injectable(model)
-    inner = unwrapped(model)
-    present = getattr(inner, NAME, None)
-    check_name(name, present.configs if isinstance(present, Injection) else ())
-    place(inner, name, config, prepare(inner, config, impl))
-    return model
-
-
-def place(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
-    """Put the prepared adapters and copies into the model and activate them."""
-    present = getattr(model, NAME, None)
-    if not isinstance(present, Injection):
-        present = Injection(model)
-        setattr(model, NAME, present)
-        model.requires_grad_(False)
-    for site in prepared.sites:
-        write, read = Layer(model, site.write), Layer(model, site.read)
-        slot: Any = slot_of(write.module) or AdapterSlot(write)
-        adapter = prepared.adapters[site.write].train(write.module.training)
-        slot.put_adapter(name, adapter, read, prepared.shared)
-        present.placed[plain_path(model, site.write)] = slot
-    for path, module in prepared.copies.items():
-        base = unwrapped(model.get_submodule(path))
-        slot = slot_of(base) or CopySlot(base)
-        slot.put_copy(name, module, config.dtype is not None)
-        present.placed[plain_path(model, path)] = slot
-        if not is_layer_norm(base):
-            present.watch_head(model, path, slot)
-    present.fast_path.allow(True)
-    present.fast_path = FastPath(model)
-    if prepared.shared is not None:
-        present.shared[name] = prepared.shared
-    present.configs[name] = config
-    activate(model, name)
-    logger.info(
-        "%d adapters and %d trained copies in %s", len(prepared.sites), len(prepared.copies), type(model).__name__
-    )
-
-
-def use(model: nn.Module, name: str | None) -> None:
-    """Compute with the adapters of that name; with None, as the base does."""
-    here = injection(model)
-    here.active = name
-    here.fast_path.allow(name is None)
-    for slot in here.slots():
-        slot.active = name
-
-
-def activate(model: nn.Module, name: str) -> None:
-    """Use and train the adapters of that name, and no others."""
-    use(model, name)
-    here = injection(model)
-    for key, weights in here.shared.items():
-        _train(weights, here.configs[key], key == name)
-    for slot in here.slots():
-        for key, module in slot.items():
-            _train(module, here.configs[key], key == name)
-
-
-def _train(module: nn.Module, config: CompacterConfig, on: bool) -> None:
-    for path, parameter in module.named_parameters():
-        fixed = not config.learn_phm and path.rpartition(".")[2].startswith("phm_rule")
-        if on and not fixed:
-            parameter.requires_grad_(True)
-        else:
-            freeze(parameter)
+    return child
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules that turn inputs into hidden states, of the model and of those it is composed of."""
-    found: list[nn.Module] = []
+    """The modules that turn inputs into hidden states, of the model and of the models inside it."""
+    embeddings: dict[nn.Module, None] = {}
     for module in model.modules():
         try:
             embedding = module.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             continue
-        if isinstance(embedding, nn.Module) and embedding not in found:
-            found.append(embedding)
-    return found
+        if isinstance(embedding, nn.Module):
+            embeddings[embedding] = None
+    return list(embeddings)

@@ -1,7 +1,7 @@
-"""Modules whose weights accelerate keeps elsewhere (cpu_offload, disk_offload, a device_map with "cpu" or "disk").
+"""Modules whose weights accelerate has offloaded to the CPU or to disk.
 
-Their parameters are on "meta" but within a call of the module that holds them. The owner of what adapters share is
-read and not called, and so is whatever is copied or saved.
+The parameters of such a module are on "meta", except during a call of the module. Code that uses
+the parameters without a call must load them first: for shared weights, for copies and for files.
 """
 
 from __future__ import annotations
@@ -13,26 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-ATTRIBUTES = ("_hf_hook", "_old_forward")  # accelerate's, on a module: its hook, and the forward that calls it replaces
+# accelerate's attributes of a module: its hook, and the forward that was replaced.
+HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"
 NOTHING = nullcontext()
 
 
-def offload_hook(module: nn.Module) -> Any:
-    """accelerate's hook on a module, or None."""
-    return vars(module).get(ATTRIBUTES[0])
-
-
-def in_place(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Within it the modules hold their own weights, as in a call of them."""
-    for module in modules:
-        if ATTRIBUTES[0] in vars(module):
-            return _hooked(modules)
-    return NOTHING
+def onloaded(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """A context in which the modules hold their weights, as during a call of them."""
+    hooked = [(module, vars(module)[HOOK]) for module in modules if HOOK in vars(module)]
+    return _onloaded(hooked) if hooked else NOTHING
 
 
 @contextmanager
-def _hooked(modules: Iterable[nn.Module]) -> Iterator[None]:
-    hooked = [(module, hook) for module in modules if (hook := offload_hook(module)) is not None]
+def _onloaded(hooked: list[tuple[nn.Module, Any]]) -> Iterator[None]:
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
@@ -43,9 +36,9 @@ def _hooked(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; without parameters on the CPU."""
+    """The device that a module computes on. It is the CPU for a module without parameters."""
     for part in module.modules():
-        hook = offload_hook(part)
+        hook = vars(part).get(HOOK)
         for each in getattr(hook, "hooks", (hook,)):
             device = getattr(each, "execution_device", None)
             if device is not None:

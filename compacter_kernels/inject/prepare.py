@@ -1,4 +1,4 @@
-"""What `inject` adds to a model, built apart from it, so that whatever does not fit is told before anything changes."""
+"""Builds what `inject` adds to a model, so that errors are raised before the model changes."""
 
 from __future__ import annotations
 
@@ -8,131 +8,118 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.inject.copies import trained_copy
+from compacter_kernels.inject.checks import check_adapted_or_copied, check_child_names, check_nested
 from compacter_kernels.inject.keys import named_tensors
-from compacter_kernels.inject.obstacles import check_beside, check_nested, check_own_names
 from compacter_kernels.inject.offload import device_of
-from compacter_kernels.inject.shared import SharedWeights
+from compacter_kernels.inject.shared_weights import SharedWeights
+from compacter_kernels.inject.trained_copies import trained_copy
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME
-from compacter_kernels.targets.sites import Site, find_copied, find_sites
+from compacter_kernels.targets.find import Target, find_modules_to_save, find_targets
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
 
 
 class Prepared(NamedTuple):
-    """All that adapters need, built apart from the model: it is unchanged until they are placed."""
+    """Adapters and trained copies that are not yet in the model, by the path of their module."""
 
-    sites: list[Site]
+    targets: list[Target]
     shared: SharedWeights | None
     adapters: dict[str, CompacterAdapter]
     copies: dict[str, nn.Module]
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors of these adapters, by their names in a file."""
+        """All tensors, by their names in a file."""
         parts = [] if self.shared is None else [(f"{NAME}.shared", self.shared)]
         beside = (*self.adapters.items(), *self.copies.items())
         return named_tensors(model, (*parts, *((f"{path}.{NAME}", module) for path, module in beside)))
 
+    def allocate(self, model: nn.Module) -> None:
+        """Move adapters from meta to the devices of their targets. Their values are undefined."""
+        for index, target in enumerate(self.targets):
+            device = device_of(model.get_submodule(target.write))
+            self.adapters[target.write].to_empty(device=device)
+            if self.shared is not None and index == 0:
+                self.shared.to_empty(device=device)
+
 
 def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
-    """Build what the config asks for, the adapters on that device or by default on those of the layers they follow.
+    """Build what the config asks for.
+
+    device: of the adapters; None is the device of each target.
 
     Raises:
         TypeError, ValueError: as `inject`.
     """
     check_nested(model)
-    sites = find_sites(model, config)
-    copied = find_copied(model, config)
-    adapted = [site.write for site in sites]
+    targets = find_targets(model, config)
+    copied = find_modules_to_save(model, config)
+    adapted = [target.write for target in targets]
     check_outside_peft(model, adapted, copied)
-    check_own_names(model, (*adapted, *copied))
-    check_beside(model, adapted, copied)
-    shared, adapters = _build(model, config, sites, impl, device)
-    return Prepared(sites, shared, adapters, {path: _copy(model, path, config) for path in copied})
-
-
-def _copy(model: nn.Module, path: str, config: CompacterConfig) -> nn.Module:
-    try:
-        base = unwrapped(model.get_submodule(path))
-        return trained_copy(base, None if config.dtype is None else DTYPES[config.dtype])
-    except ValueError as error:
-        raise ValueError(f"modules_to_save: {path}: {error}") from error
-
-
-def to_device_of(model: nn.Module, prepared: Prepared) -> None:
-    """Give adapters that were built on meta memory beside the layers they follow, its values undefined."""
-    for site in prepared.sites:
-        device = computes_like(model, model.get_submodule(site.write)).device
-        prepared.adapters[site.write].to_empty(device=device)
-        if prepared.shared is not None and site is prepared.sites[0]:
-            prepared.shared.to_empty(device=device)
-
-
-def _build(
-    model: nn.Module, config: CompacterConfig, sites: list[Site], impl: str, device: str | None
-) -> tuple[SharedWeights | None, dict[str, CompacterAdapter]]:
-    """All adapters, and what they share, apart from the model."""
+    check_child_names(model, (*adapted, *copied))
+    check_adapted_or_copied(model, adapted, copied)
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
-    for site in sites:
-        module = unwrapped(model.get_submodule(site.write))
-        adapter = _adapter(model, module, config, site, impl, device)
+    for target in targets:
+        adapter = _adapter(model, config, target, impl, device)
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
             shared.lend(adapter)
-        adapters[site.write] = adapter
-    return shared, adapters
+        adapters[target.write] = adapter
+    dtype = DTYPES.get(config.dtype or "")
+    copies = {path: trained_copy(unwrapped(model.get_submodule(path)), path, dtype) for path in copied}
+    return Prepared(targets, shared, adapters, copies)
 
 
 def _adapter(
-    model: nn.Module, module: nn.Module, config: CompacterConfig, site: Site, impl: str, device: str | None
+    model: nn.Module, config: CompacterConfig, target: Target, impl: str, device: str | None
 ) -> CompacterAdapter:
-    like, width = computes_like(model, module), width_of(model, module, site.write)
+    module = unwrapped(model.get_submodule(target.write))
+    like, width = computes_like(model, module), width_of(model, module, target.write)
     if config.is_parallel:
-        _check_parallel(unwrapped(model.get_submodule(site.read)), site, width)
+        _check_parallel(unwrapped(model.get_submodule(target.read)), target, width)
     try:
         return CompacterAdapter(
             width,
-            reduction_factor=config.reduction_factor_of(site.layer),
+            reduction_factor=config.reduction_factor_of(target.layer),
             impl=impl,
             device=device or like.device,
-            dtype=like.dtype if config.dtype is None else DTYPES[config.dtype],
+            dtype=DTYPES.get(config.dtype or "", like.dtype),
             **config.of_each_adapter(),
         )
     except ValueError as error:
-        raise ValueError(f"{site.write}: {error}") from error
+        raise ValueError(f"{target.write}: {error}") from error
 
 
-def _check_parallel(read: nn.Module, site: Site, width: int) -> None:
+def _check_parallel(read: nn.Module, target: Target, width: int) -> None:
     sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
-    taken = next((size for size in sizes if isinstance(size, int)), width)
-    if taken != width:
+    read_width = next((size for size in sizes if isinstance(size, int)), width)
+    if read_width != width:
         raise ValueError(
-            f"is_parallel: {site.read} takes {taken} numbers and {site.write} gives {width}, which is no block that a "
-            "parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for a model of the "
-            "table, or set is_parallel=False"
+            f"is_parallel: {target.read} takes {read_width} numbers and {target.write} gives {width}, which is no "
+            "block that a parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for "
+            "a model of the table, or set is_parallel=False"
         )
 
 
 def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
-    """The width of what a module puts out.
+    """The width of a module's output.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: it is unknown.
     """
-    sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # of a Linear, of GPT-2's Conv1D
-    own = getattr(getattr(model, "config", None), "hidden_size", None)
+    sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # Linear, GPT-2's Conv1D
+    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(module, nn.MultiheadAttention):
-        own = module.embed_dim
-    width = next((size for size in (*sizes, own) if isinstance(size, int)), None)
+        hidden_size = module.embed_dim
+    width = next((size for size in (*sizes, hidden_size) if isinstance(size, int)), None)
     if width is None:
         raise ValueError(f"{path} is a {type(module).__name__} whose width is unknown; name linear layers instead")
     return width
 
 
 def computes_like(model: nn.Module, module: nn.Module) -> Tensor:
-    """An empty tensor on the device of a module, in the dtype that it computes in, quantised or not."""
+    """An empty tensor with the device and the floating dtype that a module computes with."""
     dtypes = [getattr(module, "compute_dtype", None), *(p.dtype for p in (*module.parameters(), *model.parameters()))]
     dtype = next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
     return torch.empty(0, device=device_of(module), dtype=dtype)

@@ -1,1 +1,1 @@
-"""Which modules of a model adapters follow, and how wrappers around a model or a module are looked through."""
+"""Which modules of a model get an adapter or a trained copy, and how to look inside wrappers."""

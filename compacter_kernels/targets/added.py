@@ -1,4 +1,4 @@
-"""How what was put into a model is known again: by the name of the child that holds it, and by its type."""
+"""The types of the modules that `inject` adds to a model, by which they are recognised."""
 
 from __future__ import annotations
 
@@ -8,19 +8,44 @@ from torch import Tensor, nn
 
 from compacter_kernels.config import CompacterConfig
 
-NAME = "compacter"  # of the child of the model, and of each module that serves adapters
+NAME = "compacter"  # The name of the child that `inject` adds to the model and to each adapted module.
 
 
 class Added:
-    """What `inject` puts into a model, told from modules of the base by this type."""
+    """The type of every module that `inject` adds as a child named `compacter`."""
 
     def forward(self, x: Any) -> Any:
-        """As a step of an nn.Sequential, beside whose modules it stands, it does nothing."""
+        """Return the input. An nn.Sequential calls all its children, so also this one."""
         return x
 
 
+class AddedModules(Added, nn.ModuleDict):
+    """The child `compacter` of a module of the base: its adapters or its trained copies, by name.
+
+    As a child it moves, trains, shards and is copied together with the module, and the parameters
+    of the base keep their names. `active` is the name in use; with None the module computes as
+    before.
+    """
+
+    active: str | None = None
+
+    def in_use(self) -> Any:
+        """The module of the active name, or None."""
+        return self._modules.get(self.active) if self.active is not None else None
+
+    def detach(self) -> None:
+        """Restore the module of the base."""
+        raise NotImplementedError
+
+
+def added_modules(module: nn.Module) -> AddedModules | None:
+    """The modules that `inject` has added beside a module, or None."""
+    child = module._modules.get(NAME)
+    return child if isinstance(child, AddedModules) else None
+
+
 class Adapters(Protocol):
-    """What the child of an adapted model offers to whoever saves or converts its adapters."""
+    """The child `compacter` of an adapted model, as code outside of `inject` sees it."""
 
     configs: dict[str, CompacterConfig]
     active: str | None
@@ -31,8 +56,6 @@ class Adapters(Protocol):
 
 
 def adapters_of(model: nn.Module | None) -> Adapters | None:
-    """The adapters of a model without wrappers, or None."""
-    here: Any = getattr(model, NAME, None)
-    if not (isinstance(here, Added) and hasattr(here, "configs")):
-        return None
-    return here  # type: ignore[return-value]
+    """The adapters of a model that has no wrapper around it, or None."""
+    child: Any = getattr(model, NAME, None)
+    return child if isinstance(child, Added) and "configs" in vars(child) else None  # type: ignore[return-value]

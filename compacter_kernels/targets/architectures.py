@@ -1,8 +1,8 @@
-"""Where the blocks of a transformer write: the table of module names, by `config.model_type`.
+"""The table of transformer architectures, by `config.model_type`: the modules of their blocks.
 
-Names are relative to a layer, of which `layers` is the name of the list; `*` stands for a number, and a choice of names
-is written `a|b`. `write` is the linear layer that ends a block, before dropout and residual: an adapter behind it sits
-where the authors of Compacter have it. `read` is the one that gets the block's input, for parallel adapters.
+Names are relative to a layer. `*` stands for a number, and `a|b` for a choice of two names. An
+adapter follows the last linear layer of a block, before dropout and residual, as in the authors'
+code.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """The first and the last linear layer of an attention or feed-forward block."""
+    """An attention or feed-forward block.
+
+    read: the linear layer that takes the block's input. write: the linear layer that ends the
+    block.
+    """
 
     read: str
     write: str
 
 
 class Architecture(NamedTuple):
-    """The blocks of one layer; cross_attention is None where the family has none."""
+    """The blocks of one layer of a model.
+
+    layers: the name of the module list that holds the layers.
+    """
 
     layers: str
     attention: Block
@@ -60,7 +67,7 @@ _GPT2 = Architecture(
     feed_forward=Block("mlp.c_fc", "mlp.c_proj"),
     cross_attention=Block("crossattention.q_attn", "crossattention.c_proj"),
 )
-_VIT = Architecture(  # of transformers 4, then of 5
+_VIT = Architecture(  # The first name of each choice is that of transformers 4, the second of 5.
     layers="layer|layers",
     attention=Block("attention.attention.query|attention.q_proj", "attention.output.dense|attention.o_proj"),
     feed_forward=Block("intermediate.dense|mlp.fc1", "output.dense|mlp.fc2"),
@@ -71,6 +78,8 @@ _WAV2VEC2 = Architecture(
     feed_forward=Block("feed_forward.intermediate_dense", "feed_forward.output_dense"),
 )
 
+# The fields of Architecture, each with the option of CompacterConfig that asks for its adapter.
+BLOCK_OPTIONS = {"attention": "mh_adapter", "feed_forward": "output_adapter", "cross_attention": "cross_adapter"}
 ARCHITECTURES = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     **dict.fromkeys(("bart", "mbart", "whisper"), _BART),

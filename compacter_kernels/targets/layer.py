@@ -1,17 +1,18 @@
-"""A layer that adapters follow, or whose input they take, and what peft has put around it.
+"""A layer that adapters hook, together with the wrapper that peft has put around it.
 
-Of a wrapped layer the wrapper's input and output count. peft drops its wrapper when it merges or unloads, and the
-layer's own count then; so both are hooked, and which of them stands in the model is asked in each call.
+The adapters use the input and the output of the wrapper. When peft merges or unloads, it removes
+its wrapper, and the adapters then use those of the layer itself. So both are hooked, and each call
+checks which of the two the model holds.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from compacter_kernels.targets.wrappers import around, is_a, unwrapped
+from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
 
 WRAPPED_LATER = (
-    "peft has wrapped {child}, a layer whose output or input Compacter adapters take: they would miss what peft does "
+    "peft has wrapped {name}, a layer whose output or input Compacter adapters take: they would miss what peft does "
     "there, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
     "or leave this layer out of peft's target_modules; peft's unload() undoes it"
 )
@@ -20,38 +21,39 @@ WRAPPED_LATER = (
 class Layer:
     """The layer of that name in a model.
 
-    module: the layer itself, whatever is around it. parts: it, after the wrapper that peft had put around it if any.
+    module: the layer itself, inside its wrappers. parts: the modules to hook, which are peft's
+    wrapper, if there is one, and the layer.
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
-        home, _, self._child = path.rpartition(".")
-        self._home, outer = model.get_submodule(home), model.get_submodule(path)
+        parent, _, self._name = path.rpartition(".")
+        self._parent, outer = model.get_submodule(parent), model.get_submodule(path)
         self.module = unwrapped(outer)
-        wrapper = _peft_layer(outer, self.module)
+        wrapper = _peft_wrapper(outer, self.module)
         self.parts = (self.module,) if wrapper is None else (wrapper, self.module)
 
-    def counts(self, module: nn.Module, *harmless: str) -> bool:
-        """Whether a call of the module, one of the parts, is not within the call of a wrapper of peft.
+    def is_outer_call(self, module: nn.Module, *allowed: str) -> bool:
+        """Whether a call of this part is a call of the whole layer, and not one by peft's wrapper.
 
-        harmless: kinds of wrappers that may have come later.
+        allowed: classes of peft wrappers that may have been added after this object was made.
 
         Raises:
-            RuntimeError: another wrapper was put around the layer since.
+            RuntimeError: another peft wrapper was put around the layer since.
         """
-        outer = self._home._modules.get(self._child)
+        outer = self._parent._modules.get(self._name)
         if outer is module or outer is None:
             return True
-        wrapper = _peft_layer(outer, module)
+        wrapper = _peft_wrapper(outer, module)
         if wrapper is None or wrapper in self.parts:
             return wrapper is None
-        if is_a(wrapper, *harmless):
+        if is_a(wrapper, *allowed):
             return True
-        raise RuntimeError(WRAPPED_LATER.format(child=self._child))
+        raise RuntimeError(WRAPPED_LATER.format(name=self._name))
 
 
-def _peft_layer(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
-    """The layer of peft around a layer, of all that stands in the layer's place; None where there is none."""
-    for module in around(outer):
+def _peft_wrapper(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """The wrapper of peft directly around a layer, among all wrappers in `outer`, or None."""
+    for module in wrapper_chain(outer):
         if module is not layer and is_a(module, "BaseTunerLayer"):
             return module if unwrapped(module) is layer else None
     return None

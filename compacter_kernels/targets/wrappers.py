@@ -1,18 +1,18 @@
-"""What others put around a model or around one of its layers, and the names that parameters have without it.
+"""Wrappers that other libraries put around a model or a layer, and the names without them.
 
-A kind of wrapper is known by its class's name, so that no package has to be imported to ask.
+A wrapper is recognised by the name of its class, so that its library need not be imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-HELD = {  # the class of a wrapper: its child that is wrapped
-    "OptimizedModule": "_orig_mod",  # of torch.compile
-    "ActivationWrapper": "_checkpoint_wrapped_module",  # of torch's checkpoint_wrapper and offload_wrapper
+WRAPPED_CHILD = {  # The class of a wrapper, and the name of the child that it wraps.
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # torch's checkpoint_wrapper, offload_wrapper
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "AveragedModel": "module",
@@ -20,93 +20,92 @@ HELD = {  # the class of a wrapper: its child that is wrapped
     "DeepSpeedEngine": "module",
     "PeftModel": "base_model",
     "PeftMixedModel": "base_model",
-    "BaseTuner": "model",  # of peft: a LoraModel, say
-    "BaseTunerLayer": "base_layer",  # of peft: a linear layer with LoRA, say
+    "BaseTuner": "model",  # peft, for example its LoraModel
+    "BaseTunerLayer": "base_layer",  # peft, for example a linear layer with LoRA
 }
-TRAINED_BY_PEFT = "AuxiliaryTrainingWrapper"  # what its modules_to_save and trainable_token_indices put around a module
-PREFIXES = ("module.", "base_model.model.")  # of the names in a state dict of a wrapped model
+# The wrapper of peft's modules_to_save and trainable_token_indices.
+TRAINED_BY_PEFT = "AuxiliaryTrainingWrapper"
+# What the names in the state dict of a wrapped model begin with, and names within them.
+PREFIXES = ("module.", "base_model.model.")
 COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 Value = TypeVar("Value")
 
 
-def is_a(module: nn.Module, *kinds: str) -> bool:
-    """Whether the module is of a class of one of these names, or of a subclass."""
+def is_a(module: object, *kinds: str) -> bool:
+    """Whether the module's class, or a class that it derives from, has one of these names."""
     return any(base.__name__ in kinds for base in type(module).__mro__)
 
 
-def held(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The name and the module of what a wrapper wraps; None for a module that is no wrapper."""
+def wrapped_child(module: Any) -> tuple[str, nn.Module] | None:
+    """The name and the module of the child that a wrapper wraps. None if it is no wrapper."""
     for base in type(module).__mro__:
-        inner = module._modules.get(HELD.get(base.__name__, ""))
-        if inner is not None:
-            return HELD[base.__name__], inner
+        name = WRAPPED_CHILD.get(base.__name__, "")
+        if name and module._modules.get(name) is not None:
+            return name, module._modules[name]
     return None
 
 
-def around(model: nn.Module) -> list[nn.Module]:
-    """The wrappers of a model, from outside, and then the model itself."""
-    found = [model]
-    while (inside := held(found[-1])) is not None:
-        found.append(inside[1])
-    return found
+def wrapper_chain(model: nn.Module) -> list[nn.Module]:
+    """The wrappers around a model, from the outermost to the innermost, and then the model."""
+    chain = [model]
+    while (inside := wrapped_child(chain[-1])) is not None:
+        chain.append(inside[1])
+    return chain
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without what torch.compile, DistributedDataParallel, FSDP, DeepSpeed or peft put around it."""
-    return around(model)[-1]
+    """The model inside all wrappers: of torch.compile, DDP, FSDP, DeepSpeed, peft."""
+    return wrapper_chain(model)[-1]
 
 
-def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that a path leads through, each with the name of the next step."""
-    here: Any = model
+def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module | None, str]]:
+    """Each part of a path, with the module that it is a child of or None."""
+    module: nn.Module | None = model
     for name in path.split("."):
-        yield here, name
-        here = here._modules.get(name) if isinstance(here, nn.Module) else None
+        yield module, name
+        module = None if module is None else module._modules.get(name)
 
 
 def plain_path(model: nn.Module, path: str) -> str:
-    """The name, in the model without wrappers, of what has this name in the model."""
-    kept = []
-    for module, name in _steps(model, path):
-        inside = held(module) if isinstance(module, nn.Module) else None
-        if inside is None or inside[0] != name:
-            kept.append(name)
-    return ".".join(kept)
-
-
-def check_not_copied_by_peft(model: nn.Module, path: str) -> None:
-    """Raise ValueError for what lies in a module that peft has copied to train: there are two of that name then."""
-    for module, _ in _steps(model, path):
-        if isinstance(module, nn.Module) and is_a(module, TRAINED_BY_PEFT):
-            raise ValueError(
-                f"{path} lies in what peft trains itself (its modules_to_save); save the adapters before "
-                "get_peft_model, or after merge_and_unload"
-            )
+    """The name in the model without wrappers, for a name in the model with them."""
+    steps = ((wrapped_child(module), name) for module, name in _steps(model, path))
+    return ".".join(name for inside, name in steps if inside is None or inside[0] != name)
 
 
 def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """A state dict by the names of the plain model, of one that was taken from a wrapped model.
+    """A state dict of a wrapped model, with the names of the plain model.
 
     Raises:
-        ValueError: two tensors of one name.
+        ValueError: two tensors would have one name.
     """
-    found = {".".join(part for part in key.split(".") if part not in COMPONENTS): tensors[key] for key in tensors}
-    if len(found) < len(tensors):
+    plain = {".".join(part for part in key.split(".") if part not in COMPONENTS): tensors[key] for key in tensors}
+    if len(plain) < len(tensors):
         raise ValueError("two of the tensors have one name once the names of wrappers are taken out")
-    while prefix := next((p for p in PREFIXES if found and all(key.startswith(p) for key in found)), None):
-        found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
+    while prefix := next((p for p in PREFIXES if plain and all(key.startswith(p) for key in plain)), None):
+        plain = {key.removeprefix(prefix): value for key, value in plain.items()}
+    return plain
 
 
-def check_outside_peft(model: nn.Module, followed: Iterable[str], copied: Iterable[str]) -> None:
-    """Raise ValueError for modules inside of what peft has wrapped, which it may call in its own way or leave out.
+def check_not_copied_by_peft(model: nn.Module, path: str) -> None:
+    """Raise ValueError for a module inside one that peft trains as a copy: two have its name."""
+    if any(is_a(module, TRAINED_BY_PEFT) for module, _ in _steps(model, path)):
+        raise ValueError(
+            f"{path} lies in what peft trains itself (its modules_to_save); save the adapters before "
+            "get_peft_model, or after merge_and_unload"
+        )
 
-    followed: the names of modules whose output adapters take; a whole wrapped layer is such a one. copied: of those
-    that are trained in copies.
+
+def check_outside_peft(model: nn.Module, followed: Sequence[str], copied: Sequence[str]) -> None:
+    """Raise ValueError for modules inside a wrapper of peft, which may not call them as usual.
+
+    followed: the names of modules whose output adapters take, which may themselves be wrapped.
+    copied: the names of modules that are trained as copies, which may not.
     """
-    for path, inside in [*((path, True) for path in followed), *((path, False) for path in copied)]:
-        modules = [module for module, _ in _steps(model, path)] + ([] if inside else [model.get_submodule(path)])
-        if any(is_a(module, "BaseTunerLayer", TRAINED_BY_PEFT) for module in modules if isinstance(module, nn.Module)):
+    for path in (*followed, *copied):
+        modules = [module for module, _ in _steps(model, path)]
+        if path in copied:
+            modules.append(model.get_submodule(path))
+        if any(is_a(module, "BaseTunerLayer", TRAINED_BY_PEFT) for module in modules):
             raise ValueError(
                 f"{path} belongs to what peft has wrapped or trains itself; call merge_and_unload first, or leave it "
                 "to peft: target_modules, modules_to_save and train_layer_norms of the config say what is taken here"
@@ -114,11 +113,12 @@ def check_outside_peft(model: nn.Module, followed: Iterable[str], copied: Iterab
 
 
 def check_injectable(model: nn.Module) -> None:
-    """Raise ValueError for a model that is distributed already: what is added to it would not be.
+    """Raise ValueError for a model that is already distributed.
 
-    Each process would train adapters of its own.
+    Modules that are added to it would not be distributed: each process would train its own
+    adapters.
     """
-    for module in around(model):
+    for module in wrapper_chain(model):
         if is_a(module, "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule"):
             raise ValueError(
                 f"the model is a {type(module).__name__}, which does not keep in step what is added to it now; put in "
@@ -127,7 +127,7 @@ def check_injectable(model: nn.Module) -> None:
 
 
 def check_gathered(model: nn.Module) -> None:
-    """Raise ValueError for a model of FSDP1 whose parameters are not gathered: what is there are pieces."""
+    """Raise ValueError for a model of FSDP1 whose parameters are sharded at the moment."""
     for module in model.modules():
         if is_a(module, "FullyShardedDataParallel"):
             state = getattr(module, "training_state", None)
@@ -139,8 +139,8 @@ def check_gathered(model: nn.Module) -> None:
 
 
 def check_fillable(model: nn.Module) -> None:
-    """Raise ValueError for a model whose optimizer, one of DeepSpeed's, would write its own values over new ones."""
-    for module in around(model):
+    """Raise ValueError for a model whose DeepSpeed optimizer would overwrite loaded values."""
+    for module in wrapper_chain(model):
         if is_a(module, "DeepSpeedEngine") and getattr(module, "optimizer", None) is not None:
             raise ValueError(
                 "the model belongs to a DeepSpeedEngine, whose optimizer keeps copies of the parameters and writes "

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from compacter_kernels.targets.architectures import ARCHITECTURES, Architecture
-from compacter_kernels.targets.sites import HEADS, block_pattern
+from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS, Architecture
+from compacter_kernels.targets.find import HEADS, block_pattern
 from compacter_kernels.targets.wrappers import plain_names
 
-OPTIONS = {"attention": "mh_adapter", "feed_forward": "output_adapter", "cross_attention": "cross_adapter"}
 T5_TARGETS = {
     "encoder": ("SelfAttention.o", "DenseReluDense.wo"),
     "decoder": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
@@ -59,7 +58,7 @@ def head_of(key: str) -> str | None:
 
 def block_of(target: str, architecture: Architecture) -> TargetBlock | None:
     """Return the block that a module of this name ends in a family, or None if it ends none."""
-    for kind in OPTIONS:
+    for kind in BLOCK_OPTIONS:
         block = getattr(architecture, kind)
         match = block and block_pattern(architecture, block.write).fullmatch(target)
         if match:
@@ -107,7 +106,7 @@ def target_options(targets: Iterable[str], model_type: str | None = None) -> dic
         blocks = [block for target in targets if (block := block_of(target, family))]
         kinds = _kinds_in_every_layer(blocks) if len(blocks) == len(targets) else None
         if kinds is not None:
-            return {option: kind in kinds for kind, option in OPTIONS.items()}
+            return {option: kind in kinds for kind, option in BLOCK_OPTIONS.items()}
     return {"target_modules": sorted(targets)}
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from compacter_kernels.checkpoints.files import read_tensors, require_safetensors
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
-from compacter_kernels.inject.injection import inject
+from compacter_kernels.inject.api import inject
 from compacter_kernels.inject.prepare import computes_like, width_of
 from compacter_kernels.load import load_adapter
 from compacter_kernels.save import save_adapter
-from compacter_kernels.targets.sites import HEADS, find_sites, is_layer_norm
+from compacter_kernels.targets.find import HEADS, find_targets, is_layer_norm
 from compacter_kernels.train.methods import BottleneckAdapter
 
 TRAINED = "trained.safetensors"
@@ -93,14 +93,14 @@ def _full(model: nn.Module, options: dict[str, Any]) -> None:
 def _bottleneck(model: nn.Module, options: dict[str, Any]) -> None:
     """Plain adapters where Compacter has its own, with the same bottleneck; layer norms and head train too."""
     config = CompacterConfig(**options)
-    sites = find_sites(model, config)
+    targets = find_targets(model, config)
     model.requires_grad_(False)
     for module in (*_head(model), *(module for module in model.modules() if is_layer_norm(module))):
         module.requires_grad_(True)
-    for site in sites:
-        write = model.get_submodule(site.write)
-        size, like = width_of(model, write, site.write), computes_like(model, write)
-        adapter = BottleneckAdapter(size, int(size // config.reduction_factor_of(site.layer)))
+    for target in targets:
+        write = model.get_submodule(target.write)
+        size, like = width_of(model, write, target.write), computes_like(model, write)
+        adapter = BottleneckAdapter(size, int(size // config.reduction_factor_of(target.layer)))
         setattr(write, CHILD, adapter.to(like))
         write.register_forward_hook(lambda module, inputs, output: getattr(module, CHILD)(output))
 

@@ -1,4 +1,4 @@
-"""Adapters beside modules: calls from several threads, blocks of every kind, modules exchanged behind their back."""
+"""Adapters behind their targets: several threads, blocks of every kind, exchanged modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parallel(**options: Any) -> ck.CompacterConfig:
 
 
 def test_two_threads_do_not_mix() -> None:
-    """Both are held between a block's input and its output, so that each has an input that waits."""
+    """Both stop between a block's input and its output, so that each thread stores an input."""
     model = ck.inject(build("llama"), parallel())
     words = [torch.full((1, 4), word) for word in (5, 9)]
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_model_is_copied_after_a_call_that_was_interrupted() -> None:
 
 @torch.no_grad()
 def test_a_block_whose_ends_are_compiled_apart() -> None:
-    """The input that waits goes from one graph to the other."""
+    """The block's input goes from one graph to the other."""
     model = ck.inject(build("bert"), parallel())
     expected = output("bert", model)
     for layer in model.bert.encoder.layer:
@@ -149,7 +149,7 @@ def test_a_parallel_adapter_of_another_width_is_refused() -> None:
         ck.inject(build("gpt2"), parallel(target_modules=["mlp.c_proj"]))
 
 
-def test_adapters_of_two_names_read_in_two_places() -> None:
+def test_adapters_of_two_names_read_two_inputs() -> None:
     """The same layer: one adapter takes the input of its block, the other the layer's own."""
     model = build("bert")
     end = "attention.output.dense"
@@ -168,7 +168,7 @@ def test_adapters_of_two_names_read_in_two_places() -> None:
 
 
 def test_behind_and_in_a_sequential() -> None:
-    """What is added stands among the modules that an nn.Sequential calls."""
+    """The added modules are among those that an nn.Sequential calls."""
     body = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH))
     body.out_features = WIDTH
     model = nn.Sequential(collections.OrderedDict(head=nn.Linear(WIDTH, WIDTH), body=body))

@@ -1,4 +1,4 @@
-"""What stands in the way of inject: refused before anything is changed."""
+"""Errors of `inject`, which are raised before the model changes."""
 
 from __future__ import annotations
 
@@ -110,3 +110,12 @@ def test_a_module_with_an_adapter_is_not_trained_whole_under_another_name() -> N
     end = "bert.encoder.layer.0.output.dense"
     with pytest.raises(ValueError, match=rf"{end} has adapters already \(first\); it cannot have both"):
         ck.inject(model, ck.CompacterConfig(**SMALL, output_adapter=False, modules_to_save=[end]), name="second")
+
+
+def test_a_target_of_a_whole_model_is_refused() -> None:
+    options = {"target_modules": ["bert.encoder"], "train_layer_norms": False}
+    model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL, **options))
+    expected = output("bert", model)
+    with pytest.raises(ValueError, match="it has adapters already, of a model that this BertEncoder is part of"):
+        ck.inject(model.bert.encoder, ck.CompacterConfig(**SMALL, target_modules=["output.dense"]))
+    assert torch.equal(output("bert", model), expected)

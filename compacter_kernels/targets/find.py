@@ -1,0 +1,179 @@
+"""Which modules of a model get an adapter, and which are trained whole, as copies."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from compacter_kernels.config import CompacterConfig
+from compacter_kernels.targets.added import Added
+from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS, Architecture
+from compacter_kernels.targets.base_modules import base_modules, is_called, names_ending_with
+from compacter_kernels.targets.wrappers import plain_path
+
+# Usual names of the last linear layer of a block, and of heads.
+LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
+HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
+
+
+class Target(NamedTuple):
+    """The modules that one adapter belongs to.
+
+    write: the name of the module whose output the adapter takes. read: the name of the module whose
+    input a parallel adapter takes. layer: the number of their layer in the model.
+    """
+
+    write: str
+    read: str
+    layer: int
+
+
+def model_types(model: nn.Module) -> list[str]:
+    """The `config.model_type` of the model and of the models that it consists of."""
+    types = (getattr(getattr(module, "config", None), "model_type", None) for module in model.modules())
+    return list(dict.fromkeys(kind for kind in types if isinstance(kind, str)))
+
+
+def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
+    """The targets that the config asks for, in the order of the model's modules.
+
+    Raises:
+        ValueError: the table does not list the model, or the model has no such modules. The message
+            lists likely names.
+    """
+    targets = list(_of_table(model, config) if config.target_modules is None else _by_name(model, config))
+    if not targets:
+        raise ValueError(_no_targets(model))
+    kept = [target for target in targets if target.layer not in config.leave_out]
+    if not kept:
+        layers = sorted({target.layer for target in targets})
+        raise ValueError(f"leave_out={list(config.leave_out)} leaves no layer an adapter; there are {layers}")
+    return kept
+
+
+def block_pattern(architecture: Architecture, names: str) -> re.Pattern[str]:
+    """Matches the full names of a block's modules. The groups are `stack` and `layer`, a number."""
+    names = re.escape(names).replace(r"\*", r"\d+").replace(r"\|", "|")
+    return re.compile(rf"(?P<stack>(?:.*\.)?(?:{architecture.layers}))\.(?P<layer>\d+)\.(?:{names})")
+
+
+def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
+    families = dict.fromkeys(ARCHITECTURES[kind] for kind in model_types(model) if kind in ARCHITECTURES)
+    patterns = [
+        (block_pattern(family, block.write), block_pattern(family, block.read))
+        for family in families
+        for kind, option in BLOCK_OPTIONS.items()
+        if getattr(config, option) and (block := getattr(family, kind))
+    ]
+    full: dict[str, str] = {}  # From plain names to full names; a wrapper comes before its content.
+    for name, _ in base_modules(model):
+        full.setdefault(plain_path(model, name), name)
+    before = _layers_before(list(full), list(families))
+    for name in full:
+        for write, read in patterns:
+            match = write.fullmatch(name)
+            if match:
+                layer = f"{match['stack']}.{match['layer']}."
+                source = next(other for other in full if other.startswith(layer) and read.fullmatch(other))
+                yield Target(full[name], full[source], before[match["stack"]] + int(match["layer"]))
+                break
+
+
+def _layers_before(names: list[str], families: list[Architecture]) -> dict[str, int]:
+    """How many layers come before each stack: a decoder's layers count on after the encoder's."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        for family in families:
+            match = re.fullmatch(rf"(?P<stack>(?:.*\.)?(?:{family.layers}))\.(?P<layer>\d+)", name)
+            if match:
+                sizes[match["stack"]] = int(match["layer"]) + 1
+    return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+
+
+def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
+    stacks: dict[str, dict[str, int]] = {}
+    for name in names_ending_with(model, config.target_modules or (), "target_modules", lambda: f". {_likely(model)}"):
+        stack, layer = (re.match(r"(.*?)\.?(\d+)\.", name) or re.match(r"()(0?)", name)).groups()  # type: ignore[union-attr]
+        stacks.setdefault(stack, {})[name] = int(layer or 0)
+    offset = 0
+    for layers in stacks.values():
+        yield from (Target(name, name, offset + layer) for name, layer in layers.items())
+        offset += max(layers.values()) + 1
+
+
+def _no_targets(model: nn.Module) -> str:
+    kinds = model_types(model)
+    if any(kind in ARCHITECTURES for kind in kinds):
+        return f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)"
+    subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
+    return f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}"
+
+
+def _likely(model: nn.Module) -> str:
+    """Names of linear layers that occur in several layers, usual names of a block's end first."""
+    counts: dict[str, int] = {}
+    for name, module in base_modules(model):
+        if (isinstance(module, nn.Linear) or hasattr(module, "nf")) and is_called(model, name):
+            end = re.split(r"\.\d+\.", f".{name}")[-1].removeprefix(".")
+            counts[end] = counts.get(end, 0) + 1
+    repeated = [end for end, count in counts.items() if count > 1] or list(counts)
+    repeated.sort(key=lambda end: end.rpartition(".")[2] not in LIKELY)
+    if not repeated:
+        return "It has no linear layers that an adapter could follow."
+    return f"Name the layers that adapters follow: CompacterConfig(target_modules=[...]); likely ones: {repeated[:8]}"
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm or an RMS norm, of torch or of transformers."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
+
+
+def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
+    """The names of the modules that are trained whole, each as a copy.
+
+    Raises:
+        ValueError: modules_to_save names a module that the model does not have or never calls.
+    """
+    if config.modules_to_save is None:
+        whole = list(_heads(model))
+    else:
+        named = names_ending_with(model, config.modules_to_save, "modules_to_save")
+        whole = [name for name in named if model.get_submodule(name).state_dict()]  # Not a ReLU.
+    norms = [
+        name
+        for name, module in base_modules(model)
+        if config.train_layer_norms and is_layer_norm(module) and next(module.parameters(), None) is not None
+    ]
+    return whole + [name for name in norms if not any(f"{name}.".startswith(f"{other}.") for other in whole)]
+
+
+def _heads(model: nn.Module) -> Iterator[str]:
+    """The names of heads, which start untrained, at the top of a model or of a model inside it."""
+    for path, top in _tops("", model):
+        names = (*HEADS, "lm_head") if type(top).__name__.endswith("ForCTC") else HEADS
+        for name, child in top.named_children():
+            if name in names and not any(map(_of_transformers, child.modules())):
+                yield f"{path}{name}"
+
+
+def _tops(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module and the modules inside it, down to models of transformers.
+
+    A module may wrap a model, as torch.compile does, or hold one, as a training loop's class does.
+    """
+    yield path, module
+    if _of_transformers(module):
+        return
+    children = [(name, child) for name, child in module.named_children() if not isinstance(child, Added)]
+    wraps = len(children) == 1 and next(module.parameters(recurse=False), None) is None
+    for name, child in children:
+        if wraps or any(map(_of_transformers, child.modules())):
+            yield from _tops(f"{path}{name}.", child)
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return isinstance(getattr(type(module), "base_model_prefix", None), str)
