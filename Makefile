@@ -25,8 +25,8 @@ LATER := build/transformers-$(TRANSFORMERS)
 
 .PHONY: demo test instruction-sets transformers interpret aot cuda-on-cpu ptxas lint native-check clean
 
-# installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does
-# (setup.py): 0 without, 1 required, unset if possible
+# installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
+# 0 without, 1 required, unset what this machine can build and run (setup.py)
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
