@@ -130,7 +130,7 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Removes the native module of an earlier build; notes why there is none, where none is built."""
+    """Removes the native module of an earlier build; leaves a note where this one has none."""
 
     def run(self) -> None:
         super().run()

@@ -82,7 +82,7 @@ def program(folder: Path, name: str, code: str) -> Path:
 
 
 def installed(python: Path) -> list[str]:
-    """Where the package was imported from; why it has no cpu kernels, and no cuda kernels, or None."""
+    """Where the package is; why it has no cpu kernels, and why no cuda kernels; or None."""
     command = [str(python), "-c", SHOW]
     done = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
