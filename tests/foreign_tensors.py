@@ -1,16 +1,14 @@
-"""Every argument of the functions as a tensor of another kind, in each kind of call: what comes of it, as JSON.
+"""Every argument of the functions as a tensor of another kind, in each kind of call.
 
-    python tests/foreign_tensors.py KIND
-
-A process of its own for each kind (test_foreign_tensors.py), since an address that is not one ends the process. An
-outcome is "right", "wrong", or the error that was raised. Kinds are functions of a plain tensor.
+`outcomes` makes the calls in a process of its own for each kind, since an address that is not one
+ends the process. An outcome is "right", "wrong", or the error that was raised. Kinds are functions
+of a plain tensor.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -194,7 +192,7 @@ def calls(
         yield "compiled", compiled
 
 
-def main(kind: str) -> dict[str, str]:
+def functions(kind: str) -> dict[str, str]:
     """The outcome of each call with one argument of that kind, then with all of them."""
     found = {}
     foreign = KINDS[kind]
@@ -252,6 +250,22 @@ def sharded() -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    print(json.dumps(sharded() if sys.argv[1] == "sharded" else main(sys.argv[1]) | modules(sys.argv[1])))
+def outcomes(kind: str) -> dict[str, str]:
+    """The outcome of each call, by its name; "sharded" is a kind too. An error where the process ends."""
+    context = multiprocessing.get_context("fork")  # which has torch already
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        warnings.simplefilter("ignore")
+        sender.send(sharded() if kind == "sharded" else functions(kind) | modules(kind))
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    try:
+        found: dict[str, str] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{kind}: the process ended with exit code {process.exitcode}") from None
+    process.join()
+    return found
