@@ -84,9 +84,10 @@ def test_copies_and_pickles_are_apart(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "placement"),
-    [*((family, "sequential") for family in FAMILIES), ("bert", "parallel"), ("t5", "parallel")],
+    [*((family, "sequential") for family in ("gpt2", "bart", "llama", "vit", "wav2vec2")), ("bert", "parallel")],
 )
 def test_compiles_without_a_graph_break(family: str, placement: str) -> None:
+    """One family for each kind of block; test_loops_compile.py has BERT and T5."""
     torch._dynamo.reset()
     model = ck.inject(build(family), config(family, placement))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

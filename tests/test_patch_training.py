@@ -81,8 +81,11 @@ def test_saved_bytes(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"shared_W_phm": True, "use_gating": True}], ids=["default", "shared W, gate"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((family, {}) for family in FAMILIES), ("bert", {"shared_W_phm": True, "use_gating": True})],
+    ids=[*FAMILIES, "bert, shared W, gate"],
+)
 def test_compiles(family: str, options: dict[str, Any]) -> None:
     """In one graph, which the library does not do in any."""
     model = make(family, a=compacter(**options))
