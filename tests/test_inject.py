@@ -83,13 +83,18 @@ def test_copies_and_pickles_are_apart(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "placement"),
-    [*((family, "sequential") for family in ("gpt2", "bart", "llama", "vit", "wav2vec2")), ("bert", "parallel")],
+    ("family", "placement", "one_layer"),
+    [
+        ("gpt2", "sequential", {"n_layer": 1}),
+        ("bart", "sequential", {"encoder_layers": 1, "decoder_layers": 1}),
+        *((family, "sequential", {"num_hidden_layers": 1}) for family in ("llama", "vit", "wav2vec2")),
+        ("bert", "parallel", {"num_hidden_layers": 1}),
+    ],
 )
-def test_compiles_without_a_graph_break(family: str, placement: str) -> None:
+def test_compiles_without_a_graph_break(family: str, placement: str, one_layer: dict[str, int]) -> None:
     """One family for each kind of block; test_loops_compile.py has BERT and T5."""
     torch._dynamo.reset()
-    model = ck.inject(build(family), config(family, placement))
+    model = ck.inject(build(family, **one_layer), config(family, placement))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     y, expected = output(family, compiled), output(family, model)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
