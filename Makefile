@@ -23,10 +23,10 @@ INTERPRETER := build/triton-$(TRITON)
 EXECUTED := build/cuda_on_cpu
 LATER := build/transformers-$(TRANSFORMERS)
 
-.PHONY: demo test instruction-sets transformers interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: ready demo test instruction-sets transformers interpret aot cuda-on-cpu ptxas lint native-check clean
 
-# installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does
-# (setup.py): 0 without, 1 required, unset if possible
+# installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
+# 0 without, 1 required, unset what this machine can build and run (setup.py)
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
@@ -34,6 +34,8 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find c
 	@python -c 'import compacter_kernels as ck; print(ck.available_impls())'
 	@rm -f $(VENV)/.ready*
 	@touch $@
+
+ready: $(READY)
 
 demo: $(READY)
 	compacter-kernels info
@@ -48,34 +50,39 @@ test: $(READY)
 instruction-sets: $(READY)
 	OMP_NUM_THREADS=1 python tests/instruction_sets.py $(PARALLEL)
 
+# beside the environment, and before it on the path
+$(INTERPRETER): | $(READY)
+	$(PIP) --no-deps --target $@ triton==$(TRITON)
+
+$(LATER): | $(READY)
+	$(PIP) --target $@ transformers==$(TRANSFORMERS)
+
 # whole models under another version of transformers than the pinned one, which `adapters` needs
-transformers: $(READY)
-	test -d $(LATER)/transformers || $(PIP) --target $(LATER) transformers==$(TRANSFORMERS)
+transformers: $(READY) $(LATER)
 	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton"
-interpret: $(READY)
-	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
+interpret: $(READY) $(INTERPRETER)
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore -rN -k 'triton and not 1000' \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
 		tests/test_triton_functions.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
-aot: $(READY)
-	test -d $(INTERPRETER)/triton || $(PIP) --no-deps --target $(INTERPRETER) triton==$(TRITON)
+aot: $(READY) $(INTERPRETER)
 	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
-# the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda", then every instance
-# under the address and undefined-behaviour sanitizers
+# the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda"; then every instance on
+# every device under the address and undefined-behaviour sanitizers, which the plain build need not repeat
+SANITIZED := every_instance or every_device or unaligned
 cuda-on-cpu: $(READY)
 	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python)
 	cmake --build $(EXECUTED)
-	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not 1000' tests/test_cuda_kernels.py tests/test_agreement.py \
-		tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py tests/test_strides.py \
-		tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
+	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' tests/test_cuda_kernels.py \
+		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
+		tests/test_strides.py tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
 	settings=$$(python tests/cuda_on_cpu/build.py $(EXECUTED) $(EXECUTED)/sanitized sanitized) && \
-		eval "$$settings $(TESTS) -rN tests/test_cuda_kernels.py"
+		eval "$$settings $(TESTS) -rN -k '$(SANITIZED)' tests/test_cuda_kernels.py"
 
 # the CUDA kernels, compiled by nvcc for each architecture: no spills, no stack
 ptxas: $(READY)

@@ -1,11 +1,14 @@
 """Builds the native module compacter_kernels._C with CMake where a C++ compiler is found.
 
-COMPACTER_KERNELS_NATIVE=0 leaves the native part out, =1 makes a missing compiler an error. Without the variable a
-missing compiler gives a pure-Python install, which says so: its version ends in +pure, and `compacter-kernels info`
-has the reason. A compiler that is there and fails is always an error. CMAKE_ARGS goes to CMake as it is.
+COMPACTER_KERNELS_NATIVE=0 leaves the native part out, =1 makes a missing compiler an error. Without
+the variable a missing compiler gives a pure-Python install, which says so: its version ends in
++pure, and `compacter-kernels info` has the reason. A compiler that is there and fails is always an
+error. CMAKE_ARGS goes to CMake as it is.
 
-COMPACTER_KERNELS_CUDA means the same for the CUDA part and nvcc, which is CUDACXX, or else on the path, in CUDA_HOME or
-in /usr/local/cuda; no GPU is needed. A build without the CUDA part keeps the reason for `info`.
+The CUDA part is built for the NVIDIA GPUs of this machine, if there are any and nvcc is found.
+COMPACTER_KERNELS_CUDA=1 builds it for every architecture, with or without a GPU, and makes a
+missing nvcc an error; =0 leaves it out. nvcc is CUDACXX, or else on the path, in CUDA_HOME or in
+/usr/local/cuda. A build without the CUDA part says so at its end, and keeps the reason for `info`.
 """
 
 import ast
@@ -85,17 +88,16 @@ def find_nvcc() -> str | None:
 
 
 def cuda_options() -> list[str]:
-    """What CMake is told of the CUDA part."""
+    """What CMake is told of the CUDA part (csrc/cuda/build.cmake)."""
     switch, nvcc = asked(CUDA_SWITCH, "CUDA"), find_nvcc()
-    if switch == "0":
-        reason = f"left out by {CUDA_SWITCH}=0"
-    elif nvcc is not None:
-        return ["-DCOMPACTER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    else:
-        reason = f"not found when it was installed: {os.environ.get('CUDACXX') or 'nvcc'}"
-        if switch == "1":
-            raise SystemExit(f"{CUDA_SWITCH}=1, but the CUDA part cannot be built; {reason}")
-    return ["-DCOMPACTER_CUDA=OFF", f"-DCOMPACTER_NO_CUDA={reason}"]
+    if switch == "1" and nvcc is None:
+        missing = os.environ.get("CUDACXX") or "nvcc"
+        raise SystemExit(
+            f"{CUDA_SWITCH}=1, but the CUDA part cannot be built; not found when it was installed: {missing}"
+        )
+    chosen = {"0": "OFF", "1": "ON", "": "AUTO"}[switch]
+    options = [f"-DCOMPACTER_CUDA={chosen}", f"-DCOMPACTER_NO_CUDA=left out by {CUDA_SWITCH}=0"]
+    return options if nvcc is None else [*options, f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
 class BuildNative(build_ext):
@@ -128,7 +130,7 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves a note where the native part is not built, and no native module or note of an earlier build beside it."""
+    """Removes the native module of an earlier build; leaves a note where this one has none."""
 
     def run(self) -> None:
         super().run()

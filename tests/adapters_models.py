@@ -35,25 +35,25 @@ WIDTH, VOCABULARY = 32, 60
 PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
 
 
-def _bert() -> nn.Module:
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+def _bert(layers: int) -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 40}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes, **quiet))
 
 
-def _t5() -> nn.Module:
-    sizes = {"d_model": WIDTH, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 40}
+def _t5(layers: int) -> nn.Module:
+    sizes = {"d_model": WIDTH, "num_layers": layers, "num_heads": 2, "d_kv": 16, "d_ff": 40}
     config = T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False, **sizes)
     return T5ForConditionalGeneration(config)
 
 
-def _gpt2() -> nn.Module:
-    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+def _gpt2(layers: int) -> nn.Module:
+    sizes = {"n_embd": WIDTH, "n_layer": layers, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=1, **sizes))
 
 
-def _llama() -> nn.Module:
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+def _llama(layers: int) -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 40}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes))
 
 
@@ -73,10 +73,10 @@ def draw_anew(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
+def make(family: str = "bert", setup: Any = "a", layers: int = 2, **configs: Any) -> nn.Module:
     """A model with the adapters of these configs, "a" if there is none, in training."""
     torch.manual_seed(0)
-    model = FAMILIES[family]()
+    model = FAMILIES[family](layers)
     adapters.init(model)
     for name, config in (configs or {"a": compacter()}).items():
         model.add_adapter(name, config=config)

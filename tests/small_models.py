@@ -20,15 +20,17 @@ MODELS: dict[str, dict[str, Any]] = {  # without dropout, so that two ways to co
 }
 
 
-def base_of(kind: str) -> nn.Module:
+def base_of(kind: str, **sizes: int) -> nn.Module:
     """A model without adapters, the same each time."""
-    return build(kind, **MODELS[kind])
+    return build(kind, **MODELS[kind], **sizes)
 
 
-def make(kind: str, config: ck.CompacterConfig = CONFIG, impl: str = "auto") -> tuple[nn.Module, dict[str, Tensor]]:
+def make(
+    kind: str, config: ck.CompacterConfig = CONFIG, impl: str = "auto", **sizes: int
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model with adapters in training mode, the same each time, and a copy of its base's state."""
     torch.manual_seed(0)
-    model = base_of(kind)
+    model = base_of(kind, **sizes)
     base = copy.deepcopy(model.state_dict())
     return ck.inject(model, config, impl=impl).train(), base
 

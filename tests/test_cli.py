@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from typing import Any
 
@@ -54,9 +54,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"compacter-kernels {ck.__version__}\n", "")
 
 
-def test_module_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "compacter_kernels", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"compacter-kernels {ck.__version__}\n")
+def test_module_is_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["compacter_kernels", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("compacter_kernels", run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"compacter-kernels {ck.__version__}\n")
 
 
 def test_info_passes_its_self_test(capsys: pytest.CaptureFixture[str]) -> None:

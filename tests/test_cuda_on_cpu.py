@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -71,8 +72,18 @@ RACES = {
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+def programs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
+    """Built once, for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "cuda_on_cpu"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            build_programs(folder)
+    return {build: folder / build for build in COMPILE}
+
+
+def build_programs(folder: Path) -> None:
     compilers = [
         subprocess.Popen(["g++", *FLAGS, *flags, "-c", str(HERE / source), "-o", str(folder / f"{build}.{source}.o")])
         for build, flags in COMPILE.items()
@@ -82,7 +93,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for build in COMPILE:
         objects = map(str, folder.glob(f"{build}.*.o"))
         subprocess.run(["g++", *LINK.get(build, []), *objects, "-ldl", "-o", str(folder / build)], check=True)
-    return {build: folder / build for build in COMPILE}
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

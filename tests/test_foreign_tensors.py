@@ -1,34 +1,21 @@
-"""Tensors of every kind as every argument: the right result, or an error that names the argument; never a crash.
-
-foreign_tensors.py makes the calls, in a process of its own for each kind.
-"""
+"""Tensors of every kind as every argument give the right result, or an error that names it."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from foreign_tensors import KINDS, adapter, linear, plain, tensors, weights
+from foreign_tensors import KINDS, adapter, linear, outcomes, plain, tensors, weights
 from torch import Tensor
 
 import compacter_kernels as ck
 from compacter_kernels.impl.cpu import unavailable
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.func.jvp scripts a function
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # torch.func.jvp scripts a function
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 built = pytest.mark.skipif(unavailable() is not None, reason=f"cpu: {unavailable()}")
 PARAMETERS = {"down.W_left": "down.left", "up.W_right": "up.right", "down.phm_rule": "down.rule", "up.b": "up.bias"}
-
-
-def outcomes(kind: str) -> dict[str, str]:
-    script = Path(__file__).with_name("foreign_tensors.py")
-    done = subprocess.run([sys.executable, str(script), kind], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
 
 
 def test_a_sharded_model_whose_adapter_is_called_by_itself() -> None:

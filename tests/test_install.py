@@ -1,4 +1,4 @@
-"""Installing: with a compiler, without one, left out on request; each says what it did, and each imports."""
+"""Installing with a compiler, without one, and without the native part; each says what it did."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The python of an empty virtual environment that borrows packages of this one (torch, pip), but no commands."""
+    """The python of a new virtual environment, with the packages of this one, but no commands."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -66,8 +66,23 @@ def pip(python: Path, *arguments: str, env: dict[str, str]) -> subprocess.Comple
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=python.parent)
 
 
+def setup(source: Path, command: str, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py as pip would, with the messages that pip keeps to itself."""
+    arguments = [sys.executable, "-W", "ignore", "setup.py", command]
+    return subprocess.run(arguments, env=environment(path, **variables), cwd=source, capture_output=True, text=True)
+
+
+def program(folder: Path, name: str, code: str) -> Path:
+    """An executable of that name."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
 def installed(python: Path) -> list[str]:
-    """Where the package was imported from, and why it has no cpu kernels and no cuda kernels (or None)."""
+    """Where the package is; why it has no cpu kernels, and why no cuda kernels; or None."""
     command = [str(python), "-c", SHOW]
     done = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -76,6 +91,9 @@ def installed(python: Path) -> list[str]:
 
 @pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
 def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, editable: bool) -> None:
+    """An editable install removes the native module of an earlier one."""
+    earlier = source / "compacter_kernels" / "_C.earlier.so"
+    earlier.touch()
     target = ["--editable", str(source)] if editable else [str(source)]
     done = pip(python, "install", "--ignore-installed", *target, env=environment(str(python.parent)))
     assert done.returncode == 0, done.stderr
@@ -84,54 +102,78 @@ def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, 
     assert Path(file).is_relative_to(source if editable else python.parents[1])
     assert "not built" in reason
     assert "a C++ compiler" in reason
+    assert not (editable and earlier.exists())
 
 
-def test_a_compiler_that_is_named_but_not_there_is_said(python: Path, source: Path) -> None:
-    env = environment(os.environ["PATH"], CXX="no-such-compiler", CC="no-such-compiler")
-    done = pip(python, "install", "--verbose", "--ignore-installed", str(source), env=env)
+PURE = [
+    ({"CXX": "no-such-compiler"}, "the C++ compiler CXX=no-such-compiler"),
+    ({"COMPACTER_KERNELS_NATIVE": "0"}, "left out by COMPACTER_KERNELS_NATIVE=0"),
+]
+
+
+@pytest.mark.parametrize(("variables", "reason"), PURE, ids=["named", "left out"])
+def test_a_pure_install_says_why(source: Path, variables: dict[str, str], reason: str) -> None:
+    done = setup(source, "--version", os.environ["PATH"], **variables)
     assert done.returncode == 0, done.stderr
-    assert "the C++ compiler CXX=no-such-compiler" in done.stdout + done.stderr
-    assert "CXX=no-such-compiler" in installed(python)[1]
+    assert done.stdout.endswith("+pure\n")
+    assert reason in done.stderr
+
+
+REFUSED = [
+    ({"COMPACTER_KERNELS_NATIVE": "1"}, "the native part cannot be built"),
+    ({"COMPACTER_KERNELS_NATIVE": "yes"}, "set it to 0 (no native part) or 1 (required)"),
+    (
+        {"COMPACTER_KERNELS_CUDA": "1", "COMPACTER_KERNELS_NATIVE": "0"},
+        "COMPACTER_KERNELS_CUDA=1, but the native part cannot be built",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "reason"), REFUSED, ids=["required", "unknown", "CUDA without native"])
+def test_what_cannot_be_built_as_asked_is_refused(
+    source: Path, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
+    done = setup(source, "--version", str(tmp_path), **variables)
+    assert done.returncode != 0
+    assert reason in done.stderr
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-def test_a_compiler_that_fails_is_an_error(python: Path, source: Path, tmp_path: Path) -> None:
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
-    env = environment(os.environ["PATH"], CXX=str(compiler))
-    done = pip(python, "install", "--ignore-installed", str(source), env=env)
+def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
+    compiler = program(tmp_path / "broken", "c++", "exit 1")
+    done = setup(source, "build_ext", os.environ["PATH"], CXX=str(compiler))
     assert done.returncode != 0
-    assert "COMPACTER_KERNELS_NATIVE=0" in done.stdout + done.stderr
+    assert "COMPACTER_KERNELS_NATIVE=0" in done.stderr
 
 
-def test_the_native_part_can_be_required(python: Path, source: Path) -> None:
-    env = environment(str(python.parent), COMPACTER_KERNELS_NATIVE="1")
-    done = pip(python, "install", "--ignore-installed", str(source), env=env)
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize(("switch", "asked"), [("", "AUTO"), ("0", "OFF"), ("1", "ON")])
+def test_the_cuda_part_is_built_as_asked(source: Path, tmp_path: Path, switch: str, asked: str) -> None:
+    """What CMake is told; tests/test_cuda_choice.py shows what it does with it."""
+    cmake, nvcc = program(tmp_path / "bin", "cmake", "exit 1"), program(tmp_path / "bin", "an-nvcc", "exit 1")
+    path = os.pathsep.join((str(cmake.parent), os.environ["PATH"]))
+    done = setup(source, "build_ext", path, COMPACTER_KERNELS_CUDA=switch, CUDACXX=str(nvcc))
+    assert f"-DCOMPACTER_CUDA={asked} " in done.stderr
+    assert "-DCOMPACTER_NO_CUDA=left out by COMPACTER_KERNELS_CUDA=0 " in done.stderr
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc} " in done.stderr
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_a_cuda_part_that_is_required_needs_nvcc(source: Path) -> None:
+    done = setup(source, "build_ext", os.environ["PATH"], COMPACTER_KERNELS_CUDA="1", CUDACXX="no-such-nvcc")
     assert done.returncode != 0
-    assert "the native part cannot be built" in done.stdout + done.stderr
-
-
-def test_a_switch_that_is_not_known_is_refused(python: Path, source: Path) -> None:
-    env = environment(str(python.parent), COMPACTER_KERNELS_NATIVE="yes")
-    done = pip(python, "install", "--ignore-installed", str(source), env=env)
-    assert done.returncode != 0
-    assert "set it to 0 (no native part) or 1 (required)" in done.stdout + done.stderr
-
-
-def test_an_editable_install_without_the_native_part_removes_an_earlier_one(python: Path, source: Path) -> None:
-    earlier = source / "compacter_kernels" / "_C.earlier.so"
-    earlier.touch()
-    env = environment(os.environ["PATH"], COMPACTER_KERNELS_NATIVE="0")
-    done = pip(python, "install", "--ignore-installed", "--editable", str(source), env=env)
-    assert done.returncode == 0, done.stderr
-    assert not earlier.exists()
-    assert "left out by COMPACTER_KERNELS_NATIVE=0" in installed(python)[1]
+    assert "the CUDA part cannot be built; not found when it was installed: no-such-nvcc" in done.stderr
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 def test_the_native_wheel_installs_and_holds_what_it_should(python: Path, source: Path, tmp_path: Path) -> None:
-    env = environment(os.environ["PATH"], CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug", COMPACTER_KERNELS_CUDA="0")  # quick
+    """One wheel serves every torch. With the CUDA part it needs neither a GPU nor CUDA.
+
+    The CUDA part is built where nvcc is, as unoptimised PTX of one architecture, which is quick.
+    """
+    options = "-DCMAKE_BUILD_TYPE=Debug -DCOMPACTER_CUDA_ARCHS=90-virtual -DCMAKE_CUDA_FLAGS=-Xcicc=-O0"
+    cuda = {"COMPACTER_KERNELS_CUDA": "1", "CUDACXX": NVCC} if NVCC else {"COMPACTER_KERNELS_CUDA": "0"}
+    env = environment(os.environ["PATH"], CMAKE_ARGS=options, **cuda)
     done = pip(python, "wheel", "--wheel-dir", str(tmp_path), str(source), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -143,39 +185,16 @@ def test_the_native_wheel_installs_and_holds_what_it_should(python: Path, source
     assert not [name for name in names if name.endswith((".cpp", ".h", ".txt.in"))]
     done = pip(python, "install", "--ignore-installed", str(wheel), env=env)
     assert done.returncode == 0, done.stderr
-    assert installed(python)[1:] == ["None", "not built: left out by COMPACTER_KERNELS_CUDA=0"]
-    script = python.parent / "compacter-kernels"
-    assert subprocess.run([script, "--help"], env=env, capture_output=True, cwd=tmp_path).returncode == 0
-
-
-@pytest.mark.skipif(not COMPILER or NVCC is None, reason="no C++ compiler, or no nvcc")
-def test_a_wheel_with_the_cuda_part_needs_no_gpu_and_no_cuda(python: Path, source: Path, tmp_path: Path) -> None:
-    """One wheel for every torch; here for one architecture, unoptimised, which is quick to build."""
-    options = "-DCMAKE_BUILD_TYPE=Debug -DCOMPACTER_CUDA_ARCHS=90-real"
-    env = environment(os.environ["PATH"], CMAKE_ARGS=options, COMPACTER_KERNELS_CUDA="1", CUDACXX=str(NVCC))
-    done = pip(python, "wheel", "--wheel-dir", str(tmp_path), str(source), env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    done = pip(python, "install", "--ignore-installed", str(wheel), env=env)
-    assert done.returncode == 0, done.stderr
-    file, cpu, cuda = installed(python)
-    assert (cpu, cuda) in [("None", "None"), ("None", "no CUDA device")]
+    file, *reasons = installed(python)
+    left_out = "not built: left out by COMPACTER_KERNELS_CUDA=0"
+    assert reasons in ([["None", "None"], ["None", "no CUDA device"]] if NVCC else [["None", left_out]])
     (module,) = Path(file).parent.glob("_C.*.so")
     needed = subprocess.run(["readelf", "--dynamic", "--wide", module], capture_output=True, text=True).stdout
     assert "libc.so" in needed and "cuda" not in needed
     code = "from compacter_kernels._C import build_info; print(build_info()['cuda'], build_info()['cuda_archs'])"
-    command = [python, "-c", code]
-    done = subprocess.run(command, env=environment(os.defpath), cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "True ['sm_90']\n", done.stderr
-
-
-@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-def test_a_cuda_part_that_is_required_needs_nvcc(python: Path, source: Path) -> None:
-    env = environment(os.environ["PATH"], COMPACTER_KERNELS_CUDA="1", CUDACXX="no-such-nvcc")
-    done = pip(python, "install", "--ignore-installed", str(source), env=env)
-    assert done.returncode != 0
-    assert "the CUDA part cannot be built; not found when it was installed: no-such-nvcc" in done.stdout + done.stderr
-    env = environment(os.environ["PATH"], COMPACTER_KERNELS_CUDA="1", COMPACTER_KERNELS_NATIVE="0")
-    done = pip(python, "install", "--ignore-installed", str(source), env=env)
-    assert done.returncode != 0
-    assert "COMPACTER_KERNELS_CUDA=1, but the native part cannot be built" in done.stdout + done.stderr
+    done = subprocess.run(
+        [python, "-c", code], env=environment(os.defpath), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == ("True ['sm_90']\n" if NVCC else "False []\n"), done.stderr
+    script = python.parent / "compacter-kernels"
+    assert subprocess.run([script, "--help"], env=env, capture_output=True, cwd=tmp_path).returncode == 0

@@ -9,6 +9,7 @@ import torch
 from small_models import adamw, assert_only_adapters_trained, batch, gradients, make, values
 
 pytestmark = pytest.mark.slow
+ONE_LAYER = {"bert": {"num_hidden_layers": 1}, "t5": {"num_layers": 1}}  # of each kind; compilers take their time
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_one_graph_for_all_batch_sizes(kind: str) -> None:
     """fullgraph=True raises at a graph break, error_on_recompile at a second compilation."""
-    model, base = make(kind)
+    model, base = make(kind, **ONE_LAYER[kind])
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     start = values(model)
     optimizer = adamw(model)
@@ -42,7 +43,7 @@ def test_one_graph_for_all_batch_sizes(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
 def test_inductor() -> None:
     """The real compiler, without and with gradients."""
-    model, _ = make("bert")
+    model, _ = make("bert", **ONE_LAYER["bert"])
     inputs = batch("bert")
     expected = gradients(model, inputs)
     got = gradients(model, inputs, run=torch.compile(model, fullgraph=True))

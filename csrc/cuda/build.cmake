@@ -1,19 +1,22 @@
 # The CUDA part. Sets cuda_objects (empty if it is not built), cuda_definitions and cuda_libraries.
 #
-#   COMPACTER_CUDA=AUTO      is built if nvcc exists: CMAKE_CUDA_COMPILER, CUDACXX, or on the path
-#   COMPACTER_CUDA=ON, OFF   must be built; is left out, for the reason in COMPACTER_NO_CUDA
+#   COMPACTER_CUDA=AUTO      is built for the NVIDIA GPUs of this machine, if it has any and nvcc
+#   COMPACTER_CUDA=ON, OFF   must be built, for every architecture; is left out, as COMPACTER_NO_CUDA says
+#   COMPACTER_CUDA_ARCHS     is built for these architectures, unless COMPACTER_CUDA is OFF
 #   COMPACTER_CUDA_ON_CPU    is C++ that tests/cuda_on_cpu executes, for tests without nvcc and GPU
-set(COMPACTER_CUDA AUTO CACHE STRING "The CUDA part: AUTO, ON (required) or OFF")
+#
+# nvcc is CMAKE_CUDA_COMPILER, CUDACXX, or on the path.
+set(COMPACTER_CUDA AUTO CACHE STRING "The CUDA part: AUTO (for the GPUs of this machine), ON (for all) or OFF")
 set(COMPACTER_NO_CUDA "left out by COMPACTER_CUDA=OFF" CACHE STRING "Why there is no CUDA part, where it is OFF")
-set(COMPACTER_CUDA_ARCHS "" CACHE STRING "Instead of 80-real;90-real;100-real;120; as CMAKE_CUDA_ARCHITECTURES")
+set(COMPACTER_CUDA_ARCHS "" CACHE STRING "Architectures of the CUDA part, as CMAKE_CUDA_ARCHITECTURES has them")
 option(COMPACTER_CUDA_ON_CPU "Compile the CUDA part as C++ that the CPU executes, for tests" OFF)
+
+include(csrc/cuda/gpus.cmake)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 set(cuda_element_sources ${cuda_sources})  # these have many instances, so each dtype of x is compiled by itself
 list(FILTER cuda_element_sources INCLUDE REGEX "/(forward|backward)\\.cu$")
-if(cuda_element_sources)
-  list(REMOVE_ITEM cuda_sources ${cuda_element_sources})
-endif()
+list(REMOVE_ITEM cuda_sources ${cuda_element_sources})
 
 set(cuda_objects)
 set(cuda_libraries)
@@ -21,9 +24,6 @@ set(cuda_definitions)
 
 # add_cuda(NAME SOURCES DEFINITIONS...)
 function(add_cuda name sources)
-  if(NOT ${sources})
-    return()
-  endif()
   add_library(${name} OBJECT ${${sources}})
   target_compile_definitions(${name} PRIVATE ${ARGN})
   if(COMPACTER_CUDA_ON_CPU)
@@ -44,13 +44,18 @@ function(add_all_cuda)
   set(cuda_objects ${cuda_objects} PARENT_SCOPE)
 endfunction()
 
+set(gpus)
+set(cuda_missing)
+if(COMPACTER_CUDA STREQUAL "AUTO")
+  find_gpus(gpus)
+endif()
 if(COMPACTER_CUDA_ON_CPU)
   add_all_cuda()
   list(APPEND cuda_definitions COMPACTER_CUDA_ON_CPU)
 elseif(COMPACTER_CUDA STREQUAL "OFF")
   set(cuda_missing "${COMPACTER_NO_CUDA}")
-elseif(NOT cuda_sources AND NOT cuda_element_sources)
-  set(cuda_missing "these sources have no CUDA part")
+elseif(COMPACTER_CUDA STREQUAL "AUTO" AND NOT COMPACTER_CUDA_ARCHS AND NOT gpus)
+  set(cuda_missing "no NVIDIA GPU was seen when it was built; COMPACTER_KERNELS_CUDA=1 builds it for all architectures")
 else()
   include(CheckLanguage)
   check_language(CUDA)
@@ -64,25 +69,22 @@ else()
     set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
     if(COMPACTER_CUDA_ARCHS)
       set(CMAKE_CUDA_ARCHITECTURES ${COMPACTER_CUDA_ARCHS})
-    elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
-    else()  # machine code for each generation, and PTX of the last for later ones
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
+    else()
+      choose_archs(CMAKE_CUDA_ARCHITECTURES "${gpus}")
     endif()
     add_all_cuda()
-    string(REPLACE "-real" "" cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
+    string(REGEX REPLACE "-(real|virtual)" "" cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
     string(REPLACE ";" " " cuda_archs "${cuda_archs}")
     list(APPEND cuda_definitions COMPACTER_CUDA_ARCHS="${cuda_archs}")
     set(cuda_libraries CUDA::cudart_static -Wl,--exclude-libs,ALL)  # its symbols must not meet those of torch
   elseif(COMPACTER_CUDA STREQUAL "ON")
     message(FATAL_ERROR "COMPACTER_CUDA=ON, but there is no nvcc; put it on the path, or its file name into CUDACXX")
   else()
-    set(cuda_missing "nvcc was not found")
+    set(cuda_missing "nvcc was not found when it was built")
   endif()
 endif()
 if(cuda_objects)
   list(APPEND cuda_definitions COMPACTER_CUDA)
 else()
   list(APPEND cuda_definitions COMPACTER_NO_CUDA="${cuda_missing}")
-  message(STATUS "No CUDA part: ${cuda_missing}")
 endif()

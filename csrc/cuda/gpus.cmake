@@ -1,0 +1,45 @@
+# For which architectures the CUDA part is compiled.
+
+# The compute capabilities of this machine's NVIDIA GPUs, as 80;90. Empty: it has none. "unknown": it has one, of a
+# driver that does not say which.
+function(find_gpus result)
+  set(gpus)
+  find_program(COMPACTER_NVIDIA_SMI nvidia-smi PATHS /usr/lib/wsl/lib)
+  if(COMPACTER_NVIDIA_SMI)
+    execute_process(COMMAND ${COMPACTER_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+                    OUTPUT_VARIABLE answer ERROR_QUIET TIMEOUT 30)
+    string(REGEX MATCHALL "[0-9]+[.][0-9]" gpus "${answer}")
+    list(TRANSFORM gpus REPLACE "[.]" "")
+  endif()
+  if(NOT gpus AND EXISTS /dev/nvidia0)
+    set(gpus unknown)
+  endif()
+  set(${result} ${gpus} PARENT_SCOPE)
+endfunction()
+
+# Machine code for each generation, and PTX of the last for what comes later. Where the GPUs are known, only what they
+# run: of each the last architecture that is not newer; the first one for older GPUs, on which no kernel runs.
+function(choose_archs result gpus)
+  set(archs 80 90 100 120)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    set(archs 80 90)
+  endif()
+  if(gpus AND NOT gpus STREQUAL "unknown")
+    set(chosen)
+    foreach(gpu ${gpus})
+      set(last 80)
+      foreach(arch ${archs})
+        if(NOT arch GREATER gpu)
+          set(last ${arch})
+        endif()
+      endforeach()
+      list(APPEND chosen ${last})
+    endforeach()
+    list(REMOVE_DUPLICATES chosen)
+    list(SORT chosen COMPARE NATURAL)
+    set(archs ${chosen})
+  endif()
+  list(TRANSFORM archs APPEND -real)
+  string(REGEX REPLACE "-real$" "" archs "${archs}")
+  set(${result} ${archs} PARENT_SCOPE)
+endfunction()
