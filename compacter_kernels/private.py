@@ -103,3 +103,13 @@ def hooked(*modules: nn.Module) -> bool:
         if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return _any_global_hook()
+
+
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:
+    """The tables of the hooks of this module alone, which `hooked` looks at.
+
+    None without the private names: the hooks are not known then.
+    """
+    if PUBLIC:
+        return None
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -28,8 +28,7 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
-from compacter_kernels.patch import adapters_layer, adapters_library, library_shortcuts
-from compacter_kernels.patch.report import Entry
+from compacter_kernels.patch import adapters_forward, adapters_layer
 
 WIDTH, VOCABULARY = 32, 60
 PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
@@ -88,20 +87,15 @@ def make(family: str = "bert", setup: Any = "a", **configs: Any) -> nn.Module:
 def residuals_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Filled with the residual of each call of the kernel for a whole adapter; "normed" where a norm is in it too."""
     residuals: list[Any] = []
-    kernel = adapters_library.compacter_adapter
+    kernel = adapters_forward.compacter_adapter
 
     def record(*args: Any, **options: Any) -> Tensor:
         residuals.append(options["residual"] if options.get("norm") is None else "normed")
         return kernel(*args, **options)
 
-    for module in (adapters_library, adapters_layer):
+    for module in (adapters_forward, adapters_layer):
         monkeypatch.setattr(module, "compacter_adapter", record)
     return residuals
-
-
-def of_modules(entries: tuple[Entry, ...]) -> list[Entry]:
-    """The lines of a report that speak of modules, and not of the library."""
-    return [entry for entry in entries if entry not in library_shortcuts.ENTRIES]
 
 
 def inputs(model: nn.Module, rows: int = 4, length: int = 6) -> dict[str, Tensor]:

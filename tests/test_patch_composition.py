@@ -17,7 +17,6 @@ from adapters_models import (
     draw_anew,
     inputs,
     make,
-    of_modules,
     residuals_of_calls,
     step,
 )
@@ -155,7 +154,7 @@ def test_deleting_and_adding_after_a_patch() -> None:
     model.train_adapter("d")
     draw_anew(model)
     expected = step(model)  # the new one is as the library made it
-    assert len(of_modules(patch(model).patched)) == 4
+    assert len(patch(model).patched) == 4
     assert_same_step(step(model), expected)
 
 

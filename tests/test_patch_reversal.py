@@ -17,14 +17,13 @@ from adapters_models import (
     assert_same_step,
     compacter,
     make,
-    of_modules,
     residuals_of_calls,
     step,
 )
 from phm_lookalikes import OpenDeltaHost, OriginalAdapter, TFewAdapter
 from torch import nn
 
-from compacter_kernels.patch import adapters_library
+from compacter_kernels.patch import adapters_forward
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.patch.report import Entry, Report
 
@@ -47,7 +46,7 @@ def test_unpatch_restores_bitwise() -> None:
     assert not _bitwise(step(model), expected)  # the kernels round otherwise
     assert list(model.state_dict()) == state
     report = unpatch(model)
-    assert len(of_modules(report.restored)) == 4 * 4  # an adapter, its two layers, the layer that calls it
+    assert len(report.restored) == 4 * 4  # an adapter, its two layers, the layer that calls it
     assert _attributes(model) == attributes
     assert _bitwise(step(model), expected)
 
@@ -110,8 +109,8 @@ def test_a_copy_of_a_model_of_the_library() -> None:
             parameter.add_(0.01)
     assert _bitwise(step(model), expected)
     assert not _bitwise(step(again), expected)
-    assert len(of_modules(unpatch(again).restored)) == 16
-    assert len(of_modules(unpatch(model).restored)) == 16
+    assert len(unpatch(again).restored) == 16
+    assert len(unpatch(model).restored) == 16
 
 
 def test_a_layer_of_the_library_is_pickled_with_its_patch() -> None:
@@ -121,7 +120,7 @@ def test_a_layer_of_the_library_is_pickled_with_its_patch() -> None:
     again = _pickled(adapter)
     x = torch.randn(2, 3, 32)
     assert all(torch.equal(a, b) for a, b in zip(again(x, x), adapter(x, x), strict=True))
-    assert again.forward.func is adapters_library.bottleneck
+    assert again.forward.func is adapters_forward.bottleneck
 
 
 @pytest.fixture
@@ -207,7 +206,7 @@ def test_subclasses(library: bool, request: pytest.FixtureRequest) -> None:
         name = "bert.encoder.layer.0.output.adapters.a"
         assert report.skipped == ((name, "_Doubled has a forward of its own; its PHM layers run one by one"),)
         assert {entry.name for entry in report.patched} >= {f"{name}.adapter_up", f"{name}.adapter_down.0"}
-        assert len(of_modules(report.patched)) == 3 + 2
+        assert len(report.patched) == 3 + 2
     assert_same_step(step(model), expected)
 
 
@@ -218,7 +217,7 @@ def test_a_compose_single_of_its_own() -> None:
     expected = step(model)
     report = patch(model)
     assert [name for name, _ in report.skipped] == ["bert.encoder.layer.0.output"]
-    assert "compose_single of its own" in report.skipped[0].what
+    assert "compose_single of its own" in report.skipped[0].note
     assert_same_step(step(model), expected)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import compacter_kernels as ck
-from compacter_kernels.patch import bottlenecks, phm_modules
+from compacter_kernels.patch import phm_adapters, phm_layers
 from compacter_kernels.patch.patch import patch, unpatch
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def test_whole_adapters(name: str, options: str) -> None:
     model = _built(name, **OPTIONS[options])
     expected = _step(model)
     report = patch(model)
-    assert [what for _, what in report.patched] == [ADAPTERS[name][1]]
+    assert [note for _, note in report.patched] == [ADAPTERS[name][1]]
     assert not report.skipped
     _assert_same(_step(model), expected)
 
@@ -89,7 +89,7 @@ def test_activations(kind: type[nn.Module], f: Any, fused: bool) -> None:
     model = kind(f=f)
     expected = _step(model)
     (entry,) = patch(model).patched
-    assert ("activation" not in entry.what) == fused
+    assert ("activation" not in entry.note) == fused
     _assert_same(_step(model), expected)
 
 
@@ -98,7 +98,7 @@ def test_single_layers(options: str) -> None:
     model = nn.Sequential(LookalikeLinear(32, 16, **OPTIONS[options]), nn.Tanh(), LookalikeLinear(16, 32, phm_dim=2))
     expected = _step(model)
     report = patch(model)
-    assert [(name, what) for name, what in report.patched] == [(name, "one kernel for the layer") for name in "02"]
+    assert [(name, note) for name, note in report.patched] == [(name, "one kernel for the layer") for name in "02"]
     _assert_same(_step(model), expected)
 
 
@@ -108,7 +108,7 @@ def test_weights_that_are_set_from_outside(factorised: bool) -> None:
     model = nn.ModuleList([OriginalAdapter(**options, factorized_phm=factorised) for _ in range(2)])
     report = patch(model)
     assert not report.patched
-    assert all("have not been set yet" in what for _, what in report.skipped)
+    assert all("have not been set yet" in note for _, note in report.skipped)
     donor = OriginalAdapter(factorized_phm_rule=factorised, factorized_phm=factorised)
     for adapter in model:
         for side in ("down_sampler", "up_sampler"):
@@ -194,8 +194,8 @@ def test_probing_changes_nothing() -> None:
     before = {name: (p, p.clone(), p.requires_grad, p._version) for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert isinstance(bottlenecks.probe(model), bottlenecks.Fused)
-    assert bottlenecks.probe_projection(model.down_sampler) is None
+    assert isinstance(phm_adapters.probe(model), dict)
+    assert phm_adapters.probe_layer(model.down_sampler) is None
     assert torch.equal(torch.get_rng_state(), state)
     assert not calls
     assert [module.training for module in model.modules()] == modes
@@ -206,7 +206,7 @@ def test_probing_changes_nothing() -> None:
 
 def test_a_model_without_memory_is_probed_too() -> None:
     model = OriginalAdapter().to("meta")
-    assert [what for _, what in patch(model).patched] == ["one kernel"]
+    assert [note for _, note in patch(model).patched] == ["one kernel"]
 
 
 def test_opendelta_before_its_first_call() -> None:
@@ -260,6 +260,6 @@ def test_compiles(name: str) -> None:
 def test_modules_of_this_package_are_not_taken_for_others() -> None:
     report = patch(nn.Sequential(ck.CompacterAdapter(32, reduction_factor=4)))
     assert not report.patched
-    assert {what for _, what in report.skipped} == {"it is one of compacter_kernels"}
-    assert not phm_modules.is_projection(nn.Linear(4, 4))
-    assert not bottlenecks.is_bottleneck(copy.deepcopy(Activations(F.relu)))
+    assert {note for _, note in report.skipped} == {"it is one of compacter_kernels"}
+    assert not phm_layers.is_phm_layer(nn.Linear(4, 4))
+    assert not phm_adapters.is_adapter(copy.deepcopy(Activations(F.relu)))
