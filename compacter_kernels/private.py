@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+F = TypeVar("F", bound=Callable[..., Any])
 PUBLIC = os.environ.get("COMPACTER_KERNELS_PUBLIC") == "1"
 
 
@@ -37,7 +38,7 @@ _all_known = not PUBLIC and all(hasattr(owner, name) for owner, name in _WHO)
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if _all_known else lambda: 1
 transforms: Callable[[], bool] = _name(torch._C, "_are_functorch_transforms_active", lambda: False)
 FORWARD_AD: Any = forward_ad if _all_known else SimpleNamespace(_current_level=-1)
-is_tracing: Callable[[], bool] = _name(torch._C, "_is_tracing", torch.jit.is_tracing)  # half the time
+is_tracing: Callable[[], bool] = _name(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 # The memory of a saved tensor may be written over in its backward only where nobody can ask for it
 # again (`autograd`). Without these names it never is.
@@ -58,7 +59,7 @@ ENVIRON: Any = _name(os.environ, "_data", os.environ)
 
 def environment_key(name: str) -> Any:
     """The key under which ENVIRON holds the variable of this name."""
-    return name if ENVIRON is os.environ else os.environ.encodekey(name)  # type: ignore[attr-defined]
+    return name if ENVIRON is os.environ else os.environ.encodekey(name)
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -79,7 +80,7 @@ def tf32_allowed() -> bool:
     return bool(_fp32_precision("cuda", "matmul") == "tf32")
 
 
-def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_when_compiled(function: F) -> F:
     """Let torch.compile evaluate the function and look no further.
 
     torch.compiler.assume_constant_result does the same, but imports all of dynamo.
@@ -113,3 +114,22 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:
     if PUBLIC:
         return None
     return module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    return module._modules[name]
+
+
+def _has_child(module: nn.Module, name: str) -> bool:
+    return name in module._modules
+
+
+# nn.Module.__getattr__ searches three dictionaries after Python's own search has failed.
+parameter: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _parameter
+child: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _child
+has_child: Callable[[nn.Module, str], bool] = hasattr if PUBLIC else _has_child

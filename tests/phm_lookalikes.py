@@ -1,4 +1,4 @@
-"""Modules with the structure of those in OpenDelta, T-Few and the original repository, written anew."""
+"""Modules built like those of OpenDelta, T-Few and the original repository, written anew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class LookalikeLinear(nn.Module):
-    """PHMLinear; H is built in each call, as all of them do. A shared rule or W is set from outside."""
+    """PHMLinear, which builds H in each call, as in all three. A shared rule or W is set later."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LookalikeLinear(nn.Module):
 
 
 class Activations(nn.Module):
-    """The wrapper that they have around a function."""
+    """The wrapper of two of the libraries around a function."""
 
     def __init__(self, f: Any) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class TFewAdapter(OriginalAdapter):
 
 
 class OpenDeltaAdapter(nn.Module):
-    """OpenDelta's HyperComplexAdapterLayer: made in its first call, a tuple or a tensor in and out."""
+    """OpenDelta's HyperComplexAdapterLayer: made in its first call; takes a tensor or a tuple."""
 
     def __init__(self, f: Any = swish, **options: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class OpenDeltaAdapter(nn.Module):
 
 
 class OpenDeltaHost(nn.Module):
-    """A module that OpenDelta adapted: what its forward returns goes through `compactor.post_forward`."""
+    """A module that OpenDelta adapted: its output goes through `compactor.post_forward`."""
 
     def __init__(self, width: int = 32, as_tuple: bool = False, **options: Any) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class OpenDeltaHost(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        found = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
+        actual = self.compactor.post_forward((y, "cache") if self.as_tuple else y)
         if self.as_tuple:
-            assert found[1:] == ("cache",)
-        return found[0] if self.as_tuple else found
+            assert actual[1:] == ("cache",)
+        return actual[0] if self.as_tuple else actual

@@ -1,4 +1,4 @@
-"""A patched model of `adapters`: same logits and gradients for every option, in every model family."""
+"""A patched model of `adapters` has the same logits and gradients, for every option and family."""
 
 from __future__ import annotations
 
@@ -127,24 +127,25 @@ def test_a_direct_call_returns_all_that_it_did() -> None:
     for arguments in ((x, residual), (x, residual, True)):
         expected = adapter(*arguments)
         patch(model)
-        found = adapter(*arguments)
+        actual = adapter(*arguments)
         unpatch(model)
-        assert len(found) == len(expected) == len(arguments) + 1
-        for one, other in zip(found, expected, strict=True):
+        assert len(actual) == len(expected) == len(arguments) + 1
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_gating_scores() -> None:
-    """One adapter with a gate, and one without, where the library stores what happens to come last."""
+    """With a gate, and without one, where the library stores the last of the outputs."""
     for options in ({"use_gating": True}, {}):
         model = make(a=compacter(**options)).eval()
         expected = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
         patch(model)
-        found = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
-        assert found.keys() == expected.keys()
+        actual = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
+        assert actual.keys() == expected.keys()
         for layer, scores in expected.items():
-            for place, score in scores.items():
-                torch.testing.assert_close(torch.tensor(found[layer][place]), torch.tensor(score), rtol=1e-5, atol=1e-6)
+            for location, score in scores.items():
+                value = torch.tensor(actual[layer][location])
+                torch.testing.assert_close(value, torch.tensor(score), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -157,16 +158,16 @@ def test_gating_scores() -> None:
     ids=["plain", "norm before, gate, channels", "norm after"],
 )
 def test_float32_adapters_in_a_bfloat16_model(options: dict[str, Any]) -> None:
-    """What the library itself refuses at the first forward."""
+    """The library itself refuses this in the first forward."""
     model = make("llama", a=compacter(**options))
     expected = step(model)
     for name, parameter in model.named_parameters():
         if "adapters." not in name and "shared_parameters." not in name:
             parameter.data = parameter.data.bfloat16()
     patch(model)
-    found = step(model)
-    assert found.pop("logits").dtype == BF16
-    trained = {name: grad for name, grad in found.items() if "embed" not in name}
+    actual = step(model)
+    assert actual.pop("logits").dtype == BF16
+    trained = {name: grad for name, grad in actual.items() if "embed" not in name}
     assert {grad.dtype for grad in trained.values()} == {torch.float32}
     for name, grad in trained.items():
         assert (grad - expected[name]).norm() <= 0.1 * expected[name].norm(), name
@@ -179,10 +180,10 @@ def test_autocast(family: str) -> None:
     with torch.autocast("cpu", dtype=BF16):
         library = step(model)
         patch(model)
-        found = step(model)
-    assert found["logits"].dtype == library["logits"].dtype
+        actual = step(model)
+    assert actual["logits"].dtype == library["logits"].dtype
     for name in exact:
-        error, usual = ((value[name].float() - exact[name]).norm() for value in (found, library))
+        error, usual = ((value[name].float() - exact[name]).norm() for value in (actual, library))
         assert error <= 2 * usual, name
 
 

@@ -131,7 +131,7 @@ def whole_library() -> Any:
 
 
 def test_the_whole_library(whole_library: Report) -> None:
-    """Models made before and after, by their classes alone; instances stay as they are."""
+    """Models made before and after use the methods of their classes; no module is changed."""
     assert [name.rpartition(".")[0] for name, _ in whole_library.patched] == [
         "adapters.methods.modeling.Adapter",
         "adapters.methods.modeling.ParallelAdapter",
@@ -143,12 +143,12 @@ def test_the_whole_library(whole_library: Report) -> None:
     ]
     patch()  # again
     model = make(a=compacter(), b=adapters.SeqBnConfig(reduction_factor=4), setup=adapters.composition.Stack("a", "b"))
-    found = step(model)
+    actual = step(model)
     assert not any(vars(module).keys() & {"forward", "compose_single"} for module in model.modules())
     unpatch()
     expected = step(model)
-    assert not _bitwise(found, expected)
-    assert_same_step(found, expected)
+    assert not _bitwise(actual, expected)
+    assert_same_step(actual, expected)
     assert unpatch() == Report()
 
 
@@ -281,7 +281,7 @@ def test_a_version_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_adapters() -> None:
-    """The package is not needed for models of other libraries, and without a model the error says what to install."""
+    """Models of other libraries do not need the package. Without a model the error names it."""
     code = """
 import sys
 sys.modules["adapters"] = sys.modules["transformers"] = None

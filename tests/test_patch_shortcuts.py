@@ -1,4 +1,4 @@
-"""The shortcuts through `adapters`: only on request, with equal results, until their last user gives them back."""
+"""The shortcuts through `adapters`: on request only, with equal results, until the last unpatch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SEARCH = AdapterLayerBase.get_active_setup
 
 
 def _functions() -> dict[str, Any]:
-    """Every attribute of every module of the library, and of the class whose method a shortcut replaces."""
+    """Every attribute of the library's modules, and of the class whose method is replaced."""
     modules = {name: vars(module) for name, module in sys.modules.items() if name.partition(".")[0] == "adapters"}
     modules["AdapterLayerBase"] = vars(AdapterLayerBase)
     return {f"{name}.{key}": value for name, attributes in modules.items() for key, value in attributes.items()}
@@ -147,20 +147,20 @@ def test_batches_that_differ_are_repeated() -> None:
     expected = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
     model = make()
     patch(model, shortcuts=True)
-    found = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert adapters.composition.match_attn_matrices_for_parallel(query, query, value)[2].shape[0] == 4
     assert adapters.composition.match_attn_matrices_for_parallel(query, query, query)[2] is query
 
 
 def test_the_same_bits() -> None:
-    """Of a model that has no Compacter, beside one that is patched."""
+    """For a model without Compacter, in a process with a patched one."""
     plain, model = make(a=adapters.SeqBnConfig(reduction_factor=4)), make(a=compacter())
     expected = step(plain)
     patch(model, shortcuts=True)
     assert _repeats(plain) == 0
-    found = step(plain)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = step(plain)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 SETUPS = {
@@ -189,14 +189,14 @@ def test_each_layer_has_the_setup_that_the_library_finds(setup: Any, within: str
     layers = [module for module in model.modules() if isinstance(module, AdapterLayerBase)]
     assert len({type(layer).__name__ for layer in layers}) >= 5
     model.adapters_config.active_setup = None if within == "context" else parse_composition(setup)
-    found = []
+    actual = []
     with adapters.AdapterSetup(setup) if within == "context" else nullcontext():
         for skipped in (None, [1], [0, 1]):
             model.adapters_config.skip_layers = skipped
             expected = [SEARCH(layer) for layer in layers]
             assert [adapters_shortcuts.active_setup(layer) for layer in layers] == expected
-            found += expected
-    assert any(found) == (setup is not None and setup != SETUPS["elsewhere"])
+            actual += expected
+    assert any(actual) == (setup is not None and setup != SETUPS["elsewhere"])
 
 
 def test_layers_without_adapters_do_not_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Modules built like OpenDelta's, T-Few's and the original's: known by structure, same function, left if unsure."""
+"""Modules built like those of OpenDelta, T-Few and the original repository, known by structure."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> d
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
-def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+        assert (actual[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 def _built(name: str, **options: Any) -> nn.Module:
@@ -120,9 +120,9 @@ def test_weights_that_are_set_from_outside(factorised: bool) -> None:
     assert len(patch(chain).patched) == 2
     _assert_same(_step(chain), expected)
     model[0].down_sampler.set_phm_rule(**{k: v for k, v in donor.up_sampler.named_parameters() if "rule" in k})
-    found = _step(chain)  # a patched layer sees what was set later
+    actual = _step(chain)  # a patched layer reads a rule that was set later
     unpatch(chain)
-    _assert_same(found, _step(chain))
+    _assert_same(actual, _step(chain))
 
 
 class _Scaled(OriginalAdapter):
@@ -221,9 +221,9 @@ def test_opendelta_before_its_first_call() -> None:
 def test_hooks_inside_are_run(part: str) -> None:
     for name in ADAPTERS:
         model = _built(name)
-        place = getattr(model, "compactor", model)
-        if isinstance(getattr(place, part), nn.Module):
-            getattr(place, part).register_forward_hook(lambda module, args, output: output + 1)
+        module = getattr(getattr(model, "compactor", model), part)
+        if isinstance(module, nn.Module):
+            module.register_forward_hook(lambda module, args, output: output + 1)
             expected = _step(model)
             patch(model)
             _assert_same(_step(model), expected)

@@ -17,6 +17,7 @@ from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.patch import phm_layers
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.methods import runs_more
+from compacter_kernels.private import child, has_child
 from compacter_kernels.weights import PHMWeights
 
 # The methods of the library that `patch()` has replaced on their classes.
@@ -57,13 +58,27 @@ def projection(layer: nn.Module, x: Tensor) -> Tensor:
 
 def parts(adapter: Any) -> tuple[tuple[Any, ...], Any]:
     """The layers of adapter_down, whose last one is the activation, and adapter_up."""
-    modules = adapter._modules
-    return tuple(modules["adapter_down"]._modules.values()), modules["adapter_up"]
+    return tuple(child(adapter, "adapter_down")), child(adapter, "adapter_up")
+
+
+def _inner(activation: Any) -> Any:
+    """The function or module that the activation calls; None for a module of another kind."""
+    return child(activation, "f") if has_child(activation, "f") else vars(activation).get("f")
 
 
 def activation_of(layer: Any) -> Any:
     """The activation as `compacter_adapter` takes it: a fused name, or the module itself."""
-    return fused_name(layer._modules.get("f") or layer.f) or layer
+    return fused_name(_inner(layer)) or layer
+
+
+def can_fuse(adapter: Any) -> bool:
+    """Whether the kernel may stand in for both projections and the activation between them."""
+    layers, up = parts(adapter)
+    if len(layers) != 2 + adapter.add_layer_norm_before or not (is_phm_layer(layers[-2]) and is_phm_layer(up)):
+        return False
+    inner = _inner(layers[-1])
+    modules = (child(adapter, "adapter_down"), *layers[-2:], up)
+    return not runs_more(*modules, inner) if isinstance(inner, nn.Module) else not runs_more(*modules)
 
 
 def bottleneck(
@@ -75,16 +90,16 @@ def bottleneck(
     "output": output, None, None. "up": output, None, up, as AdapterFusion needs them.
     """
     parallel = isinstance(adapter, ParallelAdapter)
-    if fused is None or not _can_fuse(adapter, residual_input):
+    if fused is None or residual_input is None or not can_fuse(adapter):
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # that of a subclass may call this one
         return library(adapter, x, residual_input, output_gating)
-    drops_path = not parallel and "DropPath" in adapter._modules  # ParallelAdapter does not call the one that it has
+    drops_path = not parallel and has_child(adapter, "DropPath")  # ParallelAdapter does not call the one that it has
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
     layers, up_layer = parts(adapter)
-    dropout = adapter._modules["dropout"]
+    dropout = child(adapter, "dropout")
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     inside = (  # whether the kernel adds the residual too, since nothing lies between
         fused == "output"
@@ -115,15 +130,6 @@ def bottleneck(
     if not inside and residual is not None and not adapter.adapter_residual_before_ln:
         y = y + residual
     return y, None, up if fused == "up" else None
-
-
-def _can_fuse(adapter: Any, residual_input: Tensor | None) -> bool:
-    """Whether the kernel may stand in for both projections and the activation between them."""
-    layers, up = parts(adapter)
-    if residual_input is None or not is_phm_layer(up) or len(layers) != 2 + adapter.add_layer_norm_before:
-        return False
-    inner = (adapter._modules["adapter_down"], *layers[-2:], *layers[-1]._modules.values(), up)
-    return is_phm_layer(layers[-2]) and not runs_more(*inner)
 
 
 def _in_dtype_of(module: Any, x: Tensor) -> Any:

@@ -20,10 +20,10 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter
 from torch import Tensor, nn
 
-from compacter_kernels import private
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.patch.adapters_forward import activation_of, bottleneck, is_phm_layer, original, parts, weights
+from compacter_kernels.patch.adapters_forward import activation_of, bottleneck, can_fuse, original, parts, weights
 from compacter_kernels.patch.methods import is_ours, replaced_by_others, runs_more
+from compacter_kernels.private import child, has_child, hook_tables, parameter
 from compacter_kernels.weights import NormWeights
 
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
@@ -49,7 +49,7 @@ def norm_weights(norm: Any, x: Tensor) -> NormWeights | None:
     """The weights of a frozen nn.LayerNorm that the kernel may compute; None where it is called."""
     if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling():
         return None
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     if weight is None or bias is None or weight.requires_grad or bias.requires_grad or runs_more(norm):
         return None
     fits = weight.shape == x.shape[-1:] and weight.dtype == bias.dtype == x.dtype and weight.device == x.device
@@ -61,8 +61,8 @@ def _single(layer: Any) -> Any:
     setup = layer.get_active_setup()
     if type(setup) is not Stack or len(setup.children) != 1 or not _composes_as_library(layer):
         return None
-    name = setup.children[0]
-    adapter = layer._modules["adapters"]._modules.get(name) if type(name) is str else None
+    name, adapters = setup.children[0], child(layer, "adapters")
+    adapter = adapters[name] if type(name) is str and name in adapters else None
     return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _output_gating() else None
 
 
@@ -71,10 +71,7 @@ def _composes_as_library(layer: Any) -> bool:
     kind = type(layer)
     if kind not in _inherits:
         _inherits[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
-    for name in _BYPASSED:
-        if replaced_by_others(layer, name):
-            return False
-    return _inherits[kind]
+    return _inherits[kind] and not any(replaced_by_others(layer, name) for name in _BYPASSED)
 
 
 def _output_gating() -> Any:
@@ -85,22 +82,19 @@ def _output_gating() -> Any:
 
 def _is_plain(adapter: Any) -> bool:
     """Whether it computes x + scale * up(act(down(x))) with two PHM layers, and has no hooks."""
-    attributes, modules = vars(adapter), adapter._modules
-    if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating or "DropPath" in modules:
+    attributes = vars(adapter)
+    if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating:
         return False
     if adapter.original_ln_before or not adapter.original_ln_after or adapter.residual_before_ln is not True:
         return False
-    if "pre_forward" in attributes or "post_forward" in attributes:
-        return False
-    (layers, up), dropout = parts(adapter), modules["dropout"]
-    if (dropout.p > 0 and dropout.training) or len(layers) != 2:
-        return False
-    if not (_runs_bottleneck(adapter) and is_phm_layer(layers[0]) and is_phm_layer(up)):
+    if "pre_forward" in attributes or "post_forward" in attributes or has_child(adapter, "DropPath"):
         return False
     if "scaling" not in attributes and adapter.scaling.numel() != 1:  # only a Parameter is not in there
         return False
-    inner = (modules["adapter_down"], *layers, *layers[1]._modules.values(), up, dropout)
-    return not runs_more(adapter, *inner)
+    dropout = child(adapter, "dropout")
+    if (dropout.p > 0 and dropout.training) or not _runs_bottleneck(adapter):
+        return False
+    return can_fuse(adapter) and not runs_more(adapter, dropout)
 
 
 def _runs_bottleneck(adapter: Any) -> bool:
@@ -114,9 +108,8 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     `bottleneck_up` is set only where a fusion layer reads it, and then for every adapter of the
     layer, since the library joins those of several adapters.
     """
-    modules = layer._modules
-    adapter = modules["adapters"]._modules[adapter_setup]
-    needs_up = len(modules["adapter_fusion_layer"]._modules) > 0
+    adapter = child(layer, "adapters")[adapter_setup]
+    needs_up = len(child(layer, "adapter_fusion_layer")) > 0
     gating, options = _output_gating(), {}
     if not gating and _takes_fused(adapter):  # the gate is one of the outputs that `fused` leaves out
         options["fused"] = "up" if needs_up else "output"
@@ -129,7 +122,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
 
 def _takes_fused(adapter: Any) -> bool:
     """Whether a call of this adapter runs `bottleneck`, and no hook reads the outputs left out."""
-    tables = private.hook_tables(adapter)
+    tables = hook_tables(adapter)
     if tables is None or not _runs_bottleneck(adapter):
         return False
     hooks = [hook for table in tables for hook in table.values()]  # those of FSDP do not read the outputs

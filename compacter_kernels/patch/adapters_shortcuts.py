@@ -22,6 +22,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from torch import Tensor
 
 from compacter_kernels.patch.report import Entry
+from compacter_kernels.private import child, has_child
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models, and the library where it is patched as a whole
 
@@ -36,8 +37,8 @@ def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 
 def active_setup(layer: Any) -> Any:
     """Instead of AdapterLayerBase.get_active_setup."""
-    modules = layer._modules.get(layer.adapter_modules_name)
-    held = getattr(layer, layer.adapter_modules_name) if modules is None else modules._modules
+    name = layer.adapter_modules_name
+    held = child(layer, name) if has_child(layer, name) else getattr(layer, name)
     if not held:
         return None
     contexts, config = AdapterSetup.get_contexts(), layer.adapters_config

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels import private
+from compacter_kernels.private import hooked
 
 FOLDER = __name__.rpartition(".")[0]
 NAMES = ("forward", "post_forward", "compose_single", "bottleneck_layer_forward")
@@ -52,4 +52,4 @@ def runs_more(*modules: nn.Module) -> bool:
     for module in modules:
         if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
             return True
-    return private.hooked(*modules)
+    return hooked(*modules)

@@ -98,11 +98,7 @@ def _check_model(model: Any) -> None:
 
 
 def _imported_library() -> Any:
-    """`adapters_library`.
-
-    Raises:
-        RuntimeError: without `adapters`, or with a version whose methods may be others.
-    """
+    """`adapters_library`, where `adapters` is installed in a version that it is written for."""
     try:
         importlib.import_module("adapters.methods.bottleneck")
     except ImportError as error:

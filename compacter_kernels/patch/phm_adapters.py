@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels import private
 from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.nn import PHMLinear
 from compacter_kernels.patch import phm_layers
 from compacter_kernels.patch.activation_names import fused_name, name_by_values
 from compacter_kernels.patch.methods import put, replaced_by_others, runs_more
+from compacter_kernels.private import hook_tables
 
 METHODS = ("forward", "post_forward")  # OpenDelta calls post_forward with the output of the adapted module
 PARTS = {"down_sampler", "up_sampler", "activation"}
@@ -146,7 +146,7 @@ def _drawn_anew(module: nn.Module) -> nn.Module:
     """A copy on the CPU in float64 with random weights, which shares nothing with the module."""
     twin = copy.deepcopy(module).to_empty(device="cpu").double()
     for part in twin.modules():
-        for table in private.hook_tables(part) or ():
+        for table in hook_tables(part) or ():
             table.clear()
         for name, value in vars(part).items():
             if isinstance(value, Tensor):

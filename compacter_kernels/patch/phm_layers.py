@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.functional import phm_linear
 from compacter_kernels.nn import PHMLinear
+from compacter_kernels.private import parameter
 from compacter_kernels.weights import PHMWeights, factorised_rule
 
 ATTRIBUTES = ("in_features", "out_features", "phm_dim", "learn_phm", "factorized_phm_rule", "shared_phm_rule", "b")
@@ -41,12 +42,6 @@ def missing(layer: nn.Module) -> list[str]:
     return [name for name in (*rule, *factors) if not isinstance(getattr(layer, name, None), Tensor)]
 
 
-def _tensor(holder: nn.Module, name: str) -> Any:
-    """holder.name, in a fifth of the time that nn.Module takes to look up a Parameter."""
-    parameter = holder._parameters.get(name)
-    return getattr(holder, name) if parameter is None else parameter
-
-
 def weights(layer: Any, rules: Any, factors: Any, prefix: str = "W") -> PHMWeights:
     """The weights of the layer, read in every call: a checkpoint or a shared rule may replace them.
 
@@ -54,13 +49,13 @@ def weights(layer: Any, rules: Any, factors: Any, prefix: str = "W") -> PHMWeigh
     of W there.
     """
     if layer.factorized_phm_rule:
-        rule = factorised_rule(_tensor(rules, "phm_rule_left"), _tensor(rules, "phm_rule_right"))
+        rule = factorised_rule(parameter(rules, "phm_rule_left"), parameter(rules, "phm_rule_right"))
     else:
-        rule = _tensor(rules, "phm_rule")
-    bias = _tensor(layer, "b")
+        rule = parameter(rules, "phm_rule")
+    bias = parameter(layer, "b")
     if _factorised(layer):
-        return PHMWeights(rule, _tensor(factors, f"{prefix}_left"), _tensor(factors, f"{prefix}_right"), bias)
-    return PHMWeights(rule, _tensor(factors, prefix), None, bias)
+        return PHMWeights(rule, parameter(factors, f"{prefix}_left"), parameter(factors, f"{prefix}_right"), bias)
+    return PHMWeights(rule, parameter(factors, prefix), None, bias)
 
 
 def forward(layer: nn.Module, x: Tensor, phm_rule: Any = None) -> Tensor:
