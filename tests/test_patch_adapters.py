@@ -19,6 +19,7 @@ from adapters_models import (
     step,
 )
 from oracle import BF16
+from phm_lookalikes import hooks_known
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -148,6 +149,7 @@ def test_gating_scores() -> None:
                 torch.testing.assert_close(value, torch.tensor(score), rtol=1e-5, atol=1e-6)
 
 
+@hooks_known
 @pytest.mark.parametrize(
     "options",
     [
@@ -173,6 +175,7 @@ def test_float32_adapters_in_a_bfloat16_model(options: dict[str, Any]) -> None:
         assert (grad - expected[name]).norm() <= 0.1 * expected[name].norm(), name
 
 
+@hooks_known  # the limit holds for one kernel, which does not round between its projections
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_autocast(family: str) -> None:
     model = make(family)
@@ -232,6 +235,7 @@ def test_a_hook_on_the_adapter_sees_all_three_tensors() -> None:
     assert [[t.shape for t in output] for output in seen[:1]] == [[t.shape for t in output] for output in seen[1:]]
 
 
+@hooks_known
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     residuals = residuals_of_calls(monkeypatch)
     model = make()

@@ -20,6 +20,7 @@ from adapters_models import (
     residuals_of_calls,
     step,
 )
+from phm_lookalikes import hooks_known
 from torch import nn
 
 from compacter_kernels.patch.patch import patch, unpatch
@@ -158,6 +159,7 @@ def test_deleting_and_adding_after_a_patch() -> None:
     assert_same_step(step(model), expected)
 
 
+@hooks_known
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel adds both residuals, and BERT's norm; that of a stack of two adds one."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import BF16
-from phm_lookalikes import Activations, LookalikeLinear, OpenDeltaHost, OriginalAdapter, TFewAdapter, swish
+from phm_lookalikes import Activations, LookalikeLinear, OpenDeltaHost, OriginalAdapter, TFewAdapter, hooks_known, swish
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -184,6 +184,7 @@ def test_a_layer_that_is_something_else_is_left() -> None:
     _assert_same(_step(model), expected)
 
 
+@hooks_known
 def test_probing_changes_nothing() -> None:
     model = _built("T-Few", learn_phm=False)
     model.train()

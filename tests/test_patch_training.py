@@ -20,6 +20,7 @@ from adapters_models import (
     residuals_of_calls,
     step,
 )
+from phm_lookalikes import hooks_known
 from torch import nn
 
 from compacter_kernels.patch.patch import patch, unpatch
@@ -65,6 +66,7 @@ def _saved_bytes(model: nn.Module) -> int:
     return saved_bytes(lambda: model(**inputs(model, rows=16, length=32)).logits, model.parameters())
 
 
+@hooks_known
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_bytes(family: str) -> None:
     """No more than the frozen model's, and one tensor of x's size for each adapter."""
@@ -150,6 +152,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@hooks_known
 @pytest.mark.usefixtures("process_group")
 def test_fully_sharded_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hooks of each sharded adapter gather its weights, and it still runs as one kernel."""
