@@ -107,6 +107,16 @@ def hooked(*modules: nn.Module) -> bool:
     return _any_global_hook()
 
 
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:
+    """The tables of the hooks of this module alone, which `hooked` looks at.
+
+    None without the private names: the hooks are not known then.
+    """
+    if PUBLIC:
+        return None
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def _parameter(module: nn.Module, name: str) -> Any:
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
@@ -116,6 +126,11 @@ def _child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
+def _has_child(module: nn.Module, name: str) -> bool:
+    return name in module._modules
+
+
 # nn.Module.__getattr__ searches three dictionaries after Python's own search has failed.
 parameter: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _parameter
 child: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _child
+has_child: Callable[[nn.Module, str], bool] = hasattr if PUBLIC else _has_child

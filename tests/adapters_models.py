@@ -1,4 +1,4 @@
-"""Small models with Compacter from the library `adapters`, and what a step of them gives."""
+"""Small models with Compacter from the library `adapters`, and the results of a training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("adapters")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what these packages warn of when they are imported
+    warnings.simplefilter("ignore")  # importing these packages warns
     import adapters
     from adapters import CompacterConfig
     from transformers import (
@@ -28,8 +28,7 @@ with warnings.catch_warnings():
         T5ForConditionalGeneration,
     )
 
-from compacter_kernels.patch import adapters_layer, adapters_library, library_shortcuts
-from compacter_kernels.patch.report import Entry
+from compacter_kernels.patch import adapters_forward, adapters_layer
 
 WIDTH, VOCABULARY = 32, 60
 PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
@@ -86,22 +85,17 @@ def make(family: str = "bert", setup: Any = "a", layers: int = 2, **configs: Any
 
 
 def residuals_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Filled with the residual of each call of the kernel for a whole adapter; "normed" where a norm is in it too."""
+    """The residual of each later call of `compacter_adapter`; "normed" where it has a norm."""
     residuals: list[Any] = []
-    kernel = adapters_library.compacter_adapter
+    kernel = adapters_forward.compacter_adapter
 
     def record(*args: Any, **options: Any) -> Tensor:
         residuals.append(options["residual"] if options.get("norm") is None else "normed")
         return kernel(*args, **options)
 
-    for module in (adapters_library, adapters_layer):
+    for module in (adapters_forward, adapters_layer):
         monkeypatch.setattr(module, "compacter_adapter", record)
     return residuals
-
-
-def of_modules(entries: tuple[Entry, ...]) -> list[Entry]:
-    """The lines of a report that speak of modules, and not of the library."""
-    return [entry for entry in entries if entry not in library_shortcuts.ENTRIES]
 
 
 def inputs(model: nn.Module, rows: int = 4, length: int = 6) -> dict[str, Tensor]:
@@ -123,21 +117,22 @@ def step(model: nn.Module, call: Any = None, **more: Any) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **trained}
 
 
-def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Within 1e-5 of the largest entry."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        error = float((found[name] - value).abs().max())
+        assert actual[name].dtype == value.dtype, name
+        error = float((actual[name] - value).abs().max())
         assert error <= 1e-5 * float(value.abs().max()), f"{name}: {error:.1e}"
 
 
 class ExactStep:
-    """A step of the model in float64; what float32 may differ from it is the same on every processor.
+    """A step of the model in float64, from which float32 may differ by as much on every processor.
 
-    Gradients that are sums which nearly cancel, as that of a learned scale or of what a softmax takes, have no digits
-    of their size to compare: beyond 1e-5 of the largest entry, each may be off by as much as it moves when every
-    parameter moves by four units in its last place, the most of three draws of their signs.
+    The gradient of a learned scale, or of the input of a softmax, is a sum that nearly cancels. Its
+    digits in float32 are mostly rounding. So each gradient may differ by 1e-5 of its largest entry,
+    or by that and as much as it moves when every parameter moves by four units in the last place:
+    the most of three draws of their signs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,9 +151,9 @@ class ExactStep:
         draws = [self._moved(seed) for seed in range(3)]
         return {name: max(float(draw[name]) for draw in draws) for name in self.values}
 
-    def check(self, found: dict[str, Tensor]) -> None:
-        assert found.keys() == self.values.keys()
+    def check(self, actual: dict[str, Tensor]) -> None:
+        assert actual.keys() == self.values.keys()
         for name, value in self.values.items():
-            assert found[name].dtype == torch.float32, name
-            error, limit = float((found[name] - value).abs().max()), 1e-5 * float(value.abs().max())
+            assert actual[name].dtype == torch.float32, name
+            error, limit = float((actual[name] - value).abs().max()), 1e-5 * float(value.abs().max())
             assert error <= limit or error <= limit + self.moves[name], f"{name}: {error:.1e}"

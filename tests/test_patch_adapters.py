@@ -1,4 +1,4 @@
-"""A patched model of `adapters`: same logits and gradients for every option, in every model family."""
+"""A patched model of `adapters` has the same logits and gradients, for every option and family."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adapters_models import (
     compacter,
     inputs,
     make,
-    of_modules,
     residuals_of_calls,
     step,
 )
 from oracle import BF16
+from phm_lookalikes import hooks_known
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -78,7 +78,7 @@ def test_options(name: str) -> None:
         model.double()  # the norm undoes what the gate scales: its gradient is all rounding in float32
     expected = step(model)
     report = patch(model)
-    assert {what for _, what in of_modules(report.patched)} == {how}
+    assert {note for _, note in report.patched} == {how}
     assert not report.skipped
     assert_same_step(step(model), expected)
     model.eval()
@@ -94,7 +94,7 @@ def test_families(family: str) -> None:
     expected = step(model)
     report = patch(model)
     assert_same_step(step(model), expected)
-    assert len(of_modules(report.patched)) == sum(1 for name, _ in model.named_modules() if name.endswith("adapters.a"))
+    assert len(report.patched) == sum(1 for name, _ in model.named_modules() if name.endswith("adapters.a"))
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
 
 
@@ -128,26 +128,28 @@ def test_a_direct_call_returns_all_that_it_did() -> None:
     for arguments in ((x, residual), (x, residual, True)):
         expected = adapter(*arguments)
         patch(model)
-        found = adapter(*arguments)
+        actual = adapter(*arguments)
         unpatch(model)
-        assert len(found) == len(expected) == len(arguments) + 1
-        for one, other in zip(found, expected, strict=True):
+        assert len(actual) == len(expected) == len(arguments) + 1
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_gating_scores() -> None:
-    """One adapter with a gate, and one without, where the library stores what happens to come last."""
+    """With a gate, and without one, where the library stores the last of the outputs."""
     for options in ({"use_gating": True}, {}):
         model = make(a=compacter(**options)).eval()
         expected = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
         patch(model)
-        found = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
-        assert found.keys() == expected.keys()
+        actual = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
+        assert actual.keys() == expected.keys()
         for layer, scores in expected.items():
-            for place, score in scores.items():
-                torch.testing.assert_close(torch.tensor(found[layer][place]), torch.tensor(score), rtol=1e-5, atol=1e-6)
+            for location, score in scores.items():
+                value = torch.tensor(actual[layer][location])
+                torch.testing.assert_close(value, torch.tensor(score), rtol=1e-5, atol=1e-6)
 
 
+@hooks_known
 @pytest.mark.parametrize(
     "options",
     [
@@ -158,21 +160,22 @@ def test_gating_scores() -> None:
     ids=["plain", "norm before, gate, channels", "norm after"],
 )
 def test_float32_adapters_in_a_bfloat16_model(options: dict[str, Any]) -> None:
-    """What the library itself refuses at the first forward."""
+    """The library itself refuses this in the first forward."""
     model = make("llama", a=compacter(**options))
     expected = step(model)
     for name, parameter in model.named_parameters():
         if "adapters." not in name and "shared_parameters." not in name:
             parameter.data = parameter.data.bfloat16()
     patch(model)
-    found = step(model)
-    assert found.pop("logits").dtype == BF16
-    trained = {name: grad for name, grad in found.items() if "embed" not in name}
+    actual = step(model)
+    assert actual.pop("logits").dtype == BF16
+    trained = {name: grad for name, grad in actual.items() if "embed" not in name}
     assert {grad.dtype for grad in trained.values()} == {torch.float32}
     for name, grad in trained.items():
         assert (grad - expected[name]).norm() <= 0.1 * expected[name].norm(), name
 
 
+@hooks_known  # the limit holds for one kernel, which does not round between its projections
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_autocast(family: str) -> None:
     model = make(family)
@@ -180,10 +183,10 @@ def test_autocast(family: str) -> None:
     with torch.autocast("cpu", dtype=BF16):
         library = step(model)
         patch(model)
-        found = step(model)
-    assert found["logits"].dtype == library["logits"].dtype
+        actual = step(model)
+    assert actual["logits"].dtype == library["logits"].dtype
     for name in exact:
-        error, usual = ((value[name].float() - exact[name]).norm() for value in (found, library))
+        error, usual = ((value[name].float() - exact[name]).norm() for value in (actual, library))
         assert error <= 2 * usual, name
 
 
@@ -232,6 +235,7 @@ def test_a_hook_on_the_adapter_sees_all_three_tensors() -> None:
     assert [[t.shape for t in output] for output in seen[:1]] == [[t.shape for t in output] for output in seen[1:]]
 
 
+@hooks_known
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     residuals = residuals_of_calls(monkeypatch)
     model = make()

@@ -1,4 +1,4 @@
-"""A patched model of `adapters` under its composition blocks, in generation, under checkpointing and after saving."""
+"""A patched model of `adapters` in composition, generation, checkpointing and after saving."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from adapters_models import (
     draw_anew,
     inputs,
     make,
-    of_modules,
     residuals_of_calls,
     step,
 )
+from phm_lookalikes import hooks_known
 from torch import nn
 
 from compacter_kernels.patch.patch import patch, unpatch
@@ -47,7 +47,7 @@ SETUPS: dict[str, Any] = {
 
 
 def _several(family: str, name: str) -> nn.Module:
-    """Adapters that differ in their options; in Split and Parallel these must agree on where the residual is taken."""
+    """Adapters that differ in options that all composition blocks allow to differ."""
     model = make(
         family,
         a=compacter(),
@@ -60,9 +60,9 @@ def _several(family: str, name: str) -> nn.Module:
         model.add_adapter_fusion([child if isinstance(child, str) else child.last() for child in fuse])
     model.set_active_adapters(SETUPS[name])
     draw_anew(model)
-    for place, parameter in model.named_parameters():  # train_adapter takes no nested setups
-        trained = any(part in place for part in ("adapters.", "shared_parameters.", "adapter_fusion_layer."))
-        parameter.requires_grad_(trained and "key.bias" not in place)  # its gradient is 0, which the softmax makes it
+    for path, parameter in model.named_parameters():  # train_adapter takes no nested setups
+        trained = any(part in path for part in ("adapters.", "shared_parameters.", "adapter_fusion_layer."))
+        parameter.requires_grad_(trained and "key.bias" not in path)  # the softmax makes its gradient 0
     return model
 
 
@@ -79,12 +79,12 @@ def test_fusion_attentions() -> None:
     model = _several("bert", "Fuse").eval()
     expected = model(**inputs(model), output_adapter_fusion_attentions=True).adapter_fusion_attentions["a,b"]
     patch(model)
-    found = model(**inputs(model), output_adapter_fusion_attentions=True).adapter_fusion_attentions["a,b"]
-    assert found.keys() == expected.keys()
-    for layer, places in expected.items():
-        for place, attentions in places.items():
+    actual = model(**inputs(model), output_adapter_fusion_attentions=True).adapter_fusion_attentions["a,b"]
+    assert actual.keys() == expected.keys()
+    for layer, locations in expected.items():
+        for location, attentions in locations.items():
             torch.testing.assert_close(
-                torch.tensor(found[layer][place]), torch.tensor(attentions), rtol=1e-5, atol=1e-6
+                torch.tensor(actual[layer][location]), torch.tensor(attentions), rtol=1e-5, atol=1e-6
             )
 
 
@@ -155,13 +155,14 @@ def test_deleting_and_adding_after_a_patch() -> None:
     model.train_adapter("d")
     draw_anew(model)
     expected = step(model)  # the new one is as the library made it
-    assert len(of_modules(patch(model).patched)) == 4
+    assert len(patch(model).patched) == 4
     assert_same_step(step(model), expected)
 
 
+@hooks_known
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One kernel for x, the adapter, the residual around the block and BERT's norm; a stack of two adds it last."""
+    """The kernel adds both residuals, and BERT's norm; that of a stack of two adds one."""
     residuals = residuals_of_calls(monkeypatch)
     model = make(family)
     patch(model)
@@ -179,7 +180,7 @@ def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatc
 @pytest.mark.parametrize("name", ["compose_single", "compose_stack", "pre_block"])
 @pytest.mark.parametrize("whole_library", [False, True])
 def test_a_layer_with_a_method_of_its_own_is_called_as_before(name: str, whole_library: bool) -> None:
-    """It decides what runs, so nothing may bypass it."""
+    """The method decides which adapters run, so nothing may bypass it."""
     model = make()
     layer = model.bert.encoder.layer[0].output
     own, calls = getattr(layer, name), []

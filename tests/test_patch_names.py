@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compacter_kernels.activations import FUSED
-from compacter_kernels.patch.fused_names import fused_name, written_out
+from compacter_kernels.patch.activation_names import fused_name, name_by_values
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -78,10 +78,11 @@ def _raising(x: Tensor) -> Tensor:
     raise ValueError
 
 
-def test_formulas_that_are_written_out() -> None:
-    assert written_out(lambda x: x * torch.sigmoid(x)) == "silu"
+def test_formulas_that_are_name_by_values() -> None:
+    assert name_by_values(lambda x: x * torch.sigmoid(x)) == "silu"
     assert (
-        written_out(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))) == "gelu_new"
+        name_by_values(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))))
+        == "gelu_new"
     )
     for other in (
         _clipped,
@@ -92,4 +93,4 @@ def test_formulas_that_are_written_out() -> None:
         nn.ReLU(),
         torch.relu,
     ):
-        assert written_out(other) is None
+        assert name_by_values(other) is None

@@ -1,4 +1,4 @@
-"""Modules built like OpenDelta's, T-Few's and the original's: known by structure, same function, left if unsure."""
+"""Modules built like those of OpenDelta, T-Few and the original repository, known by structure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import BF16
-from phm_lookalikes import Activations, LookalikeLinear, OpenDeltaHost, OriginalAdapter, TFewAdapter, swish
+from phm_lookalikes import Activations, LookalikeLinear, OpenDeltaHost, OriginalAdapter, TFewAdapter, hooks_known, swish
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import compacter_kernels as ck
-from compacter_kernels.patch import bottlenecks, phm_modules
+from compacter_kernels.patch import phm_adapters, phm_layers
 from compacter_kernels.patch.patch import patch, unpatch
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -43,10 +43,10 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> d
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
-def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+        assert (actual[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 def _built(name: str, **options: Any) -> nn.Module:
@@ -61,7 +61,7 @@ def test_whole_adapters(name: str, options: str) -> None:
     model = _built(name, **OPTIONS[options])
     expected = _step(model)
     report = patch(model)
-    assert [what for _, what in report.patched] == [ADAPTERS[name][1]]
+    assert [note for _, note in report.patched] == [ADAPTERS[name][1]]
     assert not report.skipped
     _assert_same(_step(model), expected)
 
@@ -89,7 +89,7 @@ def test_activations(kind: type[nn.Module], f: Any, fused: bool) -> None:
     model = kind(f=f)
     expected = _step(model)
     (entry,) = patch(model).patched
-    assert ("activation" not in entry.what) == fused
+    assert ("activation" not in entry.note) == fused
     _assert_same(_step(model), expected)
 
 
@@ -98,7 +98,7 @@ def test_single_layers(options: str) -> None:
     model = nn.Sequential(LookalikeLinear(32, 16, **OPTIONS[options]), nn.Tanh(), LookalikeLinear(16, 32, phm_dim=2))
     expected = _step(model)
     report = patch(model)
-    assert [(name, what) for name, what in report.patched] == [(name, "one kernel for the layer") for name in "02"]
+    assert [(name, note) for name, note in report.patched] == [(name, "one kernel for the layer") for name in "02"]
     _assert_same(_step(model), expected)
 
 
@@ -108,7 +108,7 @@ def test_weights_that_are_set_from_outside(factorised: bool) -> None:
     model = nn.ModuleList([OriginalAdapter(**options, factorized_phm=factorised) for _ in range(2)])
     report = patch(model)
     assert not report.patched
-    assert all("have not been set yet" in what for _, what in report.skipped)
+    assert all("have not been set yet" in note for _, note in report.skipped)
     donor = OriginalAdapter(factorized_phm_rule=factorised, factorized_phm=factorised)
     for adapter in model:
         for side in ("down_sampler", "up_sampler"):
@@ -120,9 +120,9 @@ def test_weights_that_are_set_from_outside(factorised: bool) -> None:
     assert len(patch(chain).patched) == 2
     _assert_same(_step(chain), expected)
     model[0].down_sampler.set_phm_rule(**{k: v for k, v in donor.up_sampler.named_parameters() if "rule" in k})
-    found = _step(chain)  # a patched layer sees what was set later
+    actual = _step(chain)  # a patched layer reads a rule that was set later
     unpatch(chain)
-    _assert_same(found, _step(chain))
+    _assert_same(actual, _step(chain))
 
 
 class _Scaled(OriginalAdapter):
@@ -184,6 +184,7 @@ def test_a_layer_that_is_something_else_is_left() -> None:
     _assert_same(_step(model), expected)
 
 
+@hooks_known
 def test_probing_changes_nothing() -> None:
     model = _built("T-Few", learn_phm=False)
     model.train()
@@ -194,8 +195,8 @@ def test_probing_changes_nothing() -> None:
     before = {name: (p, p.clone(), p.requires_grad, p._version) for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert isinstance(bottlenecks.probe(model), bottlenecks.Fused)
-    assert bottlenecks.probe_projection(model.down_sampler) is None
+    assert isinstance(phm_adapters.probe(model), dict)
+    assert phm_adapters.probe_layer(model.down_sampler) is None
     assert torch.equal(torch.get_rng_state(), state)
     assert not calls
     assert [module.training for module in model.modules()] == modes
@@ -206,7 +207,7 @@ def test_probing_changes_nothing() -> None:
 
 def test_a_model_without_memory_is_probed_too() -> None:
     model = OriginalAdapter().to("meta")
-    assert [what for _, what in patch(model).patched] == ["one kernel"]
+    assert [note for _, note in patch(model).patched] == ["one kernel"]
 
 
 def test_opendelta_before_its_first_call() -> None:
@@ -221,9 +222,9 @@ def test_opendelta_before_its_first_call() -> None:
 def test_hooks_inside_are_run(part: str) -> None:
     for name in ADAPTERS:
         model = _built(name)
-        place = getattr(model, "compactor", model)
-        if isinstance(getattr(place, part), nn.Module):
-            getattr(place, part).register_forward_hook(lambda module, args, output: output + 1)
+        module = getattr(getattr(model, "compactor", model), part)
+        if isinstance(module, nn.Module):
+            module.register_forward_hook(lambda module, args, output: output + 1)
             expected = _step(model)
             patch(model)
             _assert_same(_step(model), expected)
@@ -260,6 +261,6 @@ def test_compiles(name: str) -> None:
 def test_modules_of_this_package_are_not_taken_for_others() -> None:
     report = patch(nn.Sequential(ck.CompacterAdapter(32, reduction_factor=4)))
     assert not report.patched
-    assert {what for _, what in report.skipped} == {"it is one of compacter_kernels"}
-    assert not phm_modules.is_projection(nn.Linear(4, 4))
-    assert not bottlenecks.is_bottleneck(copy.deepcopy(Activations(F.relu)))
+    assert {note for _, note in report.skipped} == {"it is one of compacter_kernels"}
+    assert not phm_layers.is_phm_layer(nn.Linear(4, 4))
+    assert not phm_adapters.is_adapter(copy.deepcopy(Activations(F.relu)))

@@ -1,4 +1,4 @@
-"""A patched model of `adapters` in a training script: the same loss curve, less memory, torch.compile."""
+"""A patched model of `adapters` in training: the same loss curve, less memory, torch.compile."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from adapters_models import (
     compacter,
     inputs,
     make,
-    of_modules,
     residuals_of_calls,
     step,
 )
+from phm_lookalikes import hooks_known
 from torch import nn
 
 from compacter_kernels.patch.patch import patch, unpatch
@@ -66,12 +66,13 @@ def _saved_bytes(model: nn.Module) -> int:
     return saved_bytes(lambda: model(**inputs(model, rows=16, length=32)).logits, model.parameters())
 
 
+@hooks_known
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_bytes(family: str) -> None:
     """No more than the frozen model's, and one tensor of x's size for each adapter."""
     model = make(family)
     library = _saved_bytes(model)
-    count = len(of_modules(patch(model).patched))
+    count = len(patch(model).patched)
     patched = _saved_bytes(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("adapters." not in name and parameter.requires_grad)
@@ -108,8 +109,8 @@ def test_compiles_for_all_batch_sizes(family: str, backend: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows, length in ((2, 6), (3, 7), (4, 8), (5, 9)):
         expected = model(**inputs(model, rows, length)).logits
-        found = compiled(**inputs(model, rows, length)).logits
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        actual = compiled(**inputs(model, rows, length)).logits
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert counter.frame_count <= 2
     torch._dynamo.reset()
 
@@ -154,9 +155,10 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@hooks_known
 @pytest.mark.usefixtures("process_group")
 def test_fully_sharded_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each adapter sharded by itself: its hooks bring its weights, and the kernel still serves it whole."""
+    """The hooks of each sharded adapter gather its weights, and it still runs as one kernel."""
     model = make(a=compacter(shared_phm_rule=False))
     expected = step(model)
     patch(model)
@@ -166,6 +168,6 @@ def test_fully_sharded_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.distributed.fsdp.fully_shard(module, mesh=mesh)
     torch.distributed.fsdp.fully_shard(model, mesh=mesh)
     residuals = residuals_of_calls(monkeypatch)
-    found = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in step(model).items()}
+    actual = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in step(model).items()}
     assert len(residuals) == 4
-    assert_same_step(found, expected)
+    assert_same_step(actual, expected)

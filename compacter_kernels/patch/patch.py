@@ -2,51 +2,72 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 from torch import nn
 
-from compacter_kernels.patch.instances import is_ours, restore
-from compacter_kernels.patch.patch_library import loaded, patch_library, unpatch_library
-from compacter_kernels.patch.patch_model import patch_model
+from compacter_kernels.patch import phm_adapters
+from compacter_kernels.patch.methods import is_ours, restore
 from compacter_kernels.patch.report import Entry, Report
 
+SUPPORTED = ("1.2.", "1.3.")  # versions of `adapters` in which the replaced methods are the same
+LIBRARY = "compacter_kernels.patch.adapters_library"  # imports `adapters`, so it is imported only where that is needed
 
-def patch(model: nn.Module | None = None) -> Report:
-    """Put the kernels under the Compacter modules that are in a model, or under the whole library `adapters`.
 
-    The model keeps its modules, Parameters and state dict and computes the same function with the same gradients. What
-    is recognised: the adapters of `adapters` 1.3, and modules built like OpenDelta's, T-Few's and the original
-    repository's PHMLinear and HyperComplexAdapter. An adapter runs as one kernel where its options let it, with what is
-    between or around its projections done in torch; where they do not, its PHM layers run one by one. What `adapters`
-    does in every attention and linear layer for other methods is left out (`library_shortcuts`), with the same results
-    and for every model of the process, until the last patched one is unpatched. What trains is left as it was:
-    `learn_phm=False` is undone by the `train_adapter` of `adapters`, patched or not.
+def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
+    """Put the kernels under the Compacter modules of a model, or under the library `adapters`.
 
-    Patching again is harmless, and covers adapters added since. A patched model can be copied and pickled, but not run
-    under nn.DataParallel, whose replicas would call the first one's weights; ck.patch() without a model can.
+    The model keeps its modules, Parameters and state dict. It computes the same function with the
+    same gradients. These modules are recognised: the adapters of `adapters` 1.3, and modules built
+    like PHMLinear and HyperComplexAdapter of OpenDelta, of T-Few and of the original repository.
+    An adapter runs as one kernel where its options allow it; torch computes the options that the
+    kernel does not have, before, between or after the projections. Otherwise each PHM layer runs
+    as one kernel. `patch` does not change which parameters train: the `train_adapter` of
+    `adapters` trains the rule in spite of `learn_phm=False`, patched or not.
+
+    Patching again is harmless, and covers adapters that were added since. A patched model can be
+    copied and pickled. It cannot run under nn.DataParallel, whose replicas would use the weights
+    of the first one; a model that is covered by `ck.patch()` can.
 
     Args:
-        model: any module. None: the classes of `adapters` in this process, for all models made before and later.
+        model: any module. None: the classes of `adapters` in this process, for all models made
+            before and later.
+        shortcuts: leave out work that `adapters` does in every attention and linear layer and that
+            most models do not need (`adapters_shortcuts`). This replaces two functions of
+            `adapters` for every model of the process, with the same results, until the last model
+            that was patched so is unpatched. Without a model they are always replaced; a model
+            without this option replaces none.
 
     Returns:
-        what was patched and how, what was left and why; it prints as a list.
+        The modules that were patched and how, and those that were not and why. It prints as a
+        list. It names the two functions where the shortcuts are taken.
 
     Raises:
         TypeError: model is no module.
-        ValueError: a model without any PHM layer.
+        ValueError: a model without any PHM layer, or shortcuts of a model without `adapters`.
         RuntimeError: `adapters` is not installed (without a model), or is of a version not known.
     """
     if model is None:
-        return patch_library()
+        return Report(patched=_imported_library().patch_classes())
     _check_model(model)
-    report = patch_model(model)
+    library = _library_of(model)
+    if shortcuts and library is None:
+        raise ValueError(
+            f"shortcuts=True replaces functions of the library `adapters`, and {type(model).__name__} has no adapters "
+            "of that library"
+        )
+    report = _patch_modules(model, library)
     if not report.patched and not report.skipped:
         raise ValueError(
             f"{type(model).__name__} has no PHM layer: no module with phm_dim, phm_rule and W_left, W_right or W, as "
             "`adapters`, OpenDelta, T-Few and the original repository have them. Add the adapter first; "
             "ck.patch() without a model covers `adapters` models made later"
         )
+    if shortcuts and report.patched:
+        library.adapters_shortcuts.take(model)
+        return report._replace(patched=(*report.patched, *library.adapters_shortcuts.ENTRIES))
     return report
 
 
@@ -56,8 +77,9 @@ def unpatch(model: nn.Module | None = None) -> Report:
     Raises:
         TypeError: model is no module.
     """
+    library = sys.modules.get(LIBRARY)
     if model is None:
-        return unpatch_library()
+        return Report(restored=library.unpatch_classes()) if library else Report()
     _check_model(model)
     restored, skipped = [], []
     for name, module in model.named_modules():
@@ -65,11 +87,51 @@ def unpatch(model: nn.Module | None = None) -> Report:
             restored.append(Entry(name, ", ".join(names)))
         elif is_ours(vars(module).get("_old_forward")):
             skipped.append(Entry(name, "its forward was wrapped after it was patched; remove that hook first"))
-    if shortcuts := loaded("library_shortcuts"):
-        restored += shortcuts.give_back(model)
+    if library:
+        restored += library.adapters_shortcuts.give_back(model)
     return Report(restored=tuple(restored), skipped=tuple(skipped))
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _imported_library() -> Any:
+    """`adapters_library`, where `adapters` is installed in a version that it is written for."""
+    try:
+        importlib.import_module("adapters.methods.bottleneck")
+    except ImportError as error:
+        raise RuntimeError(
+            f"ck.patch() without a model speeds up the library `adapters`, which cannot be imported ({error}); "
+            "pip install adapters"
+        ) from error
+    version = sys.modules["adapters"].__version__
+    if not version.startswith(SUPPORTED):
+        raise RuntimeError(f"adapters {version} is not known to ck.patch, which replaces methods of 1.3; install that")
+    return importlib.import_module(LIBRARY)
+
+
+def _library_of(model: nn.Module) -> Any:
+    """`adapters_library`, or None where the model has neither adapters nor PHM layers of it."""
+    modeling = sys.modules.get("adapters.methods.modeling")  # imported by every model that has them
+    if modeling is None or not any(isinstance(m, (modeling.Adapter, modeling.PHMLayer)) for m in model.modules()):
+        return None
+    return _imported_library()
+
+
+def _patch_modules(model: nn.Module, library: Any) -> Report:
+    patched: list[Entry] = []
+    skipped: list[Entry] = []
+    reported: set[int] = set()  # modules that a line of the report covers, with the parts of whole adapters
+    for name, module in model.named_modules():
+        result = (library and library.patch_module(module)) or phm_adapters.patch_module(module)
+        if result is None:
+            continue
+        done, note = result
+        if not done:
+            skipped.append(Entry(name, note))
+        elif id(module) not in reported:
+            patched.append(Entry(name, note))
+            reported.update(map(id, module.modules()))
+    return Report(patched=tuple(patched), skipped=tuple(skipped))

@@ -1,4 +1,4 @@
-"""What a patch did: a list that prints."""
+"""The report of `patch` and `unpatch`, which prints as a list."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """A module's name, and what became of it or why nothing did."""
+    """The name of a module, and how it runs now or why it was left as it was."""
 
     name: str
-    what: str
+    note: str
 
 
 class Report(NamedTuple):
-    """What `patch` or `unpatch` changed, and what it left as it was and why."""
+    """The modules that were patched, that were restored, and that were left as they were."""
 
     patched: tuple[Entry, ...] = ()
     restored: tuple[Entry, ...] = ()
@@ -24,5 +24,5 @@ class Report(NamedTuple):
         for title, entries in zip(self._fields, self, strict=True):
             if entries:
                 lines.append(f"{title} {len(entries)}:")
-                lines += [f"  {name or '(the model)'}: {what}" for name, what in entries]
+                lines += [f"  {name or '(the model)'}: {note}" for name, note in entries]
         return "\n".join(lines) or "nothing to do"

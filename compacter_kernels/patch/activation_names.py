@@ -1,4 +1,4 @@
-"""Which fused activation a module or function of another library is."""
+"""The name of the fused activation that a module or a function of another library computes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import FUSED
 
-_MODULES: dict[type, str] = {  # those of transformers come in when they are met
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Mish: "mish",
-}
-# By name, since transformers need not be installed; those of one name on the right differ by rounding alone.
-_TRANSFORMERS_MODULES = {
+# The classes of torch and of transformers, which need not be installed, by their names. Classes of
+# one name on the right differ by rounding alone.
+_CLASSES = {
+    "Identity": "identity",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "Mish": "mish",
     "LinearActivation": "identity",
     "SiLUActivation": "silu",
     "MishActivation": "mish",
@@ -34,46 +33,33 @@ _TRANSFORMERS_MODULES = {
     "QuickGELUActivation": "quick_gelu",
     "ReLUSquaredActivation": "relu2",
 }
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.leaky_relu: "leakyrelu",
-    F.mish: "mish",
-}
+_FUNCTIONS: dict[Any, str] = {activation.function: name for name, activation in FUSED.items()}
+_FUNCTIONS |= {torch.relu: "relu", F.tanh: "tanh", F.sigmoid: "sigmoid"}
 
 
 def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name in `compacter_kernels.activations.FUSED` of the same function, or None where there is none.
+    """The name in `compacter_kernels.activations.FUSED` of the same function, or None without one.
 
-    Told by its type alone, so that it may be asked in every call; a subclass is another function.
+    Every call may ask this, since only the type is looked at. A subclass is another function.
     """
     kind = type(activation)
-    if kind in _MODULES:
-        return _MODULES[kind]
     if isinstance(activation, nn.Module):
         if kind is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_new"
         if kind is nn.LeakyReLU:
             return "leakyrelu" if activation.negative_slope == 0.01 else None
-        if kind.__module__ == "transformers.activations" and kind.__name__ in _TRANSFORMERS_MODULES:
-            return _MODULES.setdefault(kind, _TRANSFORMERS_MODULES[kind.__name__])
-        return None
+        known = kind.__module__.startswith(("torch.nn.modules.", "transformers.activations"))
+        return _CLASSES.get(kind.__name__) if known else None
     try:
         return _FUNCTIONS.get(activation)
     except TypeError:  # a callable without a hash
         return None
 
 
-def written_out(function: Callable[[Tensor], Tensor]) -> str | None:
-    """The same for a Python function that writes out the formula, as `def swish(x): return x * torch.sigmoid(x)`.
+def name_by_values(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The same name for a Python function like `def swish(x): return x * torch.sigmoid(x)`.
 
-    It is told by its values in float64, from which a formula that only rounds otherwise differs by some 1e-16.
+    Its values in float64 decide. Two formulas of one function differ there by about 1e-16.
     """
     if not isinstance(function, types.FunctionType):
         return None
@@ -81,7 +67,7 @@ def written_out(function: Callable[[Tensor], Tensor]) -> str | None:
     try:
         with torch.no_grad():
             values = function(x.clone())
-    except Exception:  # anything may be wrong with a function of others; it is called as it is then
+    except Exception:  # the function of another library may raise anything; the adapter then calls it itself
         return None
     if not isinstance(values, Tensor) or values.shape != x.shape or values.dtype != x.dtype:
         return None

@@ -1,4 +1,4 @@
-"""What `adapters` does in every layer for nothing is left out while anything is patched, and nothing else changes."""
+"""The shortcuts through `adapters`: on request only, with equal results, until the last unpatch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from adapters.composition import BatchSplit, Fuse, Parallel, Stack, parse_composition
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters_models import FAMILIES, PAST_KEY_VALUE, adapters, compacter, make, step
+from phm_lookalikes import OriginalAdapter
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compacter_kernels.patch import library_shortcuts
+from compacter_kernels.patch import adapters_shortcuts
 from compacter_kernels.patch.patch import patch, unpatch
 
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)
@@ -39,33 +41,72 @@ def _repeats(model: torch.nn.Module) -> int:
 def _holders() -> set[str]:
     """The modules of the library in which our function stands."""
     names = {name for name in sys.modules if name.startswith("adapters.")}
-    return {name for name in names if library_shortcuts.matched in vars(sys.modules[name]).values()}
+    return {name for name in names if adapters_shortcuts.matched in vars(sys.modules[name]).values()}
 
 
-def _nobody_uses_them() -> None:
-    """Take back what models had that were collected, too."""
-    library_shortcuts.take(adapters)
-    for user in list(library_shortcuts._users):
-        library_shortcuts.give_back(user)
+def _give_all_back() -> None:
+    """Also for models that were collected."""
+    adapters_shortcuts.take(adapters)
+    for user in list(adapters_shortcuts._users):
+        adapters_shortcuts.give_back(user)
 
 
 @pytest.fixture(autouse=True)
 def alone() -> Any:
-    """Without the models that other tests have patched and left."""
-    _nobody_uses_them()
+    """Without models that other tests have patched."""
+    _give_all_back()
     yield
-    _nobody_uses_them()
+    _give_all_back()
 
 
 SEARCH = AdapterLayerBase.get_active_setup
 
 
+def _functions() -> dict[str, Any]:
+    """Every attribute of the library's modules, and of the class whose method is replaced."""
+    modules = {name: vars(module) for name, module in sys.modules.items() if name.partition(".")[0] == "adapters"}
+    modules["AdapterLayerBase"] = vars(AdapterLayerBase)
+    return {f"{name}.{key}": value for name, attributes in modules.items() for key, value in attributes.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patch_leaves_them_out(family: str) -> None:
+def test_a_patched_model_replaces_no_function_of_the_library(family: str) -> None:
     model = make(family)
+    step(model)  # transformers and `adapters` import some modules in the first call
+    before = _functions()
+    report = patch(model)
+    step(model)
+    after = _functions()
+    assert before.keys() == after.keys()
+    assert [name for name, value in before.items() if after[name] is not value] == []
+    assert not set(adapters_shortcuts.ENTRIES) & set(report.patched)
+
+
+def test_the_report_names_the_shortcuts() -> None:
+    model = make()
+    report = patch(model, shortcuts=True)
+    assert report.patched[-2:] == adapters_shortcuts.ENTRIES
+    assert "get_active_setup: no search where a layer holds no adapters, for every model of this process" in str(report)
+    before = _functions()
+    assert set(adapters_shortcuts.ENTRIES).isdisjoint(patch(model).patched)  # again, which does not give them back
+    assert _functions() == before
+    assert unpatch(model).restored[-2:] == adapters_shortcuts.ENTRIES
+
+
+def test_shortcuts_of_a_model_without_the_library() -> None:
+    model = nn.Sequential(OriginalAdapter())
+    with pytest.raises(ValueError, match=r"shortcuts=True.*`adapters`, and Sequential has no adapters of that library"):
+        patch(model, shortcuts=True)
+    assert not unpatch(model).restored
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_makes_no_copies(family: str) -> None:
+    model = make(family)
+    patch(model)
     before = _repeats(model)
     assert before == {"bert": 2 * 3, "t5": 6 * 3, "gpt2": 0, "llama": 2 * 3}[family]  # GPT-2 has no such copies
-    patch(model)
+    patch(model, shortcuts=True)
     assert _repeats(model) == 0
     unpatch(model)
     assert _repeats(model) == before
@@ -73,28 +114,28 @@ def test_patch_leaves_them_out(family: str) -> None:
 
 def test_every_user_must_be_gone() -> None:
     first, second = make(), make("t5")
-    patch(first)
-    patch(second)
+    patch(first, shortcuts=True)
+    patch(second, shortcuts=True)
     patch()
     holders = _holders()
     assert {"adapters.composition", "adapters.models.bert.modeling_bert", "adapters.models.t5.modeling_t5"} <= holders
-    entries = set(library_shortcuts.ENTRIES)
+    entries = set(adapters_shortcuts.ENTRIES)
     assert entries.isdisjoint(unpatch(first).restored)
     assert entries.isdisjoint(unpatch(first).restored)  # again
     assert entries.isdisjoint(unpatch().restored)
     assert _holders() == holders
-    assert AdapterLayerBase.get_active_setup is library_shortcuts.active_setup
+    assert AdapterLayerBase.get_active_setup is adapters_shortcuts.active_setup
     assert entries <= set(unpatch(second).restored)
     assert not _holders()
     assert AdapterLayerBase.get_active_setup is SEARCH
 
 
 def test_users_that_are_gone_leave_it_to_the_next() -> None:
-    patch(make())
+    patch(make(), shortcuts=True)
     gc.collect()
-    assert not library_shortcuts._users
+    assert not adapters_shortcuts._users
     second = make()
-    patch(second)
+    patch(second, shortcuts=True)
     unpatch(second)
     assert not _holders()
     assert AdapterLayerBase.get_active_setup is SEARCH
@@ -104,21 +145,22 @@ def test_batches_that_differ_are_repeated() -> None:
     """As the library does it."""
     query, key, value = torch.randn(4, 2, 3, 5), torch.randn(2, 2, 3, 5), torch.randn(1, 2, 3, 5)
     expected = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
-    patch(make())
-    found = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    model = make()
+    patch(model, shortcuts=True)
+    actual = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert adapters.composition.match_attn_matrices_for_parallel(query, query, value)[2].shape[0] == 4
     assert adapters.composition.match_attn_matrices_for_parallel(query, query, query)[2] is query
 
 
 def test_the_same_bits() -> None:
-    """Of a model that has no Compacter, beside one that is patched."""
+    """For a model without Compacter, in a process with a patched one."""
     plain, model = make(a=adapters.SeqBnConfig(reduction_factor=4)), make(a=compacter())
     expected = step(plain)
-    patch(model)
+    patch(model, shortcuts=True)
     assert _repeats(plain) == 0
-    found = step(plain)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = step(plain)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 SETUPS = {
@@ -147,19 +189,19 @@ def test_each_layer_has_the_setup_that_the_library_finds(setup: Any, within: str
     layers = [module for module in model.modules() if isinstance(module, AdapterLayerBase)]
     assert len({type(layer).__name__ for layer in layers}) >= 5
     model.adapters_config.active_setup = None if within == "context" else parse_composition(setup)
-    found = []
+    actual = []
     with adapters.AdapterSetup(setup) if within == "context" else nullcontext():
         for skipped in (None, [1], [0, 1]):
             model.adapters_config.skip_layers = skipped
             expected = [SEARCH(layer) for layer in layers]
-            assert [library_shortcuts.active_setup(layer) for layer in layers] == expected
-            found += expected
-    assert any(found) == (setup is not None and setup != SETUPS["elsewhere"])
+            assert [adapters_shortcuts.active_setup(layer) for layer in layers] == expected
+            actual += expected
+    assert any(actual) == (setup is not None and setup != SETUPS["elsewhere"])
 
 
 def test_layers_without_adapters_do_not_search(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make(), []
-    patch(model)
+    patch(model, shortcuts=True)
     contexts = adapters.AdapterSetup.get_contexts
     monkeypatch.setattr(adapters.AdapterSetup, "get_contexts", lambda: (asked.append(1), contexts())[1])
     for layer in model.modules():
