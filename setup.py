@@ -128,7 +128,10 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves a note where the native part is not built, and no native module or note of an earlier build beside it."""
+    """Leaves a note where the native part is not built, and no native module or note of an earlier build beside it.
+
+    It also copies the training scripts into a package that is not editable, whose command `train` runs them there.
+    """
 
     def run(self) -> None:
         super().run()
@@ -138,6 +141,9 @@ class BuildPython(build_py):
         if REASON is not None:
             package.mkdir(parents=True, exist_ok=True)
             (package / "_not_built.txt").write_text(REASON + "\n", encoding="utf-8")
+        if not self.editable_mode:
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "examples", package / "examples", ignore=ignore, dirs_exist_ok=True)
 
 
 REASON = why_pure()
