@@ -8,7 +8,6 @@ all its digits.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import sys
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 from text_methods import Method
-from text_task import Batch, Task
+from text_task import Batch, Classification
 from train_common import schedule, write_json
 
 IGNORED = -100  # a label that is padding
@@ -91,7 +90,7 @@ class AdapterTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: Classification,
         method: Method,
         examples: Dataset,
         recipe: Recipe,
@@ -237,7 +236,123 @@ def check(checkpoint: Path) -> None:
     for name in STATES:
         try:
             torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:
+            raise ValueError(f"{checkpoint / name} cannot be read, it is damaged: {error}") from error
+
+
+def check_settings(before: Any, settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the settings that a file has are those of this run."""
+    differ = [name for name in settings if not isinstance(before, dict) or before.get(name) != settings[name]]
+    if differ:
+        listed = ", ".join(f"{name} was {(before or {}).get(name)!r} and is {settings[name]!r}" for name in differ)
+        raise ValueError(f"{path} is of a run with other settings: {listed}; repeat those, or give another --out")
+
+
+def passes(examples: Dataset, recipe: Recipe) -> Dataset:
+    """As many examples as the run takes: pass after pass over the data, each shuffled anew.
+
+    Each step so takes a whole batch, which may end one pass and begin the next. The order follows
+    from the seed.
+    """
+    needed = recipe.steps * recipe.batch
+    generators = (
+        torch.Generator().manual_seed(recipe.seed * 1_000_003 + turn) for turn in range(-(-needed // len(examples)))
+    )
+    order = torch.cat([torch.randperm(len(examples), generator=generator) for generator in generators])
+    return examples.select(order[:needed].tolist())
+
+
+def losses(self) -> list[float]:
+        """The loss of each step so far, also of those before the run was resumed."""
+        return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+
+    @property
+    def seconds(self) -> float:
+        """How long the last call of `train` took."""
+        return next(entry["train_runtime"] for entry in self.state.log_history[::-1] if "train_runtime" in entry)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """The sum of losses of each example, its number of labels, and 1 if right; (batch, 3)."""
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+            right = self.task.right(self.model, inputs, labels, logits)
+        counts = (labels != IGNORED).view(len(labels), -1).sum(1)
+        figures = torch.stack([losses(logits, labels).view(len(labels), -1).sum(1), counts, right], 1)
+        return None, figures, figures  # the third would be the labels; Trainer computes no metrics without it
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The mean loss of a label, and the part of the examples that are right."""
+        loss, labels, right = prediction.predictions.astype("float64").sum(0).tolist()
+        return {"loss": loss / labels, self.task.metric: right / len(prediction.predictions)}
+
+    def evaluation(self, examples: Dataset) -> dict[str, float]:
+        """The same for these examples, by the names of a result."""
+        figures = self.evaluate(examples)
+        return {name: figures[f"eval_{name}"] for name in ("loss", self.task.metric)}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what the method trains; all processes call it, and the first writes."""
+        if self.method.name == "full":
+            super().save_model(output_dir, _internal_call)
+        elif self.method.compacter or self.args.should_save:
+            self.method.save(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read what `save_model` wrote.
+
+        This is a private method of Trainer. The public ones leave no other way to resume: Trainer
+        refuses a checkpoint that holds neither the whole model nor an adapter of peft.
+        """
+        check(Path(resume_from_checkpoint))
+        if self.method.name == "full":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.method.load(model or self.model, Path(resume_from_checkpoint))
+
+
+class Bar(ProgressCallback):
+    """The progress bar of transformers, without a line for every step."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing: losses.csv gets the losses."""
+
+
+class Checkpoints(TrainerCallback):
+    """Completes a checkpoint with the settings of its run, and then removes the one before it.
+
+    The settings are written last, when every process has written its part. So a checkpoint that has
+    them is complete, and a run that is killed at any time leaves one.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """All processes call it, and the first writes."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_json(self.settings, folder / SETTINGS)
+            for other in folder.parent.glob("checkpoint-*"):
+                if other != folder:
+                    shutil.rmtree(other)
+
+
+def latest(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{SETTINGS}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check(checkpoint: Path) -> None:
+    """Raise ValueError if a file of a checkpoint is damaged. Trainer would not name the file."""
+    for name in STATES:
+        try:
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
             raise ValueError(f"{checkpoint / name} cannot be read, it is damaged: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits (1,797 images of 8x8, bundled with scikit-learn), as two tasks of five classes."""
+"""Handwritten digits, the 1,797 images of scikit-learn, as two tasks of five classes each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_tasks() -> tuple[Task, Task]:
 
 
 def _divide(images: Tensor, targets: Tensor, digits: tuple[int, ...], train: float, validation: float) -> Task:
-    """Split the images of these digits, each in the same proportions; the rest is the test split."""
+    """Split the images of each digit in the same proportions; the rest is the test split."""
     generator = torch.Generator().manual_seed(0)
     parts: tuple[list[Tensor], ...] = ([], [], [])
     for digit in digits:

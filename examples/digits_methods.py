@@ -77,7 +77,7 @@ def _compacter(impl: str, after_attention: bool, model: VisionTransformer) -> No
 
 REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which must give the same loss curve
 
-# Three times the highest rate of full, adapter, compacter and compacter++ scores lower in validation.
+# Three times the highest rate of full, adapter, compacter, compacter++ scores lower in validation.
 METHODS = {
     method.name: method
     for method in (

@@ -6,6 +6,7 @@ of an example (one, or a pair), and `target`, the label or the text to write.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset, logging
 from datasets.exceptions import DatasetGenerationError
 
 FRACTION = 0.1  # the part of the data that is held out for validation
@@ -40,6 +41,7 @@ def load(
         ValueError, OSError: the message names the file, the line or example, and the column.
     """
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # the exceptions say more
     fraction = _fraction(validation)
     splits = {"train": read_file(Path(source))} if _is_file(source) else _read_hub(source, label_column)
     if "train" not in splits:
@@ -58,34 +60,39 @@ def digest(texts: Dataset) -> str:
 
 
 def read_file(path: Path) -> Dataset:
-    """The rows of a file. Values of .csv and .tsv are strings as they are written."""
+    """The rows of a file. Values of .csv and .tsv are strings, as they are written."""
     if path.suffix not in FILES:
         raise ValueError(f"{path} is neither of {', '.join(FILES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
-    _check_lines(path)
+    header = _check_lines(path)
     kind, options = "json", {}
     if path.suffix in SEPARATORS:
-        kind, options = "csv", {"sep": SEPARATORS[path.suffix], "dtype": str, "keep_default_na": False}
+        separator = SEPARATORS[path.suffix]
+        strings = Features({name: Value("string") for name in next(csv.reader([header], delimiter=separator))})
+        kind = "csv"
+        options = {"sep": separator, "features": strings, "keep_default_na": False, "index_col": False}
     try:
         return load_dataset(kind, data_files=str(path), split="train", encoding="utf-8-sig", **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 
-def _check_lines(path: Path) -> None:
-    """Raise ValueError for a file without examples, and for a line that is no JSON object."""
-    lines = 0
+def _check_lines(path: Path) -> str:
+    """The first line, after a check that there are examples, and objects alone in a .jsonl."""
+    lines = []
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                lines += bool(line.strip())
-                if path.suffix == ".jsonl" and line.strip():
-                    _check_object(line, f"{path}, line {number}")
+                if line.strip():
+                    lines = [*lines[:1], line]
+                    if path.suffix == ".jsonl":
+                        _check_object(line, f"{path}, line {number}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if lines <= (path.suffix in SEPARATORS):  # a header alone
+    if len(lines) <= (path.suffix in SEPARATORS):  # nothing, or a header alone
         raise ValueError(f"{path} has no examples")
+    return lines[0]
 
 
 def _check_object(line: str, where: str) -> None:

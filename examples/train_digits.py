@@ -93,7 +93,7 @@ class Experiment:
         )
 
     def adapt(self, method: Method) -> Row:
-        """Train with every seed; the first also chooses the recipe's rate, on the validation split."""
+        """Train with every seed. The first chooses the recipe's rate on the validation split."""
         rates = method.rates if self.settings.search else method.rates[:1]
         if method.recipe in self.rates:
             rates = (self.rates[method.recipe],)

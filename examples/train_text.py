@@ -9,9 +9,9 @@ r"""Adapt your own transformers model to your own texts, with Hugging Face's Tra
 (text_methods.py), and `AdapterTrainer` trains them (adapter_trainer.py).
 
 The folder --out gets train.csv, train.txt, train.json, and a folder for each seed with losses.csv,
-result.json and what
-was trained: the adapter as `save_adapter` writes it, or trained.safetensors, or the whole model.
---resume goes on with an interrupted run from its last checkpoint, and ends with the same bits.
+result.json and what was trained: the adapter as `save_adapter` writes it, or trained.safetensors,
+or the whole model. --resume goes on with an interrupted run from its last checkpoint, and ends with
+the same bits.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from compacter_kernels import options as lists
 from compacter_kernels.machine import describe
 from text_data import LABEL_COLUMN, TEXT_COLUMNS, digest, load
 from text_methods import METHODS, Method, trained
-from text_task import Task, open_task
+from text_task import Classification, open_task
 from train_common import prepare_out, write_json
 
 RESULT = "result.json"
 
 
-def build(source: str, task: Task, method: Method, options: dict[str, Any], seed: int) -> nn.Module:
+def build(source: str, task: Classification, method: Method, options: dict[str, Any], seed: int) -> nn.Module:
     """The pretrained model with what the method adds to it. The same seed gives the same values."""
     torch.manual_seed(seed)
     model = task.load(source).float()  # steps of AdamW are smaller than what bfloat16 can tell apart
@@ -54,7 +54,11 @@ def build(source: str, task: Task, method: Method, options: dict[str, Any], seed
 
 
 def train(
-    args: argparse.Namespace, task: Task, data: tuple[Dataset, Dataset], recipe: Recipe, settings: dict[str, Any]
+    args: argparse.Namespace,
+    task: Classification,
+    data: tuple[Dataset, Dataset],
+    recipe: Recipe,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Train with one seed, from the start or the last checkpoint, and write the results.
 

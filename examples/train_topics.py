@@ -33,7 +33,7 @@ from adapter_trainer import AdapterTrainer, Recipe
 from compacter_kernels.machine import describe
 from text_data import digest
 from text_methods import METHODS
-from text_task import Classification, Task
+from text_task import Classification
 from train_common import prepare_out
 from train_text import build, sizes
 
@@ -116,7 +116,7 @@ def encoder_folder() -> str:
 class Experiment:
     """The runs of the demonstration, all with the same data, steps and batch."""
 
-    def __init__(self, args: argparse.Namespace, source: str, task: Task, texts: Sequence[Dataset]) -> None:
+    def __init__(self, args: argparse.Namespace, source: str, task: Classification, texts: Sequence[Dataset]) -> None:
         self.source, self.task, self.out = source, task, args.out
         self.training, self.validation, self.test = (task.encode(part) for part in texts)
         self.batch, self.seeds = args.batch or train_options.BATCH, args.seeds or SEEDS
@@ -131,7 +131,7 @@ class Experiment:
         return trainer
 
     def adapt(self, name: str) -> tuple[float, dict[str, dict[str, float]], list[dict[str, Any]]]:
-        """The best learning rate, the validation figures of each rate, and the results of all seeds.
+        """The best learning rate, the validation figures of each rate, the results of all seeds.
 
         The first seed chooses the rate, and what each seed reaches is that on the test split.
         """

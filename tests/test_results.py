@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compacter_kernels.train.text import report
+import text_report as report
 
 ROOT = Path(__file__).parents[1]
 
