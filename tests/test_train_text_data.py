@@ -15,6 +15,9 @@ import datasets
 import text_data
 from text_data import classes_of, load
 
+# datasets closes a CSV file when it is collected, and not before
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv"])
 def test_files(name: str, tmp_path: Path) -> None:
