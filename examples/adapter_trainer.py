@@ -179,10 +179,12 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what the method trains; all processes call it, and the first writes."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # Trainer lets other processes write into it meanwhile
         if self.method.name == "full":
             super().save_model(output_dir, _internal_call)
         elif self.method.compacter or self.args.should_save:
-            self.method.save(self.model, Path(output_dir or self.args.output_dir))
+            self.method.save(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read what `save_model` wrote.

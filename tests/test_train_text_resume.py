@@ -24,7 +24,7 @@ from adapter_trainer import AdapterTrainer
 from compacter_kernels.cli import main
 
 FILES = {"compacter": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}
-STEPS = 40
+STEPS = 20
 
 
 def arguments(folder: Path, method: str, out: str | Path, *more: str) -> list[str]:
@@ -75,17 +75,41 @@ def assert_same_bits(folder: Path, seed: str, method: str) -> None:
     assert {path.name for path in again.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+def stop(command: list[str]) -> None:
+    """Interrupt the command in step 13, two steps behind its second checkpoint."""
+    step = AdapterTrainer.training_step
+
+    def interrupted(trainer: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if trainer.state.global_step == 12:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", interrupted)
+        assert main(command) == 130
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("t5", "full")])
-def test_a_killed_run_goes_on_to_the_same_bits(kind: str, method: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """With dropout, of two seeds, the first one killed."""
-    prepare(tmp_path, kind, dropout=True)
-    assert main(arguments(tmp_path, method, "whole", "--seeds", "2")) == 0
-    broken = arguments(tmp_path, method, "broken", "--seeds", "2")
+    prepare(tmp_path, "bert", dropout=True)
+    assert main(arguments(tmp_path, "compacter", "whole", "--seeds", "2")) == 0
+    broken = arguments(tmp_path, "compacter", "broken", "--seeds", "2")
     stop_after_a_checkpoint(["-m", "compacter_kernels", *broken], tmp_path / "broken" / "seed-0", signal.SIGKILL)
     assert main([*broken, "--resume"]) == 0
     for seed in ("seed-0", "seed-1"):
-        assert_same_bits(tmp_path, seed, method)
+        assert_same_bits(tmp_path, seed, "compacter")
+
+
+@pytest.mark.slow
+def test_the_whole_model_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """With dropout, and with accumulated batches."""
+    prepare(tmp_path, "t5", dropout=True)
+    assert main(arguments(tmp_path, "full", "whole", "--accumulate", "2")) == 0
+    broken = arguments(tmp_path, "full", "broken", "--accumulate", "2")
+    stop(broken)
+    assert main([*broken, "--resume"]) == 0
+    assert_same_bits(tmp_path, "seed-0", "full")
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +117,7 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped behind its checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("stopped")
     prepare(folder, "bert", dropout=False)
-    step = AdapterTrainer.training_step
-
-    def stop(trainer: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if trainer.state.global_step == 12:
-            raise KeyboardInterrupt
-        return step(trainer, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", stop)
-        assert main(arguments(folder, "compacter", "out")) == 130
+    stop(arguments(folder, "compacter", "out"))
     return folder
 
 
@@ -184,7 +199,7 @@ def test_a_finished_run_is_reported_again(stopped: Path, tmp_path: Path, capsys:
 
 def test_resume_without_a_run_starts_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(tmp_path, "bert", dropout=False)
-    assert main([*arguments(tmp_path, "compacter", "out"), "--resume"]) == 0
+    assert main([*arguments(tmp_path, "compacter", "out"), "--resume", "--steps", "2"]) == 0
     assert "nothing to resume" in capsys.readouterr().err
 
 
