@@ -41,6 +41,15 @@ SETTINGS = "settings.json"
 STATES = ("optimizer.pt", "scheduler.pt")
 
 
+class Arguments(TrainingArguments):
+    """The options of Trainer. A CPU has no number here, which torch.load would not understand."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device("cpu") if super().device.type == "cpu" else super().device
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: `batch` examples a step over all processes, in `accumulate` parts each."""
@@ -52,11 +61,11 @@ class Recipe:
     accumulate: int = 1
     bf16: bool = False
 
-    def arguments(self, folder: Path, save_every: int | None) -> TrainingArguments:
+    def arguments(self, folder: Path, save_every: int | None) -> Arguments:
         """The same in the words of transformers."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         on_gpu = torch.cuda.is_available()
-        return TrainingArguments(
+        return Arguments(
             output_dir=str(folder),
             max_steps=self.steps,
             learning_rate=self.rate,
