@@ -314,7 +314,7 @@ def test_without_matplotlib_the_rest_is_written(
 
 
 def test_threads_are_given_back(tmp_path: Path) -> None:
-    arguments = ["train", *TINY, "--methods", "probe", "--out", str(tmp_path), "--threads", "2", "--no-plot"]
-    assert main(arguments) == 0
+    shortest = [*TINY, "--steps", "1", "--pretraining-steps", "1", "--seeds", "1", "--methods", "probe", "--no-plot"]
+    assert main(["train", *shortest, "--out", str(tmp_path), "--threads", "2"]) == 0
     assert torch.get_num_threads() == 1
     assert json.loads((tmp_path / "train.json").read_text())["machine"]["threads"] == 2
