@@ -1,6 +1,6 @@
 """Hugging Face's Trainer for adapters.
 
-It differs from `transformers.Trainer` in four ways. Checkpoints hold what the method trains, and
+It differs from `transformers.Trainer` in four ways. Checkpoints hold the parameters that train, and
 not the whole model. A resumed run ends with the same bits as one that was not interrupted. The loss
 is the mean over the labels of a step, however the batch is divided. And every loss is logged with
 all its digits.
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
@@ -93,7 +94,7 @@ class Recipe:
 class AdapterTrainer(Trainer):
     """A Trainer of one run. `folder` gets a checkpoint every `save_every` steps; None means none.
 
-    settings: what identifies the run. They are written into each checkpoint.
+    settings: they identify the run, and are written into each checkpoint.
     """
 
     def __init__(
@@ -125,20 +126,18 @@ class AdapterTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training data in its own order, since `passes` has shuffled it."""
-        return self.accelerator.prepare(  # type: ignore[no-any-return]
-            DataLoader(
-                self.train_dataset,
-                self.args.per_device_train_batch_size,
-                collate_fn=self.data_collator,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
+        examples: Any = self.train_dataset
+        loader: DataLoader[Any] = DataLoader(
+            examples,
+            self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
         )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A learning rate that rises and falls as `schedule` says, and is never 0."""
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: schedule(step, num_training_steps)
-        )
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule(step, num_training_steps))
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,8 +177,9 @@ class AdapterTrainer(Trainer):
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The mean loss of a label, and the part of the examples that are right."""
-        loss, labels, right = prediction.predictions.astype("float64").sum(0).tolist()
-        return {"loss": loss / labels, self.task.metric: right / len(prediction.predictions)}
+        figures: Any = prediction.predictions
+        loss, labels, right = figures.astype("float64").sum(0).tolist()
+        return {"loss": loss / labels, self.task.metric: right / len(figures)}
 
     def evaluation(self, examples: Dataset) -> dict[str, float]:
         """The same for these examples, by the names of a result."""
@@ -187,8 +187,8 @@ class AdapterTrainer(Trainer):
         return {name: figures[f"eval_{name}"] for name in ("loss", self.task.metric)}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what the method trains; all processes call it, and the first writes."""
-        folder = Path(output_dir or self.args.output_dir)
+        """Write the parameters that train. All processes call it, and the first writes."""
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)  # Trainer lets other processes write into it meanwhile
         if self.method.name == "full":
             super().save_model(output_dir, _internal_call)
@@ -196,7 +196,7 @@ class AdapterTrainer(Trainer):
             self.method.save(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read what `save_model` wrote.
+        """Read the files of `save_model`.
 
         This is a private method of Trainer. The public ones leave no other way to resume: Trainer
         refuses a checkpoint that holds neither the whole model nor an adapter of peft.
@@ -229,7 +229,7 @@ class Checkpoints(TrainerCallback):
         """All processes call it, and the first writes."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             write_json(self.settings, folder / SETTINGS)
             for other in folder.parent.glob("checkpoint-*"):
                 if other != folder:
@@ -275,9 +275,11 @@ def passes(examples: Dataset, recipe: Recipe) -> Dataset:
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of each label, (labels.numel(),), in float32; 0 for an ignored one."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    scores = logits.float().flatten(0, -2)
+    return F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="none")
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """The sum of the losses of a part, divided by the number of labels of the whole step."""
-    return losses(outputs.logits, labels).sum() / num_items_in_batch
+    mean: Tensor = losses(outputs.logits, labels).sum() / num_items_in_batch
+    return mean

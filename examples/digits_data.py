@@ -19,7 +19,7 @@ class Split(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Digits to tell apart: what to learn from, what to choose options by, and what to report."""
+    """Digits to tell apart: splits to learn from, to choose learning rates by, and to report."""
 
     digits: tuple[int, ...]
     train: Split

@@ -24,8 +24,8 @@ class Method(NamedTuple):
     """A way to adapt a model.
 
     name: on the command line. title: in the table. prepare: takes a frozen model with a new head,
-    adds modules and says what trains. recipe: methods with the same one train at the same learning
-    rate. rates: those to choose from; the first where none is chosen.
+    adds modules and chooses the parameters that train. recipe: methods with the same one train at
+    the same learning rate. rates: those to choose from; the first where none is chosen.
     """
 
     name: str

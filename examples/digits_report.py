@@ -22,7 +22,7 @@ saved: kept from forward for backward, each storage once, parameters left out"""
 SMOOTHING = 5  # steps
 TITLES = {method.name: method.title for method in (FROZEN_BASE, *METHODS.values())}
 
-Row = dict[str, Any]  # a method, what it reached on the test split and what it costs
+Row = dict[str, Any]  # a method, its accuracy on the test split and its cost
 Curves = dict[str, list[list[float]]]  # the losses of each method, [seed][step]
 
 
@@ -79,7 +79,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def text(document: Row, pretraining: Task, task: Task) -> str:
-    """What was trained on what, the table, and whether the two Compacter runs agree."""
+    """The data, the settings, the table, and whether the two Compacter runs agree."""
     settings, threads, validation = document["settings"], document["machine"]["threads"], len(task.validation.labels)
     chosen = f"chosen on {validation}" if settings["search"] else f"fixed, {validation} unused"
     seeds = "1 seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds (mean ± standard deviation)"
@@ -98,20 +98,20 @@ def _span(task: Task) -> str:
     return f"{task.digits[0]} to {task.digits[-1]}"
 
 
-def _verdict(found: Row | None) -> str:
-    if found is None:
+def _verdict(agreement: Row | None) -> str:
+    if agreement is None:
         return "loss curves not compared: that takes the methods compacter-dense and compacter"
-    difference = found["max_loss_difference"]
+    difference = agreement["max_loss_difference"]
     return (
-        f"Compacter through dense and through {found['impl']}, same seeds: the loss curves are "
-        f"{'the same' if found['holds'] else 'NOT THE SAME'}, at most "
+        f"Compacter through dense and through {agreement['impl']}, same seeds: the loss curves are "
+        f"{'the same' if agreement['holds'] else 'NOT THE SAME'}, at most "
         f"{'nan' if difference is None else format(difference, '.1e')} apart in the first "
-        f"{found['steps']} steps (limit {AGREEMENT_LIMIT:.0e})"
+        f"{agreement['steps']} steps (limit {AGREEMENT_LIMIT:.0e})"
     )
 
 
 def missing() -> str | None:
-    """Why no picture can be drawn, and what to do about it; None if it can."""
+    """Why no picture can be drawn, and the remedy; None if one can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plot will be drawn, since matplotlib is not installed: pip install matplotlib, or pass --no-plot"
     return None

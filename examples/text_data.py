@@ -80,7 +80,7 @@ def read_file(path: Path) -> Dataset:
 
 def _check_lines(path: Path) -> str:
     """The first line, after a check that there are examples, and objects alone in a .jsonl."""
-    lines = []
+    lines: list[str] = []
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):

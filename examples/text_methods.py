@@ -1,4 +1,4 @@
-"""The ways to adapt a transformers model: what trains, at which rate, and how it is saved."""
+"""The ways to adapt a transformers model: the parameters that train, their rate, how they are saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Method(NamedTuple):
 
     name: on the command line. title: in a table. rate: the default learning rate. rates: those that
     a search tries.
-    prepare: takes the model and the options of the adapters, adds modules and says what trains.
+    prepare: takes the model and the options of the adapters, adds modules and chooses the
+    parameters that train.
     """
 
     name: str
@@ -38,8 +39,8 @@ class Method(NamedTuple):
         """Whether the model gets Compacter adapters, which `save_adapter` writes."""
         return self.name.startswith("compacter")
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Write what was trained: an adapter folder, or the trained parameters by name."""
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the trained parameters: as an adapter folder, or by their names."""
         if self.compacter:
             ck.save_adapter(model, folder)
         else:
@@ -49,8 +50,8 @@ class Method(NamedTuple):
             tensors = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}
             save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
 
-    def load(self, model: nn.Module, folder: Path) -> None:
-        """Read what `save` wrote into a model that was prepared in the same way.
+    def load(self, model: Any, folder: Path) -> None:
+        """Read the files of `save` into a model that was prepared in the same way.
 
         Raises:
             ValueError: the file is damaged, or belongs to another model. The model is unchanged.
@@ -103,7 +104,7 @@ def _full(model: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _bottleneck(model: nn.Module, options: dict[str, Any]) -> None:
-    """Put plain adapters where Compacter puts its own. Layer norms and the head train too."""
+    """Put plain adapters behind the layers that Compacter adapts. Layer norms and the head train too."""
     config = ck.CompacterConfig(**options)
     targets = find_sites(model, config)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a model learns: the class of a text, or to write a text."""
+"""The tasks that a model learns: to tell the class of a text, or to write a text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Classification:
         return {**encoded, "labels": [self.classes.index(target) for target in batch["target"]]}
 
     def collator(self, model: nn.Module) -> Callable[[list[Batch]], Batch]:
-        """What joins examples to a batch: inputs (batch, tokens), padded, and labels (batch,)."""
+        """A function that joins examples to a batch: padded inputs (batch, tokens), labels (batch,)."""
         collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.tokenizer)
         return collator
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: the learning rate, the plain adapter, tables and files."""
+"""The parts that the training scripts share: learning rate, plain adapter, tables and files."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 `compacter-kernels train` is the same. The steps are: pretrain on the digits 0 to 4, choose a
 learning rate for each method on a validation split, adapt to the digits 5 to 9 with every seed, and
-measure what a step of each method costs. Compacter runs twice, through the impl `dense` and through
-the fused one; both must give the same loss curve.
+measure the cost of a step of each method. Compacter runs twice, through the impl `dense` and
+through the fused one; both must give the same loss curve.
 
 The data are in digits_data.py, the model in digits_model.py, the methods in digits_methods.py, the
 training loop in digits_training.py and the tables in digits_report.py.
@@ -115,7 +115,7 @@ class Experiment:
         return model, losses
 
     def row(self, method: Method, rate: float | None = None, accuracies: Sequence[float] = ()) -> Row:
-        """The row of a method, without what `measure` fills in."""
+        """The row of a method, whose costs `measure` fills in."""
         model = build(method, self.pretrained, len(self.task.digits), seed=0)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -135,7 +135,7 @@ class Experiment:
         }
 
     def measure(self, rows: list[Row]) -> None:
-        """Fill in what a step of each method costs, with models built anew."""
+        """Fill in the cost of a step of each method, with models built anew."""
         batch = Split(self.task.train.images[:BATCH], self.task.train.labels[:BATCH])
         methods = {FROZEN_BASE.name: FROZEN_BASE, **METHODS}
         models = {

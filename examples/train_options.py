@@ -34,7 +34,7 @@ def run_script(description: str, add: Callable[[argparse.ArgumentParser], None],
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what every script has."""
+    """Declare the options of every script."""
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=options.positive, help=f"of each run, default of the digits {STEPS}")
     epochs = f"the same, as passes over the training data, default of the others {EPOCHS}"
@@ -47,12 +47,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
-    """Declare what both demonstrations have."""
+    """Declare the options of both demonstrations."""
     parser.add_argument("--methods", type=_methods, metavar="NAMES", help="of a demonstration, see below; default all")
 
 
 def add_digits_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what the demonstration on handwritten digits has."""
+    """Declare the options of the demonstration on handwritten digits."""
     add = parser.add_argument_group("of the digits demonstration").add_argument
     add("--pretraining-steps", type=options.positive, metavar="STEPS", help=f"default {PRETRAINING_STEPS}")
     add("--quick", action="store_true", help="under a minute: fewer steps, one seed, learning rates not searched")
@@ -60,14 +60,14 @@ def add_digits_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batches(parser: argparse.ArgumentParser) -> None:
-    """Declare what all training on texts has."""
+    """Declare the options of all training on texts."""
     add = parser.add_argument_group("with --model, and with --demo topics").add_argument
     add("--batch", type=options.positive, help=f"examples a step, over all processes, default {BATCH}")
     add("--max-length", type=options.positive, metavar="TOKENS", help=f"default {MAX_LENGTH}, of the topics 64")
 
 
 def add_own_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Declare what training your own model on your own data has."""
+    """Declare the options of training your own model on your own data."""
     add = parser.add_argument_group("with --model: your own model and data; also under torchrun").add_argument
     add("--model", metavar="FOLDER_OR_ID", required=required, help="a transformers model, in a folder or on the hub")
     files = ".jsonl, .csv, .tsv, or an id of the package datasets, name or name:config"

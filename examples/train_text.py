@@ -5,13 +5,13 @@ r"""Adapt your own transformers model to your own texts, with Hugging Face's Tra
         --text-column sentence1,sentence2 --method compacter++ --epochs 10 --out mrpc
 
 `compacter-kernels train --model ... --data ...` is the same. The steps are: `load` reads the data
-(text_data.py), `open_task` says what is learned (text_task.py), a method adds adapters to the model
+(text_data.py), `open_task` gives the task (text_task.py), a method adds adapters to the model
 (text_methods.py), and `AdapterTrainer` trains them (adapter_trainer.py).
 
 The folder --out gets train.csv, train.txt, train.json, and a folder for each seed with losses.csv,
-result.json and what was trained: the adapter as `save_adapter` writes it, or trained.safetensors,
-or the whole model. --resume goes on with an interrupted run from its last checkpoint, and ends with
-the same bits.
+result.json and the trained parameters: the adapter as `save_adapter` writes it, or
+trained.safetensors, or the whole model. --resume goes on with an interrupted run from its last
+checkpoint, and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RESULT = "result.json"
 
 
 def build(source: str, task: Classification, method: Method, options: dict[str, Any], seed: int) -> nn.Module:
-    """The pretrained model with what the method adds to it. The same seed gives the same values."""
+    """The pretrained model with the modules of the method. The same seed gives the same values."""
     torch.manual_seed(seed)
     model = task.load(source).float()  # steps of AdamW are smaller than what bfloat16 can tell apart
     method.prepare(model, options)
@@ -94,12 +94,13 @@ def train(
 
 
 def write(trainer: AdapterTrainer, result: dict[str, Any], folder: Path) -> None:
-    """Write what was trained, the losses, and last the result; then remove the checkpoints."""
+    """Write the trained parameters, the losses, and last the result; remove the checkpoints."""
     if trainer.method.name != "full":
         trainer.save_model(str(folder / "adapter"))
     if trainer.is_world_process_zero():
         if trainer.method.name == "full":
-            trainer.model.save_pretrained(folder / "model")
+            model: Any = trainer.model
+            model.save_pretrained(folder / "model")
             trainer.task.tokenizer.save_pretrained(folder / "model")
         lines = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(trainer.losses, 1))
         (folder / "losses.csv").write_text(f"step,loss\n{lines}", encoding="utf-8")
@@ -109,7 +110,7 @@ def write(trainer: AdapterTrainer, result: dict[str, Any], folder: Path) -> None
     PartialState().wait_for_everyone()
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
+def sizes(model: Any) -> dict[str, int]:
     """How many numbers train, and how many the model has with all that the method added."""
     counts = {"trainable_parameters": sum(p.numel() for p in trained(model).values())}
     return {**counts, "parameters": sum(p.numel() for p in model.parameters())}

@@ -133,7 +133,7 @@ class Experiment:
     def adapt(self, name: str) -> tuple[float, dict[str, dict[str, float]], list[dict[str, Any]]]:
         """The best learning rate, the validation figures of each rate, the results of all seeds.
 
-        The first seed chooses the rate, and what each seed reaches is that on the test split.
+        The first seed chooses the rate. The results are those on the test split.
         """
         runs = {rate: self.train(name, rate, seed=0) for rate in METHODS[name].rates}
         figures = {rate: trainer.evaluation(self.validation) for rate, trainer in runs.items()}
