@@ -1,4 +1,4 @@
-"""The ways to adapt a transformers model: the parameters that train, their rate, how they are saved."""
+"""The ways to adapt a transformers model: which parameters train, and how they are saved."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _full(model: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _bottleneck(model: nn.Module, options: dict[str, Any]) -> None:
-    """Put plain adapters behind the layers that Compacter adapts. Layer norms and the head train too."""
+    """Put plain adapters behind the layers that Compacter adapts. Norms and the head train too."""
     config = ck.CompacterConfig(**options)
     targets = find_sites(model, config)
     model.requires_grad_(False)

@@ -57,7 +57,7 @@ class Classification:
         return {**encoded, "labels": [self.classes.index(target) for target in batch["target"]]}
 
     def collator(self, model: nn.Module) -> Callable[[list[Batch]], Batch]:
-        """A function that joins examples to a batch: padded inputs (batch, tokens), labels (batch,)."""
+        """A function that joins examples to padded inputs (batch, tokens) and labels (batch,)."""
         collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.tokenizer)
         return collator
 
