@@ -137,7 +137,8 @@ class AdapterTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A learning rate that rises and falls as `schedule` says, and is never 0."""
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule(step, num_training_steps))
+        chosen: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(chosen, lambda step: schedule(step, num_training_steps))
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,7 +204,7 @@ class AdapterTrainer(Trainer):
         """
         check(Path(resume_from_checkpoint))
         if self.method.name == "full":
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[no-untyped-call]
         else:
             self.method.load(model or self.model, Path(resume_from_checkpoint))
 

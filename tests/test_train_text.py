@@ -1,4 +1,4 @@
-"""`train --model`: what trains, what is learnt, written and refused; accumulation, autocast, pairs of texts."""
+"""`train --model`: trained parameters, learning, files, refusals, accumulation, autocast, pairs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_every_pass_shows_every_example_once(size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_an_accumulated_batch_is_the_batch(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """The parts' targets differ in length: the loss is the mean over all labels, not over the parts."""
+    """The targets of the parts differ in length: the loss is the mean over all labels."""
     whole, parts = (trainer(models, kind, "adapter", tmp_path, accumulate=count) for count in (1, 4))
     whole.train()
     parts.train()
@@ -155,7 +155,7 @@ def test_it_learns(kind: str, method: str, rate: str, models: dict[str, Path], d
 def test_what_is_written(
     models: dict[str, Path], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the adapter of one seed, loaded into the model anew, computes what the trained one does."""
+    """And the adapter of one seed, loaded anew, computes the same as the trained one."""
     out = tmp_path / "new" / "out"
     assert run(models["bert"], data, out, "--steps", "5", "--seeds", "2", "--seed", "4") == 0
     printed = capsys.readouterr()

@@ -43,7 +43,7 @@ def test_a_file_for_validation(tmp_path: Path) -> None:
 
 
 def test_other_columns_numbers_and_quotes(tmp_path: Path) -> None:
-    """Texts and labels that another reader takes for a number, a missing value or a truth value stay as written."""
+    """Values that another reader takes for a number or a missing value stay as written."""
     row = {"first": 'say "a, b"', "second": "line\nbreak", "class": "007", "more": "NA"}
     path = save_rows(tmp_path / "a.csv", [row] * 4)
     train, _ = load(str(path), None, ["first", "second", "more"], "class")
@@ -55,7 +55,7 @@ def test_other_columns_numbers_and_quotes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_by_id_of_datasets(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of classes in place of their numbers; a validation split of its own, where there is one."""
+    """Classes by their names, and the validation split of the data if there is one."""
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cold", "warm"])}
     )

@@ -1,4 +1,4 @@
-"""`train --demo topics`: the sentences, the classifier over the encoder's mean, and a short run of every method."""
+"""`train --demo topics`: the sentences, the classifier, and a short run of every method."""
 
 from __future__ import annotations
 
