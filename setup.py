@@ -130,7 +130,11 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Removes the native module of an earlier build; leaves a note where this one has none."""
+    """Removes the native module of an earlier build; leaves a note where this one has none.
+
+    It also copies the training scripts into a package that is not editable. The command `train`
+    runs them there.
+    """
 
     def run(self) -> None:
         super().run()
@@ -140,6 +144,9 @@ class BuildPython(build_py):
         if REASON is not None:
             package.mkdir(parents=True, exist_ok=True)
             (package / "_not_built.txt").write_text(REASON + "\n", encoding="utf-8")
+        if not self.editable_mode:
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "examples", package / "examples", ignore=ignore, dirs_exist_ok=True)
 
 
 REASON = why_pure()

@@ -25,7 +25,7 @@ COMMANDS = {
         "checkpoints of other Compacter libraries, into any other form",
     ),
     "train": (
-        "compacter_kernels.train.command",
+        "compacter_kernels.train",
         "adapt a transformers model to your data; by itself, a demonstration on handwritten digits",
     ),
 }

@@ -16,6 +16,7 @@ NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
 SOURCES = (
     "compacter_kernels",
     "csrc",
+    "examples",
     "setup.py",
     "pyproject.toml",
     "CMakeLists.txt",
@@ -103,6 +104,10 @@ def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, 
     assert "not built" in reason
     assert "a C++ compiler" in reason
     assert not (editable and earlier.exists())
+    scripts = source / "examples" if editable else Path(file).with_name("examples")
+    command = [str(python), "-m", "compacter_kernels", "train", "--help"]
+    shown = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
+    assert f"The scripts, to read and to copy: {scripts}\n" in shown.stdout
 
 
 PURE = [
@@ -179,7 +184,7 @@ def test_the_native_wheel_installs_and_holds_what_it_should(python: Path, source
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert sysconfig.get_config_var("SOABI").split("-")[1] in wheel.name
-    assert "compacter_kernels/py.typed" in names
+    assert {"compacter_kernels/py.typed", "compacter_kernels/examples/train_text.py"} <= set(names)
     assert sum(name.startswith("compacter_kernels/_C.") for name in names) == 1
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"compacter_kernels"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".txt.in"))]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import text_report as report
 from compacter_kernels.bench import report as bench_report
-from compacter_kernels.train.text import report
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,16 +16,16 @@ import torch
 
 pytest.importorskip("sklearn")
 
+import digits_report as report
+from compacter_kernels import train
 from compacter_kernels.cli import main
 from compacter_kernels.dispatch import ENVIRONMENT
 from compacter_kernels.impl import cpu
-from compacter_kernels.train import experiment, plot
-from compacter_kernels.train.cost import saved_bytes
-from compacter_kernels.train.data import Split, Task, load_tasks
-from compacter_kernels.train.experiment import Agreement, Result, differences
-from compacter_kernels.train.loop import batches, evaluate, fit, schedule
-from compacter_kernels.train.methods import FROZEN_BASE, FUSED, METHODS, REFERENCE, build, impl_of
-from compacter_kernels.train.model import VisionTransformer
+from digits_data import Split, Task, load_tasks
+from digits_methods import FROZEN_BASE, FUSED, METHODS, REFERENCE, build, impl_of
+from digits_model import VisionTransformer
+from digits_training import batches, evaluate, fit, saved_bytes
+from train_common import schedule
 
 TINY = ["--steps", "4", "--seeds", "2", "--pretraining-steps", "2", "--quick"]
 HEAD = {"head.weight", "head.bias"}
@@ -53,10 +53,10 @@ def tasks() -> tuple[Task, Task]:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every method through the command line, in a fresh process."""
+    """Every method by the script, in a fresh process and another folder."""
     folder = tmp_path_factory.mktemp("train") / "new" / "folder"
-    command = [sys.executable, "-m", "compacter_kernels", "train", *TINY, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(train.folder() / "train_digits.py"), *TINY, "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parents[1])
     assert done.stderr == ""
     return Run(done.returncode, done.stdout, folder)
 
@@ -152,11 +152,11 @@ def test_only_what_the_method_says_trains(name: str, pretrained: VisionTransform
     assert all(torch.equal(after[key], before[key]) for key in set(before) - changed)
 
 
-@pytest.mark.parametrize(("name", "places"), [(FUSED, 4), ("compacter++", 2)])
-def test_compacter_shares_one_rule(name: str, places: int, pretrained: VisionTransformer) -> None:
+@pytest.mark.parametrize(("name", "adapters"), [(FUSED, 4), ("compacter++", 2)])
+def test_compacter_shares_one_rule(name: str, adapters: int, pretrained: VisionTransformer) -> None:
     model = build(METHODS[name], pretrained, 5, seed=0)
     keys = [key for key, _ in model.named_parameters(remove_duplicate=False) if key.endswith("phm_rule")]
-    assert len(keys) == 2 * places
+    assert len(keys) == 2 * adapters
     assert len({id(model.get_parameter(key)) for key in keys}) == 1
     assert ("blocks.0.attention_adapter.down.phm_rule" in keys) == (name == FUSED)
 
@@ -171,8 +171,7 @@ def test_dense_and_auto_give_the_same_loss_curve(tasks: tuple[Task, Task]) -> No
         curves.append(fit(model, tasks[1].train, steps=100, rate=3e-2, seed=1))
     assert impls[0] == "dense" != impls[1]
     assert curves[0][-1] < 0.8 * curves[0][0]
-    reference, fused = (Result(METHODS[REFERENCE], losses=[curve]) for curve in curves)
-    assert differences(reference, fused).max() <= 1e-4
+    assert report.differences({REFERENCE: curves[:1], FUSED: curves[1:]}).max() <= 1e-4
 
 
 def test_a_fused_adapter_saves_less_than_a_dense_one(pretrained: VisionTransformer, tasks: tuple[Task, Task]) -> None:
@@ -225,13 +224,16 @@ def test_accuracy_is_in_percent() -> None:
     ("difference", "holds"), [(0.0, True), (9e-5, True), (2e-4, False), (float("nan"), False)], ids=str
 )
 def test_agreement(difference: float, holds: bool) -> None:
-    assert Agreement("cpu", 100, difference).holds is holds
+    losses = {REFERENCE: [[0.5, 0.0]], FUSED: [[0.5, difference]]}
+    found = report.agreement(losses, "cpu")
+    assert found is not None
+    assert (found["impl"], found["steps"], found["holds"]) == ("cpu", 2, holds)
 
 
 def test_curves_that_differ_exit_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiment, "AGREEMENT_LIMIT", -1.0)
+    monkeypatch.setattr(report, "AGREEMENT_LIMIT", -1.0)
     arguments = ["train", *TINY, "--methods", "compacter,compacter-dense", "--out", str(tmp_path), "--no-plot"]
     assert main(arguments) == 1
     assert "NOT THE SAME" in capsys.readouterr().out
@@ -279,6 +281,16 @@ def test_an_impl_that_cannot_serve_is_refused_before_training(
     assert error.count("\n") == 1
 
 
+def test_without_the_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "compacter_kernels" / "train.py"))
+    assert main(["train"]) == 2
+    error = capsys.readouterr().err
+    assert f"the training scripts are neither in {tmp_path / 'compacter_kernels' / 'examples'} nor in" in error
+    assert error.count("\n") == 1
+
+
 def test_without_scikit_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,14 +307,14 @@ def test_without_matplotlib_the_rest_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in (plot.missing() or "")
+    assert "pip install matplotlib" in (report.missing() or "")
     assert main(["train", *TINY, "--methods", "probe", "--out", str(tmp_path)]) == 0
     assert "pip install matplotlib" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv", "train.json", "losses.csv"}
 
 
 def test_threads_are_given_back(tmp_path: Path) -> None:
-    arguments = ["train", *TINY, "--methods", "probe", "--out", str(tmp_path), "--threads", "2", "--no-plot"]
-    assert main(arguments) == 0
+    shortest = [*TINY, "--steps", "1", "--pretraining-steps", "1", "--seeds", "1", "--methods", "probe", "--no-plot"]
+    assert main(["train", *shortest, "--out", str(tmp_path), "--threads", "2"]) == 0
     assert torch.get_num_threads() == 1
     assert json.loads((tmp_path / "train.json").read_text())["machine"]["threads"] == 2

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_text import rows, save_model, save_rows
 
-pytest.importorskip("tqdm")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
 
+from adapter_trainer import AdapterTrainer
 from compacter_kernels.cli import main
 
 FILES = {"compacter": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}
-STEPS = 40
+STEPS = 20
 
 
-def arguments(folder: Path, method: str, out: str, *more: str) -> list[str]:
+def arguments(folder: Path, method: str, out: str | Path, *more: str) -> list[str]:
     adapters = ["--reduction-factor", "4"] if method == "compacter" else []
     data = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--out", str(folder / out)]
     run = ["--method", method, "--steps", str(STEPS), "--batch", "8", "--threads", "1", "--save-every", "5"]
@@ -41,62 +45,99 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def kill_after_a_checkpoint(command: list[str], folder: Path) -> None:
-    process = start(["-m", "compacter_kernels", *command])
+def stop_after_a_checkpoint(command: list[str], folder: Path, how: signal.Signals) -> None:
+    process = start(command)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoint-*")):
+    while not list(folder.glob("checkpoint-*/settings.json")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(how)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode != 0
     assert not (folder / "result.json").exists()
 
 
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "compacter_kernels"]
+
+
+def torchrun(command: list[str]) -> str:
+    process = start([*TWO_PROCESSES, *command])
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return output
+
+
+def assert_same_bits(folder: Path, seed: str, method: str) -> None:
+    whole, again = (folder / name / seed for name in ("whole", "broken"))
+    assert (again / "losses.csv").read_text() == (whole / "losses.csv").read_text()
+    assert (again / FILES[method]).read_bytes() == (whole / FILES[method]).read_bytes()
+    assert {path.name for path in again.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def stop(command: list[str]) -> None:
+    """Interrupt the command in step 13, two steps behind its second checkpoint."""
+    step = AdapterTrainer.training_step
+
+    def interrupted(trainer: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if trainer.state.global_step == 12:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", interrupted)
+        assert main(command) == 130
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("t5", "full")])
-def test_a_killed_run_goes_on_to_the_same_bits(kind: str, method: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """With dropout, of two seeds, the first one killed."""
-    prepare(tmp_path, kind, dropout=True)
-    assert main(arguments(tmp_path, method, "whole", "--seeds", "2")) == 0
-    broken = arguments(tmp_path, method, "broken", "--seeds", "2")
-    kill_after_a_checkpoint(broken, tmp_path / "broken" / "seed-0")
+    prepare(tmp_path, "bert", dropout=True)
+    assert main(arguments(tmp_path, "compacter", "whole", "--seeds", "2")) == 0
+    broken = arguments(tmp_path, "compacter", "broken", "--seeds", "2")
+    stop_after_a_checkpoint(["-m", "compacter_kernels", *broken], tmp_path / "broken" / "seed-0", signal.SIGKILL)
     assert main([*broken, "--resume"]) == 0
     for seed in ("seed-0", "seed-1"):
-        whole, again = (tmp_path / name / seed for name in ("whole", "broken"))
-        assert (again / "losses.csv").read_text() == (whole / "losses.csv").read_text()
-        assert (again / FILES[method]).read_bytes() == (whole / FILES[method]).read_bytes()
-        assert {path.name for path in again.iterdir()} == {path.name for path in whole.iterdir()}
+        assert_same_bits(tmp_path, seed, "compacter")
+
+
+@pytest.mark.slow
+def test_the_whole_model_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """With dropout, and with accumulated batches."""
+    prepare(tmp_path, "t5", dropout=True)
+    assert main(arguments(tmp_path, "full", "whole", "--accumulate", "2")) == 0
+    broken = arguments(tmp_path, "full", "broken", "--accumulate", "2")
+    stop(broken)
+    assert main([*broken, "--resume"]) == 0
+    assert_same_bits(tmp_path, "seed-0", "full")
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped behind its checkpoint of step 10."""
+    folder = tmp_path_factory.mktemp("stopped")
+    prepare(folder, "bert", dropout=False)
+    stop(arguments(folder, "compacter", "out"))
+    return folder
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was stopped behind its checkpoint of step 10."""
-    from compacter_kernels.train.text.loop import Training
-
-    prepare(tmp_path, "bert", dropout=False)
-    advance = Training.advance
-
-    def stop(training: Training) -> None:
-        if training.step == 12:
-            raise KeyboardInterrupt
-        advance(training)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "advance", stop)
-        assert main(arguments(tmp_path, "compacter", "out")) == 130
-    assert [path.name for path in (tmp_path / "out" / "seed-0").iterdir()] == ["checkpoint-000010"]
-    return tmp_path
+def stopped(stopped_run: Path, tmp_path: Path) -> Path:
+    """The same, for one test."""
+    shutil.copytree(stopped_run / "out", tmp_path / "out")
+    return stopped_run
 
 
-def test_a_checkpoint_is_safetensors_and_json(stopped: Path) -> None:
-    files = [path for path in (stopped / "out").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+def test_a_checkpoint_holds_the_adapter_and_not_the_model(stopped_run: Path) -> None:
+    (checkpoint,) = (stopped_run / "out" / "seed-0").iterdir()
+    assert checkpoint.name == "checkpoint-10"
+    weights = {path.name for path in checkpoint.iterdir() if path.suffix == ".safetensors"}
+    assert weights == {"adapter_model.safetensors"}
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 200_000
 
 
-def test_a_run_is_not_overwritten(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(stopped, "compacter", "out")) == 2
+def test_a_run_is_not_overwritten(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(stopped, "compacter", tmp_path / "out")) == 2
     assert "has a run already (seed-0); --resume goes on with it" in capsys.readouterr().err
 
 
@@ -110,43 +151,55 @@ def test_a_run_is_not_overwritten(stopped: Path, capsys: pytest.CaptureFixture[s
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_other_settings_are_refused(
-    more: list[str], message: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments(stopped, "compacter", "out"), "--resume", *more]) == 2
+    assert main([*arguments(stopped, "compacter", tmp_path / "out"), "--resume", *more]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_other_data_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_is_refused(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_rows(stopped / "data.jsonl", rows(48, seed=1))
-    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
+    try:
+        assert main([*arguments(stopped, "compacter", tmp_path / "out"), "--resume"]) == 2
+    finally:
+        save_rows(stopped / "data.jsonl", rows(48))
     assert "data_sha256 was" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = stopped / "out" / "seed-0" / "checkpoint-000010" / "optimizer.safetensors"
-    tensors = load_file(path)
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(
+    name: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out" / "seed-0" / "checkpoint-10" / name
     path.write_bytes(path.read_bytes()[:-100])
-    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
-    assert "is no sound safetensors file" in capsys.readouterr().err
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, path)
-    assert main([*arguments(stopped, "compacter", "out"), "--resume"]) == 2
-    assert "does not fit the model" in capsys.readouterr().err
+    assert main([*arguments(stopped, "compacter", tmp_path / "out"), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert error.count("\n") == 1
 
 
-def test_a_finished_run_is_reported_again(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*arguments(stopped, "compacter", "out"), "--resume", "--json"]
+def test_a_checkpoint_that_is_not_complete_is_passed_over(stopped: Path, tmp_path: Path) -> None:
+    """A process that is killed while it writes one leaves it without settings."""
+    folder = tmp_path / "out" / "seed-0"
+    shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-15", ignore=shutil.ignore_patterns("settings.json"))
+    assert main([*arguments(stopped, "compacter", tmp_path / "out"), "--resume"]) == 0
+    assert len((folder / "losses.csv").read_text().splitlines()) == STEPS + 1
+
+
+def test_a_finished_run_is_reported_again(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments(stopped, "compacter", tmp_path / "out"), "--resume", "--json"]
     assert main(command) == 0
     first = json.loads(capsys.readouterr().out)
-    written = (stopped / "out" / "seed-0" / "result.json").stat().st_mtime_ns
+    result = tmp_path / "out" / "seed-0" / "result.json"
+    written = result.stat().st_mtime_ns
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["results"] == first["results"]
-    assert (stopped / "out" / "seed-0" / "result.json").stat().st_mtime_ns == written
+    assert result.stat().st_mtime_ns == written
 
 
 def test_resume_without_a_run_starts_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(tmp_path, "bert", dropout=False)
-    assert main([*arguments(tmp_path, "compacter", "out"), "--resume"]) == 0
+    assert main([*arguments(tmp_path, "compacter", "out"), "--resume", "--steps", "2"]) == 0
     assert "nothing to resume" in capsys.readouterr().err
 
 
@@ -156,12 +209,7 @@ def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> N
     """Of T5 the parts of the processes have different numbers of target tokens."""
     prepare(tmp_path, kind, dropout=False)
     assert main(arguments(tmp_path, method, "one", "--accumulate", "2")) == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = arguments(tmp_path, method, "two", "--accumulate", "2")
-    process = start([*torchrun, "-m", "compacter_kernels", *command])
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    assert output.count("written into") == 1
+    assert torchrun(arguments(tmp_path, method, "two", "--accumulate", "2")).count("written into") == 1
     one, two = (tmp_path / name / "seed-0" for name in ("one", "two"))
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
     for key in ("loss", "train_loss", "exact match" if kind == "t5" else "accuracy"):
@@ -172,3 +220,14 @@ def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> N
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """With dropout: each process takes up its own random numbers."""
+    prepare(tmp_path, "bert", dropout=True)
+    torchrun(arguments(tmp_path, "compacter", "whole"))
+    broken = arguments(tmp_path, "compacter", "broken")
+    stop_after_a_checkpoint([*TWO_PROCESSES, *broken], tmp_path / "broken" / "seed-0", signal.SIGTERM)
+    torchrun([*broken, "--resume"])
+    assert_same_bits(tmp_path, "seed-0", "compacter")

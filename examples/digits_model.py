@@ -1,4 +1,4 @@
-"""A small vision transformer in plain torch, with a slot for an adapter after each sub-layer."""
+"""A small vision transformer in plain torch, which can have an adapter after each sub-layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; adapters stand after each sub-layer, before its residual, as in Compacter."""
+    """A pre-norm transformer block. Adapters come after each sub-layer, before its residual."""
 
     def __init__(self, hidden_size: int, heads: int) -> None:
         super().__init__()

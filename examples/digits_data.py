@@ -1,4 +1,4 @@
-"""Handwritten digits (the 1,797 8x8 images bundled with scikit-learn), as two tasks of five classes each."""
+"""Handwritten digits, the 1,797 images of scikit-learn, as two tasks of five classes each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ BACKGROUND = -1.0
 
 
 class Split(NamedTuple):
-    """Some images of one task: images (N, 8, 8) float32 in [-1, 1], labels (N,) int64 that count from 0."""
+    """Some images of one task, (N, 8, 8) float32 in [-1, 1], and labels (N,) int64 from 0."""
 
     images: Tensor
     labels: Tensor
 
 
 class Task(NamedTuple):
-    """Digits to tell apart: what to learn from, what to choose options by, and what to report."""
+    """Digits to tell apart: splits to learn from, to choose learning rates by, and to report."""
 
     digits: tuple[int, ...]
     train: Split
@@ -28,7 +28,7 @@ class Task(NamedTuple):
 
 
 def load_tasks() -> tuple[Task, Task]:
-    """The task to pretrain on (digits 0 to 4) and the one to adapt to (5 to 9); the same splits every time.
+    """The task to pretrain on (digits 0 to 4) and the one to adapt to (5 to 9), always the same.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -45,7 +45,7 @@ def load_tasks() -> tuple[Task, Task]:
 
 
 def _divide(images: Tensor, targets: Tensor, digits: tuple[int, ...], train: float, validation: float) -> Task:
-    """Split the images of these digits, every class in the same proportions; the rest is the test split."""
+    """Split the images of each digit in the same proportions; the rest is the test split."""
     generator = torch.Generator().manual_seed(0)
     parts: tuple[list[Tensor], ...] = ([], [], [])
     for digit in digits:
@@ -59,6 +59,6 @@ def _divide(images: Tensor, targets: Tensor, digits: tuple[int, ...], train: flo
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The images (N, 8, 8), all moved by the same random step of at most one pixel in each direction."""
+    """The images (N, 8, 8), all moved by the same random step of at most one pixel."""
     down, right = torch.randint(0, 3, (2,), generator=generator).tolist()
     return F.pad(images, (1, 1, 1, 1), value=BACKGROUND)[:, down : down + 8, right : right + 8]

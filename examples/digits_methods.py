@@ -1,4 +1,4 @@
-"""The ways to adapt the pretrained model. Every one trains a new head; they differ in what else they train."""
+"""The ways to adapt the pretrained model. Each trains a new head, and some parameters more."""
 
 from __future__ import annotations
 
@@ -8,41 +8,24 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from compacter_kernels.functional import explain
 from compacter_kernels.nn import CompacterAdapter
-from compacter_kernels.train.model import Block, VisionTransformer
+from digits_model import Block, VisionTransformer
+from train_common import BottleneckAdapter
 
 REDUCTION_FACTOR = 8
 PHM_DIM = 4
 PHM_INIT_RANGE = 1e-4
 
 
-class BottleneckAdapter(nn.Module):
-    """x + up(act(down(x))) with two full matrices (Houlsby et al., arXiv 1902.00751): what Compacter compresses."""
-
-    def __init__(self, hidden_size: int, bottleneck: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, bottleneck)
-        self.up = nn.Linear(bottleneck, hidden_size)
-        for layer in (self.down, self.up):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> the same shape."""
-        y: Tensor = x + self.up(F.gelu(self.down(x), approximate="tanh"))
-        return y
-
-
 class Method(NamedTuple):
     """A way to adapt a model.
 
-    name: on the command line. title: in the table. prepare: takes a frozen model with a new head, adds modules and says
-    what trains. recipe: methods with the same one train at the same learning rate. rates: those to choose from; the
-    first where none is chosen.
+    name: on the command line. title: in the table. prepare: takes a frozen model with a new head,
+    adds modules and chooses the parameters that train. recipe: methods with the same one train at
+    the same learning rate. rates: those to choose from; the first where none is chosen.
     """
 
     name: str
@@ -61,7 +44,7 @@ def _everything(model: VisionTransformer) -> None:
 
 
 def _gradient_to_the_input(model: VisionTransformer) -> None:
-    """Train the head alone, but carry the gradient through the whole frozen base, as every adapter must."""
+    """Train the head alone, but carry the gradient through the frozen base, as an adapter must."""
     model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
@@ -81,7 +64,7 @@ def _bottleneck(model: VisionTransformer) -> None:
     _adapters(model, lambda: BottleneckAdapter(size, size // REDUCTION_FACTOR), after_attention=True)
 
 
-def _compacter(model: VisionTransformer, impl: str, after_attention: bool) -> None:
+def _compacter(impl: str, after_attention: bool, model: VisionTransformer) -> None:
     rule = nn.Parameter(PHM_INIT_RANGE * torch.randn(PHM_DIM, PHM_DIM, PHM_DIM))  # one, shared by all adapters
 
     def make() -> nn.Module:
@@ -94,34 +77,16 @@ def _compacter(model: VisionTransformer, impl: str, after_attention: bool) -> No
 
 REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which must give the same loss curve
 
-# Three times the highest rate of full, adapter, compacter and compacter++ scores lower on the validation split.
+# Three times the highest rate of full, adapter, compacter, compacter++ scores lower in validation.
 METHODS = {
     method.name: method
     for method in (
         Method("probe", "linear probe", "probe", (1e-1, 3e-2, 3e-1), _nothing_more),
         Method("full", "full fine-tuning", "full", (1e-3, 3e-4), _everything),
         Method("adapter", "bottleneck adapter", "adapter", (1e-2, 3e-3), _bottleneck),
-        Method(
-            REFERENCE,
-            "Compacter, dense",
-            "compacter",
-            (3e-2, 1e-2),
-            partial(_compacter, impl="dense", after_attention=True),
-        ),
-        Method(
-            FUSED,
-            "Compacter, fused",
-            "compacter",
-            (3e-2, 1e-2),
-            partial(_compacter, impl="auto", after_attention=True),
-        ),
-        Method(
-            "compacter++",
-            "Compacter++, fused",
-            "compacter++",
-            (3e-2, 1e-2),
-            partial(_compacter, impl="auto", after_attention=False),
-        ),
+        Method(REFERENCE, "Compacter, dense", "compacter", (3e-2, 1e-2), partial(_compacter, "dense", True)),
+        Method(FUSED, "Compacter, fused", "compacter", (3e-2, 1e-2), partial(_compacter, "auto", True)),
+        Method("compacter++", "Compacter++, fused", "compacter++", (3e-2, 1e-2), partial(_compacter, "auto", False)),
     )
 }
 
@@ -130,7 +95,7 @@ FROZEN_BASE = Method("frozen", "frozen base", "frozen", (1e-3,), _gradient_to_th
 
 
 def build(method: Method, pretrained: VisionTransformer, classes: int, seed: int) -> VisionTransformer:
-    """A copy of the pretrained model with a new head, prepared for this method; the same for the same seed."""
+    """A copy of the pretrained model with a new head, prepared for this method by this seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = copy.deepcopy(pretrained)
