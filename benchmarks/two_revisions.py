@@ -1,0 +1,132 @@
+"""The speed of two revisions of this package on one machine, in turns: ratios of the second to the first.
+
+    python benchmarks/two_revisions.py OUT BEFORE AFTER [--rounds 30] [--threads 2]
+
+BEFORE and AFTER are checkouts with their native parts built. Each is imported by a process of its
+own, through the public functions and modules alone. In every round each process times each row
+once, and the two take turns row by row, in changing order. `before` and `after` are lower quartiles
+in microseconds; `ratio` is the median over the rounds of after / before. The rows of `x.clone()`,
+which no revision changes, show the noise. Writes OUT/two_revisions.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES = ((768, 32, 4), (768, 16, 12), (1024, 16, 8), (4096, 32, 8))  # hidden_size, reduction_factor, phm_dim
+TOKENS = (1, 256, 2048)
+IMPLS = ("cpu", "factored", "dense")
+TRAIN = 0.02  # seconds of calls for one sample
+
+
+def rows() -> dict[str, Callable[[], Any]]:
+    """The calls of one revision, by the names of the rows."""
+    import torch
+
+    import compacter_kernels as ck
+
+    found: dict[str, Callable[[], Any]] = {}
+    for k, factor, n in SHAPES:
+        torch.manual_seed(0)
+        adapter = ck.CompacterAdapter(k, reduction_factor=factor, phm_dim=n)
+        down, up = adapter.down.weights(), adapter.up.weights()
+        frozen = [w.map(torch.Tensor.detach) for w in (down, up)]
+        for tokens in TOKENS:
+            x, grad = torch.randn(tokens, k), torch.randn(tokens, k)
+            leaf = x.clone().requires_grad_()
+            wanted = [leaf, *(t for w in (down, up) for t in w if t is not None)]
+            title = f"{k}/{k // factor}/{n} T={tokens}"
+
+            def both(impl: str, leaf: Any = leaf, wanted: Any = wanted, grad: Any = grad, w: Any = (down, up)) -> Any:
+                y = ck.compacter_adapter(leaf, *w, residual=leaf, impl=impl)
+                return torch.autograd.grad(y, wanted, grad)
+
+            found[f"{title} copy"] = x.clone
+            for impl in IMPLS:
+                if impl != "cpu" and tokens > 1 and k > 1024:
+                    continue  # long, and the same Python as above
+                found[f"{title} {impl} forward"] = lambda x=x, w=frozen, impl=impl: ck.compacter_adapter(
+                    x, *w, residual=x, impl=impl
+                )
+                found[f"{title} {impl} forward+backward"] = lambda impl=impl, both=both: both(impl)
+            if tokens == 1:
+                found[f"{title} module"] = lambda x=x, adapter=adapter: adapter(x)
+    return found
+
+
+def serve() -> None:
+    """Answer each name of a row on stdin with the microseconds of one call."""
+    calls = rows()
+    counts: dict[str, int] = {}
+    for line in sys.stdin:
+        name = line.rstrip("\n")
+        call = calls[name]
+        if name not in counts:
+            start = time.perf_counter()
+            call()
+            call()
+            counts[name] = max(1, int(2 * TRAIN / (time.perf_counter() - start)))
+        start = time.perf_counter()
+        for _ in range(counts[name]):
+            call()
+        print((time.perf_counter() - start) / counts[name] * 1e6, flush=True)
+
+
+def process(checkout: Path, threads: int) -> subprocess.Popen[str]:
+    """A process that serves the rows of that checkout."""
+    no_page_faults = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 32))
+    env = {**os.environ, **no_page_faults, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+    return subprocess.Popen(command, env=env, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(server: subprocess.Popen[str], name: str) -> float:
+    """The sample of that row."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(f"{name}\n")
+    server.stdin.flush()
+    return float(server.stdout.readline())
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    servers = [process(checkout.resolve(), args.threads) for checkout in (args.before, args.after)]
+    names = list(rows())
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for turn in range(args.rounds):
+        for number, name in enumerate(names):
+            for side in (0, 1) if (turn + number) % 2 else (1, 0):
+                times[name][side].append(ask(servers[side], name))
+        print(f"\rround {turn + 1} of {args.rounds}", end="", file=sys.stderr, flush=True)
+    lines = [f"{'row':<44}{'before us':>12}{'after us':>12}{'ratio':>8}"]
+    for name, samples in times.items():
+        low = [statistics.quantiles(side, n=4, method="inclusive")[0] for side in samples]
+        ratio = statistics.median(after / before for before, after in zip(*samples, strict=True))
+        lines.append(f"{name:<44}{low[0]:>12.1f}{low[1]:>12.1f}{ratio:>8.3f}")
+    from compacter_kernels import machine
+
+    about = machine.describe()
+    head = f"{args.rounds} rounds in turns, {args.threads} threads, float32, {about['cpu']}, torch {about['torch']}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([head, "", *lines]) + "\n"
+    (args.out / "two_revisions.txt").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()
