@@ -35,7 +35,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
     x, residual, adapter = hidden_states, residual_input, None
     if residual is not None and x.shape == residual.shape and x.dtype == residual.dtype:
         adapter = _single(layer)
-    if adapter is None:
+    if residual is None or adapter is None:
         return original(BottleneckLayer, "bottleneck_layer_forward")(layer, x, residual, layer_norm)
     (down, activation), up = parts(adapter)
     name, norm = activation_of(activation), norm_weights(layer_norm, x) if layer_norm else None
