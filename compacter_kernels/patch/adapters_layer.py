@@ -71,7 +71,10 @@ def _composes_as_library(layer: Any) -> bool:
     kind = type(layer)
     if kind not in _inherits:
         _inherits[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
-    return _inherits[kind] and not any(replaced_by_others(layer, name) for name in _BYPASSED)
+    for name in _BYPASSED:
+        if replaced_by_others(layer, name):
+            return False
+    return _inherits[kind]
 
 
 def _output_gating() -> Any:
@@ -94,7 +97,7 @@ def _is_plain(adapter: Any) -> bool:
     dropout = child(adapter, "dropout")
     if (dropout.p > 0 and dropout.training) or not _runs_bottleneck(adapter):
         return False
-    return can_fuse(adapter) and not runs_more(adapter, dropout)
+    return can_fuse(adapter, adapter, dropout)
 
 
 def _runs_bottleneck(adapter: Any) -> bool:
