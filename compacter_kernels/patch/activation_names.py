@@ -33,6 +33,7 @@ _CLASSES = {
     "QuickGELUActivation": "quick_gelu",
     "ReLUSquaredActivation": "relu2",
 }
+_known: dict[type, str | None] = {}  # the classes that `fused_name` was asked for
 _FUNCTIONS: dict[Any, str] = {activation.function: name for name, activation in FUSED.items()}
 _FUNCTIONS |= {torch.relu: "relu", F.tanh: "tanh", F.sigmoid: "sigmoid"}
 
@@ -43,13 +44,16 @@ def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     Every call may ask this, since only the type is looked at. A subclass is another function.
     """
     kind = type(activation)
+    if kind in _known:
+        return _known[kind]
     if isinstance(activation, nn.Module):
         if kind is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_new"
         if kind is nn.LeakyReLU:
             return "leakyrelu" if activation.negative_slope == 0.01 else None
-        known = kind.__module__.startswith(("torch.nn.modules.", "transformers.activations"))
-        return _CLASSES.get(kind.__name__) if known else None
+        if kind.__module__.startswith(("torch.nn.modules.", "transformers.activations")):
+            return _known.setdefault(kind, _CLASSES.get(kind.__name__))
+        return None
     try:
         return _FUNCTIONS.get(activation)
     except TypeError:  # a callable without a hash

@@ -71,14 +71,15 @@ def activation_of(layer: Any) -> Any:
     return fused_name(_inner(layer)) or layer
 
 
-def can_fuse(adapter: Any) -> bool:
-    """Whether the kernel may stand in for both projections and the activation between them."""
+def can_fuse(adapter: Any, *others: nn.Module) -> bool:
+    """Whether the kernel may stand in for both projections, the activation and the others."""
     layers, up = parts(adapter)
     if len(layers) != 2 + adapter.add_layer_norm_before or not (is_phm_layer(layers[-2]) and is_phm_layer(up)):
         return False
     inner = _inner(layers[-1])
-    modules = (child(adapter, "adapter_down"), *layers[-2:], up)
-    return not runs_more(*modules, inner) if isinstance(inner, nn.Module) else not runs_more(*modules)
+    if isinstance(inner, nn.Module):
+        others = (*others, inner)
+    return not runs_more(child(adapter, "adapter_down"), *layers[-2:], up, *others)
 
 
 def bottleneck(

@@ -35,7 +35,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | No
     x, residual, adapter = hidden_states, residual_input, None
     if residual is not None and x.shape == residual.shape and x.dtype == residual.dtype:
         adapter = _single(layer)
-    if adapter is None:
+    if residual is None or adapter is None:
         return original(BottleneckLayer, "bottleneck_layer_forward")(layer, x, residual, layer_norm)
     (down, activation), up = parts(adapter)
     name, norm = activation_of(activation), norm_weights(layer_norm, x) if layer_norm else None
@@ -71,7 +71,10 @@ def _composes_as_library(layer: Any) -> bool:
     kind = type(layer)
     if kind not in _inherits:
         _inherits[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)
-    return _inherits[kind] and not any(replaced_by_others(layer, name) for name in _BYPASSED)
+    for name in _BYPASSED:
+        if replaced_by_others(layer, name):
+            return False
+    return _inherits[kind]
 
 
 def _output_gating() -> Any:
@@ -94,7 +97,7 @@ def _is_plain(adapter: Any) -> bool:
     dropout = child(adapter, "dropout")
     if (dropout.p > 0 and dropout.training) or not _runs_bottleneck(adapter):
         return False
-    return can_fuse(adapter) and not runs_more(adapter, dropout)
+    return can_fuse(adapter, adapter, dropout)
 
 
 def _runs_bottleneck(adapter: Any) -> bool:

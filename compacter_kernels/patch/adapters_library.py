@@ -16,7 +16,10 @@ from compacter_kernels.patch.adapters_layer import compose_single, layer_forward
 from compacter_kernels.patch.methods import put, replaced_by_others
 from compacter_kernels.patch.report import Entry
 
-_OF_LAYERS = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}
+_OF_LAYERS: dict[str, Callable[..., Any]] = {
+    "compose_single": compose_single,
+    "bottleneck_layer_forward": layer_forward,
+}
 _OF_CLASSES: dict[tuple[type, str], Callable[..., Any]] = {
     (Adapter, "forward"): bottleneck,
     (ParallelAdapter, "forward"): bottleneck,

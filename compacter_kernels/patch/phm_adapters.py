@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -126,7 +127,7 @@ def probe(adapter: Any) -> dict[str, Any] | str:
         names = (fused_name(twin.activation), fused_name(inner), name_by_values(inner))
         for activation in dict.fromkeys((*(name for name in names if name), None)):
             for residual in (False, True):
-                if _agrees(twin, method, x, lambda a=activation, r=residual: _in_one_kernel(twin, x, a, r)):
+                if _agrees(twin, method, x, partial(_in_one_kernel, twin, x, activation, residual)):
                     return {"method": method, "activation": activation, "residual": residual}
         return f"its {method} computes something else than up(act(down(x))), with or without + x"
 
