@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset, logging
+from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 FRACTION = 0.1  # the part of the data that is held out for validation
@@ -40,8 +40,6 @@ def load(
     Raises:
         ValueError, OSError: the message names the file, the line or example, and the column.
     """
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)  # the exceptions say more
     fraction = _fraction(validation)
     splits = {"train": read_file(Path(source))} if _is_file(source) else _read_hub(source, label_column)
     if "train" not in splits:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, logging as datasets_logging
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,6 +17,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
 )
+from transformers.utils import logging
 
 from text_data import classes_of
 
@@ -97,6 +98,13 @@ class TextToText(Classification):
         written, expected = (self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (generated, targets))
         matches = [answer.strip() == target.strip() for answer, target in zip(written, expected, strict=True)]
         return torch.tensor(matches, device=labels.device)
+
+
+def quiet() -> None:
+    """Silence the libraries, which would print a line for each new head and each file."""
+    logging.set_verbosity_error()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    disable_progress_bars()
 
 
 def open_task(source: str, name: str | None, data: Sequence[Dataset], max_length: int) -> Classification:

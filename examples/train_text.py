@@ -30,7 +30,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers.utils import logging
 
 import text_report as report
 import train_options
@@ -39,7 +38,7 @@ from compacter_kernels import options as lists
 from compacter_kernels.machine import describe
 from text_data import LABEL_COLUMN, TEXT_COLUMNS, digest, load
 from text_methods import METHODS, Method, trained
-from text_task import Classification, open_task
+from text_task import Classification, open_task, quiet
 from train_common import prepare_out, write_json
 
 RESULT = "result.json"
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()  # transformers would say of every model that its head is new
+    quiet()
     processes = PartialState(cpu=not torch.cuda.is_available())
     try:
         _run(args, processes)

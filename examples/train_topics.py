@@ -33,7 +33,7 @@ from adapter_trainer import AdapterTrainer, Recipe
 from compacter_kernels.machine import describe
 from text_data import digest
 from text_methods import METHODS
-from text_task import Classification
+from text_task import Classification, quiet
 from train_common import prepare_out
 from train_text import build, sizes
 
@@ -162,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_out(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
+    quiet()
     texts = splits()
     task = Topics(AutoTokenizer.from_pretrained(source), args.max_length or MAX_LENGTH, TOPICS)
     experiment = Experiment(args, source, task, texts)

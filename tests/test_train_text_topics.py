@@ -58,8 +58,10 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     all_of = topics.sentences
     monkeypatch.setattr(topics, "sentences", lambda topic: all_of(topic)[:8])
     arguments = ["--steps", "2", "--seeds", "2", "--batch", "8", "--threads", "1", "--out", str(tmp_path)]
-    assert main(["train", "--demo", "topics", *arguments]) == 0
-    assert "Compacter trains 27,384 numbers and stands" in capsys.readouterr().out
+    assert main(["train", "--demo", "topics", *arguments, "--max-length", "8"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "Compacter trains 27,384 numbers and stands" in printed.out
     document = json.loads((tmp_path / "train.json").read_text())
     assert [row["method"] for row in document["methods"]] == [method.title for method in METHODS.values()]
     assert sum(document["data"]["sentences"]) == 64
