@@ -84,7 +84,7 @@ def shipped(config: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
 def patched(model: nn.Module) -> nn.Module:
     """Compacter of the `adapters` library through our kernels."""
     model = shipped("CompacterConfig")(model)
-    ck.patch(model)
+    ck.patch(model, shortcuts=True)
     return model
 
 

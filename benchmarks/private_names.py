@@ -87,8 +87,13 @@ def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[s
             lambda: public(replace(adapter_module, "parameter", getattr), replace(linear_module, "parameter", getattr)),
             modules,
         ),
-        "nn.Module._modules": (lambda: public(replace(adapter_module, "child", getattr)), modules[:1]),
+        "nn.Module._modules": (lambda: public(replace(adapter_module, "children", named_children)), modules[:1]),
     }
+
+
+def named_children(module: torch.nn.Module) -> dict[str, Any]:
+    """The public way to the children of a module."""
+    return dict(module.named_children())
 
 
 def train(call: Call) -> float:

@@ -122,15 +122,10 @@ def _parameter(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    return module._modules[name]
-
-
-def _has_child(module: nn.Module, name: str) -> bool:
-    return name in module._modules
+def _children(module: nn.Module) -> dict[str, Any]:
+    return module._modules
 
 
 # nn.Module.__getattr__ searches three dictionaries after Python's own search has failed.
 parameter: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _parameter
-child: Callable[[nn.Module, str], Any] = getattr if PUBLIC else _child
-has_child: Callable[[nn.Module, str], bool] = hasattr if PUBLIC else _has_child
+children: Callable[[nn.Module], dict[str, Any]] = (lambda m: dict(m.named_children())) if PUBLIC else _children

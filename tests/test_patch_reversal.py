@@ -218,7 +218,7 @@ def test_a_compose_single_of_its_own() -> None:
     expected = step(model)
     report = patch(model)
     assert [name for name, _ in report.skipped] == ["bert.encoder.layer.0.output"]
-    assert "compose_single of its own" in report.skipped[0].note
+    assert "compose_single of its own" in report.skipped[0].what
     assert_same_step(step(model), expected)
 
 

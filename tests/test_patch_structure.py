@@ -89,7 +89,7 @@ def test_activations(kind: type[nn.Module], f: Any, fused: bool) -> None:
     model = kind(f=f)
     expected = _step(model)
     (entry,) = patch(model).patched
-    assert ("activation" not in entry.note) == fused
+    assert ("activation" not in entry.what) == fused
     _assert_same(_step(model), expected)
 
 

@@ -16,7 +16,7 @@ from compacter_kernels.nn.hooks import runs
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, rule_shapes
 from compacter_kernels.nn.representation import arguments
-from compacter_kernels.private import child, parameter
+from compacter_kernels.private import children, parameter
 from compacter_kernels.problem import check_phm_dim
 
 
@@ -144,7 +144,8 @@ class CompacterAdapter(nn.Module):
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
         late |= residual is not None and residual.dtype != h.dtype
-        down, up = child(self, "down"), child(self, "up")
+        modules = children(self)
+        down, up = modules["down"], modules["up"]
         scaling = parameter(self, "scaling")
         scale = self.scale if scaling is None else scaling
         if runs(PHMLinear.forward, down, up):

@@ -17,7 +17,7 @@ from compacter_kernels.functional import compacter_adapter, phm_linear
 from compacter_kernels.patch import phm_layers
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.methods import runs_more
-from compacter_kernels.private import child, has_child
+from compacter_kernels.private import children
 from compacter_kernels.weights import PHMWeights
 
 # The methods of the library that `patch()` has replaced on their classes.
@@ -58,12 +58,13 @@ def projection(layer: nn.Module, x: Tensor) -> Tensor:
 
 def parts(adapter: Any) -> tuple[tuple[Any, ...], Any]:
     """The layers of adapter_down, whose last one is the activation, and adapter_up."""
-    return tuple(child(adapter, "adapter_down")), child(adapter, "adapter_up")
+    modules = children(adapter)
+    return tuple(children(modules["adapter_down"]).values()), modules["adapter_up"]
 
 
 def _inner(activation: Any) -> Any:
     """The function or module that the activation calls; None for a module of another kind."""
-    return child(activation, "f") if has_child(activation, "f") else vars(activation).get("f")
+    return children(activation).get("f") or vars(activation).get("f")
 
 
 def activation_of(layer: Any) -> Any:
@@ -79,7 +80,7 @@ def can_fuse(adapter: Any, *others: nn.Module) -> bool:
     inner = _inner(layers[-1])
     if isinstance(inner, nn.Module):
         others = (*others, inner)
-    return not runs_more(child(adapter, "adapter_down"), *layers[-2:], up, *others)
+    return not runs_more(children(adapter)["adapter_down"], *layers[-2:], up, *others)
 
 
 def bottleneck(
@@ -94,13 +95,13 @@ def bottleneck(
     if fused is None or residual_input is None or not can_fuse(adapter):
         library = original(ParallelAdapter if parallel else Adapter, "forward")  # that of a subclass may call this one
         return library(adapter, x, residual_input, output_gating)
-    drops_path = not parallel and has_child(adapter, "DropPath")  # ParallelAdapter does not call the one that it has
+    drops_path = not parallel and "DropPath" in children(adapter)  # ParallelAdapter does not call the one that it has
     residual = None if parallel else residual_input
     scale, channels = adapter.scaling, None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         scale, channels = 1.0, scale
     layers, up_layer = parts(adapter)
-    dropout = child(adapter, "dropout")
+    dropout = children(adapter)["dropout"]
     h = _in_dtype_of(layers[0], x) if adapter.add_layer_norm_before else x
     inside = (  # whether the kernel adds the residual too, since nothing lies between
         fused == "output"

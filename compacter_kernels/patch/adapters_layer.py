@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.patch.adapters_forward import activation_of, bottleneck, can_fuse, original, parts, weights
 from compacter_kernels.patch.methods import is_ours, replaced_by_others, runs_more
-from compacter_kernels.private import child, has_child, hook_tables, parameter
+from compacter_kernels.private import children, hook_tables, parameter
 from compacter_kernels.weights import NormWeights
 
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
@@ -61,8 +61,8 @@ def _single(layer: Any) -> Any:
     setup = layer.get_active_setup()
     if type(setup) is not Stack or len(setup.children) != 1 or not _composes_as_library(layer):
         return None
-    name, adapters = setup.children[0], child(layer, "adapters")
-    adapter = adapters[name] if type(name) is str and name in adapters else None
+    name = setup.children[0]
+    adapter = children(children(layer)["adapters"]).get(name) if type(name) is str else None
     return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _output_gating() else None
 
 
@@ -85,16 +85,16 @@ def _output_gating() -> Any:
 
 def _is_plain(adapter: Any) -> bool:
     """Whether it computes x + scale * up(act(down(x))) with two PHM layers, and has no hooks."""
-    attributes = vars(adapter)
+    attributes, modules = vars(adapter), children(adapter)
     if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating:
         return False
     if adapter.original_ln_before or not adapter.original_ln_after or adapter.residual_before_ln is not True:
         return False
-    if "pre_forward" in attributes or "post_forward" in attributes or has_child(adapter, "DropPath"):
+    if "pre_forward" in attributes or "post_forward" in attributes or "DropPath" in modules:
         return False
     if "scaling" not in attributes and adapter.scaling.numel() != 1:  # only a Parameter is not in there
         return False
-    dropout = child(adapter, "dropout")
+    dropout = modules["dropout"]
     if (dropout.p > 0 and dropout.training) or not _runs_bottleneck(adapter):
         return False
     return can_fuse(adapter, adapter, dropout)
@@ -111,8 +111,9 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     `bottleneck_up` is set only where a fusion layer reads it, and then for every adapter of the
     layer, since the library joins those of several adapters.
     """
-    adapter = child(layer, "adapters")[adapter_setup]
-    needs_up = len(child(layer, "adapter_fusion_layer")) > 0
+    modules = children(layer)
+    adapter = children(modules["adapters"])[adapter_setup]
+    needs_up = len(children(modules["adapter_fusion_layer"])) > 0
     gating, options = _output_gating(), {}
     if not gating and _takes_fused(adapter):  # the gate is one of the outputs that `fused` leaves out
         options["fused"] = "up" if needs_up else "output"

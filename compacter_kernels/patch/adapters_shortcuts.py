@@ -22,7 +22,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from torch import Tensor
 
 from compacter_kernels.patch.report import Entry
-from compacter_kernels.private import child, has_child
+from compacter_kernels.private import children
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models, and the library where it is patched as a whole
 
@@ -38,16 +38,17 @@ def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 def active_setup(layer: Any) -> Any:
     """Instead of AdapterLayerBase.get_active_setup."""
     name = layer.adapter_modules_name
-    held = child(layer, name) if has_child(layer, name) else getattr(layer, name)
+    modules = children(layer).get(name)
+    held = getattr(layer, name) if modules is None else children(modules)
     if not held:
         return None
     contexts, config = AdapterSetup.get_contexts(), layer.adapters_config
     setup = contexts[-1].adapter_setup if contexts else config.active_setup
     if setup is None or (config.skip_layers is not None and layer.layer_idx in config.skip_layers):
         return None
-    children = setup.children
-    if len(children) == 1 and type(children[0]) is str:  # `flatten` would make a set of this one
-        return setup if children[0] in held else None
+    names = setup.children
+    if len(names) == 1 and type(names[0]) is str:  # `flatten` would make a set of this one
+        return setup if names[0] in held else None
     return None if setup.flatten().isdisjoint(held) else setup
 
 

@@ -9,7 +9,7 @@ class Entry(NamedTuple):
     """The name of a module, and how it runs now or why it was left as it was."""
 
     name: str
-    note: str
+    what: str
 
 
 class Report(NamedTuple):
@@ -24,5 +24,5 @@ class Report(NamedTuple):
         for title, entries in zip(self._fields, self, strict=True):
             if entries:
                 lines.append(f"{title} {len(entries)}:")
-                lines += [f"  {name or '(the model)'}: {note}" for name, note in entries]
+                lines += [f"  {name or '(the model)'}: {what}" for name, what in entries]
         return "\n".join(lines) or "nothing to do"
