@@ -1,4 +1,7 @@
-"""Two processes train one model with adapters: DDP and FSDP2, each as one process with the whole batch does."""
+"""Two processes train one model with adapters by DDP or FSDP2.
+
+The result is that of one process with the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ STEPS, SIZE = 6, 8
 
 
 def _train(model: nn.Module, kind: str, rank: int = 0, world: int = 1) -> list[float]:
-    """Each process its part of every batch; the losses of that part."""
+    """Each process takes its part of every batch. Returns the losses of that part."""
     torch.manual_seed(rank)
     optimizer, losses = adamw(model), []
     for step in range(STEPS):

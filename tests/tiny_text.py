@@ -17,12 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 WORDS = [f"w{number}" for number in range(12)]
-KEYS = {
-    "red": "warm",
-    "orange": "warm",
-    "blue": "cold",
-    "green": "cold",
-}  # the word that determines the target, and the target
+# the word that determines the target, and the target
+KEYS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},

@@ -23,7 +23,6 @@ def test_bench(impl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     fused = rows[4096, impl, "forward+backward"]
     assert fused["saved_bytes"] == 0
     assert fused["error_over_limit"] <= 1
-    assert (
-        fused["model_gb_per_s"] < 1.5 * table["rates"]["copy_gb_per_s"]
-    )  # the data is not in a cache, so memory limits the rate
+    # The data is in no cache, so that no kernel is faster than memory.
+    assert fused["model_gb_per_s"] < 1.5 * table["rates"]["copy_gb_per_s"]
     assert table["device"]["gpu"] in capsys.readouterr().out
