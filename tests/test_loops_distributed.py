@@ -73,7 +73,7 @@ def test_two_processes_train_as_one(wrap: str, kind: str, tmp_path: Path) -> Non
     model, base = make(kind)
     start = values(model)
     losses = _train(model, kind)
-    assert losses[-1] < losses[1]  # of the same batch
+    assert losses[-1] < losses[1]  # both are of the same batch
     together = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-5)
     assert first["state"].keys() == model.state_dict().keys()

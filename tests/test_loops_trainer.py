@@ -125,6 +125,6 @@ def test_accelerate(precision: str) -> None:
         reference.step()
         reference.zero_grad()
     unwrapped = accelerator.unwrap_model(prepared)
-    assert losses[-1] < losses[3]  # of the same batch
+    assert losses[-1] < losses[3]  # both are of the same batch
     assert_only_adapters_trained(unwrapped, base, start)
     assert all(torch.equal(unwrapped.get_parameter(name), p) for name, p in trained(plain).items())
