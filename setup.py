@@ -40,7 +40,7 @@ def read_version() -> str:
 
 
 def missing_tools() -> list[str]:
-    """What the native build needs and this machine lacks."""
+    """The tools that the native build needs and that this machine lacks."""
     missing = []
     if compiler := os.environ.get("CXX"):
         if shutil.which(compiler.split()[0]) is None:
@@ -57,7 +57,7 @@ def missing_tools() -> list[str]:
 
 
 def asked(switch: str, part: str) -> str:
-    """What an environment variable says of a part: "0", "1" or nothing."""
+    """The value of an environment variable that controls a part: "0", "1", or "" if it is unset."""
     value = os.environ.get(switch, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{switch}={value} is not known; set it to 0 (no {part} part) or 1 (required), or unset it")
@@ -65,7 +65,7 @@ def asked(switch: str, part: str) -> str:
 
 
 def why_pure() -> str | None:
-    """Why this install has no native part, or None where it has one."""
+    """The reason why this install has no native part; None if it has one."""
     switch, cuda_switch = asked(SWITCH, "native"), asked(CUDA_SWITCH, "CUDA")
     if switch == "0":
         reason = f"left out by {SWITCH}=0"
@@ -80,7 +80,7 @@ def why_pure() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler."""
+    """The path of the CUDA compiler; None if there is none."""
     if compiler := os.environ.get("CUDACXX"):
         return shutil.which(compiler)
     folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
@@ -88,7 +88,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_options() -> list[str]:
-    """What CMake is told of the CUDA part (csrc/cuda/build.cmake)."""
+    """The options of CMake that decide on the CUDA part (csrc/cuda/build.cmake)."""
     switch, nvcc = asked(CUDA_SWITCH, "CUDA"), find_nvcc()
     if switch == "1" and nvcc is None:
         missing = os.environ.get("CUDACXX") or "nvcc"
@@ -101,7 +101,7 @@ def cuda_options() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Runs CMake; one target gives the whole of compacter_kernels._C."""
+    """Runs CMake. One target builds the whole of compacter_kernels._C."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -130,7 +130,7 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Removes the native module of an earlier build; leaves a note where this one has none.
+    """Removes the native module of an earlier build, and leaves a note where this build has none.
 
     It also copies the training scripts into a package that is not editable. The command `train`
     runs them there.

@@ -1,4 +1,4 @@
-"""How wide a compiled kernel's accesses to some of its tensors are, read from its assembly."""
+"""The width of a compiled kernel's accesses to some of its tensors, read from its assembly."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def _instructions(ptx: str) -> Iterable[tuple[str, str]]:
 
 
 def _sources(instructions: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    """For each 64-bit register the registers and parameters that it is computed from, by any of its definitions.
+    """The registers and parameters from which each 64-bit register is computed.
 
-    A value that was loaded comes from nothing: no kernel loads a pointer.
+    All definitions of a register count. A loaded value has no source, since no kernel loads a
+    pointer.
     """
     sources = defaultdict(set)
     for operation, operands in instructions:
@@ -34,7 +35,7 @@ def _sources(instructions: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
 
 
 def _parameters(register: str, sources: dict[str, set[str]]) -> set[int]:
-    """The numbers of the parameters that a register derives from."""
+    """The numbers of the parameters from which a register is computed."""
     seen, waiting = {register}, [register]
     while waiting:
         new = sources.get(waiting.pop(), set()) - seen
@@ -44,7 +45,7 @@ def _parameters(register: str, sources: dict[str, set[str]]) -> set[int]:
 
 
 def _bits(operation: str, operands: str) -> int | None:
-    """How much one access to global memory moves; None for another instruction."""
+    """The bits that an access to global memory moves; None for another instruction."""
     if operation.startswith("cp.async.c") and "global" in operation:
         return 8 * int(re.findall(r"\], (\w+)", operands)[0], 0)
     if access := _ACCESS.match(operation):
@@ -53,12 +54,13 @@ def _bits(operation: str, operands: str) -> int | None:
 
 
 def share_by_pointer(ptx: str, names: list[str], wanted: Iterable[str]) -> float | None:
-    """The share of accesses of 128 bits or more among those to the wanted tensors; None where there is none.
+    """The share of the accesses to the wanted tensors that move 128 bits or more; None without any.
 
-    An access belongs to the parameter that its address is computed from; `names` are the parameters' in their order.
+    An access belongs to the parameter from which its address is computed. `names` are the names of
+    the parameters, in their order.
 
     Raises:
-        ValueError: an address that leads to no tensor, or to several.
+        ValueError: an address belongs to no tensor, or to several.
     """
     instructions = list(_instructions(ptx))
     sources, wanted, widths = _sources(instructions), set(wanted), []
@@ -85,10 +87,10 @@ def lines_that_access(folder: Path, wanted: Iterable[str]) -> set[tuple[str, int
 
 
 def share_by_line(amdgcn: str, lines: set[tuple[str, int]]) -> float | None:
-    """The same for AMD's assembly, among the accesses that come from these lines of source.
+    """The same for the assembly of AMD, among the accesses that come from these lines of source.
 
-    Its registers are the machine's own, each used for one thing after another, so that no address can be followed to
-    a parameter without following the flow of control.
+    Its registers are those of the machine, and each holds one value after another. So an address
+    can be traced to a parameter only by following the flow of control.
     """
     files, here, widths = {}, None, []
     for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', amdgcn, re.M):

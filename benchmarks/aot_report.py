@@ -1,11 +1,14 @@
-"""What the compiler makes of every configuration in use, on every architecture, without a GPU.
+"""Compiles every configuration in use for every architecture, without a GPU, and prints a report.
 
     python benchmarks/aot_report.py [--arch sm_90,gfx942] [--json] [--jobs 2]
 
-Compiles each kernel ahead of time as the product would launch it (impl/triton/config.py) and prints registers, spills,
-shared memory, matrix instructions, and how much of the access to x, g, the residual, out and dx is 128 bits wide: on
-NVIDIA's by the pointer that each access derives from, on AMD's by the line of source that it comes from. Exits 1 on a
-spill, on shared memory beyond the architecture's, on products without matrix instructions, and on narrow accesses.
+Each kernel is compiled ahead of time as the package would launch it (impl/triton/config.py). The
+report has registers, spills, shared memory and matrix instructions. It also has the share of the
+accesses to x, g, the residual, out and dx that are 128 bits wide. For NVIDIA an access belongs to
+the pointer from which its address is computed, and for AMD to its line of source.
+
+Exits with 1 if a kernel spills, needs more shared memory than the architecture has, multiplies
+without matrix instructions, or has narrow accesses.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ SHAPES = [
         (4096, 64, 4), (4096, 128, 8),
     )
 ]  # fmt: skip
-PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  # of `phm_linear`: in, out, n
+PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  # for `phm_linear`: in, out, n
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
 SCALARS = {"scale": "fp32", "T": "i32", "wide_rows": "i32", "rows": "i32"}
-ABSENT = {"adapter": (), "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7")}  # None at the launch
-SECOND_STAGE = "reduce_rows"  # of every backward, and for all sizes the same code
+ABSENT = {"adapter": (), "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7")}  # None in a launch
+SECOND_STAGE = "reduce_rows"  # every backward ends with it; its code is the same for all sizes
 OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 
@@ -67,7 +70,7 @@ class Job(NamedTuple):
 
 
 def target(arch: str) -> GPUTarget:
-    """What Triton compiles for."""
+    """The target that Triton compiles for."""
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
@@ -82,7 +85,7 @@ def served_by(job: Job) -> dict[str, Served]:
 
 
 class Launched(NamedTuple):
-    """A kernel with its compile-time arguments, as a launch of the product has them."""
+    """A kernel with its compile-time arguments, as the package launches it."""
 
     kernel: Any
     constants: dict[str, Any]
@@ -91,7 +94,7 @@ class Launched(NamedTuple):
 
 
 def launches_of(job: Job, options: Options) -> list[Launched]:
-    """The launch with each configuration, best first; [] where this shape does not use the kernel."""
+    """The launch with each configuration, best first; [] if this shape does not use the kernel."""
     kernels = served_by(job)
     if job.kernel == SECOND_STAGE:
         constants = reduction(kernels["backward" if "backward" in kernels else "sums"].sizes)
@@ -110,7 +113,7 @@ def pointers(launched: Launched, job: Job) -> list[str]:
 
 
 def compiled(launched: Launched, job: Job) -> Any:
-    """The kernel for aligned pointers and float32 parameters."""
+    """The kernel, compiled for aligned pointers and float32 parameters."""
     names = list(launched.kernel.arg_names)
     taken = pointers(launched, job)
     signature, attributes, constants = {}, {}, {}
@@ -127,18 +130,19 @@ def compiled(launched: Launched, job: Job) -> Any:
 
 
 def wide_access_share(found: Any, launched: Launched, job: Job) -> float | None:
-    """The share of 128-bit accesses among those to the wide side; None where there is none."""
+    """The share of 128-bit accesses among those to the wide side; None if there are none."""
     if job.arch.startswith("sm_"):
         return share_by_pointer(found.asm["ptx"], pointers(launched, job), WIDE)
     if not touches_wide_side(job.kernel):
-        return None  # its source may have pointers of these names
+        return None  # its source may use these names for other pointers
     return share_by_line(found.asm["amdgcn"], lines_that_access(Path(package.__file__).parent, WIDE))
 
 
 def resources(found: Any, arch: str) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that a thread has in memory for those it lacks.
+    """The number of registers of a thread, and the bytes that it spills to memory.
 
-    A scalar register of AMD's that waits in a lane of a vector register is in no memory, and not counted.
+    AMD may keep a spilled scalar register in a lane of a vector register. This takes no memory, and
+    does not count.
     """
     if not arch.startswith("sm_"):
         text = found.asm["amdgcn"]
@@ -156,7 +160,10 @@ def resources(found: Any, arch: str) -> tuple[int, int]:
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
-    """What the compiler made of the configuration in use, the first whose memory the architecture has; [] if unused."""
+    """The rows of a job; [] if the shape does not use the kernel.
+
+    A row is about the first configuration that fits into the shared memory of the architecture.
+    """
     adapter = job.operation == "adapter"
     both = OPTIONS if adapter else Options(HAS_BIAS=True)
     used = served_by(job).get(job.kernel)
@@ -170,7 +177,7 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
 
 
 def row(job: Job, launches: list[Launched]) -> dict[str, Any]:
-    """The same for one launch."""
+    """The row of one launch."""
     limit, found, error = LIMITS[job.arch], None, ""
     for launched in launches:
         try:
@@ -211,12 +218,12 @@ def row(job: Job, launches: list[Launched]) -> dict[str, Any]:
 
 
 def touches_wide_side(kernel: str) -> bool:
-    """Whether a kernel reads or writes rows of x's or of the output's width."""
+    """Whether a kernel reads or writes rows that are as wide as x or as the output."""
     return kernel in KERNELS and not set(WIDE).isdisjoint(KERNELS[kernel].arg_names)
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a row."""
+    """The faults that a row shows."""
     if "error" in found:
         return [found["error"]]
     return [
@@ -235,7 +242,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Compile all, print the table; 0 when nothing is wrong."""
+    """Compile all kernels and print the table. Returns 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)}; default all")
     parser.add_argument("--shapes", default="", help="k/d/n,... of the table's; default all")

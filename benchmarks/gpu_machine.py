@@ -1,4 +1,7 @@
-"""Prints what a visit of gpu_run.sh ran on, and how its stages ended, as JSON: `gpu_machine.py STAGES`."""
+"""Prints the machine of a run of gpu_run.sh and the outcome of its stages, as JSON.
+
+python benchmarks/gpu_machine.py STAGES
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def nvcc() -> str | None:
 
 
 def main() -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object."""
     found = machine.describe()
     found["revision"] = found["revision"] or os.environ.get("REVISION")
     found |= {"nvcc": nvcc(), "impls": ck.available_impls(), "stages": json.loads(sys.argv[1])}

@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu_sanitize.py
 
-Every dtype, each kind of instance, ragged ends, aligned rows and others; what is checked is memory and races alone.
+The calls cover every dtype, each kind of instance, incomplete tiles, and aligned and unaligned
+rows. Only memory accesses and races are checked, not the results.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def main() -> int:
-    """Run them; 1 where a result is not finite."""
+    """Run the calls. Returns 1 if a result is not finite."""
     failed = 0
     for shape, dtype, operation in itertools.product(SHAPES, DTYPES, ("adapter", "linear")):
         case = Case.of(shape, 83, dtype=dtype, operation=operation).inputs().map(lambda t: t.to("cuda"))

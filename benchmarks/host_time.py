@@ -1,11 +1,13 @@
-"""Host microseconds of one call: what Python spends before the device can start.
+"""The time of one call on the host: the microseconds that Python takes before the device can start.
 
     python benchmarks/host_time.py OUT [--device cuda] [--rounds 60] [--seconds 60]
 
-One token, so that an impl of plain torch does little else. The launch of a Triton or CUDA kernel itself is replaced by
-a call that does nothing, so that the rest is measured on a machine without a GPU too; on a GPU it is measured with the
-launch as well. Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved
-rounds; `quiet` is false where the machine was slowed in too many of them.
+A call has one token, so that an impl of plain torch computes little. The launch of a Triton or CUDA
+kernel is replaced by a call that does nothing. So the rest can be measured on a machine without a
+GPU. On a GPU the time with the real launch is measured as well.
+
+Writes OUT/host_time.csv and OUT/host_time.json: medians with 20 and 80 % quantiles over interleaved
+rounds. `quiet` is false if the machine was slowed down in too many of them.
 """
 
 from __future__ import annotations
@@ -35,29 +37,32 @@ SHAPE = Shape(768, 24, 4)
 COLUMNS = ("operation", "impl", "launch", "what", "device", "dtype", "us", "us_20", "us_80", "quiet")
 BACKWARD = "forward+backward"
 GPU = ("triton", "cuda")
-CALLS = 100  # in a row
-SLOWED = 1.2  # times its best, of a fixed piece of Python before or after a round
+CALLS = 100  # in one sample
+SLOWED = 1.2  # times the best yardstick: a round beside a slower one is dropped
 
 
 class NoLaunch:
-    """A plan of the CUDA kernels that launches none."""
+    """A plan of the CUDA kernels that launches no kernel."""
 
     def __init__(self, *_: object) -> None:
         pass
 
     def workspace(self, tokens: int) -> int:
-        """As many floats as a backward takes on an H100."""
+        """The number of floats that a backward takes on an H100."""
         return 132 * (3 * SHAPE.k + 3 * SHAPE.d + 2 * SHAPE.n**3)
 
     def forward(self, *_: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     backward = forward
 
 
 @contextmanager
 def replaced_cuda_launch() -> Iterator[None]:
-    """The CUDA kernels serve any device and do nothing. Python stands in for their plan, and costs 0.2 us less."""
+    """The CUDA kernels serve any device and do nothing.
+
+    A Python class replaces their plan. It costs 0.2 us less.
+    """
     on_gpu = torch.cuda.is_available()
     with (
         mock.patch.object(cuda, "unavailable", return_value=None),
@@ -73,7 +78,7 @@ def replaced_cuda_launch() -> Iterator[None]:
 
 @contextmanager
 def replaced_launch() -> Iterator[None]:
-    """Triton's kernels serve any device, are not compiled, and do nothing."""
+    """The Triton kernels serve any device, are not compiled, and do nothing."""
     from compacter_kernels.impl.triton import launch
 
     on_gpu = torch.cuda.is_available()
@@ -87,13 +92,13 @@ def replaced_launch() -> Iterator[None]:
         mock.patch.object(launch.Tiled, "fits", return_value=True),
         mock.patch.object(launch, "current_device", launch.current_device if on_gpu else int),  # int() is 0
         mock.patch.object(launch, "current_stream", launch.current_stream if on_gpu else int),
-        mock.patch.object(route, "_plans", {}),  # no plan of a launch that is none is kept
+        mock.patch.object(route, "_plans", {}),  # so that no plan with a replaced launch is kept
     ):
         yield
 
 
 def call_of(case: Inputs, impl: str) -> Callable[[], torch.Tensor]:
-    """The public function, with as little around it as a call has."""
+    """A call of the public function, with nothing around it but a lambda."""
     x, down, up = case.x, case.down, case.up
     if up is None:
         return lambda: ck.phm_linear(x, down, impl=impl)
@@ -101,7 +106,7 @@ def call_of(case: Inputs, impl: str) -> Callable[[], torch.Tensor]:
 
 
 def calls(case: Inputs, impl: str) -> dict[str, Callable[[], Any]]:
-    """What is measured."""
+    """The calls that are measured, by name."""
     leaves = case.map(lambda t: t.detach().clone().requires_grad_())
     plain, recording = call_of(case, impl), call_of(leaves, impl)
     wanted = list(leaves.tensors().values())
@@ -113,7 +118,7 @@ def calls(case: Inputs, impl: str) -> dict[str, Callable[[], Any]]:
 
 
 def sample(call: Callable[[], Any], count: int, synchronize: Callable[[], None]) -> float:
-    """Microseconds of one call, over so many; the device may be behind."""
+    """Microseconds of one call, as the mean of `count` calls. The device may still be computing."""
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -124,7 +129,7 @@ def sample(call: Callable[[], Any], count: int, synchronize: Callable[[], None])
 
 
 def yardstick() -> float:
-    """Seconds of a fixed piece of Python."""
+    """Seconds that a fixed piece of Python takes."""
     start = time.perf_counter()
     for _ in range(5):
         sum(map(abs, range(2000)))
@@ -132,9 +137,11 @@ def yardstick() -> float:
 
 
 def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], rounds: int, seconds: float) -> bool:
-    """Take rounds, and drop those on a slowed machine, until there are enough; False, and all kept, if time runs out.
+    """Take rounds until enough of them were undisturbed, and drop those on a slowed machine.
 
-    A neighbour on the other half of the same core, seen by no counter of a virtual machine, slows a call to half.
+    If the time runs out before, all rounds are kept and the result is False. Another program on the
+    second thread of the same core slows a call to half its speed, and no counter of a virtual
+    machine shows it.
     """
     one_round()  # warms up
     kept: dict[Any, list[float]] = {name: [] for name in times}
@@ -146,7 +153,7 @@ def undisturbed(one_round: Callable[[], None], times: dict[Any, list[float]], ro
         before = yardstick()
         one_round()
         around = (before, yardstick())
-        if min(around) < 0.9 * best:  # all before was slowed
+        if min(around) < 0.9 * best:  # the machine was slowed in all rounds before
             kept, count = {name: [] for name in times}, 0
         best = min(best, *around)
         slow = max(around) > SLOWED * best

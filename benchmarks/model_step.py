@@ -1,16 +1,23 @@
-"""A training step of a whole transformer: what its adapters add to the frozen model's own time and memory.
+r"""A training step of a whole transformer: the time and memory that adapters add to it.
 
-    python benchmarks/model_step.py OUT [--model bert-base|t5-base] [--device cuda] [--dtype bfloat16] [--batch 32]
+    python benchmarks/model_step.py OUT [--model bert-base|t5-base] [--device cuda] \
+        [--dtype bfloat16] [--batch 32]
 
-Random weights at the model's size, random tokens, AdamW over what trains; each variant in a process of its own, since
-`ck.patch` changes the library for its whole process. In every round one step of each, in rotating order; a variant's
-time is the lower quartile of its steps, since what disturbs a step makes it longer. *Share*: that minus the bare
-model's, with the 10 and 90 % quantiles of 2000 bootstrap draws of rounds. The bare step is that of the frozen model
-whose gradient goes as far down as the first adapter. Before anything is timed, logits and gradients of the patched
-model and of the one that `adapters` ships must agree. On the CPU page faults are removed, as in `compacter-kernels
-bench` (benchmarks/README.md), threads are bound to cores, and a step beside other load is repeated; peak memory is that
-of a fresh process that keeps page faults. Writes OUT/model_step_MODEL.json and .txt. Needs transformers 4.57 and
-adapters 1.3.0.
+The model has its real size, random weights and random tokens. AdamW updates the parameters that
+train. Each variant has its own process, since `ck.patch` changes the library for a whole process.
+Each round takes one step of each variant, in rotating order. The time of a variant is the lower
+quartile of its steps, since other load only makes a step longer.
+
+The *share* of a variant is its time minus that of the bare model, with the 10 and 90 % quantiles
+over 2000 bootstrap draws of the rounds. The bare model is frozen, and its gradient goes back as far
+as the first adapter. Nothing is timed unless the logits and gradients of the patched model agree
+with those of the model that `adapters` ships.
+
+On the CPU page faults are removed, as in `compacter-kernels bench` (benchmarks/README.md), threads
+are bound to cores, and a step is repeated if other load ran beside it. The peak memory is that of a
+new process that keeps page faults.
+
+Writes OUT/model_step_MODEL.json and .txt. Needs transformers 4.57 and adapters 1.3.0.
 """
 
 from __future__ import annotations
@@ -38,7 +45,7 @@ from compacter_kernels import machine
 from compacter_kernels.bench.cpu import environment
 
 DRAWS = 2000
-BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # else both threads may share a core for a while
+BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # otherwise both threads may share a core for a while
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 
@@ -56,7 +63,7 @@ class Variant:
         self.answer()
 
     def answer(self) -> Any:
-        """What the process sends; RuntimeError where it ended instead."""
+        """The next message of the process. Raises RuntimeError if the process has ended."""
         connection: Connection = self.connection
         try:
             return connection.recv()
@@ -64,7 +71,7 @@ class Variant:
             raise RuntimeError("the process of a variant ended; its message is above") from None
 
     def ask(self, method: str) -> Any:
-        """What that method of its step returns."""
+        """The result of that method of the process's `Step`."""
         self.connection.send(method)
         return self.answer()
 
@@ -77,12 +84,12 @@ def finish(variants: dict[str, Variant]) -> None:
 
 
 def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference of two outcomes, relative to the largest entry."""
+    """The largest difference of two outcomes, relative to the largest entry."""
     return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
 def peak_memory(variant: str, setting: tuple[str, ...]) -> int:
-    """Peak bytes of a fresh process that takes three steps."""
+    """The peak memory of a new process that takes three steps, in bytes."""
     name, *rest = setting
     done = subprocess.run(
         [sys.executable, model_variants.__file__, name, variant, *rest],
@@ -97,7 +104,7 @@ def quartile(seconds: list[float]) -> float:
 
 
 def share(seconds: list[float], bare: list[float]) -> dict[str, float]:
-    """What a variant adds to the bare step, in ms, and how sure that is."""
+    """The time that a variant adds to the bare step in ms, with its quantiles."""
     draw = random.Random(0)
     found = []
     for _ in range(DRAWS):
@@ -113,7 +120,7 @@ def share(seconds: list[float], bare: list[float]) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, as it is written."""
+    """The whole content of the JSON file."""
     setting = (args.model, args.device, args.dtype, str(args.batch))
     order = [name for name in VARIANTS if args.only is None or name in ("bare", *args.only)]
     variants = {name: Variant(name, setting) for name in order}
@@ -149,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows, in columns."""
+    """The rows in columns."""
     rows = result["rows"]
     own = rows.get("adapters", {}).get("share_ms")
     beside = result["disturbed_steps"]

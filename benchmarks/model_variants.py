@@ -1,6 +1,8 @@
-"""The models of model_step.py, the ways of adapting them, and the process that holds one and takes its steps.
+"""The models of model_step.py, the variants of adapting them, and the process that takes the steps.
 
-python benchmarks/model_variants.py MODEL VARIANT DEVICE DTYPE BATCH     # three steps, then its peak bytes
+    python benchmarks/model_variants.py MODEL VARIANT DEVICE DTYPE BATCH
+
+takes three steps and prints the peak memory in bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ FIRST = (
     "decoder.block.0.layer.0.SelfAttention.o",
 )
 REDUCTION = 32
-ATTEMPTS = 4  # at a step without other load; the last one counts as it is
+ATTEMPTS = 4  # to take a step without other load; the last attempt counts in any case
 
 
 def bert_base() -> nn.Module:
@@ -37,7 +39,7 @@ def bert_base() -> nn.Module:
 
 
 def t5_base() -> nn.Module:
-    """A T5 of T5-base's size."""
+    """A T5 of the size of T5-base."""
     config = transformers.T5Config(
         vocab_size=32100, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
     )
@@ -56,7 +58,7 @@ def batch(name: str, device: str, size: int) -> dict[str, Tensor]:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Frozen, with the gradient as far down as the first adapter of each stack would need it."""
+    """The frozen model. Its gradient goes back as far as the first adapter of each stack needs."""
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for path in FIRST:
@@ -66,7 +68,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def shipped(config: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
-    """The adapters of the `adapters` library."""
+    """The adapters of the library `adapters`."""
 
     def prepare(model: nn.Module) -> nn.Module:
         adapters.init(model)
@@ -75,21 +77,21 @@ def shipped(config: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
         model.train_adapter("task")
         for path, parameter in model.named_parameters():
             if not path.startswith(("bert", "encoder", "decoder", "shared")):
-                parameter.requires_grad_(False)  # the head, which the bare model does not train either
+                parameter.requires_grad_(False)  # the head: the bare model does not train it either
         return model
 
     return prepare
 
 
 def patched(model: nn.Module) -> nn.Module:
-    """Compacter of the `adapters` library through our kernels."""
+    """Compacter of the library `adapters`, computed by our kernels."""
     model = shipped("CompacterConfig")(model)
     ck.patch(model, shortcuts=True)
     return model
 
 
 def injected(**options: Any) -> Callable[[nn.Module], nn.Module]:
-    """Our own adapters."""
+    """The adapters of this package."""
     return lambda model: ck.inject(model, ck.CompacterConfig(modules_to_save=(), **options))
 
 
@@ -104,7 +106,7 @@ VARIANTS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
 
 
 class Step:
-    """A training step of a variant; the base has the same weights in all of them."""
+    """A training step of a variant. The base model has the same weights in all variants."""
 
     def __init__(self, name: str, variant: str, device: str, dtype: str, size: str) -> None:
         torch.manual_seed(0)
@@ -127,7 +129,7 @@ class Step:
         return time.perf_counter() - start
 
     def undisturbed(self) -> tuple[float, bool]:
-        """Seconds of a step, and whether no other load was beside it."""
+        """Seconds of a step, and whether the step ran without other load beside it."""
         threads = torch.get_num_threads()
         for _ in range(ATTEMPTS):
             before, switches = load.Moment.now(), load.involuntary_switches()
@@ -139,12 +141,18 @@ class Step:
         return seconds, quiet
 
     def facts(self) -> dict[str, int]:
-        """Numbers trained, and bytes that a forward keeps for the backward, parameters and inputs left out."""
+        """The number of trained parameters, and the bytes that a forward saves for the backward.
+
+        Parameters and inputs do not count as saved.
+        """
         known = (*self.model.parameters(), *self.data.values())
         return {"trained": self.trained, "saved_bytes": saved_bytes(lambda: self.model(**self.data).loss, known)}
 
     def outcome(self) -> list[Tensor]:
-        """Logits and gradients, without dropout and with gelu for relu, whose kink makes leaps of rounding errors."""
+        """The logits and the gradients, without dropout.
+
+        GELU replaces ReLU here, since ReLU's kink turns rounding errors into large differences.
+        """
         bent = [module for module in self.model.modules() if isinstance(getattr(module, "act", None), nn.ReLU)]
         for module in bent:
             module.act = nn.GELU()
@@ -159,7 +167,7 @@ class Step:
 
 
 def serve(connection: Connection, *setting: str) -> None:
-    """Build a variant and call the methods of its step that are asked for by name, until None is."""
+    """Build a variant, and call the methods of its step that are requested by name, until None."""
     step = Step(*setting)
     connection.send(None)
     while (method := connection.recv()) is not None:
@@ -167,7 +175,10 @@ def serve(connection: Connection, *setting: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak of this process: allocated on the GPU; on the CPU resident, where `ru_maxrss` would count the parent's."""
+    """The peak memory of this process: allocated on the GPU, or resident on the CPU.
+
+    `ru_maxrss` would include the memory of the parent process.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -175,7 +186,7 @@ def peak_bytes(device: str) -> int:
 
 
 def main() -> int:
-    """Three steps, then the peak."""
+    """Take three steps and print the peak memory."""
     step = Step(*sys.argv[1:])
     for _ in range(3):
         step.once()

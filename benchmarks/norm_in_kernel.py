@@ -1,10 +1,11 @@
-"""What it gains to compute a frozen layer norm in the adapter's kernel: against the adapter, then torch's layer_norm.
+"""The gain of computing a frozen layer norm in the adapter's kernel, and not by torch's layer_norm.
 
     python benchmarks/norm_in_kernel.py OUT [--rounds 60]
 
-norm(adapter(x) + x + residual) and the gradients of x, the residual and all parameters, k/d/n = 768/24/4, float32,
-page faults removed. The two ways take turns in each round, in changing order. Writes OUT/norm_in_kernel.json and .txt:
-medians, and the median and quantiles of the ratios of pairs.
+Computes norm(adapter(x) + x + residual) and the gradients of x, the residual and all parameters,
+with k/d/n = 768/24/4 in float32 and without page faults. The two ways take turns in each round, in
+changing order. Writes OUT/norm_in_kernel.json and .txt: medians, and the median and quantiles of
+the ratio of the two times of a round.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TOKENS = (1024, 8192)
 
 
 def ways(tokens: int) -> dict[str, Callable[[], object]]:
-    """The two ways to the same output and gradients."""
+    """The two ways to compute the same output and gradients."""
     case = Case.of(SHAPE, tokens, residual="other").inputs().map(lambda t: t.detach().requires_grad_())
     x, down, up, residual, grad = case.x, case.down, case.up, case.residual, case.grad.detach()
     assert up is not None and residual is not None
@@ -52,7 +53,7 @@ def ways(tokens: int) -> dict[str, Callable[[], object]]:
 
 
 def seconds(call: Callable[[], object], count: int) -> float:
-    """Of one call, over so many."""
+    """Seconds of one call, as the mean of several."""
     start = time.perf_counter()
     for _ in range(count):
         call()

@@ -1,10 +1,11 @@
-"""What each private name of torch and Python saves (compacter_kernels/private.py): with it and without it, in turns.
+"""The time that each private name of torch and Python saves (compacter_kernels/private.py).
 
     python benchmarks/private_names.py OUT [--rounds 60]
 
-One process, one thread, one token, so that a call is nothing but the host's time. For each name and each call that it
-serves, trains of calls with the private name and with the public way alternate. `us` are lower quartiles, which other
-load disturbs least. `saved` is the median over rounds of the share that the private name saves. Writes
+There is one process, one thread and one token, so that a call takes nothing but the host's time.
+For each name and each call that uses it, series of calls with the private name and with its public
+replacement alternate. `us` is the lower quartile, which other load disturbs least. `saved` is the
+share of the time that the private name saves, as the median over the rounds. Writes
 OUT/private_names.txt.
 """
 
@@ -26,12 +27,12 @@ import compacter_kernels as ck
 from compacter_kernels import autograd, dispatch, machine, modes, route
 from compacter_kernels.nn import adapter as adapter_module, phm_linear as linear_module
 
-CALLS = 300  # in a train
+CALLS = 300  # in a series
 Call = Callable[[], Any]
 
 
 def calls() -> dict[str, Call]:
-    """What is timed: the public functions and the modules, at one token."""
+    """The calls that are timed: the public functions and the modules, with one token."""
     torch.manual_seed(0)
     adapter, linear = ck.CompacterAdapter(768, reduction_factor=32, phm_dim=4), ck.PHMLinear(768, 768, phm_dim=4)
     x = torch.randn(1, 768)
@@ -65,7 +66,7 @@ def public(*patches: AbstractContextManager[Any]) -> AbstractContextManager[Any]
 
 
 def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[str, ...]]]:
-    """For each private name the context that puts the public way in its place, and the calls that it serves."""
+    """For each private name, a context that uses the public way, and the calls of that name."""
     functions, modules = ("compacter_adapter", "phm_linear"), ("CompacterAdapter", "PHMLinear")
     replace, apply = mock.patch.object, torch.autograd.Function.apply.__func__
     return {
@@ -97,7 +98,7 @@ def named_children(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def train(call: Call) -> float:
-    """Microseconds of one call, in a train of them."""
+    """Microseconds of one call, in a series of calls."""
     call()
     start = time.perf_counter()
     for _ in range(CALLS):

@@ -1,12 +1,15 @@
-"""What nvcc makes of every CUDA kernel, on every architecture, without a GPU.
+"""Compiles every CUDA kernel for every architecture, without a GPU, and prints a report.
 
     python benchmarks/ptxas_report.py [BUILD] [--json] [--jobs 2] [--only forward]
 
-Compiles the sources of csrc/cuda as CMake would for the package (in BUILD, by default build/ptxas) and reads what ptxas
-says of each kernel, and its PTX: registers against those that its launch bounds leave, stack and spills, matrix
-instructions, and accesses to global memory that are 128 bits wide. Exits 1 where a kernel spills, has a stack, takes
-more registers than its launch bounds leave, or lacks one of the instructions; the second stage has no matrix
-instructions and reads floats.
+The sources of csrc/cuda are compiled as CMake compiles them for the package, in the folder BUILD
+(by default build/ptxas). The report is read from the output of ptxas and from the PTX. It has the
+registers and the limit that the launch bounds set, the stack, the spills, the matrix instructions,
+and the accesses to global memory that are 128 bits wide.
+
+Exits with 1 if a kernel spills, has a stack, takes more registers than its launch bounds allow, or
+lacks matrix instructions or wide accesses. The second stage needs neither of these two: it adds up
+floats.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-REGISTERS = 65536  # of a multiprocessor, on each of these architectures
+REGISTERS = 65536  # a multiprocessor of each of these architectures has as many
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 USED = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\d+)a?'.*?"
@@ -43,7 +46,7 @@ SUMS = ("reduce.cu",)  # sources of the second stage
 
 
 class Unit(NamedTuple):
-    """One compilation: a source with its definitions."""
+    """One compilation: a source and its definitions."""
 
     source: str
     element: str
@@ -52,7 +55,7 @@ class Unit(NamedTuple):
 
 
 def units(build: Path) -> list[Unit]:
-    """What CMake would compile, configured in that folder."""
+    """The compilations of CMake, which is configured in that folder."""
     configure = [
         *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         *("-DCOMPACTER_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DPython_EXECUTABLE={sys.executable}"),
@@ -87,21 +90,21 @@ def rows_of(unit: Unit) -> list[dict[str, Any]]:
 
 
 def entries(path: Path) -> dict[tuple[str, str], str]:
-    """The PTX of each kernel of a file, by architecture and name."""
+    """The PTX of each kernel in a file, by architecture and name."""
     text = path.read_text(encoding="utf-8")
     arch = re.findall(r"^\.target (sm_\d+)", text, re.MULTILINE)[0]
     return {(arch, match[1]): match[0] for match in ENTRY.finditer(text)}
 
 
 def resources(match: re.Match[str]) -> dict[str, Any]:
-    """What ptxas says."""
+    """The numbers that ptxas prints for a kernel."""
     spilled = int(match["stores"]) + int(match["loads"])
     numbers = {"registers": int(match["registers"]), "stack_bytes": int(match["stack"]), "spill_bytes": spilled}
     return {"kernel": match["name"], "arch": match["arch"], **numbers}
 
 
 def instructions(ptx: str) -> dict[str, Any]:
-    """What the PTX of a kernel shows: its launch bounds, and how many instructions of each kind."""
+    """The launch bounds of a kernel and the number of instructions of each kind, from its PTX."""
     threads = int(re.findall(r"\.maxntid (\d+)", ptx)[0]) if ".maxntid" in ptx else 0
     blocks = int(re.findall(r"\.minnctapersm (\d+)", ptx)[0]) if ".minnctapersm" in ptx else 1
     limit = min(255, REGISTERS // (threads * blocks) // 8 * 8) if threads else None
@@ -110,7 +113,7 @@ def instructions(ptx: str) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a kernel."""
+    """The faults of a kernel."""
     sums = row["source"] in SUMS
     return [
         text
@@ -128,7 +131,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """Names as the source has them, where c++filt is there."""
+    """The names as they are in the source; {} if c++filt is not installed."""
     if not names or shutil.which("c++filt") is None:
         return {}
     done = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -144,7 +147,7 @@ def report(build: Path, jobs: int, only: str = "") -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Compile all, print the table; 0 when nothing is wrong."""
+    """Compile all kernels and print the table. Returns 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", nargs="?", type=Path, default=ROOT / "build" / "ptxas", help="where CMake configures")
     parser.add_argument("--json", action="store_true", help="print a list of rows")

@@ -1,6 +1,8 @@
-"""Writes the tables of README.md and docs/models.md from committed results: `python benchmarks/readme_table.py`.
+"""Writes the tables of README.md and docs/models.md from the committed results.
 
-With --check it writes nothing and exits 1 where a table is not what the results say.
+    python benchmarks/readme_table.py [--check]
+
+With --check it writes nothing, and exits with 1 if a table differs from the results.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def table() -> str:
 
 
 def steps() -> str:
-    """The region of docs/models.md: what adapters add to a training step of whole models."""
+    """The region of docs/models.md: the costs that adapters add to a training step of a model."""
     lines = []
     for model in ("bert-base", "t5-base"):
         path = STEPS / f"model_step_{model}.json"
@@ -99,7 +101,7 @@ REGIONS = (("README.md", "results", table), ("docs/models.md", "steps", steps))
 
 
 def main() -> int:
-    """Rewrite the regions, or with --check compare them."""
+    """Write the regions, or with --check compare them."""
     stale = 0
     for page, name, region in REGIONS:
         path = ROOT / page

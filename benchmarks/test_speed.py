@@ -1,6 +1,7 @@
-"""The providers of `compacter-kernels bench` under pytest-benchmark, to compare two revisions on one machine.
+"""The providers of `compacter-kernels bench` under pytest-benchmark, to compare two revisions.
 
-Not part of the plain test run: `pytest benchmarks`. See README.md beside this file.
+These are not part of the plain test run: `pytest benchmarks` runs them (see README.md beside this
+file).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from compacter_kernels.bench.providers import Provider, make_call, providers
 from compacter_kernels.cases import Case, Shape
 
 CASES = [(Shape(768, 24, 4), 1), (Shape(768, 24, 4), 8192), (Shape(768, 48, 12), 2048), (Shape(4096, 128, 8), 2048)]
-PROVIDERS = [provider for provider in providers().values() if not provider.compiled]  # to compile takes long
+PROVIDERS = [provider for provider in providers().values() if not provider.compiled]  # compilation takes long
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -1,10 +1,12 @@
-"""Time the Triton kernels over candidate tile configurations on this GPU: what the table in config.py is made from.
+r"""Time the Triton kernels over candidate tile configurations on this GPU.
 
-    python benchmarks/tune_triton.py OUT [--shapes 768/24/4,...] [--tokens 16384] [--dtype bfloat16] [--direction both]
+    python benchmarks/tune_triton.py OUT [--shapes 768/24/4,...] [--tokens 16384] \
+        [--dtype bfloat16] [--direction both]
 
-Each candidate is compiled in a pool of processes, checked against float32 `dense`, and timed as a replayed CUDA graph
-over enough copies of x that the L2 is cold. Writes OUT/tune.csv as it goes: one row for each candidate, fastest last in
-the printed table; `copy` is the copy that moves as many bytes.
+The table in config.py is made from the results. A pool of processes compiles each candidate and
+checks it against float64 `dense`. Each is then timed as a replayed CUDA graph over so many copies
+of x that the L2 cache is cold. Writes one row for each candidate to OUT/tune.csv as it goes. The
+printed table has the fastest candidate last. `copy` is a copy that moves as many bytes.
 """
 
 from __future__ import annotations
@@ -28,19 +30,19 @@ from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
 from compacter_kernels.problem import adapter_problem
 
-EACH = 2**20  # programs: one for each tile
-LIMIT = 0.1  # of the largest number: a wrong tile is far beyond it, rounding far below
+EACH = 2**20  # as many programs as tiles
+LIMIT = 0.1  # relative to the largest number; a wrong tile is far above it, and rounding far below
 
 
 class Candidate(NamedTuple):
-    """A configuration of one of the kernels that serve a shape; the others keep the table's."""
+    """A configuration of one of the kernels for a shape. The other kernels keep the table's."""
 
     kernel: str
     config: Config
 
     @property
     def direction(self) -> str:
-        """What is timed."""
+        """The direction that is timed."""
         return "forward" if self.kernel.startswith("forward") else "backward"
 
 
@@ -50,7 +52,7 @@ def grid(kernel: str, *values: tuple[Any, ...]) -> list[Candidate]:
 
 
 def candidates(shape: Shape, dtype: str, direction: str) -> list[Candidate]:
-    """All combinations that make sense, for each kernel that serves this shape here."""
+    """All combinations that are useful, for each kernel that serves this shape on this GPU."""
     chunk = min(64, 2 ** (shape.k // shape.n - 1).bit_length())
     half = min(32, chunk)
     wide = (half, chunk, 128) if shape.k // shape.n > 128 else (half, chunk)
@@ -79,7 +81,7 @@ def bound(case: Inputs) -> Any:
 
 
 def bind(case: Inputs, candidate: Candidate) -> Callable[[Any, Any], Any]:
-    """What is timed, with that configuration, as a function of x and of the gradient."""
+    """The timed call with that configuration, as a function of x and of the gradient."""
     kernel = bound(case)
     served = kernel.served[candidate.kernel]
     kernel.served[candidate.kernel] = served._replace(configs=(candidate.config,))
@@ -94,7 +96,11 @@ def on_device(shape: Shape, tokens: int, dtype: str) -> Inputs:
 
 
 def compile_one(job: tuple[Shape, str, Candidate]) -> tuple[Any, ...]:
-    """Compile and run once on few tokens; registers, spills, shared memory and the error, or what went wrong."""
+    """Compile the candidate and run it once on few tokens.
+
+    Returns the error relative to the largest number, or None, and a message, which is empty if
+    nothing is wrong.
+    """
     shape, dtype, candidate = job
     try:
         case = on_device(shape, 100, dtype)
@@ -112,7 +118,7 @@ def compile_one(job: tuple[Shape, str, Candidate]) -> tuple[Any, ...]:
 
 
 def reference(case: Inputs, direction: str) -> list[torch.Tensor]:
-    """What the kernel should give, in float64."""
+    """The results that the kernel should give, in float64."""
     from compacter_kernels.accuracy import evaluate
     from compacter_kernels.cases import call
 
@@ -125,7 +131,10 @@ def reference(case: Inputs, direction: str) -> list[torch.Tensor]:
 
 
 def graph_ms(call: Callable[[int], Any], copies: int, repeats: int = 5) -> float:
-    """Milliseconds per call, replayed as one graph that walks over all copies; the median of the replays."""
+    """Milliseconds per call, replayed as one graph that goes through all copies.
+
+    The result is the median of the replays.
+    """
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 from compacter_kernels.patch import adapters_forward, adapters_layer
 
 WIDTH, VOCABULARY = 32, 60
-PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` calls T5 of transformers so
+PAST_KEY_VALUE = "ignore:`past_key_value` is deprecated:FutureWarning"  # T5 of `adapters` passes it to transformers
 
 
 def _bert(layers: int) -> nn.Module:
@@ -64,7 +64,7 @@ def compacter(**options: Any) -> CompacterConfig:
 
 
 def draw_anew(model: nn.Module, seed: int = 0) -> None:
-    """Adapters that matter: at their own initialisation H is almost zero."""
+    """Give the adapters large random weights. As the library initialises them, H is almost zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("adapters.", "shared_parameters.", "adapter_fusion_layer.")):
@@ -73,7 +73,7 @@ def draw_anew(model: nn.Module, seed: int = 0) -> None:
 
 
 def make(family: str = "bert", setup: Any = "a", layers: int = 2, **configs: Any) -> nn.Module:
-    """A model with the adapters of these configs, "a" if there is none, in training."""
+    """A model in training mode with the adapters of these configs, by default one named "a"."""
     torch.manual_seed(0)
     model = FAMILIES[family](layers)
     adapters.init(model)
@@ -85,7 +85,7 @@ def make(family: str = "bert", setup: Any = "a", layers: int = 2, **configs: Any
 
 
 def residuals_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The residual of each later call of `compacter_adapter`; "normed" where it has a norm."""
+    """Record the residual of each later call of `compacter_adapter`, or "normed" for a norm."""
     residuals: list[Any] = []
     kernel = adapters_forward.compacter_adapter
 
@@ -118,7 +118,7 @@ def step(model: nn.Module, call: Any = None, **more: Any) -> dict[str, Tensor]:
 
 
 def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within 1e-5 of the largest entry."""
+    """Every entry agrees within 1e-5 of the largest entry of its tensor."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype, name
@@ -129,10 +129,11 @@ def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 class ExactStep:
     """A step of the model in float64, from which float32 may differ by as much on every processor.
 
-    The gradient of a learned scale, or of the input of a softmax, is a sum that nearly cancels. Its
-    digits in float32 are mostly rounding. So each gradient may differ by 1e-5 of its largest entry,
-    or by that and as much as it moves when every parameter moves by four units in the last place:
-    the most of three draws of their signs.
+    The gradient of a learned scale, or of the input of a softmax, is a sum whose terms nearly
+    cancel. Its digits in float32 are mostly rounding errors. So the limit for each gradient is the
+    larger of two: 1e-5 of its largest entry, or this plus the change of the gradient when every
+    parameter moves by four units in the last place. The change is the largest one of three random
+    draws of the signs.
     """
 
     def __init__(self, model: nn.Module) -> None:

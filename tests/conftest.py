@@ -1,6 +1,7 @@
-"""What holds in every test: uninitialised memory is poisoned, and the environment does not choose the impl.
+"""Settings of all tests: uninitialised memory is NaN, and the environment chooses no impl.
 
-Two variables put kernels on the CPU that need a GPU: TRITON_INTERPRET, and CUDA_ON_CPU (executed_cuda.py).
+Two variables let kernels that need a GPU run on the CPU: TRITON_INTERPRET, and CUDA_ON_CPU
+(executed_cuda.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ pytest.register_assert_rewrite("oracle")
 
 
 def pytest_report_header() -> list[str]:
-    """The impls that no test runs through."""
+    """The impls that no test uses, each with the reason."""
     from oracle import ABSENT
 
     return [f"not tested: impl {name}: {reason}" for name, reason in ABSENT.items()]
@@ -28,7 +29,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""
+    """torch.empty returns NaN, so that a test detects elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -36,7 +37,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def _nearest_bfloat16(convert: Any) -> Any:
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to the nearest."""
+    """Round to the nearest bfloat16, as a GPU does; Triton's interpreter truncates float32."""
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if str(source) == "fp32" and str(target) == "bf16":
@@ -53,13 +54,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter._convert_float = _nearest_bfloat16(interpreter._convert_float)
 
 
-if folder := os.environ.get(VARIABLE):  # before the tests ask who serves the CPU
+if folder := os.environ.get(VARIABLE):  # before the tests ask which impls serve the CPU
     serve(load(folder), pytest.MonkeyPatch())
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """impl="auto" is decided by the library."""
+    """The library, and not the environment, decides which impl "auto" takes."""
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
@@ -71,7 +72,7 @@ def seed() -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """A test that changes torch's number of threads gives it back."""
+    """Restore torch's number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,9 +1,11 @@
-"""impl="cuda" on the CPU: the kernels' own sources, compiled as C++ and executed by tests/cuda_on_cpu.
+"""impl="cuda" on the CPU: the kernels' sources, compiled as C++ and executed by tests/cuda_on_cpu.
 
-    cmake -S . -B build/cuda_on_cpu -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON && cmake --build build/cuda_on_cpu
+    cmake -S . -B build/cuda_on_cpu -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON
+    cmake --build build/cuda_on_cpu
     CUDA_ON_CPU=build/cuda_on_cpu pytest -k cuda tests/test_agreement.py ...
 
-as `make cuda-on-cpu` does. The variable is read by conftest.py alone; the package knows nothing of it.
+`make cuda-on-cpu` does the same. Only conftest.py reads the variable, and the package does not know
+of it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ DEVICE = cuda.Device(multiprocessors=2, shared_limit=227 * 1024, shared_per_mult
 
 
 def load(folder: str) -> ModuleType:
-    """The module that was built in that folder, beside the installed one: they share no Python type."""
+    """The module that was built in that folder. It shares no Python type with the installed one."""
     (path,) = Path(folder).resolve().glob("_C.*.so")
     spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", path)
     assert spec is not None and spec.loader is not None

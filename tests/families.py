@@ -67,7 +67,7 @@ def build(family: str, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def inputs(family: str, batch: int = 2, length: int = 6) -> dict[str, Tensor]:
-    """What the model's forward takes; always the same."""
+    """The inputs of the model's forward; always the same."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, WORDS, (batch, length), generator=generator)
     if family == "vit":

@@ -1,8 +1,8 @@
-"""Every argument of the functions as a tensor of another kind, in each kind of call.
+"""Calls of the functions with a tensor of another kind as each argument.
 
-`outcomes` makes the calls in a process of its own for each kind, since an address that is not one
-ends the process. An outcome is "right", "wrong", or the error that was raised. Kinds are functions
-of a plain tensor.
+`outcomes` makes the calls of each kind in a process of its own, since the use of an invalid address
+ends the process. An outcome is "right", "wrong", or the error that was raised. Each kind is a
+function of a plain tensor.
 """
 
 from __future__ import annotations
@@ -101,12 +101,13 @@ ADAPTER = ("x", *(f"{side}.{f}" for side in ("down", "up") for f in FIELDS), "re
 ADAPTER += ("norm.weight", "norm.bias", "out")
 
 
-# What torch itself compiles, a plain impl or the copy into an `out`, looks at no memory, and nested tensors end torch.
+# The arguments that are tested with torch.compile. For other arguments torch compiles a plain impl
+# or the copy into `out`, and these read no address. Nested tensors make torch end the process.
 COMPILED = ("x", "down.left", "up.bias", "residual")
 
 
 def tensors() -> dict[str, Tensor]:
-    """Plain tensors for all arguments, the same numbers in every run."""
+    """Plain tensors for all arguments, with the same numbers in every run."""
     torch.manual_seed(0)
     found = {"x": torch.randn(5, WIDTH), "residual": torch.randn(5, WIDTH), "scale": torch.tensor([0.7])}
     for side, wide_in, wide_out in (("down", WIDTH, BOTTLENECK), ("up", BOTTLENECK, WIDTH)):
@@ -128,7 +129,10 @@ def linear(given: dict[str, Tensor], impl: str = "auto") -> Tensor:
 
 
 def adapter(given: dict[str, Tensor], impl: str = "auto", what: str = "") -> Tensor:
-    """what: the argument in question; a scale, a norm or an `out` is passed only where it is that."""
+    """Call the adapter with the tested argument `what`.
+
+    A scale, a norm or an `out` is passed only if it is the tested argument.
+    """
     down, up = weights(given, "down"), weights(given, "up")
     options: dict[str, Any] = {"residual": (given["x"], given["residual"])}
     if what == "scale":
@@ -141,7 +145,7 @@ def adapter(given: dict[str, Tensor], impl: str = "auto", what: str = "") -> Ten
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """What a result of another class stands for."""
+    """The plain tensor that a result of another class represents."""
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return getattr(tensor, "a", tensor)
@@ -156,7 +160,7 @@ def outcome(call: Callable[[], list[Tensor]], expected: list[Tensor]) -> str:
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
-    if got.is_meta or hasattr(got, "fake_mode"):  # no numbers
+    if got.is_meta or hasattr(got, "fake_mode"):  # it has no numbers
         return got.shape == expected.shape
     return torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -164,7 +168,10 @@ def close(got: Tensor, expected: Tensor) -> bool:
 def calls(
     function: Callable[..., Tensor], name: str, impl: str, given: dict[str, Tensor], foreign: Any
 ) -> Iterator[Any]:
-    """The name of each kind of call, and that call: its output, and where a gradient is recorded that of x or left."""
+    """The name of each kind of call, and a function that makes the call.
+
+    It returns the output and, if gradients are recorded, the gradient of x or of W_left.
+    """
     options = {"what": name} if function is adapter else {}
 
     def once() -> list[Tensor]:
@@ -182,7 +189,7 @@ def calls(
         try:
             with torch.no_grad():
                 return [torch.compile(function, backend="eager")(given, impl, **options)]
-        except AssertionError as error:  # torch's own, for a FakeTensor among others
+        except AssertionError as error:  # raised by torch, for example for a FakeTensor
             raise RuntimeError(error) from error
 
     yield "no grad", once
@@ -193,7 +200,7 @@ def calls(
 
 
 def functions(kind: str) -> dict[str, str]:
-    """The outcome of each call with one argument of that kind, then with all of them."""
+    """The outcome of each call with one argument of that kind, and with all of them."""
     found = {}
     foreign = KINDS[kind]
     for function, names in ((linear, LINEAR), (adapter, ADAPTER)):
@@ -210,7 +217,7 @@ def functions(kind: str) -> dict[str, str]:
 
 
 def modules(kind: str) -> dict[str, str]:
-    """The same of a parameter of the modules."""
+    """The outcome of calls of a module with one parameter of that kind."""
     found = {}
     for name in ("down.W_left", "up.W_right", "down.phm_rule", "up.b"):
         module = ck.CompacterAdapter(WIDTH, reduction_factor=2)
@@ -222,14 +229,14 @@ def modules(kind: str) -> dict[str, str]:
         try:
             part._parameters[field] = nn.Parameter(value, requires_grad=False)
         except RuntimeError:
-            continue  # no parameter of this kind
+            continue  # torch makes no parameter of this kind
         with torch.no_grad():
             found[name] = outcome(lambda module=module, x=x: [module(x)], expected)
     return found
 
 
 def sharded() -> dict[str, str]:
-    """FSDP2 has sharded a model; an adapter of it is then called by itself, its weights gathered and not."""
+    """Call an adapter of a model that FSDP2 has sharded, with its weights gathered and without."""
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -251,11 +258,15 @@ def sharded() -> dict[str, str]:
 
 
 def outcomes(kind: str) -> dict[str, str]:
-    """The outcome of each call, by its name; "sharded" is a kind too. An error where the process ends."""
+    """The outcome of each call, by its name; "sharded" is a kind too.
+
+    Raises:
+        RuntimeError: the process ended.
+    """
     import torch._dynamo
 
     torch._dynamo.list_backends()
-    context = multiprocessing.get_context("fork")  # which has all of torch already
+    context = multiprocessing.get_context("fork")  # so that the child has imported torch already
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:

@@ -1,9 +1,9 @@
-"""The tests of the cpu kernels once more, under each instruction set but the one that the whole suite runs.
+"""Runs the tests of the cpu kernels under each instruction set that the whole suite does not use.
 
     python tests/instruction_sets.py [options of pytest]
 
-torch and its libraries are held to the same set, so that an older processor is imitated as a whole. A set that this
-build or this processor lacks is said.
+torch and its libraries are limited to the same set, so that the run imitates an older processor as
+a whole. A set that this build or this processor lacks is skipped, and the output says so.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FILES = (
     "normed_adapter",
     "patch_composition",
 )
-SELECTED = "environment or cpu or normed or composition"  # by impl, or by what is served by "auto"
+SELECTED = "environment or cpu or normed or composition"  # tests of this impl, or of calls that "auto" gives to it
 
 
 def why_not(isa: str) -> str | None:
-    """Why the tests are not run under this set, or None."""
+    """The reason why the tests are not run under this set; None if they are."""
     if isa not in _C.build_info()["isa"]:
         return "not in this build"
     try:

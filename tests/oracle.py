@@ -1,4 +1,7 @@
-"""What tests add to the cases and the oracle of the package: the impls of this process, bits, refusals."""
+"""Helpers for tests with the cases and the oracle of the package.
+
+They select the impls of this process, compare bits, and handle refusals.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 
 
 def _why_not(name: str) -> str | None:
-    """Why the impl cannot serve a plain call on the CPU in this process, or None."""
+    """The reason why the impl cannot serve a plain call on the CPU in this process, or None."""
     module, sizes = MODULES[name], Projection(1, 1, 2, 2, (FP32,) * 4)
     plain = Problem("adapter", torch.device("cpu"), FP32, (sizes, sizes), resolve("relu"))
     return ck.available_impls()[name] or module.refuses(plain)
 
 
-# Tests have no cases for the impls that cannot serve; conftest says at the start of a run which these are, and why.
+# Tests leave out the impls that cannot serve. conftest.py prints them and the reasons at the start.
 ABSENT = {name: reason for name in MODULES if (reason := _why_not(name)) is not None}
 IMPLS = [name for name in MODULES if name not in ABSENT]
 FUSED = [name for name in IMPLS if name not in PLAIN]
@@ -35,12 +38,15 @@ NOT_DENSE = [name for name in IMPLS if name != "dense"]
 
 
 def run(case: Case, tensors: Tensors, impl: str, grad: Tensor | None = None) -> Tensors:
-    """The output and the gradient of every tensor that requires one, by name; the tensors keep no .grad."""
+    """The output and the gradient of every tensor that requires one, by name.
+
+    The tensors get no .grad.
+    """
     return accuracy.run(case.inputs(tensors, grad), call(impl))
 
 
 def copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
-    """Fresh contiguous leaves with the same values, in `dtype` where given."""
+    """New contiguous leaves with the same values, in `dtype` if it is given."""
     return {
         name: t.detach().to(dtype or t.dtype, copy=True).contiguous().requires_grad_(t.requires_grad)
         for name, t in tensors.items()
@@ -48,19 +54,19 @@ def copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes: equal for equal bits, NaN included."""
+    """The bytes of the tensor. They are equal for equal bits, also for NaN."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def assert_same_bits(got: Tensors, expected: Tensors) -> None:
-    """Every tensor bitwise the same."""
+    """Every tensor is bitwise the same."""
     assert got.keys() == expected.keys()
     different = [name for name in got if not torch.equal(bits(got[name]), bits(expected[name]))]
     assert not different
 
 
 def problem(case: Case, device: str = "cpu") -> Problem:
-    """What the case asks for on that device."""
+    """The problem that the case poses on that device."""
     tensors = case.tensors()
     if case.operation == "linear":
         found = linear_problem(tensors["x"], weights(tensors))
@@ -70,7 +76,7 @@ def problem(case: Case, device: str = "cpu") -> Problem:
 
 
 def skip_if_refused(case: Case, tensors: Tensors, impl: str) -> None:
-    """An impl may refuse sizes: then the call says why, and the test ends here."""
+    """If the impl refuses these sizes, check that the call raises the reason, and skip the test."""
     device = tensors["x"].device.type
     reason = MODULES[impl].refuses(problem(case, device))
     if reason is not None:
@@ -80,14 +86,14 @@ def skip_if_refused(case: Case, tensors: Tensors, impl: str) -> None:
 
 
 class Reference(Oracle):
-    """An oracle that says in words what is wrong."""
+    """An oracle that describes each deviation in words."""
 
     def violations(self, got: Tensors, impl: str = "") -> list[str]:
-        """What is wrong with these results of `impl`, in words; nothing where they are within the limits."""
+        """A description of each result of `impl` that is outside the limits."""
         return [str(deviation) for deviation in self.compare(got, impl) if not deviation.holds]
 
     def accept(self, got: Tensors, impl: str = "") -> None:
-        """The results of `impl` are all there, within the limits, in the dtypes of the tensors they belong to."""
+        """All results of `impl` exist, are within the limits, and have the right dtypes."""
         assert got.keys() == self.exact.keys()
         assert not self.violations(got, impl)
 
@@ -99,5 +105,5 @@ def oracle(case: Case, tensors: Tensors, grad: Tensor) -> Reference:
 
 @functools.lru_cache(maxsize=4)
 def reference(case: Case) -> Reference:
-    """The oracle of a case with its own tensors; consecutive tests of one case share it."""
+    """The oracle of a case with its own tensors. Consecutive tests of one case share it."""
     return Reference(case.inputs())

@@ -16,7 +16,10 @@ hooks_known = pytest.mark.skipif(private.PUBLIC, reason="whether a module has ho
 
 
 class LookalikeLinear(nn.Module):
-    """Their PHMLinear. It builds H in each call. A shared rule or W is set from outside."""
+    """The PHMLinear of those libraries.
+
+    It builds H in each call. A shared rule or W is set from outside.
+    """
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class LookalikeLinear(nn.Module):
 
 
 class Activations(nn.Module):
-    """Their module around an activation function."""
+    """The module of those libraries around an activation function."""
 
     def __init__(self, f: Any) -> None:
         super().__init__()

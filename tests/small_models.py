@@ -28,7 +28,10 @@ def base_of(kind: str, **sizes: int) -> nn.Module:
 def make(
     kind: str, config: ck.CompacterConfig = CONFIG, impl: str = "auto", **sizes: int
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model with adapters in training mode, the same each time, and a copy of its base's state."""
+    """A model with adapters in training mode, and a copy of the state of its base.
+
+    Both are the same each time.
+    """
     torch.manual_seed(0)
     model = base_of(kind, **sizes)
     base = copy.deepcopy(model.state_dict())
@@ -36,7 +39,7 @@ def make(
 
 
 def batch(kind: str, size: int = 4, seed: int = 0, length: int = 7) -> dict[str, Tensor]:
-    """Random tokens; of BERT, labels that a look at the first token tells."""
+    """Random tokens. The labels of BERT depend on the first token alone."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, WORDS, (size, length), generator=generator)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -63,7 +66,10 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def gradients(
     model: nn.Module, inputs: dict[str, Tensor], run: Any = None, autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Loss and gradient of every trained parameter, through `run` (by default the model itself); grads are cleared."""
+    """The loss and the gradient of every trained parameter, computed through `run`.
+
+    By default `run` is the model itself. The gradients are cleared.
+    """
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         loss = (model if run is None else run)(**inputs).loss
     loss.backward()
@@ -90,7 +96,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def fit(model: nn.Module, kind: str, steps: range, optimizer: torch.optim.Optimizer, size: int = 8) -> list[float]:
-    """Plain training; the losses."""
+    """Train in a plain loop, and return the losses."""
     losses = []
     for step in steps:
         loss = model(**batch(kind, size, seed=step % 2)).loss

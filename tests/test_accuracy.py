@@ -1,4 +1,7 @@
-"""The check of errors: it passes what is right, and catches a wrong number in the output and in every gradient."""
+"""The check of errors accepts right results, and detects a wrong number in every result.
+
+The results are the output and each gradient.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def test_a_wrong_number_is_caught(name: str) -> None:
 
 
 def test_a_gradient_that_autograd_sees_wrong_is_caught() -> None:
-    """A function with the right output, whose backward halves the gradient of the up rule."""
+    """The function has the right output, but its backward halves the gradient of the up rule."""
 
     def function(inputs: Inputs) -> Tensor:
         assert inputs.up is not None

@@ -1,4 +1,4 @@
-"""The activations: names, aliases, and the torch functions that they are."""
+"""The activations: their names, their aliases, and the torch functions that they equal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_alias(alias: str, name: str) -> None:
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_far_from_zero(name: str, impl: str) -> None:
-    """Where an exponential overflows or vanishes: the values and the slopes are still those of torch."""
+    """Values and slopes equal those of torch, also where an exponential overflows or vanishes."""
     case = Case(n=1, width=1, bottleneck=1, activation=name, residual="none", bias=False)
     sizes = torch.tensor([0.0, 1e-30, 1e-3, 0.1, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 9.0, 20.0, 90.0, 1e4])
     x = torch.cat([sizes, -sizes])[:, None].requires_grad_()

@@ -1,4 +1,7 @@
-"""Every impl against the float64 dense oracle: the output and all gradients, over sizes, dtypes and options."""
+"""Every impl against the float64 dense oracle, over sizes, dtypes and options.
+
+Both the output and all gradients are compared.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from oracle import BF16, FP16, FP32, FP64, NOT_DENSE, Case, reference, run, skip
 
 from compacter_kernels.activations import FUSED as ACTIVATIONS
 
-# (width, bottleneck) for each n: none of them a multiple of a vector in every chunk, some with chunks of one or two
+# (width, bottleneck) for each n. Some sizes are no multiple of a vector in any chunk, and some have
+# chunks of one or two numbers.
 WIDTHS = {
     1: [(24, 5), (30, 7), (768, 24)],
     2: [(30, 6), (772, 22), (768, 48)],

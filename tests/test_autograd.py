@@ -1,4 +1,4 @@
-"""Which gradients are computed, and what happens beyond the first derivative."""
+"""Which gradients are computed, and derivatives beyond the first one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_only_what_needs_a_gradient_gets_one(case: Case, needed: str, impl: str)
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_are_those_of_each_dtype(impl: str) -> None:
-    """Every parameter in a dtype of its own."""
+    """Every parameter has its own dtype."""
     case = Case("linear", shape=(11,))
     dtypes = {"x": BF16, "rule": torch.float64, "left": torch.float16, "right": torch.float32, "bias": BF16}
     tensors = {
@@ -81,7 +81,7 @@ def test_gradients_accumulate(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["one number", "a parameter of shape (1,)"])
 def test_learned_scale(kind: str, impl: str) -> None:
-    """A tensor as scale is differentiable, and the parameters keep their dtypes."""
+    """A tensor as scale gets a gradient, and the parameters keep their dtypes."""
     case = Case(shape=(11,), dtype=BF16, params=BF16)
     tensors = case.tensors()
     scale = torch.tensor(0.7 if kind == "one number" else [0.7], requires_grad=True)
@@ -128,7 +128,7 @@ def test_first_derivative_with_create_graph(case: Case, impl: str) -> None:
 
 @pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
 def test_second_derivative_of_factored(case: Case) -> None:
-    """Against dense, in float64; gradgradcheck holds it to finite differences."""
+    """It agrees with dense in float64. test_gradcheck.py compares it with finite differences."""
     seconds = []
     for impl in ("factored", "dense"):
         tensors = case.tensors(torch.float64)
@@ -149,7 +149,10 @@ def test_changing_a_saved_tensor_is_noticed(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_a_tensor_that_a_transform_left_behind(impl: str) -> None:
-    """torch unwraps such a tensor in a Function; ours still do, though they skip the search for one."""
+    """torch unwraps such a tensor in an autograd.Function.
+
+    Our functions skip the search for such tensors, but still give the right result.
+    """
     kept = []
 
     def square(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The benchmark: what it writes, what it refuses to time, and how it counts. Nothing here depends on a time."""
+"""The benchmark: its files, its refusals to time, and its counts.
+
+No test here depends on a measured time.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SMALL = Settings(shapes=(SHAPE,), tokens=(1, 9), providers=PLAIN, rounds=2)
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's rates are not what is tested."""
+    """The tests do not depend on the rates of the machine."""
     monkeypatch.setattr("compacter_kernels.bench.cpu.COPY_BYTES", 2**16)
     monkeypatch.setattr("compacter_kernels.bench.cpu.SGEMM_SIZE", 32)
 
@@ -166,7 +169,7 @@ def test_the_model_counts_what_the_formula_says() -> None:
 
 
 def test_disturbed_samples_are_repeated_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sample in five is beside a thousand involuntary switches."""
+    """A thousand involuntary switches happen beside one sample in five."""
     switches = iter(range(10**6))
     monkeypatch.setattr(load, "involuntary_switches", lambda: 1000 * (next(switches) // 5))
     monkeypatch.setattr(load.Moment, "crowded", lambda *_: False)

@@ -1,4 +1,7 @@
-"""What `bench --device cuda` decides without a device: rivals and their gate, copies, shares of time, the report."""
+"""The decisions of `bench --device cuda`, which need no device.
+
+They concern the competing providers and their check, copies, shares of time, and the report.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def test_the_shares_of_the_shapes_fit_into_the_limit() -> None:
 
 
 def test_a_measuring_process_that_dies_or_hangs_leaves_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last argument of the process is where it writes its table."""
+    """The last argument of the process is the path to which it writes its table."""
     settings = CUDA.__class__(shapes=(SHAPE,), device="cuda", limit=3.0)
     for ending, reason in (("exit 3", "exit code 3"), ("sleep 60", "stopped after 3 s")):
         script = f'echo \'{{"rows": [{{"tokens": 1}}], "absent": []}}\' > "$0"; {ending}'

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line for what is wrong, JSON, and the optional packages that may be missing."""
+"""The command line: exit codes, one-line errors, JSON, and missing optional packages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = ["--shapes", "24/12/4", "--tokens", "5"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
+    """The exit code, stdout and stderr."""
     try:
         code = cli.main(arguments)
     except SystemExit as stop:
@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 @pytest.fixture
 def wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every impl of the check but dense gives an output that is off."""
+    """Every impl that is checked, except dense, gives a wrong output."""
     right = accuracy.call
 
     def call(impl: str) -> accuracy.Function:

@@ -1,4 +1,4 @@
-"""CompacterAdapter: every option against the same thing composed of torch functions."""
+"""CompacterAdapter: every option against a composition of torch functions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _make(name: str, **more: Any) -> ck.CompacterAdapter:
 
 
 def _composed(adapter: ck.CompacterAdapter, x: Tensor, residual: Tensor | None) -> Tensor:
-    """The options in the order in which they act."""
+    """The options, applied in their order."""
 
     def project(layer: ck.PHMLinear, x: Tensor) -> Tensor:
         y = x @ ck.phm_matrix(layer.weights())
@@ -79,7 +79,7 @@ def test_forward_and_gradients(name: str, given: bool) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout(impl: str) -> None:
-    """On the output before the residual, in training only."""
+    """Dropout acts on the output before the residual, and only in training."""
     adapter = _make("default", dropout=0.4, impl=impl)
     x = torch.randn(400, 24)
     delta = adapter.train()(x) - x

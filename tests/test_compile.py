@@ -1,4 +1,4 @@
-"""torch.compile and torch.export see one graph, for every token count, and it is that graph that runs."""
+"""torch.compile and torch.export see one graph for every token count, and this graph runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 class Backend:
-    """aot_eager that counts the calls of what it compiled, and knows its operators."""
+    """aot_eager that counts the calls of its compiled graphs, and records their operators."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -47,7 +47,7 @@ def _compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], B
 
 
 def _no_recompile(count: int) -> AbstractContextManager[object]:
-    """The first call compiles, no later one does."""
+    """The first call may compile. A compilation in a later call raises an error."""
     return torch._dynamo.config.patch(error_on_recompile=True) if count else nullcontext()
 
 
@@ -62,7 +62,7 @@ FUNCTIONS = [*((case, impl) for case in CASES for impl in FUSED), (CASES[0], "fa
 
 @pytest.mark.parametrize(("case", "impl"), FUNCTIONS, ids=str)
 def test_function(case: Case, impl: str) -> None:
-    """One graph for all token counts, forward and backward, and the results of eager mode."""
+    """One graph serves all token counts, forward and backward, with the results of eager mode."""
     compiled, backend = _compiled(lambda tensors: case.call(tensors, impl))
     for count, tokens in enumerate((5, 8, 33)):
         sized = Case(**{**vars(case), "shape": (tokens,)})
@@ -108,7 +108,10 @@ def test_module(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("impl", FUSED)
 def test_inductor(impl: str) -> None:
-    """The default backend, with the bits of eager mode; nothing is recompiled for other token counts."""
+    """The default backend gives the bits of eager mode.
+
+    Other token counts need no recompilation.
+    """
     case = Case(shape=(6,), residual="other")
     compiled = torch.compile(lambda tensors: case.call(tensors, impl), fullgraph=True, dynamic=True)
     for count, tokens in enumerate((7, 5, 40)):
@@ -148,7 +151,7 @@ def test_export(strict: bool, impl: str) -> None:
 
 
 def test_first_call_may_be_a_compiled_one() -> None:
-    """No plan, no log line and no module is there yet."""
+    """There is no plan and no log line yet, and no module has been called."""
     from compacter_kernels import dispatch, route
 
     route._plans.clear()

@@ -1,4 +1,4 @@
-"""Several Python threads at once, and processes forked from one that has already used every core."""
+"""Several Python threads at once, and processes forked from one that has used every core."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.fixture
 def two_threads(threads: None) -> None:
-    """Of OpenMP in each call, whatever the environment says."""
+    """Each call uses two threads of OpenMP, also if the environment says otherwise."""
     torch.set_num_threads(2)
 
 
@@ -36,7 +36,7 @@ def test_four_threads_at_once(impl: str) -> None:
     failures: list[BaseException] = []
 
     def work(i: int) -> None:
-        torch.set_num_threads(2)  # OpenMP has a number for each thread
+        torch.set_num_threads(2)  # OpenMP keeps this number for each thread
         try:
             start.wait()
             for turn in range(3 * len(CASES)):
@@ -54,7 +54,7 @@ def test_four_threads_at_once(impl: str) -> None:
 
 
 class _Adapted(Dataset[Tensors]):
-    """Items that are computed by forward and backward, in the worker."""
+    """A data set whose items the worker computes by a forward and a backward."""
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
@@ -71,7 +71,7 @@ class _Adapted(Dataset[Tensors]):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_forked_data_loader_worker(impl: str) -> None:
     data = _Adapted(impl)
-    expected = data[0]  # the parent has used its threads
+    expected = data[0]  # so that the parent has used its threads
     items = list(DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60))
     assert len(items) == len(data)
     for item in items:
@@ -82,7 +82,7 @@ def test_forked_data_loader_worker(impl: str) -> None:
 @pytest.mark.skipif(ck.available_impls()["cpu"] is not None, reason="cpu is not built")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork_without_setting_the_thread_count() -> None:
-    """torch hangs here where it uses several threads; the fused kernels must not."""
+    """With several threads torch hangs here. The fused kernels must not hang."""
     case = Case(shape=(64,), width=96, bottleneck=24, n=8)
     tensors, grad = case.tensors(), case.grad_output()
     run(CASES[0], CASES[0].tensors(), "cpu")

@@ -32,7 +32,7 @@ def nondeterministic_operators() -> None:
 
 
 def theirs(family: str, steps: int = 3, **options: Any) -> nn.Module:
-    """Return a model of `adapters` whose Compacter was trained for a few steps."""
+    """A model of `adapters` whose Compacter was trained for a few steps."""
     model = build(family)
     adapters.init(model)
     model.add_adapter("task", config=adapters.CompacterConfig(**{"reduction_factor": 4, **options}))
@@ -80,7 +80,7 @@ def test_a_live_model(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family: str, tmp_path: Path) -> None:
-    """Our folder is converted into theirs, which the library loads by its load_adapter."""
+    """Our folder is converted into that of `adapters`, which load_adapter of the library loads."""
     model = trained(build(family), cross_adapter=family != "gpt2", train_layer_norms=False, non_linearity="silu")
     save_adapter(model, tmp_path / "ours")
     convert(tmp_path / "ours", "adapters", tmp_path / "theirs", name="task")
@@ -111,11 +111,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_options(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Their files, or the model if these are incomplete, are converted into ours and back again."""
+    """The files of `adapters` are converted into ours and back again.
+
+    The model is converted if its files are incomplete.
+    """
     model = theirs(family, **options)
     expected = output(family, model)
     source: Any = model
-    if family == "bert" and not options.get("ln_before"):  # which `adapters` cannot save as safetensors
+    if family == "bert" and not options.get("ln_before"):  # `adapters` cannot save these as safetensors
         source = save(model, tmp_path / "saved")
     convert(source, "compacter-kernels", tmp_path / "ours")
     plain = load_adapter(build(family), tmp_path / "ours")
@@ -164,7 +167,7 @@ def test_layer_norms_are_a_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["t5", "roberta"])
 def test_a_file_without_its_rule_is_told_and_repaired(family: str, tmp_path: Path) -> None:
-    """adapters 1.3.0 does not save the rule of a T5 and of a model without a head."""
+    """adapters 1.3.0 does not save the rule of a T5, nor of a model without a head."""
     model = theirs(family)
     expected = output(family, model)
     folder = save(model, tmp_path / "saved")
@@ -216,7 +219,7 @@ def test_what_ours_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_their_plus_plus_computes_something_else() -> None:
-    """Their adapter reads the block's output plus the residual. Therefore convert refuses it."""
+    """The library's adapter reads the block's output plus the residual. So convert refuses it."""
     model = theirs("bert", mh_adapter=False)
     expected = output("bert", model)
     before = model.adapters_config.config_map

@@ -115,7 +115,7 @@ def test_an_index_that_is_wrong(case: str, folder: Path) -> None:
 
 
 def test_a_whole_model_with_our_adapters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Its files say no options. The error says which steps lead to an adapter folder."""
+    """Its files have no options. The error names the steps that lead to an adapter folder."""
     model = trained(build("bert"), non_linearity="relu")
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -146,7 +146,7 @@ def test_other_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_model_of_adapters(tmp_path: Path) -> None:
-    """Its config.json has the options, so it converts as the live model does."""
+    """Its config.json has the options. So it is converted like the model in memory."""
     adapters = pytest.importorskip("adapters")
     model = build("bert")
     adapters.init(model)

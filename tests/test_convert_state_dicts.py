@@ -88,7 +88,7 @@ def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _scale(model: nn.Module) -> nn.Module:
-    """Make the logits of order one, and change the layer norms as training would."""
+    """Make the logits of order one, and change the layer norms as a training would."""
     for name, parameter in model.named_parameters():
         if name.endswith(("W_left", "W_right", ".W", ".b")):
             parameter.data.mul_(0.3)

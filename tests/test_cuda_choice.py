@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def environment(folder: Path, answer: str) -> dict[str, str]:
-    """With an nvidia-smi that gives this answer."""
+    """An environment whose nvidia-smi prints this answer."""
     smi = folder / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho '{answer}'\n")
     smi.chmod(0o755)
@@ -46,7 +46,10 @@ def environment(folder: Path, answer: str) -> dict[str, str]:
     ],
 )
 def test_the_gpus_of_this_machine_are_built_for(tmp_path: Path, nvcc: str, answer: str, archs: str) -> None:
-    """For each GPU machine code, for the last PTX too; for all architectures where none is seen."""
+    """CMake builds machine code for each GPU, and PTX for the last one.
+
+    Without a GPU it builds for all architectures.
+    """
     (tmp_path / "script.cmake").write_text(SCRIPT)
     command = ["cmake", f"-DCMAKE_CUDA_COMPILER_VERSION={nvcc}", "-P", tmp_path / "script.cmake"]
     done = subprocess.run(command, env=environment(tmp_path, answer), capture_output=True, text=True)
@@ -55,7 +58,7 @@ def test_the_gpus_of_this_machine_are_built_for(tmp_path: Path, nvcc: str, answe
 
 @WITHOUT_GPU
 def test_without_a_gpu_there_is_no_cuda_part_and_the_build_says_so(tmp_path: Path) -> None:
-    """Unless one is asked for: tests/test_cuda_compile.py reads what COMPACTER_CUDA=ON compiles."""
+    """With COMPACTER_CUDA=ON there is a CUDA part, which tests/test_cuda_compile.py compiles."""
     command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     done = subprocess.run(command, env=environment(tmp_path, "No devices were found"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,7 @@
-"""The CUDA sources compiled for every architecture: benchmarks/ptxas_report.py finds nothing wrong with a kernel."""
+"""The CUDA sources, compiled for every architecture.
+
+benchmarks/ptxas_report.py reports no fault of a kernel.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def script() -> Any:
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}")
 def test_no_kernel_has_a_fault() -> None:
-    """No spill, no stack, no more registers than the launch bounds leave; matrix instructions and wide accesses."""
+    """No kernel spills, has a stack, or takes more registers than its launch bounds allow.
+
+    Each has matrix instructions and wide accesses.
+    """
     done = subprocess.run([sys.executable, SCRIPT, "--json"], capture_output=True, text=True)
     assert done.stdout, done.stderr
     rows = json.loads(done.stdout)
@@ -55,7 +61,7 @@ def test_no_kernel_has_a_fault() -> None:
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}")
 def test_a_kernel_that_spills_is_found(script: Any, tmp_path: Path) -> None:
-    """Each fault that the report knows shows in one of two kernels, or both."""
+    """Each fault that the report knows appears in one of two kernels, or in both."""
     source = tmp_path / "kernels.cu"
     good, bad = {"name": "small", "floats": 4, "index": 0}, {"name": "spills", "floats": 96, "index": "i"}
     source.write_text(KERNEL.format(**good) + KERNEL.format(**bad))

@@ -1,5 +1,7 @@
-"""The CUDA kernels, executed on the CPU (executed_cuda.py): every instance that a launcher can dispatch, on devices
-with more and with less shared memory, under several orders of threads.
+"""The CUDA kernels, executed on the CPU (executed_cuda.py).
+
+The tests run every instance that a launcher can dispatch, on devices with more and with less shared
+memory, under several orders of threads.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ KIB = 1024
 AMPERE = cuda.Device(multiprocessors=3, shared_limit=163 * KIB, shared_per_multiprocessor=164 * KIB, capability=80)
 BLACKWELL = cuda.Device(multiprocessors=1, shared_limit=99 * KIB, shared_per_multiprocessor=100 * KIB, capability=120)
 WIDE = cuda.Device(multiprocessors=8, shared_limit=227 * KIB, shared_per_multiprocessor=228 * KIB, capability=100)
-ORDERS = (0, 1, 2, 3)  # threads upwards, downwards, two random orders
+ORDERS = (0, 1, 2, 3)  # threads upwards, downwards, and in two random orders
 
-# chunks of 40 numbers move 16 bytes at a time, chunks of 13 do not; 21 tokens fill no whole number of tiles
+# Chunks of 40 numbers move 16 bytes at a time, and chunks of 13 do not. 21 tokens leave a tile
+# incomplete.
 INSTANCES = [
     Case(operation, n * chunk, n * inner, n, rank, shape=(21,), dtype=dtype)
     for operation, n, rank, dtype in itertools.product(
@@ -52,7 +55,7 @@ OPTIONS = [
 
 @pytest.fixture
 def library() -> Iterator[ctypes.CDLL]:
-    """The executed kernels' own functions; their order is put back."""
+    """The functions of the executed kernels. The order of threads is reset after the test."""
     (path,) = (p for p in [load(os.environ[VARIABLE]).__file__] if p)
     found = ctypes.CDLL(path)
     found.cuda_on_cpu_conflicts()
@@ -61,7 +64,7 @@ def library() -> Iterator[ctypes.CDLL]:
 
 
 def on(device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """impl="cuda" on such a device from now on; no plan of another one is kept."""
+    """From now on impl="cuda" runs on such a device. No plan of another device is kept."""
     serve(load(os.environ[VARIABLE]), monkeypatch, device)
 
 
@@ -75,7 +78,7 @@ def test_every_instance(case: Case) -> None:
 def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
     on(device, monkeypatch)
     if reason := cuda.refuses(problem(case)):
-        assert device is BLACKWELL and case.width > 2048  # all others have a place for these
+        assert device is BLACKWELL and case.width > 2048  # all other devices can run these
         pytest.skip(reason)
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
@@ -98,7 +101,10 @@ def test_no_bank_conflicts_of_ldmatrix(case: Case, library: ctypes.CDLL) -> None
 
 @pytest.mark.parametrize("moved", ["x", "residual", "grad"])
 def test_unaligned_addresses(moved: str) -> None:
-    """A tensor that begins at no multiple of 16 bytes moves number by number, in a width that else does not."""
+    """A tensor whose address is no multiple of 16 bytes moves one number at a time.
+
+    Its width allows wide accesses otherwise.
+    """
     case = Case(width=768, bottleneck=24, shape=(6,), residual="other", dtype=BF16)
     tensors = {**case.tensors(), "grad": case.grad_output()}
     there = tensors[moved].detach()

@@ -1,4 +1,4 @@
-"""The execution of CUDA kernels on the CPU (cuda_on_cpu/): right results, and the faults that it is there to find."""
+"""The execution of CUDA kernels on the CPU (cuda_on_cpu/): right results, and detected faults."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ RACES = {
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
-    """Built once, for all workers of pytest-xdist."""
+    """The programs are built once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "cuda_on_cpu"
     with FileLock(f"{folder}.lock"):
@@ -96,7 +96,8 @@ def build_programs(folder: Path) -> None:
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # what a kernel stuck in a fault holds is lost
+    # A kernel that stops at a fault does not free its memory.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=60)
 
 

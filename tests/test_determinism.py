@@ -1,4 +1,4 @@
-"""The same bits in every run, and the same function with any number of threads."""
+"""The same bits in every run, and the same results with any number of threads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def test_any_number_of_threads(case: Case, count: int, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_token_does_not_depend_on_its_neighbours(impl: str) -> None:
-    """Up to rounding: an impl may treat the last tokens of a block differently."""
+    """The results agree up to rounding.
+
+    An impl may treat the last tokens of a block differently.
+    """
     case = CASES[1]
     tensors = case.tensors()
     whole = case.call(tensors, impl)

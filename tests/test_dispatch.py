@@ -1,4 +1,4 @@
-"""Which impl runs: the order of auto, explicit choices, the environment variable, one line in the log."""
+"""The choice of the impl: the order of "auto", explicit choices, the environment, the log line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_auto_takes_the_first_that_serves(case: Case) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An sm_90 that every impl but the CPU's serves, as far as a choice goes."""
+    """A fake sm_90 that every impl except cpu serves, as far as the choice is concerned."""
     monkeypatch.setattr("compacter_kernels.dispatch.architecture", lambda device: "sm_90")
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     for name in ("triton", "cuda"):
@@ -68,7 +68,10 @@ def _chosen(case: Case) -> dispatch.Explanation:
 
 @pytest.mark.usefixtures("gpu")
 def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of compacter_kernels.dispatch: its impls, fastest first, on the calls that it names and no others."""
+    """The table of compacter_kernels.dispatch has the impls of a class of calls, fastest first.
+
+    Calls of other classes do not use it.
+    """
     kind = Class("adapter", "sm_90", BF16, (4, 8))
     monkeypatch.setattr(dispatch, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
     found = _chosen(Case(dtype=BF16))
@@ -111,7 +114,10 @@ REFUSED = {
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_fused_impl_refuses(name: str, impl: str) -> None:
-    """auto goes on to factored and says why; the explicit choice raises, says why, and names what would serve."""
+    """ "auto" takes factored instead, and explains why.
+
+    An explicit choice raises an error, which has the reason and names the impls that would serve.
+    """
     case, options, why = REFUSED[name]
     explanation = _explain(case, **options)
     assert explanation.impl == "factored"

@@ -1,6 +1,6 @@
 """The documents: their Python runs, their commands exist, their links work, their lines wrap.
 
-Nothing but Python is run: a console block is compared with the project that it belongs to.
+Only Python is run. A console block is compared with the commands of the project.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
 DOCUMENTS = [str(path.relative_to(ROOT)) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 GENERATED = re.compile(r"^<!-- (\w+):begin -->\n.*?^<!-- \1:end -->\n", re.MULTILINE | re.DOTALL)
-ASSIGNMENT = re.compile(r"[A-Z_]+=.*")  # of an environment variable before a command, or of a variable of make
+ASSIGNMENT = re.compile(r"[A-Z_]+=.*")  # an environment variable before a command, or a variable of make
 
 
 class Block(NamedTuple):
-    """A fenced block of a document: the word behind the fence, the first line, the text."""
+    """A fenced block of a document: its kind, its first line and its text."""
 
     kind: str
     line: int
@@ -47,7 +47,7 @@ def blocks(document: str) -> list[Block]:
 
 
 def run_code(document: str, first: int | None = None) -> dict[str, Any]:
-    """Run the Python blocks of a document, or the first ones, in order; return their names."""
+    """Run the Python blocks of a document, or the first ones, in order. Returns their names."""
     names: dict[str, Any] = {"__name__": document}
     for block in [block for block in blocks(document) if block.kind == "python"][:first]:
         lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
@@ -79,7 +79,7 @@ def split(words: list[str]) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_block_is_python_or_console(document: str) -> None:
-    """A block of another kind would not be tested. A citation is no code."""
+    """A block of another kind would not be tested. A citation needs no test."""
     assert {block.kind for block in blocks(document)} <= {"python", "console", "bibtex"}
     assert len(re.findall(r"^\s*```", read(document), re.MULTILINE)) == 2 * len(blocks(document))
 
@@ -101,7 +101,7 @@ def test_the_first_block_of_the_readme_has_eight_lines() -> None:
 
 def test_the_lines_that_the_readme_says_it_equals() -> None:
     readme = run_code("README.md", first=2)
-    x = torch.randn(7, 32, dtype=torch.float64)  # so that rounding, which differs between machines, has no say
+    x = torch.randn(7, 32, dtype=torch.float64)  # so that rounding, which differs between machines, does not matter
     weights = ck.CompacterAdapter(32, reduction_factor=4, phm_rank=2, phm_init_range=1.0, dtype=torch.float64)
     down, up = weights.down.weights(), weights.up.weights()
     torch.testing.assert_close(readme["phm_linear"](x, *down), ck.phm_linear(x, down), rtol=1e-12, atol=1e-12)
@@ -149,7 +149,7 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arguments go through the parser of the command, whose `run` is replaced."""
+    """Parse the arguments with the parser of the command, whose `run` is replaced."""
     module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
     monkeypatch.setattr(module, "run", lambda args: 0)
     assert cli.main(arguments) == 0
@@ -211,7 +211,7 @@ def check_cmake(arguments: list[str]) -> None:
 
 
 def accept(arguments: list[str]) -> None:
-    """Commands of the shell and of git have nothing of this project in them."""
+    """Commands of the shell and of git do not depend on this project."""
 
 
 CHECKS = {

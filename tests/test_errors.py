@@ -1,4 +1,7 @@
-"""Every bad argument of every public function is named in its error, on the first call and on every later one."""
+"""The error about a bad argument of a public function names the argument.
+
+It does so on the first call and on every later one.
+"""
 
 from __future__ import annotations
 

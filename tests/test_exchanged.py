@@ -1,4 +1,7 @@
-"""Heads and layers exchanged or resized after inject: said, and not saved as if nothing was missing."""
+"""Heads and layers that are exchanged or resized after inject.
+
+The library warns of them, and does not save an incomplete adapter.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def test_a_head_that_was_exchanged_is_missed(tmp_path: Path) -> None:
         output("bert", model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        output("bert", model)  # said once
+        output("bert", model)  # it warns only once
     with pytest.raises(ValueError, match=r"exchanged for others since: classifier\. Put back what was there"):
         ck.save_adapter(model, tmp_path / "it")
     assert not (tmp_path / "it").exists()

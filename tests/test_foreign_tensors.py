@@ -34,8 +34,8 @@ def test_every_argument(kind: str) -> None:
         if name == "all":
             assert outcome != "wrong", call
         elif outcome == "right":
-            assert kind == "two_tensor", call  # the only kind that goes with plain tensors beside it
-        elif not call.endswith("compiled"):  # there torch's own words come first
+            assert kind == "two_tensor", call  # the only kind that torch combines with plain tensors
+        elif not call.endswith("compiled"):  # where torch raises its own error first
             assert name in outcome, f"{call}: {outcome}"
     together = {outcome for call, outcome in found.items() if " all no grad" in call}
     if kind in ("two_tensor", "dtensor", "fake", "meta"):
@@ -44,7 +44,10 @@ def test_every_argument(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "residual", "down.rule", "down.left", "up.right", "up.bias"])
 def test_transforms_of_torch(name: str) -> None:
-    """torch.func.grad, vmap and jvp with respect to each argument, through an impl of plain torch."""
+    """torch.func.grad, vmap and jvp with respect to each argument.
+
+    An impl of plain torch computes the call.
+    """
     given = tensors()
     value, direction = given[name].double(), torch.ones_like(given[name]).double()
     given = {n: t.double() for n, t in given.items()}
@@ -62,7 +65,7 @@ def test_transforms_of_torch(name: str) -> None:
 
 
 def test_transforms_of_a_learned_scale_and_of_the_matrix() -> None:
-    """Both are computed before a kernel is asked."""
+    """Both are computed by torch before a kernel is called."""
     given = tensors()
     scale = torch.tensor([0.7])
     leaf = scale.clone().requires_grad_()
@@ -106,7 +109,10 @@ def test_forward_mode_with_frozen_weights() -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "factored"])
 def test_many_gradients_at_once(impl: str) -> None:
-    """is_grads_batched maps the backward over its incoming gradients, which a kernel cannot read."""
+    """is_grads_batched maps the backward over its incoming gradients.
+
+    A kernel cannot read these.
+    """
     given = tensors()
     x = given["x"].requires_grad_()
     out = adapter(given, impl)
@@ -130,7 +136,7 @@ def test_memory_that_is_freed_before_the_backward() -> None:
 
 
 def test_a_negative_view() -> None:
-    """A tensor that torch negates when it is read, and that is contiguous."""
+    """It is contiguous, and torch negates it when it is read."""
     given = tensors()
     for name in ("x", "residual"):
         expected = adapter({**given, name: -given[name]})
@@ -139,7 +145,10 @@ def test_a_negative_view() -> None:
 
 @pytest.mark.parametrize("kind", ["two_tensor", "freed", "strided_and_freed"])
 def test_a_patched_model(kind: str) -> None:
-    """One weight of an adapter is of that kind; the layer norm behind it is frozen, and so in the kernel."""
+    """One weight of an adapter is of that kind.
+
+    The layer norm behind the adapter is frozen, so that the kernel computes it.
+    """
     pytest.importorskip("adapters")
     from adapters_models import inputs, make
 

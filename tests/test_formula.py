@@ -1,4 +1,7 @@
-"""dense is the formula of the paper, written here once more with torch.kron and no code of the library."""
+"""dense computes the formula of the paper.
+
+The formula is written here again with torch.kron, without code of the library.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def test_adapter(impl: str) -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def test_dense_in_low_precision_rounds_once(dtype: torch.dtype) -> None:
-    """The limits of every other impl rest on the error of dense: here it is held to a bound of its own."""
+    """The error of dense has its own limit, since the limits of all other impls depend on it."""
     case = Case(width=768, bottleneck=48, dtype=dtype, shape=(64,))
     tensors = case.tensors()
     exact = case.call({name: t.to(FP64) for name, t in tensors.items()}, "dense")

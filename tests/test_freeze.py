@@ -1,4 +1,7 @@
-"""Switching adapters: those out of use are frozen, a graph that holds them still gives them its gradients."""
+"""Switching between adapters freezes those that are not in use.
+
+A graph that was recorded before still gives them their gradients.
+"""
 
 from __future__ import annotations
 

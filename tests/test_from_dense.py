@@ -1,4 +1,7 @@
-"""from_dense: planted structure comes back, the fit is no worse than what it must beat, the search and its refusals."""
+"""from_dense: it recovers planted structure, fits no worse than simpler methods, and searches.
+
+It refuses unsuitable arguments.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _planted(widths: Sequence[tuple[int, int]], n: int, r: int, seed: int = 0) -> list[Tensor]:
-    """Matrices (in, out) that share a rule, by torch.kron, of unlike norms."""
+    """Matrices (in, out) that share a rule, by torch.kron. Their norms differ."""
     rule, found = _draw(n, n, n, seed=seed), []
     for number, (i, o) in enumerate(widths):
         left, right = (
@@ -51,7 +54,7 @@ def random_pair(k: int, d: int, dtype: torch.dtype = FP64) -> tuple[nn.Linear, n
 
 
 def _errors(adapter: ck.CompacterAdapter, down: nn.Linear, up: nn.Linear) -> tuple[float, ...]:
-    """By the matrices that the layers stand for."""
+    """The relative errors of the matrices that the layers represent."""
     pairs = ((adapter.down, down), (adapter.up, up))
     with torch.no_grad():
         built = [(ck.phm_matrix(_widened(layer)), linear.weight.double().T) for layer, linear in pairs]
@@ -88,7 +91,7 @@ def test_planted_structure_comes_back(k: int, d: int, n: int, r: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_unfactorised_fit_is_the_truncated_svd(n: int) -> None:
-    """Also that of a rank that bounds nothing; the least error is that of this fit."""
+    """A rank that limits nothing gives the same fit. The least error is that of this fit."""
     h = _draw(32, 24)
     blocks = torch.stack([b.flatten() for row in h.chunk(n, 0) for b in row.chunk(n, 1)])
     expected = (torch.linalg.svdvals(blocks)[n:].norm() / h.norm()).item()
@@ -121,7 +124,10 @@ def test_descent_never_rises(keep_rule: bool) -> None:
 
 @pytest.mark.parametrize(("k", "d", "n", "r"), [(32, 16, 4, 1), (32, 16, 2, 2), (48, 12, 6, 1)])
 def test_random_matrices_are_fitted_better_than_by_cutting_off(k: int, d: int, n: int, r: int) -> None:
-    """Cutting off: the truncated SVD for the rule, then each W_i to its rank. A rule each does better than one."""
+    """Cutting off takes the truncated SVD for the rule, and then reduces each W_i to its rank.
+
+    Two rules, one for each matrix, fit better than a shared one.
+    """
     down, up = random_pair(k, d)
     found = from_dense(down, up, phm_dim=n, phm_rank=r, starts=3)
     matrices = [down.weight.detach().T, up.weight.detach().T]
@@ -165,7 +171,7 @@ def test_search_finds_the_planted_form(n: int, r: int, tolerance: float | None) 
 
 
 def test_search_without_a_tolerance_is_the_least_score() -> None:
-    """Of all forms that the caller names, each fitted by itself."""
+    """The score is the least one of all forms that the caller allows, each fitted separately."""
     down, up = _dense(24, 12, 3, 1)
     with torch.no_grad():
         for linear in (down, up):
@@ -216,7 +222,7 @@ def test_a_rule_passed_in_is_kept() -> None:
     rule = nn.Parameter(_draw(4, 4, 4))
     before = rule.detach().clone()
     found = from_dense(down, up, phm_rule=rule, phm_rank=1)
-    assert found.error < 1e-7  # the one that was planted
+    assert found.error < 1e-7  # the planted structure fits exactly
     assert found.adapter.down.phm_rule is found.adapter.up.phm_rule is rule
     assert torch.equal(rule, before)
     other = from_dense(*random_pair(24, 12), phm_rule=rule, phm_rank=1)
@@ -239,7 +245,7 @@ def test_biases() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_zero_matrices(rank: int) -> None:
-    """An up projection that starts at zero, as adapters do."""
+    """The up projection of an adapter starts at zero."""
     down, up = _dense(24, 12, 3, 1)
     nn.init.zeros_(up.weight)
     found = from_dense(down, up, phm_dim=3, phm_rank=rank)
@@ -270,7 +276,7 @@ def test_the_seed_decides_and_nothing_else() -> None:
 
 
 def test_factors_are_of_like_magnitude() -> None:
-    """Whatever the scale of the source, so that float16 holds all."""
+    """The scale of the source does not matter, so that float16 can represent all factors."""
     down, up = (_linear(1e-4 * linear.weight.detach().T, FP16) for linear in _dense(24, 12, 3, 1))
     found = from_dense(down, up, phm_dim=3, phm_rank=1).adapter
     sizes = [p.double().square().mean().sqrt().item() for name, p in found.named_parameters() if not name.endswith("b")]
@@ -278,7 +284,7 @@ def test_factors_are_of_like_magnitude() -> None:
 
 
 def test_each_matrix_counts_by_its_relative_error() -> None:
-    """Whatever its norm, down and up have the same say in the rule."""
+    """The norms of down and up do not change their influence on the rule."""
     down, up = random_pair(24, 12)
     even = from_dense(down, up, phm_dim=4, phm_rank=1)
     uneven = from_dense(1000 * down.weight.detach(), up, phm_dim=4, phm_rank=1)
@@ -286,7 +292,7 @@ def test_each_matrix_counts_by_its_relative_error() -> None:
 
 
 class Bottleneck(nn.Module):
-    """A dense adapter, written with up before down."""
+    """A dense adapter whose attribute `up` comes before `down`."""
 
     def __init__(self, act: Any, **more: Any) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""The derivatives of the plain-torch impls against finite differences, and the second derivative of factored."""
+"""The derivatives of the plain-torch impls against finite differences.
+
+For factored this includes the second derivative.
+"""
 
 from __future__ import annotations
 

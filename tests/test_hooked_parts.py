@@ -1,4 +1,7 @@
-"""What listens to a projection of an adapter, or changes its weights, has its say: the kernel does not pass it by."""
+"""Hooks on a projection of an adapter, and changes of its weights, take effect.
+
+The fused kernel does not bypass them.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def by_parts(adapter: ck.CompacterAdapter, x: Tensor) -> Tensor:
 
 
 def results(module: nn.Module, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Outputs and gradients before and after an optimizer's step, which makes stale whatever a hook computes anew."""
+    """Outputs and gradients before and after a step of an optimizer.
+
+    The step makes values stale that a hook has to compute again.
+    """
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     found = []
     for seed in (1, 2):
@@ -88,7 +94,7 @@ def everywhere(register: Callable[..., Any], hook: Callable[..., Any]) -> Iterat
 
 
 def test_hooks_on_all_modules() -> None:
-    """Those of torch.nn.modules.module, which profilers and counters of operations use."""
+    """The hooks of torch.nn.modules.module, which profilers and operation counters use."""
     module, x = adapter(), torch.randn(3, 24)
     called: list[nn.Module] = []
     for register in (global_hooks.register_module_forward_hook, global_hooks.register_module_forward_pre_hook):
@@ -108,13 +114,13 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("name", ["W_left", "b", "phm_rule"])
 def test_parametrizations(name: str) -> None:
-    """No hook is there: the weight is a property of the layer's class from then on."""
+    """There is no hook: the weight becomes a property of the layer's class."""
     module, x = adapter(), torch.randn(3, 24)
     other = copy.deepcopy(module)
     parametrize.register_parametrization(module.down, name, Noisy())
     setattr(other.down, name, nn.Parameter(getattr(other.down, name).detach() + 1))
     torch.testing.assert_close(module(x), other(x))
-    if name != "phm_rule":  # which `up` has as well, and which is written to in its place then
+    if name != "phm_rule":  # `up` shares it, so that removal would change `up` as well
         parametrize.remove_parametrizations(module.down, name)
         torch.testing.assert_close(module(x), other(x))
 
@@ -129,7 +135,7 @@ def test_pruning_that_is_made_permanent() -> None:
 
 
 def test_a_projection_that_was_replaced() -> None:
-    """By a plain layer, by one of a subclass, by whatever wraps it."""
+    """It is replaced by a plain module around it, or by a layer of a subclass."""
 
     class Louder(ck.PHMLinear):
         def forward(self, x: Tensor) -> Tensor:

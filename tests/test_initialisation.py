@@ -15,7 +15,7 @@ IN, OUT, N = 1536, 768, 4
 
 
 def _kurtosis(t: Tensor) -> float:
-    """3 for a normal, 1.8 for a uniform distribution."""
+    """The kurtosis: 3 for a normal, 1.8 for a uniform distribution."""
     t = t.detach().double().flatten()
     return ((t - t.mean()) ** 4).mean().item() / t.var().item() ** 2
 
@@ -90,7 +90,7 @@ def test_reset_draws_anew_except_a_rule_passed_in() -> None:
 
 
 def test_paper_adapter_starts_as_the_identity() -> None:
-    """With a rule of spread 1e-4 the adapter adds next to nothing."""
+    """With a rule of standard deviation 1e-4 the adapter adds almost nothing."""
     x = torch.randn(64, 96)
     torch.testing.assert_close(ck.CompacterAdapter(96, reduction_factor=4)(x), x, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,8 @@
-"""`inject` on every family: the base frozen and unchanged, every adapter in use, copies, compiled, removed."""
+"""`inject` on every family of models.
+
+The base is frozen and unchanged, and every adapter is in use. Models with adapters are copied,
+compiled and restored.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import compacter_kernels as ck
 
 
 def config(family: str, is_parallel: bool = False) -> ck.CompacterConfig:
-    """Adapters after every block, whose rule is large enough to matter."""
+    """Adapters after every block, with a rule that is large enough to change the output."""
     return ck.CompacterConfig(
         reduction_factor=4,
         phm_init_range=1.0,
@@ -37,7 +41,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 def test_training_moves_every_adapter_and_leaves_the_base(family: str, is_parallel: bool) -> None:
     model = build(family)
     before = state(model)
-    model.requires_grad_(False)  # torch may compute otherwise where a gradient is recorded
+    model.requires_grad_(False)  # torch may compute differently if it records a gradient
     plain = output(family, model)
     assert ck.inject(model, config(family, is_parallel)) is model
 
@@ -45,7 +49,7 @@ def test_training_moves_every_adapter_and_leaves_the_base(family: str, is_parall
     assert trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     assert (output(family, model) - plain).abs().max() > 1e-4
-    optimizer = torch.optim.Adam(trained.values(), lr=0.01)  # moves whatever has a gradient
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)  # moves every parameter that has a gradient
     for _ in range(2):  # the biases of the down projections need a second step where the up projections start at 0
         optimizer.zero_grad()
         output(family, model).square().mean().backward()
@@ -69,7 +73,7 @@ def test_copies_and_pickles_are_apart(family: str) -> None:
     model = ck.inject(build(family), config(family))
     expected = output(family, model)
     others = [copy.deepcopy(model)]
-    if family != "wav2vec2":  # whose weight norm refuses to be pickled
+    if family != "wav2vec2":  # its weight norm cannot be pickled
         others.append(pickle.loads(pickle.dumps(model)))
     for other in others:
         assert torch.equal(output(family, other), expected)
@@ -90,7 +94,7 @@ def test_copies_and_pickles_are_apart(family: str) -> None:
     ],
 )
 def test_compiles_without_a_graph_break(family: str, is_parallel: bool, one_layer: dict[str, int]) -> None:
-    """One family for each kind of block; test_loops_compile.py has BERT and T5."""
+    """One family for each kind of block. test_loops_compile.py has BERT and T5."""
     torch._dynamo.reset()
     model = ck.inject(build(family, **one_layer), config(family, is_parallel))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -109,7 +113,10 @@ def test_compiles_without_a_graph_break(family: str, is_parallel: bool, one_laye
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_adapter_follows_the_target_of_the_table(family: str) -> None:
-    """y + adapter(y), where y is the output of the block's last layer. Hooks of the test record both."""
+    """The result is y + adapter(y), where y is the output of the block's last layer.
+
+    Hooks of the test record both.
+    """
     model = ck.inject(build(family), config(family))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     names = {m: name for name, m in model.named_modules() if isinstance(m, ck.CompacterAdapter)}

@@ -47,7 +47,7 @@ def test_leaving_out_all_layers() -> None:
 
 
 class Own(nn.Module):
-    """A module with a child that has the name of ours."""
+    """A module with a child that has the same name as our child."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What adapters in a whole model keep for the backward pass."""
+"""The memory that adapters in a whole model keep for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compacter_kernels.saved import saved_bytes
 
 
 def kept(family: str, model: nn.Module) -> int:
-    """Bytes without parameters and inputs."""
+    """The saved bytes, without parameters and inputs."""
     data = inputs(family)
     return saved_bytes(lambda: model(**data)[0], (*model.parameters(), *data.values()))
 

@@ -121,7 +121,10 @@ def test_adapters_follow_the_base_s_dtype(base: torch.dtype, dtype: str | None) 
 
 def test_adapters_follow_a_quantised_layer() -> None:
     class Linear4bit(nn.Module):
-        """Built like the quantised layers of bitsandbytes: packed integers, and the dtype to compute in."""
+        """A layer like the quantised layers of bitsandbytes.
+
+        It has packed integers, and a dtype to compute in.
+        """
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
@@ -163,7 +166,7 @@ def test_heads_train_in_copies() -> None:
 
 
 class Strange(nn.Module):
-    """A model that is in no table."""
+    """A model that is not in the table of targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +274,7 @@ def test_a_config_goes_through_json_and_back() -> None:
 
 
 def test_the_input_gets_a_gradient_under_reentrant_checkpointing() -> None:
-    """Without one the first layer's adapters would silently not train."""
+    """Otherwise the adapters of the first layer would not train, without an error."""
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -288,7 +291,7 @@ def test_the_input_gets_a_gradient_under_reentrant_checkpointing() -> None:
 
 
 def test_copies_by_data_parallel_are_refused() -> None:
-    """A replica shares the hooks of its original, and so the adapters of the original."""
+    """A replica shares the hooks of its original, and therefore also its adapters."""
     layer = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     ck.inject(layer, ck.CompacterConfig(**SMALL, target_modules=["0"]))
     replica = layer[0]._replicate_for_data_parallel()

@@ -1,4 +1,4 @@
-"""Installing with a compiler, without one, and without the native part; each says what it did."""
+"""Installing with a compiler, without one, and without the native part. Each prints the outcome."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def pip(python: Path, *arguments: str, env: dict[str, str]) -> subprocess.Comple
 
 
 def setup(source: Path, command: str, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py as pip would, with the messages that pip keeps to itself."""
+    """Run setup.py as pip does, and capture the messages that pip hides."""
     arguments = [sys.executable, "-W", "ignore", "setup.py", command]
     return subprocess.run(arguments, env=environment(path, **variables), cwd=source, capture_output=True, text=True)
 
@@ -83,7 +83,7 @@ def program(folder: Path, name: str, code: str) -> Path:
 
 
 def installed(python: Path) -> list[str]:
-    """Where the package is; why it has no cpu kernels, and why no cuda kernels; or None."""
+    """The path of the package, and the reasons why it lacks cpu and cuda kernels, or None."""
     command = [str(python), "-c", SHOW]
     done = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -92,7 +92,7 @@ def installed(python: Path) -> list[str]:
 
 @pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
 def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, editable: bool) -> None:
-    """An editable install removes the native module of an earlier one."""
+    """An editable install removes the native module of an earlier build."""
     earlier = source / "compacter_kernels" / "_C.earlier.so"
     earlier.touch()
     target = ["--editable", str(source)] if editable else [str(source)]
@@ -154,7 +154,7 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.parametrize(("switch", "asked"), [("", "AUTO"), ("0", "OFF"), ("1", "ON")])
 def test_the_cuda_part_is_built_as_asked(source: Path, tmp_path: Path, switch: str, asked: str) -> None:
-    """What CMake is told; tests/test_cuda_choice.py shows what it does with it."""
+    """The options for CMake. tests/test_cuda_choice.py tests their effect."""
     cmake, nvcc = program(tmp_path / "bin", "cmake", "exit 1"), program(tmp_path / "bin", "an-nvcc", "exit 1")
     path = os.pathsep.join((str(cmake.parent), os.environ["PATH"]))
     done = setup(source, "build_ext", path, COMPACTER_KERNELS_CUDA=switch, CUDACXX=str(nvcc))

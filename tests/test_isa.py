@@ -1,4 +1,4 @@
-"""Every instruction set that this processor can run, not only the one that is chosen for it."""
+"""Every instruction set that this processor can run, and not only the chosen one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_agreement(case: Case, isa: str) -> None:
 
 @pytest.mark.usefixtures("given_back")
 def test_the_environment_chooses_or_the_widest() -> None:
-    """`make instruction-sets` relies on it."""
+    """`make instruction-sets` needs this."""
     chosen, widest = _C.isa(), ""
     for name in _C.build_info()["isa"]:  # from the narrowest
         with contextlib.suppress(ValueError):

@@ -1,4 +1,8 @@
-"""The shape of the repository: the dependency arrow, file sizes, what files may name, what an import loads."""
+"""The structure of the repository.
+
+The tests check the direction of imports, file sizes, the names that files may use, and the modules
+that an import loads.
+"""
 
 import ast
 import re
@@ -41,7 +45,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 PUBLIC = RANK["load"] + 1  # what `import compacter_kernels` itself needs lies below
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 HOSTS = {"arxiv.org", "www.apache.org", "keepachangelog.com", "semver.org", "pytorch.org", "github.com"}
-HOSTS |= {"www.w3.org"}  # in the name of the XML namespace of docs/adapter.svg
+HOSTS |= {"www.w3.org"}  # part of the XML namespace in docs/adapter.svg
 
 
 def project_files() -> list[Path]:

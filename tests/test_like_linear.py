@@ -1,4 +1,7 @@
-"""PHMLinear where an nn.Linear was: its positional arguments, `weight` and `bias`, the tools that know nn.Linear."""
+"""PHMLinear in place of an nn.Linear.
+
+It takes the same positional arguments, has `weight` and `bias`, and works with tools for nn.Linear.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def test_positional_arguments() -> None:
             theirs.weight.device,
         )
     with pytest.raises(TypeError, match="bias must be True or False, got 12; phm_dim is given by name, phm_dim=12"):
-        ck.PHMLinear(24, 24, 12)  # as the authors' PHMLinear
+        ck.PHMLinear(24, 24, 12)  # as the authors' PHMLinear is called
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -61,7 +64,7 @@ def test_weight_and_bias(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_weight_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
-    """As nn.Linear; summed in float32 and rounded once."""
+    """It is that of nn.Linear. The weight is summed in float32 and rounded once."""
     layer = phm(24, 36, dtype=dtype)
     assert layer.weight.dtype == layer.bias.dtype == dtype
     exact = ck.phm_matrix(ck.PHMWeights(*(None if w is None else w.double() for w in layer.weights()))).T
@@ -71,7 +74,10 @@ def test_weight_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_in_a_transformer_encoder(activation: str, norm_first: bool) -> None:
-    """Its fast path, in eval without gradients, reads `weight` of these layers; with gradients they are called."""
+    """In eval mode without gradients the fast path of the encoder reads `weight` of these layers.
+
+    With gradients the layers are called.
+    """
     layer = nn.TransformerEncoderLayer(
         32, 4, 64, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first
     )
@@ -105,7 +111,7 @@ def with_phm(seed: int = 0) -> nn.Module:
 
 
 def test_in_t5() -> None:
-    """Which asks its layer `wo` for the dtype of its weight, and casts to it."""
+    """T5 casts the input of its layer `wo` to the dtype of the weight of that layer."""
     model = with_phm()
     called = []
     wo = model.encoder.block[0].layer[1].DenseReluDense.wo
@@ -196,5 +202,5 @@ def test_functional_call_and_shallow_copies() -> None:
     values = {key: p.detach() + 1 for key, p in adapter.named_parameters()}
     found = torch.func.functional_call(adapter, values, (x,))
     assert torch.equal(copy.copy(adapter)(x), adapter(x))
-    adapter.load_state_dict(values, strict=False)  # the rule under one of its names
+    adapter.load_state_dict(values, strict=False)  # `values` has the shared rule under one of its two names
     assert torch.equal(found, adapter(x))

@@ -1,4 +1,7 @@
-"""Files that are wrong, cut or hostile: each is refused with a message, and the model is as it was, bit by bit."""
+"""Files that are wrong, cut off or hostile.
+
+Each is refused with a message, and every bit of the model stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All of a model that a load could change."""
+    """The parts of a model that a load could change."""
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],
         "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
@@ -64,7 +67,7 @@ def text(content: str | bytes) -> Change:
 
 
 def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
-    """The tensors edited, the digest left out, so that the check behind it is the one that is tried."""
+    """Edit the tensors, and remove the digest, so that the check after it is tested."""
 
     def change(folder: Path) -> None:
         loaded = safetensors.load_file(folder / TENSORS)
@@ -225,7 +228,7 @@ def test_a_name_that_cannot_be(name: Any, model: nn.Module, tmp_path: Path) -> N
 
 
 def test_a_model_on_meta(tmp_path: Path) -> None:
-    """Values that would go nowhere are an error, not a load."""
+    """It cannot hold the values, so that loading is an error."""
     save_adapter(trained(build("bert")), tmp_path)
     model = build("bert").to("meta")
     with pytest.raises(ValueError, match="on meta; give the model its weights"):
@@ -247,7 +250,7 @@ def test_a_module_with_an_adapter_in_it_is_not_trained_whole() -> None:
 
 
 def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
-    """Which is no longer than its header on disk: refused at once, and not read."""
+    """The sparse file takes no more disk than its header. It is refused without being read."""
     save_adapter(trained(build("bert")), tmp_path)
     size = 1 << 40
     head = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
@@ -269,7 +272,10 @@ ODD = (None, [], {}, "x", -1, 0, 1e308, True, [None], {"0": -1}, 2**70)
 
 @pytest.mark.parametrize("option", [*ck.CompacterConfig().to_dict(), "peft_type", "hidden_size", "model_type"])
 def test_any_odd_value_of_an_option(option: str, tmp_path: Path) -> None:
-    """Refused by a ValueError, or meaningful; never another error, never a model that is changed by half."""
+    """A value is either valid or refused by a ValueError.
+
+    There is no other error, and no model is changed in part.
+    """
     save_adapter(trained(build("bert")), tmp_path)
     original = (tmp_path / CONFIG).read_text()
     model = build("bert")

@@ -1,4 +1,7 @@
-"""torch.compile of a whole model with adapters: one graph for every batch size, the gradients of the eager one."""
+"""torch.compile of a whole model with adapters.
+
+One graph serves every batch size and gives the gradients of the eager model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from small_models import adamw, assert_only_adapters_trained, batch, gradients, make, values
 
 pytestmark = pytest.mark.slow
-ONE_LAYER = {"bert": {"num_hidden_layers": 1}, "t5": {"num_layers": 1}}  # of each kind; compilers take their time
+ONE_LAYER = {"bert": {"num_hidden_layers": 1}, "t5": {"num_layers": 1}}  # of each kind, since compilation takes long
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +24,10 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_one_graph_for_all_batch_sizes(kind: str) -> None:
-    """fullgraph=True raises at a graph break, error_on_recompile at a second compilation."""
+    """fullgraph=True raises an error at a graph break.
+
+    error_on_recompile raises one at a second compilation.
+    """
     model, base = make(kind, **ONE_LAYER[kind])
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     start = values(model)
@@ -40,9 +46,9 @@ def test_one_graph_for_all_batch_sizes(kind: str) -> None:
     assert_only_adapters_trained(model, base, start)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch itself uses it
 def test_inductor() -> None:
-    """The real compiler, without and with gradients."""
+    """The default compiler, without and with gradients."""
     model, _ = make("bert", **ONE_LAYER["bert"])
     inputs = batch("bert")
     expected = gradients(model, inputs)

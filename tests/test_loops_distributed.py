@@ -1,4 +1,7 @@
-"""Two processes train one model with adapters: DDP and FSDP2, each as one process with the whole batch does."""
+"""Two processes train one model with adapters by DDP or FSDP2.
+
+The result is that of one process with the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ STEPS, SIZE = 6, 8
 
 
 def _train(model: nn.Module, kind: str, rank: int = 0, world: int = 1) -> list[float]:
-    """Each process its part of every batch; the losses of that part."""
+    """Each process takes its part of every batch. Returns the losses of that part."""
     torch.manual_seed(rank)
     optimizer, losses = adamw(model), []
     for step in range(STEPS):
@@ -70,7 +73,7 @@ def test_two_processes_train_as_one(wrap: str, kind: str, tmp_path: Path) -> Non
     model, base = make(kind)
     start = values(model)
     losses = _train(model, kind)
-    assert losses[-1] < losses[1]  # of the same batch
+    assert losses[-1] < losses[1]  # both are of the same batch
     together = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-5)
     assert first["state"].keys() == model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Generation with adapters, several of them in one model, and without them."""
+"""Generation with one adapter, with several in one model, and without adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTH = 10
 
 
 def strong(model: nn.Module, seed: int) -> nn.Module:
-    """The active adapters get large weights, so that they decide the generated text."""
+    """Give the active adapters large weights, so that they determine the generated text."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in ck.adapter_parameters(model):
@@ -25,7 +25,10 @@ def strong(model: nn.Module, seed: int) -> nn.Module:
 
 
 def greedy(model: nn.Module, kind: str) -> Tensor:
-    """The definition: the likeliest next token, one after the other, nothing kept between the steps."""
+    """The definition of greedy generation: the most likely next token, one after the other.
+
+    Nothing is kept between the steps.
+    """
     inputs = batch(kind)
     tokens = inputs["input_ids"]
     text = torch.zeros(len(tokens), 1, dtype=torch.long) if kind == "t5" else tokens
@@ -47,7 +50,10 @@ def generated(model: nn.Module, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_generation_is_step_by_step_argmax(kind: str) -> None:
-    """With the cache of keys and values, with adapters and, unchanged, without them."""
+    """generate() keeps keys and values, and still gives the text of `greedy`.
+
+    Without the adapters the text is that of the base model.
+    """
     model, _ = make(kind)
     model.eval()
     with ck.disable_adapters(model):
@@ -78,7 +84,7 @@ def test_generation_with_each_of_two_adapters(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_training_one_adapter_leaves_the_other(kind: str) -> None:
-    """Adapters trained in turns in one model get the values that each gets alone."""
+    """Adapters that are trained in turn in one model get the values that each gets alone."""
     alone = []
     for seed in (1, 2):
         model, _ = make(kind)
@@ -89,7 +95,7 @@ def test_training_one_adapter_leaves_the_other(kind: str) -> None:
     strong(model, 1)
     ck.inject(model, CONFIG, name="second").train()
     fresh = make(kind)[0]
-    for name, p in ck.adapter_parameters(model, "second"):  # the second starts where the first one did
+    for name, p in ck.adapter_parameters(model, "second"):  # the second starts with the values of the first
         p.data.copy_(fresh.get_parameter(name.replace("second", "default")))
     strong(model, 2)
     optimizers = {}
@@ -112,7 +118,10 @@ def test_training_one_adapter_leaves_the_other(kind: str) -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, ck.CompacterConfig(reduction_factor=4, ln_before=True, ln_after=True)])
 def test_further_adapters_copy_nothing_of_the_first_ones(config: ck.CompacterConfig) -> None:
-    """Neither a trained copy of a layer norm nor an adapter's own layer norm is one of the model's."""
+    """Two kinds of layer norms do not count as layer norms of the model.
+
+    These are trained copies, and the layer norms of the adapters themselves.
+    """
     model, _ = make("bert", config)
     first = [name for name, _ in ck.adapter_parameters(model)]
     ck.inject(model, config, name="second")

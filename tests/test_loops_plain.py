@@ -1,4 +1,7 @@
-"""A model with adapters in a plain PyTorch loop: autocast, GradScaler, checkpointing, a run that is taken up again."""
+"""A model with adapters in a plain PyTorch loop.
+
+The tests cover autocast, GradScaler, checkpointing, and a run that is resumed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def test_the_loss_falls_and_only_the_adapters_move(kind: str) -> None:
 def test_checkpointing_gives_the_same_gradients(kind: str, reentrant: bool) -> None:
     """Equal bit by bit, except that reentrant checkpointing adds up gradients in another order."""
     model, _ = make(kind)
-    model.config.use_cache = False  # as it is under checkpointing: a cache gives attention keys of other strides
+    model.config.use_cache = False  # checkpointing disables it, and a cache changes the strides of the keys
     expected = gradients(model, batch(kind))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     got = gradients(model, batch(kind))
@@ -53,7 +56,7 @@ def test_checkpointing_gives_the_same_gradients(kind: str, reentrant: bool) -> N
 
 
 def _errors(kind: str, impl: str, autocast: torch.dtype) -> Tensor:
-    """How far autocast takes each gradient from where it is without, relatively."""
+    """The relative change of each gradient by autocast."""
     model, _ = make(kind, impl=impl)
     exact = gradients(model, batch(kind))
     got = gradients(model, batch(kind), autocast=autocast)
@@ -65,7 +68,7 @@ def _errors(kind: str, impl: str, autocast: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("autocast", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_under_autocast_are_as_good_as_those_of_dense(kind: str, autocast: torch.dtype) -> None:
-    """Those of float32 adapters in a model that computes in 16 bits."""
+    """The adapters are in float32, and the model computes in 16 bits."""
     assert _errors(kind, "auto", autocast).norm() <= 2 * _errors(kind, "dense", autocast).norm() < 1
 
 
@@ -89,7 +92,7 @@ def test_training_under_bf16_autocast(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_fp16_with_a_gradient_scaler(kind: str) -> None:
-    """A scaled loss gives the same gradients, and a step whose gradients overflow is left out."""
+    """A scaled loss gives the same gradients. A step whose gradients overflow is skipped."""
     model, base = make(kind)
     expected = gradients(model, batch(kind), autocast=FP16)
     start = values(model)
@@ -111,7 +114,7 @@ def test_fp16_with_a_gradient_scaler(kind: str) -> None:
             losses.append(loss.item())
         elif not losses:
             assert all(torch.equal(p, start[name]) for name, p in trained(model).items())
-    assert 10 < len(losses) < 40  # some were left out, most were not
+    assert 10 < len(losses) < 40  # some were skipped, but not most
     assert losses[-1] < losses[0] - 0.05
     assert_only_adapters_trained(model, base, start)
 
@@ -119,7 +122,7 @@ def test_fp16_with_a_gradient_scaler(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_base_in_16_bits(kind: str, dtype: torch.dtype) -> None:
-    """Adapters of the base's dtype by default, or of float32 as is asked."""
+    """The adapters have the dtype of the base by default, or float32 on request."""
     for own in (None, "float32"):
         torch.manual_seed(0)
         model = ck.inject(base_of(kind).to(dtype), ck.CompacterConfig(reduction_factor=4, dtype=own))
@@ -131,7 +134,10 @@ def test_a_base_in_16_bits(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_run_taken_up_again_goes_on_as_the_unbroken_one(kind: str) -> None:
-    """State dict of model and optimizer into a model made anew from other adapters: the same bits."""
+    """The state dicts of model and optimizer are loaded into a model with new adapters.
+
+    The losses and weights are then the same, bit by bit.
+    """
     model, _ = make(kind)
     optimizer = adamw(model)
     fit(model, kind, range(5), optimizer)

@@ -1,4 +1,4 @@
-"""A model with adapters in the loops of others: Hugging Face's Trainer, and Accelerate."""
+"""A model with adapters in the loops of Hugging Face's Trainer and of Accelerate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def fit(model: nn.Module, kind: str, folder: Path, resume: bool = False, **options: Any) -> list[float]:
-    """Six epochs of two batches; the logged losses."""
+    """Train for six epochs of two batches, and return the logged losses."""
     from transformers import Trainer, TrainingArguments
 
     options = {"num_train_epochs": 6, "save_strategy": "no", **options}
@@ -44,7 +44,7 @@ def fit(model: nn.Module, kind: str, folder: Path, resume: bool = False, **optio
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_trainer(kind: str, tmp_path: Path) -> None:
-    """Plain, and with both kinds of checkpointing: the same losses and the same adapters."""
+    """Without checkpointing and with both kinds, losses and adapters are the same."""
     results = {}
     for name, options in {
         "plain": {},
@@ -52,7 +52,7 @@ def test_trainer(kind: str, tmp_path: Path) -> None:
         "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     }.items():
         model, base = make(kind)
-        model.config.use_cache = False  # as it is under checkpointing: a cache gives attention keys of other strides
+        model.config.use_cache = False  # checkpointing disables it, and a cache changes the strides of the keys
         start = values(model)
         losses = fit(model, kind, tmp_path / name, **options)
         assert len(losses) == 12
@@ -78,14 +78,17 @@ def test_trainer_in_bf16(kind: str, tmp_path: Path) -> None:
 
 
 def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
-    """From its checkpoint, of the whole model, into adapters drawn anew: as if there had been no break."""
+    """Its checkpoint of the whole model is loaded into a model with random adapters.
+
+    The run then continues as if it had not been interrupted.
+    """
     model, base = make("bert")
     whole = fit(model, "bert", tmp_path / "whole", save_strategy="steps", save_steps=6)
     again, _ = make("bert")
     with torch.no_grad():
         for p in trained(again).values():
             p.normal_()
-    shutil.rmtree(tmp_path / "whole" / "checkpoint-12")  # the last one; there is one from step 6
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-12")  # the last one, so that step 6 is resumed
     assert fit(again, "bert", tmp_path / "whole", resume=True) == whole
     assert all(torch.equal(p, trained(model)[name]) for name, p in trained(again).items())
     assert all(torch.equal(again.state_dict()[name], value) for name, value in base.items())
@@ -93,7 +96,7 @@ def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision: str) -> None:
-    """Two accumulated batches a step: the bits that the same loop in plain PyTorch gives."""
+    """Two batches are accumulated in a step. A loop in plain PyTorch gives the same bits."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -122,6 +125,6 @@ def test_accelerate(precision: str) -> None:
         reference.step()
         reference.zero_grad()
     unwrapped = accelerator.unwrap_model(prepared)
-    assert losses[-1] < losses[3]  # of the same batch
+    assert losses[-1] < losses[3]  # both are of the same batch
     assert_only_adapters_trained(unwrapped, base, start)
     assert all(torch.equal(unwrapped.get_parameter(name), p) for name, p in trained(plain).items())

@@ -1,4 +1,8 @@
-"""What the kernels read, write and keep: every element written, inputs untouched, nothing of the token count saved."""
+"""The memory that the kernels read, write and keep.
+
+They write every element of a result, change no input, and save nothing that grows with the tokens,
+except x.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,10 @@ CASES = [
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
-    """The fixture of this folder works: without it the other tests would miss what is never written."""
+    """The fixture of conftest.py works.
+
+    Otherwise the other tests would not detect elements that are never written.
+    """
     x = torch.zeros(8)
     for empty in (torch.empty(8), torch.empty_like(x), x.new_empty(8), torch.empty(8, dtype=BF16)):
         assert empty.isnan().all()
@@ -77,7 +84,7 @@ def _saved(case: Case, tensors: dict[str, Tensor], impl: str, **options: Any) ->
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_saved_for_backward(case: Case, strided: bool, impl: str) -> None:
-    """x and the parameters themselves: no bottleneck, and no copy of a strided x."""
+    """Only x and the parameters are saved: no bottleneck, and no copy of a strided x."""
     tensors = case.tensors()
     skip_if_refused(case, tensors, impl)
     if strided:
@@ -90,7 +97,7 @@ def test_saved_for_backward(case: Case, strided: bool, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_saved_with_a_learned_scale(impl: str) -> None:
-    """Besides, the scaled parameters: nothing grows with the token count but x."""
+    """The scaled parameters are saved as well. Nothing but x grows with the token count."""
     case = Case(shape=(1000,), width=24, bottleneck=24)
     tensors = case.tensors()
     saved = _saved(case, tensors, impl, scale=torch.ones(1, requires_grad=True))

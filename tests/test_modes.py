@@ -1,4 +1,4 @@
-"""Who takes part in a call, and the way of a call without the private names that say so."""
+"""Modes that take part in a call, and calls without the private names that report them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_who_takes_part() -> None:
 
 @pytest.fixture(params=NAMES)
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A torch that lacks one of the names."""
+    """A torch that lacks one of the private names."""
     with monkeypatch.context() as patch:
         patch.delattr(torch._C, request.param)
         importlib.reload(private)

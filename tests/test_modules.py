@@ -1,4 +1,7 @@
-"""What every module of the library does: repr that rebuilds it, copies, pickles, dtypes, errors at construction."""
+"""The common properties of all modules of the library.
+
+These are a repr that rebuilds the module, copies, pickles, dtypes, and errors of the constructor.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +75,10 @@ def _saved(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
 @pytest.mark.parametrize("name", [name for name in MODULES if "meta" not in name])
 def test_copies(name: str, duplicate: Any) -> None:
-    """The same function, no memory in common, and the rule is shared as before."""
+    """A copy computes the same, has its own memory, and shares the rule as before."""
     module = _make(name).eval()
     x = torch.randn(3, 24)
-    module(x)  # whatever is cached by a call is no obstacle
+    module(x)  # so that the module has filled its caches
     again = duplicate(module)
     assert torch.equal(again(x), module(x))
     assert {p.data_ptr() for p in again.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
@@ -174,7 +177,7 @@ def test_errors_at_call_name_x() -> None:
 
 
 def test_parameters_that_are_plain_attributes_serve_too() -> None:
-    """nn.DataParallel and FSDP's flat parameters leave a module so."""
+    """nn.DataParallel and the flat parameters of FSDP leave a module in this state."""
     adapter = ck.CompacterAdapter(24, reduction_factor=2, scale="learned")
     x = torch.randn(5, 24)
     expected = adapter(x)

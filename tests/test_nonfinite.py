@@ -1,4 +1,4 @@
-"""NaN and Inf come out where dense would put them, and never in another token."""
+"""NaN and Inf come out where dense has them, and never in another token."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ def test_other_tokens_are_untouched(case: Case, impl: str) -> None:
 
 
 def assert_same_nans(got: Tensors, expected: Tensors, impl: str) -> None:
-    """NaN where dense has it; a GPU's kernels may spread one of a parameter or gradient, by products with 0 (docs)."""
+    """NaN is where dense has it.
+
+    The kernels of a GPU may spread the NaN of a parameter or gradient, since they also multiply it
+    by 0 (see docs/).
+    """
     found, wanted = _masks(got), _masks(expected)
     if impl not in ("triton", "cuda"):
         assert found == wanted
@@ -86,7 +90,10 @@ def test_nan_in_grad_output(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu_new", "silu"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_inf_in_x(dtype: torch.dtype, activation: str, value: float, impl: str) -> None:
-    """A bounded activation is left out: whether it sees Inf or Inf - Inf depends on the order of the sums."""
+    """Bounded activations are left out.
+
+    The order of the sums decides whether they get Inf or Inf - Inf.
+    """
     case = Case(shape=SHAPE, activation=activation, dtype=dtype)
     tensors = _spoiled(case, "x", value)
     out = case.call(tensors, impl)

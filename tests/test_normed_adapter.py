@@ -1,4 +1,7 @@
-"""An adapter, both residuals and the frozen layer norm behind them in one kernel, against the same in float64."""
+"""An adapter, both residuals and the frozen layer norm after them, computed by one kernel.
+
+The results are compared with the same computation in float64.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ CASES = [
     Case(residual="both", shape=(16,), width=772, bottleneck=8, params=BF16),
     Case(residual="both", shape=(33,), width=48, n=12, dtype=BF16),
     Case(residual="both", shape=(33,), width=36, dtype=FP16, params=FP64),
-    Case(residual="both", shape=(20011,), width=192),  # more than caches hold: stores go past them
+    Case(residual="both", shape=(20011,), width=192),  # larger than the caches, so that stores bypass them
     Case(residual="other", shape=(37,)),
     Case(residual="x", shape=(37,), rank=2),
     Case(residual="none", shape=(37,)),
     Case(residual="both", shape=(0,)),
     Case(residual="both", shape=()),
-    Case(residual="both", shape=(17,), rank=None),  # not fused: adapter and norm one by one
+    Case(residual="both", shape=(17,), rank=None),  # not fused: adapter and norm are computed separately
     Case(residual="both", shape=(17,), dtype=FP64, params=FP64),
 ]
 
@@ -78,7 +81,10 @@ def _oracle(case: Case, tensors: Tensors, grad: Tensor) -> Reference:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Case) -> None:
-    """Output and every gradient; nothing of the caller's is changed, and without a gradient the output is the same."""
+    """The output and every gradient agree, and the kernel changes no argument.
+
+    Without a gradient the output is the same.
+    """
     tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
     before = copies(tensors)
     got = _run(_fused, case, tensors, norm, grad)
@@ -113,7 +119,7 @@ def test_gradients_that_nobody_wants(missing: str) -> None:
 
 
 def test_only_the_residual_is_trained() -> None:
-    """Then a second derivative goes through the norm, which torch has and the kernel has not."""
+    """The second derivative goes through the norm. torch has this derivative, but no kernel has."""
     case = Case(residual="both", shape=(19,))
     tensors, norm = case.tensors(), _norm(case)
     for name, tensor in tensors.items():
@@ -151,7 +157,7 @@ def test_a_learned_scale() -> None:
 
 @built
 def test_saved_for_backward() -> None:
-    """x, what is normed, and parameters."""
+    """x, the input of the norm, and parameters are saved."""
     case = Case(residual="both", shape=(1000,), bottleneck=24)
     tensors, norm = case.tensors(), _norm(case)
     given = [*(t for name, t in tensors.items() if name not in ("x", "residual")), norm.weight, norm.bias]
@@ -161,7 +167,7 @@ def test_saved_for_backward() -> None:
 @built
 @pytest.mark.parametrize("options", [{"retain_graph": True}, {"create_graph": True}], ids=str)
 def test_backward_twice(options: dict[str, bool]) -> None:
-    """What was normed outlives a backward that keeps the graph."""
+    """A backward that keeps the graph also keeps the input of the norm."""
     case = Case(residual="both", shape=(19,))
     tensors, grad = case.tensors(), case.grad_output()
     out = _fused(case, tensors, _norm(case))
@@ -181,7 +187,7 @@ def test_what_hooks_have_seen_stays() -> None:
 
 @built
 def test_a_plain_backward_spends_what_was_normed() -> None:
-    """The residual's gradient lies where that lay."""
+    """It overwrites the saved input of the norm with the gradient of the residual."""
     case = Case(residual="both", shape=(19,))
     tensors = case.tensors()
     out = _fused(case, tensors, _norm(case))
@@ -213,7 +219,10 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
 @built
 @pytest.mark.parametrize("sizes", [{"width": 768, "bottleneck": 8}, {"width": 70, "bottleneck": 6, "n": 2}], ids=str)
 def test_nearly_equal_numbers(sizes: dict[str, int]) -> None:
-    """Rows far from 0 with a small variance lose half a unit in the last place of what is normed, and nothing else."""
+    """Rows far from 0 with a small variance have a larger error.
+
+    It is that of half a unit in the last place of the input of the norm, and no more.
+    """
     case = Case(residual="both", shape=(64,), **sizes)
     tensors, norm = case.tensors(), _norm(case)
     with torch.no_grad():
@@ -246,7 +255,7 @@ def test_one_kernel_computes_it(residual: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An impl without norms serves the adapter alone, and the norm is torch's."""
+    """An impl without norms computes the adapter alone, and torch computes the norm."""
     case = Case(residual="both", shape=(3,))
     expected = _fused(case, case.tensors(), _norm(case))
     monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "factored")
@@ -258,7 +267,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "factored"])
 def test_a_norm_that_trains(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights get their gradients, whatever computes the adapter."""
+    """The weights of the norm get their gradients with every impl of the adapter."""
     monkeypatch.setenv("COMPACTER_KERNELS_IMPL", impl)
     case = Case(residual="both", shape=(19,))
     tensors, norm, grad = case.tensors(), _norm(case), case.grad_output()
@@ -307,7 +316,7 @@ def test_a_norm_that_does_not_fit(norm: Any, kind: type[Exception], match: str) 
 
 
 def test_autocast_leaves_layer_norms_alone() -> None:
-    """So that a kernel may compute one without asking for it."""
+    """So a kernel may compute a norm without a check for autocast."""
     x, weight, bias = (torch.randn(3, 24) for _ in range(3))
     expected = nn.functional.layer_norm(x, (24,), weight[0], bias[0])
     with torch.autocast("cpu", BF16):

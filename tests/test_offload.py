@@ -1,4 +1,7 @@
-"""accelerate's offloading, before and after inject: weights are elsewhere but within the calls of their modules."""
+"""The offloading of accelerate, before and after inject.
+
+A module has its weights only while it is called.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ accelerate = pytest.importorskip("accelerate")
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Adapters, heads and norms with random weights."""
+    """Give adapters, heads and norms random weights."""
     generator = torch.Generator().manual_seed(3)
     for _, p in ck.adapter_parameters(model):
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
@@ -49,7 +52,8 @@ def test_offloaded_models_compute_the_same(family: str, options: str, first: str
     else:
         accelerate.cpu_offload(model, torch.device("cpu"))
         shaken(ck.inject(model, config))
-    torch.testing.assert_close(output(family, model), expected, rtol=1e-5, atol=1e-5)  # one projection after the other
+    # The projections are computed separately.
+    torch.testing.assert_close(output(family, model), expected, rtol=1e-5, atol=1e-5)
     with ck.disable_adapters(model):
         assert torch.equal(output(family, model), plain)
     accelerate.hooks.remove_hook_from_module(model, recurse=True)

@@ -1,4 +1,4 @@
-"""torch's own checks of the operators that torch.compile and torch.export see."""
+"""torch's checks of the operators that torch.compile and torch.export see."""
 
 from __future__ import annotations
 

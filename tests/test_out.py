@@ -1,4 +1,4 @@
-"""out=: the result goes there, wherever it is, and no gradient is recorded."""
+"""The result is written into out=, whatever memory it has. No gradient is recorded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def the_residual(tensors: Tensors) -> Tensor:
 
 
 def overlapping_the_input(tensors: Tensors) -> Tensor:
-    """One row further in the memory of x."""
+    """An `out` that begins one row later in the memory of x."""
     x = tensors["x"]
     memory = x.new_zeros(x.numel() + x.shape[-1])
     tensors["x"] = memory[: x.numel()].view(x.shape).copy_(x)

@@ -75,7 +75,7 @@ def test_options(name: str) -> None:
     options, how = OPTIONS[name]
     model = make(a=compacter(**options))
     if "gate, layer norm after" in how:
-        model.double()  # the norm undoes what the gate scales: its gradient is all rounding in float32
+        model.double()  # the norm cancels the gate's scale: in float32 its gradient is only rounding
     expected = step(model)
     report = patch(model)
     assert {note for _, note in report.patched} == {how}
@@ -99,7 +99,7 @@ def test_families(family: str) -> None:
 
 
 class _DropPath(nn.Module):
-    """Stochastic depth, which `adapters` takes from torchvision."""
+    """Stochastic depth, which `adapters` imports from torchvision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -136,7 +136,7 @@ def test_a_direct_call_returns_all_that_it_did() -> None:
 
 
 def test_gating_scores() -> None:
-    """With a gate, and without one, where the library stores the last of the outputs."""
+    """Without a gate the library stores the last one of the outputs as the score."""
     for options in ({"use_gating": True}, {}):
         model = make(a=compacter(**options)).eval()
         expected = model(**inputs(model), output_adapter_gating_scores=True).adapter_gating_scores["a"]
@@ -160,7 +160,7 @@ def test_gating_scores() -> None:
     ids=["plain", "norm before, gate, channels", "norm after"],
 )
 def test_float32_adapters_in_a_bfloat16_model(options: dict[str, Any]) -> None:
-    """The library itself refuses this in the first forward."""
+    """The library itself raises an error in the first forward."""
     model = make("llama", a=compacter(**options))
     expected = step(model)
     for name, parameter in model.named_parameters():
@@ -205,7 +205,7 @@ def test_a_hook_inside_the_adapter_is_run() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}], ids=["layer's residual inside", "dropout outside"])
 def test_an_activation_that_was_exchanged(options: dict[str, Any]) -> None:
-    """The library runs the one in adapter_down, whatever non_linearity still holds."""
+    """The library runs the activation in adapter_down, and ignores non_linearity."""
     model = make(a=compacter(**options))
     for module in model.modules():
         if hasattr(module, "adapter_down"):

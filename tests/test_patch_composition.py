@@ -47,7 +47,7 @@ SETUPS: dict[str, Any] = {
 
 
 def _several(family: str, name: str) -> nn.Module:
-    """Adapters that differ in options that all composition blocks allow to differ."""
+    """Adapters that differ in those options that all composition blocks allow to differ."""
     model = make(
         family,
         a=compacter(),
@@ -60,7 +60,7 @@ def _several(family: str, name: str) -> nn.Module:
         model.add_adapter_fusion([child if isinstance(child, str) else child.last() for child in fuse])
     model.set_active_adapters(SETUPS[name])
     draw_anew(model)
-    for path, parameter in model.named_parameters():  # train_adapter takes no nested setups
+    for path, parameter in model.named_parameters():  # train_adapter accepts no nested setups
         trained = any(part in path for part in ("adapters.", "shared_parameters.", "adapter_fusion_layer."))
         parameter.requires_grad_(trained and "key.bias" not in path)  # the softmax makes its gradient 0
     return model
@@ -118,7 +118,7 @@ def test_generation(family: str, use_cache: bool) -> None:
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "llama"])
 @pytest.mark.parametrize("options", [{"shared_phm_rule": False}, {}], ids=["own rule", "shared rule"])
 def test_gradient_checkpointing(family: str, options: dict[str, Any]) -> None:
-    """Without reentry, since the library refuses the other kind."""
+    """It is not reentrant, since the library refuses the reentrant kind."""
     model = make(family, a=compacter(**options))
     expected = step(model)
     model.gradient_checkpointing_enable()
@@ -139,7 +139,7 @@ def test_saved_adapters_are_what_they_were(tmp_path: Path) -> None:
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     expected = step(copy.deepcopy(model))
-    draw_anew(model, seed=9)  # so that loading has something to undo
+    draw_anew(model, seed=9)  # so that loading has to restore the weights
     model.load_adapter(str(tmp_path / "after"), load_as="a", set_active=True)
     draw_anew(model)
     patch(model)  # the loaded modules are new
@@ -154,7 +154,7 @@ def test_deleting_and_adding_after_a_patch() -> None:
     model.add_adapter("d", config=compacter())
     model.train_adapter("d")
     draw_anew(model)
-    expected = step(model)  # the new one is as the library made it
+    expected = step(model)  # the new model is not patched
     assert len(patch(model).patched) == 4
     assert_same_step(step(model), expected)
 
@@ -162,7 +162,7 @@ def test_deleting_and_adding_after_a_patch() -> None:
 @hooks_known
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel adds both residuals, and BERT's norm; that of a stack of two adds one."""
+    """The kernel adds both residuals, and BERT's norm. For a stack of two it adds one."""
     residuals = residuals_of_calls(monkeypatch)
     model = make(family)
     patch(model)
@@ -180,7 +180,7 @@ def test_a_single_adapter_adds_the_residual_of_its_layer(family: str, monkeypatc
 @pytest.mark.parametrize("name", ["compose_single", "compose_stack", "pre_block"])
 @pytest.mark.parametrize("whole_library", [False, True])
 def test_a_layer_with_a_method_of_its_own_is_called_as_before(name: str, whole_library: bool) -> None:
-    """The method decides which adapters run, so nothing may bypass it."""
+    """The method decides which adapters run, so that nothing may bypass it."""
     model = make()
     layer = model.bert.encoder.layer[0].output
     own, calls = getattr(layer, name), []

@@ -1,4 +1,4 @@
-"""The activations of other libraries that are taken for fused ones are those."""
+"""Activations of other libraries that count as fused compute the same as the fused ones."""
 
 from __future__ import annotations
 

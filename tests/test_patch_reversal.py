@@ -43,10 +43,10 @@ def test_unpatch_restores_bitwise() -> None:
     model = make(a=compacter(shared_W_phm=True))
     attributes, expected, state = _attributes(model), step(model), list(model.state_dict())
     patch(model)
-    assert not _bitwise(step(model), expected)  # the kernels round otherwise
+    assert not _bitwise(step(model), expected)  # the kernels round differently
     assert list(model.state_dict()) == state
     report = unpatch(model)
-    assert len(report.restored) == 4 * 4  # an adapter, its two layers, the layer that calls it
+    assert len(report.restored) == 4 * 4  # an adapter, its two layers, and the layer that calls it
     assert _attributes(model) == attributes
     assert _bitwise(step(model), expected)
 
@@ -98,7 +98,7 @@ def test_copies(duplicate: Any, kind: Any) -> None:
 
 
 def test_a_copy_of_a_model_of_the_library() -> None:
-    """It runs on its own weights, and unpatching it leaves the first patched."""
+    """It runs on its own weights. If it is unpatched, the first model stays patched."""
     model = make()
     patch(model)
     again = copy.deepcopy(model)
@@ -131,7 +131,7 @@ def whole_library() -> Any:
 
 
 def test_the_whole_library(whole_library: Report) -> None:
-    """Models made before and after use the methods of their classes; no module is changed."""
+    """Models that are made before and after use the methods of their classes. No module changes."""
     assert [name.rpartition(".")[0] for name, _ in whole_library.patched] == [
         "adapters.methods.modeling.Adapter",
         "adapters.methods.modeling.ParallelAdapter",
@@ -223,7 +223,7 @@ def test_a_compose_single_of_its_own() -> None:
 
 
 def test_a_forward_that_others_put_there() -> None:
-    """As the hooks of accelerate do, before the patch and after it."""
+    """The hooks of accelerate do this, before the patch or after it."""
     model = make()
     adapter = model.bert.encoder.layer[0].output.adapters["a"]
     expected = step(model)
@@ -278,7 +278,7 @@ def test_a_version_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match=r"adapters 2\.0\.0 is not known to ck\.patch"):
             call()
     assert unpatch(model) == unpatch() == Report()
-    assert patch(OriginalAdapter()).patched  # which has nothing to do with it
+    assert patch(OriginalAdapter()).patched  # it does not depend on the library
 
 
 def test_without_adapters() -> None:

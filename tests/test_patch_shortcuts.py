@@ -39,13 +39,13 @@ def _repeats(model: torch.nn.Module) -> int:
 
 
 def _holders() -> set[str]:
-    """The modules of the library in which our function stands."""
+    """The modules of the library that hold our function."""
     names = {name for name in sys.modules if name.startswith("adapters.")}
     return {name for name in names if adapters_shortcuts.matched in vars(sys.modules[name]).values()}
 
 
 def _give_all_back() -> None:
-    """Also for models that were collected."""
+    """Undo the shortcuts, also for models that were garbage collected."""
     adapters_shortcuts.take(adapters)
     for user in list(adapters_shortcuts._users):
         adapters_shortcuts.give_back(user)
@@ -53,7 +53,7 @@ def _give_all_back() -> None:
 
 @pytest.fixture(autouse=True)
 def alone() -> Any:
-    """Without models that other tests have patched."""
+    """The test runs without models that other tests have patched."""
     _give_all_back()
     yield
     _give_all_back()
@@ -88,7 +88,7 @@ def test_the_report_names_the_shortcuts() -> None:
     assert report.patched[-2:] == adapters_shortcuts.ENTRIES
     assert "get_active_setup: no search where a layer holds no adapters, for every model of this process" in str(report)
     before = _functions()
-    assert set(adapters_shortcuts.ENTRIES).isdisjoint(patch(model).patched)  # again, which does not give them back
+    assert set(adapters_shortcuts.ENTRIES).isdisjoint(patch(model).patched)  # a second patch does not undo them
     assert _functions() == before
     assert unpatch(model).restored[-2:] == adapters_shortcuts.ENTRIES
 
@@ -142,7 +142,7 @@ def test_users_that_are_gone_leave_it_to_the_next() -> None:
 
 
 def test_batches_that_differ_are_repeated() -> None:
-    """As the library does it."""
+    """The library does the same."""
     query, key, value = torch.randn(4, 2, 3, 5), torch.randn(2, 2, 3, 5), torch.randn(1, 2, 3, 5)
     expected = adapters.composition.match_attn_matrices_for_parallel(query, key, value)
     model = make()
@@ -154,7 +154,7 @@ def test_batches_that_differ_are_repeated() -> None:
 
 
 def test_the_same_bits() -> None:
-    """For a model without Compacter, in a process with a patched one."""
+    """The model has no Compacter, and runs in a process with a patched model."""
     plain, model = make(a=adapters.SeqBnConfig(reduction_factor=4)), make(a=compacter())
     expected = step(plain)
     patch(model, shortcuts=True)
@@ -178,7 +178,7 @@ SETUPS = {
 @pytest.mark.parametrize("within", ["model", "context"])
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 def test_each_layer_has_the_setup_that_the_library_finds(setup: Any, within: str) -> None:
-    """Layers of every method, some of which hold nothing of a given one."""
+    """The layers belong to every method. Some of them have nothing of a given method."""
     configs = {
         "lora": adapters.LoRAConfig(r=2),
         "prefix": adapters.PrefixTuningConfig(prefix_length=2, bottleneck_size=4),

@@ -1,4 +1,4 @@
-"""Modules built like those of OpenDelta, T-Few and the original repository, known by structure."""
+"""Modules built like those of OpenDelta, T-Few and the authors, which are known by structure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 def _built(name: str, **options: Any) -> nn.Module:
     model = ADAPTERS[name][0](**options)
-    model(torch.randn(2, 32))  # OpenDelta makes its layers now
+    model(torch.randn(2, 32))  # OpenDelta creates its layers in this call
     return model
 
 

@@ -29,7 +29,7 @@ from compacter_kernels.saved import saved_bytes
 ac = pytest.importorskip("adapters.composition")
 pytestmark = [
     pytest.mark.filterwarnings(PAST_KEY_VALUE),
-    # torch.compile warns of itself
+    # torch.compile gives these warnings
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
@@ -61,7 +61,7 @@ def test_a_hundred_steps_of_t5(options: dict[str, Any]) -> None:
 
 
 def _saved_bytes(model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward, the parameters apart."""
+    """The bytes that autograd keeps for the backward, without the parameters."""
     model.get_input_embeddings().weight.requires_grad_()  # so that the frozen model has a backward too
     return saved_bytes(lambda: model(**inputs(model, rows=16, length=32)).logits, model.parameters())
 
@@ -69,7 +69,7 @@ def _saved_bytes(model: nn.Module) -> int:
 @hooks_known
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_bytes(family: str) -> None:
-    """No more than the frozen model's, and one tensor of x's size for each adapter."""
+    """No more than those of the frozen model, and one tensor of the size of x for each adapter."""
     model = make(family)
     library = _saved_bytes(model)
     count = len(patch(model).patched)
@@ -88,7 +88,7 @@ def test_saved_bytes(family: str) -> None:
     ids=[*FAMILIES, "bert, shared W, gate"],
 )
 def test_compiles(family: str, options: dict[str, Any]) -> None:
-    """In one graph, which the library does not do in any."""
+    """The patched model compiles into one graph, which the library's own model does not."""
     model = make(family, layers=1, a=compacter(**options))
     expected = step(model)
     patch(model)
@@ -101,7 +101,10 @@ def test_compiles(family: str, options: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), [("bert", "inductor"), ("t5", "aot_eager")])
 def test_compiles_for_all_batch_sizes(family: str, backend: str) -> None:
-    """A new batch size or length needs at most one recompilation; BERT with the default compiler."""
+    """A new batch size or length needs at most one recompilation.
+
+    BERT is compiled by the default compiler.
+    """
     model = make(family, layers=1).eval()
     patch(model)
     torch._dynamo.reset()
@@ -158,7 +161,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @hooks_known
 @pytest.mark.usefixtures("process_group")
 def test_fully_sharded_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hooks of each sharded adapter gather its weights, and it still runs as one kernel."""
+    """The hooks of each sharded adapter gather its weights. It still runs as one kernel."""
     model = make(a=compacter(shared_phm_rule=False))
     expected = step(model)
     patch(model)

@@ -1,4 +1,4 @@
-"""PHMLinear: its parameters and options against the formula, and its life as an nn.Module."""
+"""PHMLinear: its parameters and options against the formula, and its use as an nn.Module."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_state_dict_round_trip(name: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_to_dtype(dtype: torch.dtype, impl: str) -> None:
-    """Weights of one dtype serve inputs of every other."""
+    """Weights of one dtype work with inputs of every other dtype."""
     layer = ck.PHMLinear(24, 12, impl=impl).to(dtype)
     assert {p.dtype for p in layer.parameters()} == {dtype}
     for kind in (FP32, BF16, FP16):
@@ -136,7 +136,7 @@ def test_rule_parameters_share_a_factorised_rule() -> None:
 @pytest.mark.parametrize("factorized", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_fixed_rule_stays_fixed(impl: str, factorized: bool) -> None:
-    """Also where a training script makes every parameter trainable."""
+    """It also does so if a training script makes every parameter trainable."""
     layer = ck.PHMLinear(24, 24, learn_phm=False, factorized_phm_rule=factorized, impl=impl)
     assert not any(rule.requires_grad for rule in layer.rule_parameters())
     before = [rule.detach().clone() for rule in layer.rule_parameters()]

@@ -1,4 +1,7 @@
-"""On a GPU "auto" takes an impl that proved itself there. The impl on trial here is "cpu", as if on a new device."""
+"""On a GPU "auto" takes an impl only after a proof that its results are right there.
+
+The tests prove the impl "cpu", as if on a new device.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, which: int) -> None:
-    """The kernel gives one number of one of its results (0: the output) wrongly."""
+    """Make one number of one result of the kernel wrong (0: the output)."""
     prepare = cpu.prepare
 
     class Spoiled:
@@ -88,7 +91,7 @@ def test_a_kernel_that_raises_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_where_nothing_can_be_compared_the_proof_is_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As while a CUDA graph is captured. A plan made then is not kept."""
+    """This is so while a CUDA graph is captured. A plan that is made then is not kept."""
     case, able = Case(), [False]
     monkeypatch.setattr(proof, "comparable", lambda: able[0])
     expected = case.call(case.tensors(), "factored")

@@ -1,4 +1,4 @@
-"""The figures of the README are those of the committed results."""
+"""The numbers in the README are those of the committed results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walk of x: from the public function down to the kernel, each file once."""
+"""The path of x from the public function down to the kernel, which visits each file once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def holds(value: object, x: Tensor) -> bool:
 
 
 def files_of(call: Callable[[], object], x: Tensor) -> list[str]:
-    """The modules that are called with x, or with a call that holds it, in order; one after itself counts once."""
+    """The modules whose functions get x, or a call that holds x, in order.
+
+    Consecutive calls in the same module count once.
+    """
     found: list[str] = []
 
     def profile(frame: Any, event: str, arg: object) -> None:
@@ -61,7 +64,7 @@ def test_each_file_once_and_downwards(case: Case, how: str, impl: str) -> None:
             return case.call(tensors, impl, **options)
 
         call()  # makes the plan
-        found = [name for name in files_of(call, tensors["x"]) if name != "cases"]  # which makes the call
+        found = [name for name in files_of(call, tensors["x"]) if name != "cases"]  # this module makes the call
     assert found[0] == "functional"
     assert len(found) == len(set(found)), found
     ranks = [RANK[room(f"compacter_kernels.{name}")] for name in found]
@@ -70,7 +73,7 @@ def test_each_file_once_and_downwards(case: Case, how: str, impl: str) -> None:
 
 
 def test_explain_reads_the_same_call() -> None:
-    """What is wrong with an argument is said by both in the same words."""
+    """Both report a wrong argument by the same message."""
     tensors = Case(residual="other").tensors()
     down, up = weights(tensors, "down."), weights(tensors, "up.")
     for options in ({"residual": torch.ones(3)}, {"scale": "2"}, {"norm": 3}, {"out": 3}, {"impl": "gpu"}):

@@ -1,4 +1,7 @@
-"""Two processes: sharded adapters are gathered and saved by one of them, and loaded into sharded ones."""
+"""Two processes save and load adapters of a sharded model.
+
+The adapters are gathered, and one process writes them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def _work(rank: int, folder: Path) -> None:
     model = _sharded(trained(build("bert")))
     assert any(hasattr(p, "full_tensor") for p in model.parameters())
     save_adapter(model, folder / "sharded")
-    plain = trained(build("bert"), seed=rank)  # rank 0 writes its own
+    plain = trained(build("bert"), seed=rank)  # so that the file must come from rank 0
     save_adapter(torch.nn.parallel.DistributedDataParallel(plain), folder / "plain")
     distributed.barrier()
     again = _sharded(trained(build("bert"), seed=7))
@@ -47,7 +50,7 @@ def _work(rank: int, folder: Path) -> None:
 
 
 def _of_fsdp1(folder: Path) -> None:
-    """Whose parameters are pieces of a flat one, and whose names all have more in them."""
+    """Its parameters are pieces of a flat one, and all their names have additional parts."""
     policy = ModuleWrapPolicy({type(build("bert").bert.encoder.layer[0])})
     model = FullyShardedDataParallel(
         trained(build("bert"), seed=7), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")

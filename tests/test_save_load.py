@@ -1,4 +1,7 @@
-"""Adapters saved in a folder and loaded into another model: the same function, whatever options, class and dtype."""
+"""Adapters are saved in a folder and loaded into another model.
+
+The function stays the same for all options, model classes and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SMALL = {"reduction_factor": 4, "phm_dim": 4}
 
 
 def trained(model: nn.Module, name: str = "default", seed: int = 0, **options: Any) -> nn.Module:
-    """The model with adapters that all have other values than at the start."""
+    """The model with adapters, all of whose values differ from the initial ones."""
     ck.inject(model, ck.CompacterConfig(**{**SMALL, **options}), name=name)
     torch.manual_seed(seed)
     for _, parameter in ck.adapter_parameters(model, name):
@@ -75,7 +78,10 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 
 def test_names_in_the_file(tmp_path: Path) -> None:
-    """Names are relative to the base, without the adapter's name; each tensor is there once, and no other."""
+    """Names are relative to the base and do not contain the name of the adapter.
+
+    Each tensor is in the file once, and no other tensor is.
+    """
     model = trained(build("bert"), name="mine")
     save_adapter(model, tmp_path)
     names = keys(tmp_path)
@@ -110,7 +116,7 @@ def _bert(kind: str, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["BertModel", "BertForTokenClassification", "BertForMaskedLM"])
 def test_another_class_of_the_family(kind: str, tmp_path: Path) -> None:
-    """Without heads, adapters of one class fit the others, in both directions."""
+    """Without heads, the adapters of one class fit the others, in both directions."""
     options = {"num_labels": 7} if kind == "BertForTokenClassification" else {}
     source, target = trained(build("bert")), _bert(kind, **options)
     save_adapter(source, tmp_path / "there")
@@ -148,7 +154,10 @@ def test_t5_encoder_and_decoder_names_need_no_prefix(tmp_path: Path) -> None:
 
 
 def test_dtypes(tmp_path: Path) -> None:
-    """The file has the dtypes of the adapters; loaded values get the dtype of the model's adapters."""
+    """The file has the dtypes of the saved adapters.
+
+    Loaded values get the dtypes of the adapters in the model.
+    """
     model = trained(build("bert").to(torch.bfloat16))
     save_adapter(model, tmp_path)
     saved = safetensors.load_file(tmp_path / files.TENSORS)
@@ -178,7 +187,7 @@ def test_several_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch.compile
 def test_wrapped_models(tmp_path: Path) -> None:
-    """The names in the file are the same for one that is compiled, as a whole or layer by layer."""
+    """The names in the file are the same if the model or its layers are compiled."""
     model = trained(build("bert"))
     save_adapter(model, tmp_path / "plain")
     save_adapter(torch.compile(model), tmp_path / "compiled")
@@ -257,7 +266,7 @@ def test_a_save_cut_between_the_two_files_is_told(tmp_path: Path, monkeypatch: p
 
 
 def test_a_cache_of_the_hub(tmp_path: Path) -> None:
-    """snapshots/<revision>/ with links into blobs, loaded by its id without a network."""
+    """The folder snapshots/<revision>/ has links into blobs. An id loads it without a network."""
     pytest.importorskip("huggingface_hub")
     model = trained(build("bert"))
     save_adapter(model, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Leading shapes from none to three dimensions, and sizes that hypothesis finds."""
+"""Leading shapes of zero to three dimensions, and sizes that hypothesis draws."""
 
 from __future__ import annotations
 

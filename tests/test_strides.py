@@ -1,4 +1,7 @@
-"""Strided, offset, transposed and expanded tensors: the right result, and not a byte of the caller's memory changed."""
+"""Strided, offset, transposed and expanded tensors.
+
+The result is right, and no byte of the caller's memory changes.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +40,17 @@ def every_second(t: Tensor) -> Tensor:
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The last dimension is not the fastest."""
+    """A tensor whose last dimension does not have the smallest stride."""
     return t.detach().transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def odd_offset(t: Tensor) -> Tensor:
-    """Contiguous, but one element into its memory: no vector load is aligned."""
+    """A contiguous tensor that begins one element after an aligned address."""
     return _inside(t.reshape(-1), [t.numel() + 2], slice(1, -1)).view(t.shape)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first row again and again, with stride 0."""
+    """The first row repeated with stride 0."""
     return t.detach()[:1].clone().expand(t.shape)
 
 
@@ -98,7 +101,7 @@ def test_grad_output(case: Case, layout: Layout, impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", [LINEAR, ADAPTER], ids=str)
 def test_backward_of_a_sum(case: Case, impl: str) -> None:
-    """Its grad_output is one number, expanded to the whole shape."""
+    """The gradient of the output is one number, expanded to the whole shape."""
     tensors = case.tensors()
     case.call(tensors, impl).sum().backward()
     expected = oracle(case, tensors, torch.ones_like(case.grad_output()))

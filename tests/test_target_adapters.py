@@ -23,7 +23,10 @@ def parallel(**options: Any) -> ck.CompacterConfig:
 
 
 def test_two_threads_do_not_mix() -> None:
-    """Both stop between a block's input and its output, so that each thread stores an input."""
+    """Both threads stop between the input and the output of a block.
+
+    So each of them has stored an input at that time.
+    """
     model = ck.inject(build("llama"), parallel())
     words = [torch.full((1, 4), word) for word in (5, 9)]
     with torch.no_grad():
@@ -61,7 +64,7 @@ def test_a_model_is_copied_after_a_call_that_was_interrupted() -> None:
 
 @torch.no_grad()
 def test_a_block_whose_ends_are_compiled_apart() -> None:
-    """The block's input goes from one graph to the other."""
+    """The input of the block passes from one graph to the other."""
     model = ck.inject(build("bert"), parallel())
     expected = output("bert", model)
     for layer in model.bert.encoder.layer:
@@ -82,7 +85,7 @@ KINDS: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    """A block that is called by keyword, its input not first, and gives that kind of output."""
+    """A block that is called by keyword. Its input is not the first argument."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -136,7 +139,7 @@ def test_an_output_without_a_tensor_is_an_error_that_names_the_module() -> None:
 
 
 def test_whole_blocks_of_transformers_in_parallel() -> None:
-    """LLaMA calls its attention by keyword, and it returns a tuple."""
+    """LLaMA calls its attention by keyword, and the attention returns a tuple."""
     model = ck.inject(build("llama"), parallel(target_modules=["self_attn", "mlp"]))
     output("llama", model).square().mean().backward()
     assert all(p.grad is not None for _, p in ck.adapter_parameters(model))
@@ -150,7 +153,7 @@ def test_a_parallel_adapter_of_another_width_is_refused() -> None:
 
 
 def test_adapters_of_two_names_read_two_inputs() -> None:
-    """The same layer: one adapter takes the input of its block, the other the layer's own."""
+    """Both are at one layer: one takes the input of its block, the other the input of the layer."""
     model = build("bert")
     end = "attention.output.dense"
     ck.inject(model, parallel(output_adapter=False, train_layer_norms=False), name="block")

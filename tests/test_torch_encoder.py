@@ -1,4 +1,4 @@
-"""torch's own encoder, which in eval mode reads the weights of its modules and calls none."""
+"""torch's encoder reads the weights of its modules in eval mode and calls none of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_eval_computes_what_training_does(name: str) -> None:
     ck.inject(model, ck.CompacterConfig(reduction_factor=4, phm_init_range=1.0, **CONFIGS[name]))
     for _, p in ck.adapter_parameters(model):
         p += 0.3 * torch.randn_like(p)
-    expected = outputs(model.train())  # nothing is left to chance there, but all modules are called
+    expected = outputs(model.train())  # there is no dropout, but in training mode all modules are called
     got = outputs(model.eval())
     for y, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
@@ -83,14 +83,14 @@ def test_modules_that_attention_never_calls_are_refused() -> None:
 
 
 class Plain(nn.MultiheadAttention):
-    """A subclass as users write it, which still calls torch's forward."""
+    """A typical subclass of a user, which still calls torch's forward."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
 
 
 class Calling(nn.MultiheadAttention):
-    """Has a forward of its own, which calls its parts."""
+    """A subclass whose own forward calls its parts."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out: Tensor = self.out_proj(x)

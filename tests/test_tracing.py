@@ -1,4 +1,4 @@
-"""Tracers and exporters record what a call computes; the token count may be another afterwards."""
+"""Tracers and exporters record a call. The token count may change afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import compacter_kernels as ck
 from compacter_kernels.impl.cpu import unavailable
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # each of these tools warns of itself
+pytestmark = pytest.mark.filterwarnings("ignore")  # each of these tools gives warnings
 WIDTH = 32
 
 
@@ -48,7 +48,7 @@ def check(found: Callable[[Tensor], Tensor], module: nn.Module) -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_jit_trace(module: nn.Module, trained: bool, tmp_path: Path) -> None:
-    """What is traced consists of torch's own operators, and is saved and loaded as such."""
+    """The trace consists of operators of torch, and can be saved and loaded."""
     traced = torch.jit.trace(module.requires_grad_(trained), torch.randn(5, WIDTH))
     check(traced, module)
     assert "compacter_kernels::" not in str(traced.inlined_graph)
@@ -57,7 +57,7 @@ def test_jit_trace(module: nn.Module, trained: bool, tmp_path: Path) -> None:
 
 
 def test_make_fx(module: nn.Module) -> None:
-    """A fused impl is one operator there."""
+    """A fused impl is one operator in the graph."""
     graph = make_fx(module.requires_grad_(False))(torch.randn(5, WIDTH))
     x = torch.randn(5, WIDTH)
     torch.testing.assert_close(graph(x), module(x), rtol=1e-4, atol=1e-4)
@@ -82,7 +82,7 @@ def test_a_dispatch_mode_sees_the_call(module: nn.Module) -> None:
 
 
 def onnx_of(module: nn.Module, dynamo: bool, arguments: tuple[Any, ...], folder: Path) -> Callable[..., Tensor]:
-    """What the exported model computes, in onnx's own evaluator."""
+    """The output of the exported model in onnx's reference evaluator."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     from onnx.reference import ReferenceEvaluator

@@ -1,4 +1,4 @@
-"""The fine-tuning demonstration: what trains, what agrees, what is written, what is refused."""
+"""The fine-tuning demonstration: trained parameters, agreement, files, and refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The models are small: a second thread mostly waits for the first."""
+    """The models are small, so that a second thread would mostly wait for the first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def tasks() -> tuple[Task, Task]:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every method by the script, in a fresh process and another folder."""
+    """Run the script with every method, in a new process and another folder."""
     folder = tmp_path_factory.mktemp("train") / "new" / "folder"
     command = [sys.executable, str(train.folder() / "train_digits.py"), *TINY, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parents[1])

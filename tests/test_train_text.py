@@ -28,7 +28,7 @@ from text_task import open_task
 from train_text import build
 
 SMALL = {"reduction_factor": 4}
-# datasets closes a CSV file when it is collected, and not before
+# datasets closes a CSV file only when it is garbage collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -58,7 +58,7 @@ def texts(count: int = 48) -> Any:
 
 
 def trainer(models: dict[str, Path], kind: str, method: str, folder: Path, **recipe: Any) -> AdapterTrainer:
-    """A run of four steps, ready to start."""
+    """A run of four steps that has not started yet."""
     task = open_task(str(models[kind]), None, (texts(), texts(8)), 32)
     options = {} if method in ("probe", "full") else SMALL
     model = build(str(models[kind]), task, METHODS[method], options, seed=3)
@@ -76,7 +76,7 @@ def run(model: Path, data: str, out: Path, *more: str) -> int:
     ("kind", "method"), [(kind, name) for kind in ("bert", "t5") for name in METHODS if (kind, name) != ("t5", "probe")]
 )
 def test_only_what_the_method_says_trains(kind: str, method: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Every parameter that trains moves, no other one does."""
+    """Every parameter that trains moves, and no other one does."""
     made = trainer(models, kind, method, tmp_path)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
@@ -106,12 +106,12 @@ def test_every_pass_shows_every_example_once(size: int) -> None:
         assert sorted(stream[turn * size : (turn + 1) * size]) == list(range(size))
     assert stream[:size] != stream[size : 2 * size]
     assert passes(examples, Recipe(2, 1e-3, 20, seed=6))["row"][:] != stream[:40]
-    assert len(passes(examples.select(range(3)), Recipe(1, 1e-3, 20, seed=5))) == 20  # more than there are
+    assert len(passes(examples.select(range(3)), Recipe(1, 1e-3, 20, seed=5))) == 20  # more than there are examples
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_an_accumulated_batch_is_the_batch(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """The targets of the parts differ in length: the loss is the mean over all labels."""
+    """The targets of the parts differ in length. The loss is the mean over all labels."""
     whole, parts = (trainer(models, kind, "adapter", tmp_path, accumulate=count) for count in (1, 4))
     whole.train()
     parts.train()
@@ -124,7 +124,7 @@ def test_an_accumulated_batch_is_the_batch(kind: str, models: dict[str, Path], t
 def test_bf16_stays_near(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for bf16 in (False, True):
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where transformers leaves it for the next run
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers leaves this variable set after a run
         made.append(trainer(models, "bert", "compacter", tmp_path, bf16=bf16))
         made[-1].train()
     exact, rounded = made
@@ -155,7 +155,7 @@ def test_it_learns(kind: str, method: str, rate: str, models: dict[str, Path], d
 def test_what_is_written(
     models: dict[str, Path], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the adapter of one seed, loaded anew, computes the same as the trained one."""
+    """The adapter of one seed, loaded again, computes the same as the trained one."""
     out = tmp_path / "new" / "out"
     assert run(models["bert"], data, out, "--steps", "5", "--seeds", "2", "--seed", "4") == 0
     printed = capsys.readouterr()
@@ -282,7 +282,7 @@ def test_without_a_package(
     absent = [name for name in sys.modules if name.partition(".")[0] == package]
     for name in (*absent, package):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("text_data", "text_task", "adapter_trainer", "train_text"):  # imported anew
+    for name in ("text_data", "text_task", "adapter_trainer", "train_text"):  # so that it is imported again
         monkeypatch.delitem(sys.modules, name)
     assert run(tmp_path, "data.csv", tmp_path / "out", "--steps", "1") == 2
     error = capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_without_a_package(
 def test_the_script_by_hand(
     models: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the command; and its own help and errors are those of any program."""
+    """It behaves as the command. Its help and its errors name the script."""
     from train_options import run_script
     from train_text import add_options, run
 

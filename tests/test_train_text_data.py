@@ -1,4 +1,4 @@
-"""Texts from files and by id: what is read, how it is divided, and what is refused."""
+"""Texts from files and by id: reading, division and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import datasets
 import text_data
 from text_data import classes_of, load
 
-# datasets closes a CSV file when it is collected, and not before
+# datasets closes a CSV file only when it is garbage collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -43,7 +43,7 @@ def test_a_file_for_validation(tmp_path: Path) -> None:
 
 
 def test_other_columns_numbers_and_quotes(tmp_path: Path) -> None:
-    """Values that another reader takes for a number or a missing value stay as written."""
+    """Values that look like a number or a missing value stay as they are written."""
     row = {"first": 'say "a, b"', "second": "line\nbreak", "class": "007", "more": "NA"}
     path = save_rows(tmp_path / "a.csv", [row] * 4)
     train, _ = load(str(path), None, ["first", "second", "more"], "class")
@@ -55,7 +55,7 @@ def test_other_columns_numbers_and_quotes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_by_id_of_datasets(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes by their names, and the validation split of the data if there is one."""
+    """Classes get their names. The validation split of the data is used if there is one."""
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cold", "warm"])}
     )

@@ -1,4 +1,4 @@
-"""A run that was killed goes on to the same bits; two processes train as one does."""
+"""A killed run resumes to the same bits. Two processes train as one process does."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def assert_same_bits(folder: Path, seed: str, method: str) -> None:
 
 
 def stop(command: list[str]) -> None:
-    """Interrupt the command in step 13, two steps behind its second checkpoint."""
+    """Interrupt the command in step 13, two steps after its second checkpoint."""
     step = AdapterTrainer.training_step
 
     def interrupted(trainer: AdapterTrainer, *args: Any) -> torch.Tensor:
@@ -93,7 +93,7 @@ def stop(command: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """With dropout, of two seeds, the first one killed."""
+    """The run has dropout and two seeds, and is killed during the first."""
     prepare(tmp_path, "bert", dropout=True)
     assert main(arguments(tmp_path, "compacter", "whole", "--seeds", "2")) == 0
     broken = arguments(tmp_path, "compacter", "broken", "--seeds", "2")
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_model_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """With dropout, and with accumulated batches."""
+    """The run has dropout and accumulated batches."""
     prepare(tmp_path, "t5", dropout=True)
     assert main(arguments(tmp_path, "full", "whole", "--accumulate", "2")) == 0
     broken = arguments(tmp_path, "full", "broken", "--accumulate", "2")
@@ -116,7 +116,7 @@ def test_the_whole_model_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped behind its checkpoint of step 10."""
+    """A run that was stopped after its checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("stopped")
     prepare(folder, "bert", dropout=False)
     stop(arguments(folder, "compacter", "out"))
@@ -125,7 +125,7 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_run: Path, tmp_path: Path) -> Path:
-    """The same, for one test."""
+    """A copy of the stopped run for one test."""
     shutil.copytree(stopped_run / "out", tmp_path / "out")
     return stopped_run
 
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 def test_a_checkpoint_that_is_not_complete_is_passed_over(stopped: Path, tmp_path: Path) -> None:
-    """A process that is killed while it writes one leaves it without settings."""
+    """A process that is killed while it writes a checkpoint leaves it without settings."""
     folder = tmp_path / "out" / "seed-0"
     shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-15", ignore=shutil.ignore_patterns("settings.json"))
     assert main([*arguments(stopped, "compacter", tmp_path / "out"), "--resume"]) == 0
@@ -208,7 +208,7 @@ def test_resume_without_a_run_starts_one(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("t5", "full")])
 def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> None:
-    """Of T5 the parts of the processes have different numbers of target tokens."""
+    """For T5 the parts of the processes have different numbers of target tokens."""
     prepare(tmp_path, kind, dropout=False)
     assert main(arguments(tmp_path, method, "one", "--accumulate", "2")) == 0
     assert torchrun(arguments(tmp_path, method, "two", "--accumulate", "2")).count("written into") == 1
@@ -226,7 +226,7 @@ def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_two_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    """With dropout: each process takes up its own random numbers."""
+    """The run has dropout. Each process restores its own random state."""
     prepare(tmp_path, "bert", dropout=True)
     torchrun(arguments(tmp_path, "compacter", "whole"))
     broken = arguments(tmp_path, "compacter", "broken")

@@ -21,7 +21,7 @@ from text_methods import METHODS
 def test_the_sentences() -> None:
     found = {topic: topics.sentences(topic) for topic in topics.TOPICS}
     everything = [sentence for part in found.values() for sentence in part]
-    assert len(set(everything)) == len(everything)  # none is of two topics
+    assert len(set(everything)) == len(everything)  # no sentence has two topics
     assert all(len(sentence.split()) >= 6 and sentence.endswith(".") for sentence in everything)
     assert min(map(len, found.values())) > 50
     if sys.version_info[:2] == (3, 11):

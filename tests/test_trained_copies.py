@@ -31,7 +31,7 @@ def model_with_a_norm(**options: Any) -> nn.Sequential:
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 def test_copies_follow_dtype(family: str, low: torch.dtype) -> None:
-    """So that a gradient scaler, which takes no float16 gradients, can serve."""
+    """So a gradient scaler works, which refuses float16 gradients."""
     heads = {"bert": None, "llama": ["lm_head", "embed_tokens"], "t5": ["lm_head", "wo"]}[family]
     model = build(family).to(low).requires_grad_(False)
     plain = output(family, model)
@@ -71,7 +71,10 @@ def test_the_module_stays_what_it_was() -> None:
 
 
 def test_a_forward_on_the_instance_is_the_base_s() -> None:
-    """Set before or after inject, or deleted: the copy computes, and the base keeps its forward."""
+    """It may be set before or after inject, or be deleted.
+
+    The copy computes the output, and the base keeps its forward.
+    """
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
     norm, x = model[1], torch.randn(2, WIDTH)
 
@@ -108,7 +111,7 @@ def test_hooks_of_the_module_run_once() -> None:
 
 
 def test_a_subclass_that_another_library_makes_of_it_goes_on() -> None:
-    """Parametrizations and FSDP2 change a module's class too."""
+    """Parametrizations and FSDP2 also change the class of a module."""
     model = model_with_a_norm()
     norm, x = model[1], torch.randn(2, WIDTH)
     trained = norm(x)

@@ -1,4 +1,7 @@
-"""What a training script wraps around a layer: autocast, activation checkpointing, functional calls, DDP."""
+"""Tools that a training script uses around a layer.
+
+These are autocast, activation checkpointing, functional calls, and DDP.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CASES = [Case("linear", shape=(9,), rank=2), Case(shape=(9,)), Case(shape=(9,), 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["x=fp32", "x=bf16"])
 @pytest.mark.parametrize("operation", ["linear", "adapter"])
 def test_autocast_changes_no_bit(operation: str, dtype: torch.dtype, autocast: torch.dtype, impl: str) -> None:
-    """The output has x's dtype, and the precision inside is the impl's own."""
+    """The output has the dtype of x. Inside, the impl uses its own precision."""
     case = Case(operation, shape=(9,), dtype=dtype)
     tensors = case.tensors()
     expected = run(case, tensors, impl)
@@ -36,7 +39,7 @@ def test_autocast_changes_no_bit(operation: str, dtype: torch.dtype, autocast: t
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_adapter_in_an_autocast_model(impl: str) -> None:
-    """A bf16 activation from a frozen layer, fp32 adapter weights, fp32 gradients."""
+    """The activation of a frozen layer is bf16. Weights and gradients of the adapter are fp32."""
     adapter = ck.CompacterAdapter(24, reduction_factor=2, impl=impl)
     model = nn.Sequential(nn.Linear(24, 24).requires_grad_(False), adapter)
     with torch.autocast("cpu", BF16):
@@ -81,7 +84,10 @@ def test_functional_call(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_tensor_subclass_goes_through_the_operator(impl: str) -> None:
-    """A mode or a subclass sees one operator, where an ordinary tensor goes straight to the kernel."""
+    """A mode or a subclass sees one operator.
+
+    An ordinary tensor goes directly to the kernel.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for operation in ("linear", "adapter"):
@@ -108,7 +114,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("process_group")
 def test_distributed_data_parallel() -> None:
-    """Two adapters with one rule between them, in one process."""
+    """Two adapters share one rule, in one process."""
     rule = nn.Parameter(torch.randn(4, 4, 4))
     model = nn.Sequential(*(ck.CompacterAdapter(24, reduction_factor=2, phm_rule=rule) for _ in range(2)))
     x = torch.randn(6, 24)

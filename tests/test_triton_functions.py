@@ -45,7 +45,7 @@ def _exact(name: str, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("reach", [20.0, 1.0, 1e-2, 1e-4, 1e-8, 1e-15])
 @pytest.mark.parametrize("name", FUSED)
 def test_value_and_derivative(name: str, reach: float) -> None:
-    """However small y is: what is small keeps its digits."""
+    """Small numbers keep their digits: the error is relative to the largest one of the range."""
     y = torch.linspace(-reach, reach, COUNT)
     for ours, exact in zip(_ours(name, y), _exact(name, y), strict=True):
         assert error(ours, exact) <= floor(torch.float32, torch.float32)

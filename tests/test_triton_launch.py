@@ -1,4 +1,7 @@
-"""`Launch.compile`, as the product calls it, for a device that is not there: Triton is told of one by a fake driver."""
+"""`Launch.compile`, called as the package calls it, for a device that this machine lacks.
+
+A fake driver reports such a device to Triton.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ print("compiled")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_compile_for_a_device_that_is_not_there() -> None:
-    """In a process of its own, since Triton's driver is a global of it."""
+    """It runs in a process of its own, since the driver is a global variable of Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, env=environment

@@ -1,4 +1,7 @@
-"""Adapters together with LoRA of peft, in both orders; files have the names of the plain model."""
+"""Adapters together with LoRA of peft, in both orders.
+
+Files have the names of the plain model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ pytest.importorskip("safetensors")
 
 
 def lora(model: nn.Module, **options: Any) -> Any:
-    """The model with LoRA whose weights are not zero."""
+    """The model with LoRA, whose weights are not zero."""
     config = peft.LoraConfig(**{"target_modules": ["output.dense", "query"], **options})
     wrapped = peft.get_peft_model(model, config).eval()
     torch.manual_seed(3)
@@ -74,7 +77,10 @@ def test_adapters_behind_lora(given: str, undo: str, options: dict[str, Any], tm
 
 
 def test_lora_behind_adapters_is_refused_before_anything_is_lost() -> None:
-    """Merging would let the adapters read another output; the first call says so, and unload undoes it."""
+    """After merging, the adapters would read another output.
+
+    The first call raises an error about this, and unload restores the model.
+    """
     model = trained(build("bert"))
     expected = output("bert", model)
     wrapped = lora(model)
@@ -85,7 +91,7 @@ def test_lora_behind_adapters_is_refused_before_anything_is_lost() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"is_parallel": True}], ids=["sequential", "parallel"])
 def test_lora_on_other_layers(options: dict[str, Any], tmp_path: Path) -> None:
-    """Either order, and merging, change nothing."""
+    """The order does not matter, and merging changes nothing."""
     save_adapter(trained(build("bert"), **options), tmp_path / "plain")
     models = trained(build("bert"), **options), build("bert")
     first, second = (lora(model, target_modules=["query"]) for model in models)
@@ -118,7 +124,7 @@ def test_modules_that_peft_trains_are_refused(options: dict[str, Any], config: d
 
 
 def test_a_head_that_peft_copies_later(tmp_path: Path) -> None:
-    """There are two trained heads then, and which belongs to the adapters cannot be known."""
+    """There are two trained heads then, and the one of the adapters cannot be determined."""
     wrapped = lora(trained(build("bert")), target_modules=["query"], task_type="SEQ_CLS")
     with pytest.raises(ValueError, match=r"classifier\..* lies in what peft trains itself"):
         save_adapter(wrapped, tmp_path / "adapter")
@@ -156,7 +162,7 @@ def test_a_wrapper_around_lora(first: str) -> None:
 
 
 def test_a_parallel_adapter_beside_a_layer_with_lora() -> None:
-    """Its input is that of the wrapper, and of the layer after merging."""
+    """Its input is that of the wrapper, and after merging that of the layer."""
     wrapped = lora(build("bert"))
     config = ck.CompacterConfig(
         reduction_factor=4, phm_init_range=1.0, is_parallel=True, target_modules=["attention.output.dense"]
@@ -176,7 +182,10 @@ READS = ["query", "intermediate.dense"]  # the layers that take the input of a b
 
 @pytest.mark.parametrize("method", ["IA3", "OFT"])
 def test_methods_that_change_a_layer_s_input(method: str) -> None:
-    """A parallel adapter takes the input of the block, before peft changes it, and does so after merging."""
+    """A parallel adapter takes the input of the block before peft changes it.
+
+    It does so after merging too.
+    """
     if method == "IA3":
         config = peft.IA3Config(target_modules=READS, feedforward_modules=READS)
     else:

@@ -1,4 +1,7 @@
-"""A torch without DLPack's C exchange API (before 2.10): plans and addresses are found by asking in Python."""
+"""A torch without the C exchange API of DLPack (before 2.10).
+
+Python then determines the plans and the addresses.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def test_the_same_bits(case: Case, impl: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("dlpack")
 @pytest.mark.parametrize("impl", ["auto", "factored"])
 def test_what_changes_between_two_calls_is_seen(impl: str) -> None:
-    """The same Parameter, changed in place: dtype, shape, strides, storage."""
+    """The same Parameter is changed in place: its dtype, shape, strides or storage."""
     case = Case(shape=(5,))
     tensors = {name: torch.nn.Parameter(t.detach()) for name, t in case.tensors().items()}
     expected = run(case, tensors, impl)["out"]

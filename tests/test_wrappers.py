@@ -1,4 +1,4 @@
-"""Names in files are those of the plain model, whatever wraps the model or its layers."""
+"""Names in files are those of the plain model, also if the model or its layers are wrapped."""
 
 from __future__ import annotations
 

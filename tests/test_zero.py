@@ -1,6 +1,7 @@
-"""Parameters in pieces, as ZeRO stage 3 of DeepSpeed has them: copied, counted, saved, loaded and drawn as a whole.
+"""Parameters in pieces, as stage 3 of ZeRO in DeepSpeed has them.
 
-Without deepspeed, an imitation of the functions that we use replaces it, and the training test is skipped.
+They are copied, counted, saved, loaded and initialised as whole tensors. Without deepspeed, an
+imitation of the functions that we use replaces it, and the training test is skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ pytest.importorskip("safetensors")
 
 
 def take_apart(module: nn.Module) -> None:
-    """Leave each parameter as zero.Init does in a process that has no piece of it."""
+    """Leave each parameter as zero.Init leaves it in a process that has no piece of it."""
     for parameter in module.parameters():
         if not hasattr(parameter, "ds_id"):
             parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
@@ -60,7 +61,7 @@ def imitation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Adapters of the whole model, to compare with."""
+    """The saved adapters of a whole model, for comparison."""
     save_adapter(trained(build("bert")), tmp_path / "plain")
     return tmp_path
 

@@ -1,4 +1,7 @@
-"""Tiny models with a tokenizer, in folders as transformers has them, and texts whose target one word tells."""
+"""Tiny models with a tokenizer, in folders as transformers writes them, and texts to train on.
+
+One word of a text determines its target.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 WORDS = [f"w{number}" for number in range(12)]
-KEYS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}  # the word that tells, and the target
+# the word that determines the target, and the target
+KEYS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -57,7 +61,7 @@ def _tokenizer() -> Any:
 
 
 def rows(count: int = 64, seed: int = 0) -> list[dict[str, str]]:
-    """Examples: two to six words, among them the one that tells."""
+    """Examples of two to six words. One of the words determines the target."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(end: int) -> int:
@@ -73,7 +77,7 @@ def rows(count: int = 64, seed: int = 0) -> list[dict[str, str]]:
 
 
 def save_rows(path: Path, found: list[dict[str, Any]]) -> Path:
-    """As JSON lines or CSV, by the name."""
+    """Write them as JSON lines or CSV, depending on the file name."""
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row) + "\n" for row in found)

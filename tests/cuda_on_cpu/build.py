@@ -1,9 +1,11 @@
-"""The module that executes the CUDA sources on the CPU, in one of the builds that find different faults.
+"""Builds the module that executes the CUDA sources on the CPU, in one of several kinds.
 
     python tests/cuda_on_cpu/build.py build/cuda_on_cpu build/cuda_on_cpu/race race
 
-takes all but the CUDA objects from the folder of an earlier build by CMake (COMPACTER_CUDA_ON_CPU), and writes the new
-module to the second folder. What a test run with it needs in its environment is printed.
+Each kind of build finds other faults. The first folder is that of an earlier build by CMake
+(COMPACTER_CUDA_ON_CPU), from which all objects but the CUDA ones are taken. The new module is
+written to the second folder. The program prints the environment variables that a test run with it
+needs.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILE = {
     "plain": ["-O1"],
     "sanitized": ["-O1", "-g1", *SANITIZE],
-    "race": ["-O1", "-g1", "-fsanitize=thread"],  # without its runtime, see race_check.h
+    "race": ["-O1", "-g1", "-fsanitize=thread"],  # without the runtime of the sanitizer, see race_check.h
 }
 LINK = {"sanitized": SANITIZE}
 
 
 class Unit(NamedTuple):
-    """One source of csrc/cuda, for one dtype where CMake compiles it once for each."""
+    """One source of csrc/cuda, and the dtype if CMake compiles it once for each dtype."""
 
     source: str
     element: str | None
@@ -48,7 +50,7 @@ class Unit(NamedTuple):
 
 
 def units(sources: Path = SOURCES) -> list[Unit]:
-    """All that the module is linked of, of these sources."""
+    """The units of these sources of which the module is linked."""
     found = []
     for path in sorted((sources / "cuda").glob("*.cu")):
         elements = ELEMENTS if "COMPACTER_ELEMENT" in path.read_text() else (None,)
@@ -57,7 +59,7 @@ def units(sources: Path = SOURCES) -> list[Unit]:
 
 
 def included(sources: Path, name: str) -> set[str]:
-    """The file of csrc/cuda itself and those that it includes, and so on."""
+    """This file of csrc/cuda and all files that it includes, directly or indirectly."""
     names, open_names = set(), {name}
     while open_names:
         names |= open_names
@@ -67,7 +69,7 @@ def included(sources: Path, name: str) -> set[str]:
 
 
 def compile_units(sources: Path, wanted: Iterable[Unit], folder: Path, kind: str) -> None:
-    """The objects of these units, into `folder`."""
+    """Compile the objects of these units into `folder`."""
 
     def compile_unit(unit: Unit) -> None:
         definitions = [f"-DCOMPACTER_ELEMENT={unit.element}"] if unit.element else []
@@ -80,7 +82,7 @@ def compile_units(sources: Path, wanted: Iterable[Unit], folder: Path, kind: str
 
 
 def link(objects: Iterable[Path], base: Path, folder: Path, kind: str) -> None:
-    """The module of these objects and, for all else, of what CMake has left in `base`."""
+    """Link the module from these objects and from the other objects that CMake left in `base`."""
     (module,) = base.glob("_C.*.so")
     others = [path for name in ("_C", "host", "kernels_*") for path in base.glob(f"CMakeFiles/{name}.dir/**/*.o")]
     command = ["g++", "-shared", "-fopenmp", *LINK.get(kind, []), *map(str, [*others, *objects]), "-ldl"]
@@ -88,7 +90,7 @@ def link(objects: Iterable[Path], base: Path, folder: Path, kind: str) -> None:
 
 
 def environment(folder: Path, kind: str) -> dict[str, str]:
-    """For a process that is to load the module from `folder`."""
+    """The environment variables of a process that loads the module from `folder`."""
     if kind != "sanitized":
         return {"CUDA_ON_CPU": str(folder)}
     runtimes = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan")]

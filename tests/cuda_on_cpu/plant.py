@@ -1,9 +1,9 @@
-"""Plants one bug at a time into copies of the CUDA sources, and says which of them the tests find.
+"""Plants one bug at a time into copies of the CUDA sources, and prints which ones the tests detect.
 
     python tests/cuda_on_cpu/plant.py build/cuda_on_cpu [--part 1/8] [--only TEXT] [--list]
 
-The folder is that of a build by CMake (COMPACTER_CUDA_ON_CPU) of the sources as they are; objects go to its `planted`.
-Exits with 1 if a bug survives that is not among HARMLESS.
+The folder is that of a build of the unchanged sources by CMake (COMPACTER_CUDA_ON_CPU). Objects are
+written to its subfolder `planted`. Exits with 1 if a bug survives that is not in HARMLESS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from planted import BUGS, HARMLESS, PATTERNS
 
 ROOT = SOURCES.parent
 
-# pytest's arguments in each build; a bug is sought in all of them, in the order that is likely to find it first
+# The arguments of pytest in each build. A bug is tried in all its builds, the likeliest one first.
 TESTS = ["tests/test_cuda_kernels.py"]
 CHECKS = {"plain": TESTS, "race": [*TESTS, "-k", "every_order"], "sanitized": TESTS}
 SECONDS = 240
@@ -32,17 +32,17 @@ SECONDS = 240
 class Bug(NamedTuple):
     name: str
     file: str
-    text: str  # of the whole file
+    text: str  # the whole file with the bug
     kinds: tuple[str, ...]
 
 
 def is_comment(text: str, at: int) -> bool:
-    """What stands there follows a // on its line."""
+    """Whether a // precedes this position on its line."""
     return "//" in text[text.rfind("\n", 0, at) + 1 : at]
 
 
 def bugs(sources: Path) -> list[Bug]:
-    """All that PATTERNS and BUGS say, in the order of the files."""
+    """All bugs of PATTERNS and BUGS, in the order of the files."""
     found = []
     files = {path.name: path.read_text() for path in sorted((sources / "cuda").glob("*.*")) if path.name != "ptx.h"}
     for file, text in files.items():
@@ -66,7 +66,7 @@ def bugs(sources: Path) -> list[Bug]:
 
 
 class Nursery:
-    """Where the bugs are compiled: a copy of the sources, and the objects of the sources as they are."""
+    """The folder for compiling the bugs: a copy of the sources, and the objects without a bug."""
 
     def __init__(self, base: Path) -> None:
         self.base, self.folder = base, base / "planted"
@@ -76,7 +76,7 @@ class Nursery:
         self.units = units(self.sources)
 
     def sound(self, kind: str) -> Path:
-        """The folder of all objects without a bug, newer than the sources."""
+        """The folder of the objects without a bug. They are compiled again if a source is newer."""
         folder = self.folder / f"sound_{kind}"
         files = [*SOURCES.glob("**/*.h"), *SOURCES.glob("cuda/*.cu"), *HERE.glob("*.h"), HERE / "build.py"]
         newest = max(file.stat().st_mtime for file in files)
@@ -86,7 +86,7 @@ class Nursery:
         return folder
 
     def build(self, bug: Bug, kind: str, elements: tuple[str, ...]) -> Path:
-        """The folder of the module with the bug, in the kernels of these dtypes."""
+        """The folder of the module that has the bug in the kernels of these dtypes."""
         file, folder = self.sources / "cuda" / bug.file, self.folder / "module"
         shutil.rmtree(folder, ignore_errors=True)
         sound, whole = self.sound(kind), file.read_text()
@@ -105,7 +105,10 @@ class Nursery:
         return folder
 
     def caught(self, bug: Bug) -> str | None:
-        """By what the bug shows itself, or None: first in the kernels of one dtype, which compile sooner."""
+        """The symptom by which the tests detect the bug, or None.
+
+        The kernels of one dtype are tried first, since they compile sooner.
+        """
         attempts = [(bug.kinds[0], ("bf16",)), *((kind, ELEMENTS) for kind in bug.kinds)]
         return next(filter(None, (self.caught_in(bug, kind, elements) for kind, elements in attempts)), None)
 

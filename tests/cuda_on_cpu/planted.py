@@ -1,11 +1,11 @@
-"""The bugs that plant.py plants: what a kernel of this kind gets wrong, wherever it can be got wrong."""
+"""The bugs that plant.py plants: typical errors of such kernels, each wherever it can occur."""
 
 from __future__ import annotations
 
-ORDER = ("race", "plain")  # of threads: where such a bug is sought
+ORDER = ("race", "plain")  # builds in which a bug in the order of threads is tried
 VALUE = ("plain", "sanitized")
 
-# (regular expression, replacement, where it is sought): one bug for each place in every file
+# (regular expression, replacement, builds to try): one bug for each match in every file
 PATTERNS = [
     (r"\b\w+\.sync\(\);", r";", ORDER),
     (r"__syncthreads\(\);", r";", ORDER),
@@ -16,19 +16,19 @@ PATTERNS = [
     (r"commit_copies\(\);", r";", ORDER),
     (r"wait_for_previous_kernel\(\);", r";", ORDER),
     (r"load_matrices_transposed\(", r"load_matrices(", VALUE),
-    # the middle two of four registers of a left operand, the two of a right one
+    # swap the middle two of the four registers of a left operand, or the two of a right one
     (r"\{([^{},]+), ([^{},]+), ([^{},]+), ([^{},]+)\}, \{f", r"{\1, \3, \2, \4}, {f", VALUE),
     (r"\{(f\[\d\]), (f\[\d\])\}", r"{\2, \1}", VALUE),
-    # lanes of a fragment
+    # wrong lanes of a fragment
     (r"lane\.t \* 2\b", r"lane.t * 2 % 6", VALUE),
     (r"lane\.g \+ 8\b", r"lane.g + 7", VALUE),
-    # the edges of what there is
+    # off by one at the edges of the data
     (r"\bc < (terms|m)\b", r"c <= \1", VALUE),
     (r"\brow < valid\b", r"row <= valid", VALUE),
     (r"\bto < valid\b", r"to <= valid", VALUE),
 ]
 
-# (file, text, replacement[, which occurrence of the text])
+# (file, text, replacement[, index of the occurrence of the text])
 BUGS = [
     ("backward.cu", "pass.load(next, stage ^ 1)", "pass.load(next, stage)"),
     ("backward.cu", "stage ^= 1;", ";"),
@@ -94,7 +94,7 @@ BUGS = [
     ("tile.h", "row < valid ? width - column : 0", "row < valid ? width - column + 1 : 0"),
 ]
 
-# name of a bug: why the kernels are right with it too
+# name of a bug: the reason why the kernels are right with it too
 HARMLESS = {
     "columns.h: if (step >= steps) break; -> nothing #1": "zeros that expand() leaves out",
     "forward.cu: static_cast<int64_t>(gridDim.x) * warps * rows -> static_cast<int64_t>(gridDim.x) * rows #0": (

@@ -1,4 +1,4 @@
-"""These tests need a CUDA device; on other machines each is skipped and says so."""
+"""These tests need a CUDA device. On other machines each is skipped, and the reason is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# cuBLAS warns without it in the deterministic mode that poisons memory, and a warning is an error here
+# Without it cuBLAS warns in the deterministic mode, which fills memory with NaN. A warning is an
+# error here.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytest.register_assert_rewrite("on_device")
@@ -26,7 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def working_device() -> Iterator[None]:
-    """A kernel that faults spoils the device for the whole process: a worker of pytest-xdist ends, and is replaced."""
+    """End this process if a kernel has faulted, since the device cannot be used in it any more.
+
+    pytest-xdist then replaces the worker.
+    """
     yield
     if not torch.cuda.is_initialized():
         return

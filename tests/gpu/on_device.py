@@ -1,4 +1,4 @@
-"""Calls moved to the GPU, and the fused impls that serve them there."""
+"""Cases moved to the GPU, and the fused impls that serve them there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ DEVICE = "cuda"
 
 
 def _serving() -> list[Any]:
-    """Every fused impl that does not refuse the device, skipped with its reason where it cannot run."""
+    """Every fused impl that does not refuse the device.
+
+    An impl that cannot run is skipped with its reason.
+    """
     if not torch.cuda.is_available():
         return [pytest.param("any", marks=pytest.mark.skip(reason="no CUDA device"))]
     plain = problem(Case(), DEVICE)
@@ -36,14 +39,15 @@ def moved(tensors: Tensors) -> Tensors:
 
 
 def inputs(case: Case) -> tuple[Tensors, Tensor]:
-    """The tensors of a case and what its backward starts from, on the device."""
+    """The tensors of a case and the gradient of its output, on the device."""
     return moved(case.tensors()), case.grad_output().to(DEVICE)
 
 
 def check(case: Case, impl: str, must_serve: bool = False) -> None:
-    """The output and all gradients of a call on the device, against the float64 oracle there.
+    """The output and all gradients of a call on the device agree with the float64 oracle there.
 
-    Unless it must serve, an impl may refuse the sizes; then the call raises and says why.
+    Unless it must serve, an impl may refuse the sizes. Then the call raises an error with the
+    reason.
     """
     tensors, grad = inputs(case)
     if not must_serve:

@@ -15,7 +15,7 @@ ADAPTERS = agreement.SIZES + agreement.COUNTS + agreement.DTYPES + agreement.FUN
 ADAPTERS += agreement.OPTIONS + agreement.MIXED
 LINEARS = agreement.LINEAR + agreement.LINEAR_OPTIONS
 
-# the shapes of real models, with token counts that fill the device and leave a ragged end
+# the shapes of real models, with token counts that fill the device and end in an incomplete tile
 MODELS = [(768, 24, 4), (768, 48, 8), (768, 48, 12), (1024, 64, 8), (4096, 128, 8), (3072, 96, 12)]
 REAL = [
     Case(width=k, bottleneck=d, n=n, shape=(tokens,), dtype=dtype)
@@ -25,7 +25,7 @@ REAL = [
 
 
 def test_a_fused_impl_serves_the_device() -> None:
-    """Else every other test of this folder would be skipped in silence."""
+    """Otherwise every other test of this folder would be skipped."""
     assert [name for name in ck.available_impls() if name in {param.values[0] for param in SERVING} - set(PLAIN)]
 
 
@@ -50,7 +50,7 @@ def test_shapes_of_models(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("wanted", [("x",), ("down.rule", "up.rule"), ("down.left", "up.bias"), ("residual",)], ids=str)
 def test_only_some_gradients(wanted: tuple[str, ...], impl: str) -> None:
-    """What is frozen changes no bit of the other gradients."""
+    """A frozen tensor changes no bit of the other gradients."""
     case = Case(width=768, bottleneck=24, shape=(300,), dtype=BF16, residual="other")
     tensors, grad = inputs(case)
     expected = run(case, tensors, impl, grad)
@@ -70,7 +70,7 @@ def test_tokens_in_any_leading_shape(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", SERVING)
 def test_out(impl: str) -> None:
-    """out= is written in place, where it overlaps the input too."""
+    """The result is written into `out`, also if `out` overlaps the input."""
     case = Case(width=768, bottleneck=24, shape=(300,), dtype=BF16)
     tensors = {name: t.requires_grad_(False) for name, t in inputs(case)[0].items()}
     expected = case.call(tensors, impl)

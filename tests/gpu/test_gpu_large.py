@@ -1,4 +1,7 @@
-"""Calls that fill the device's memory: run them alone, not beside other processes on the same device."""
+"""Calls that fill the device's memory.
+
+Run them alone, and not beside other processes on the same device.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from oracle import BF16, FP32, Case, assert_same_bits, copies, run
 from compacter_kernels.accuracy import error, floor
 
 TOKENS, WIDTH = 2_900_000, 768  # 2.2e9 elements, beyond 2^31
-NEED = 26 * 2**30  # x, its gradient, the output, and the gradient that backward starts from, each 4.5 GB
-BLOCK = 1024  # parts begin at multiples of it: a token keeps its place within a tile of the kernel
+NEED = 26 * 2**30  # x, the output and their gradients, each 4.5 GB
+BLOCK = 1024  # parts begin at multiples of it, so that a token has the same index within a tile
 PARTS = [slice(0, 2 * BLOCK), slice(2730 * BLOCK, 2732 * BLOCK), slice(2830 * BLOCK, TOKENS)]  # the second spans 2^31
 CHUNKS = 10
 
 
 @pytest.fixture(autouse=True)
 def all_memory() -> Iterator[None]:
-    """Nothing of an earlier test is kept, and no limit of this one stays."""
+    """The test starts and ends without cached memory and without a limit."""
     torch.cuda.empty_cache()
     yield
     if torch.cuda.is_available():
@@ -58,7 +61,7 @@ def test_more_than_2_to_the_31_elements(impl: str) -> None:
 
 
 def _limit_memory(spare: int) -> None:
-    """No more than `spare` bytes beyond what is reserved now."""
+    """Allow no more than `spare` bytes beyond the memory that is reserved now."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
@@ -66,7 +69,10 @@ def _limit_memory(spare: int) -> None:
 
 @pytest.mark.parametrize("impl", SERVING)
 def test_out_of_memory_leaves_no_damage(impl: str) -> None:
-    """Forward and backward raise torch's own error, change no input, and work once there is memory again."""
+    """Forward and backward raise torch's error and change no input.
+
+    They work when there is enough memory again.
+    """
     _require(8 * 2**30)
     case = Case(shape=(262144,), width=WIDTH, bottleneck=24, dtype=BF16)  # x takes 400 MB
     tensors, grad = inputs(case)

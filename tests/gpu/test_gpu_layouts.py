@@ -1,4 +1,7 @@
-"""Strided, offset, transposed and expanded tensors on the device, and not a byte of the caller's memory changed."""
+"""Strided, offset, transposed and expanded tensors on the device.
+
+The call changes no byte of the caller's memory.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def test_grad_output(case: Case, layout: strides.Layout, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", [strides.LINEAR, WIDE], ids=str)
 def test_backward_of_a_sum(case: Case, impl: str) -> None:
-    """Its grad_output is one number, expanded to the whole shape."""
+    """The gradient of the output is one number, expanded to the whole shape."""
     tensors, grad = inputs(case)
     case.call(tensors, impl).sum().backward()
     expected = oracle(case, tensors, torch.ones_like(grad))

@@ -1,4 +1,7 @@
-"""What the kernels read, write and keep on the device: every element written, inputs untouched, nothing big besides."""
+"""The memory that the kernels use on the device.
+
+They write every element of a result, change no input, and need little memory besides.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ CASES = [
     Case(shape=(1037,), width=768, bottleneck=24, dtype=BF16),
 ]
 WIDE = Case(shape=(65536,), width=768, bottleneck=192, dtype=BF16)  # a bottleneck in bf16 is 25 MB
-SMALL = 8 * 2**20  # what the partial sums of the weight gradients may take
-PER_TOKEN = 2 * WIDE.n**2 * 4  # what a backward in two phases may pass on
+SMALL = 8 * 2**20  # the limit for the partial sums of the weight gradients
+PER_TOKEN = 2 * WIDE.n**2 * 4  # the limit for the data that a backward in two phases passes on
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
-    """The fixture of this folder works on the device too."""
+    """The fixture of conftest.py works on the device too."""
     x = torch.zeros(8, device=DEVICE)
     for empty in (torch.empty(8, device=DEVICE), torch.empty_like(x), x.new_empty(8), x.new_empty(8, dtype=BF16)):
         assert empty.isnan().all()
@@ -39,10 +42,10 @@ def test_inputs_are_bitwise_unchanged(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_memory_beside_the_results_is_untouched(case: Case, impl: str) -> None:
-    """The caching allocator gives neighbours: canaries between the calls keep their bits."""
+    """Tensors that the allocator puts beside those of the calls keep their bits."""
     tensors, grad = inputs(case)
     canaries = [torch.full((1024,), 7.0, device=DEVICE) for _ in range(20)]
-    del canaries[1::2]  # holes that the results may take
+    del canaries[1::2]  # free gaps into which the results may go
     results = [run(case, tensors, impl, grad) for _ in range(3)]
     assert all((canary == 7.0).all() for canary in canaries)
     for found in results[1:]:
@@ -52,7 +55,7 @@ def test_memory_beside_the_results_is_untouched(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_saved_for_backward(case: Case, impl: str) -> None:
-    """x and the parameters themselves."""
+    """Only x and the parameters themselves are saved."""
     tensors, _ = inputs(case)
     saved: list[torch.Tensor] = []
 
@@ -66,7 +69,7 @@ def test_saved_for_backward(case: Case, impl: str) -> None:
 
 
 def _taken(call: Callable[[], Any]) -> tuple[int, Any]:
-    """The most bytes that were allocated at once during the call, beyond those before it; and its result."""
+    """The peak of the memory that the call allocates, in bytes, and its result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -85,7 +88,7 @@ def test_nothing_of_the_bottlenecks_size_is_allocated(impl: str) -> None:
     backward, grads = _taken(lambda: torch.autograd.grad(out, wanted, grad))
     assert backward <= sum(t.nbytes for t in grads) + WIDE.shape[0] * PER_TOKEN + SMALL
     bottleneck = 2 * WIDE.shape[0] * WIDE.bottleneck
-    assert WIDE.shape[0] * PER_TOKEN + SMALL < bottleneck  # so that the limits above can tell
+    assert WIDE.shape[0] * PER_TOKEN + SMALL < bottleneck  # otherwise the limits above would prove nothing
 
 
 @pytest.mark.parametrize("impl", SERVING)

@@ -1,4 +1,4 @@
-"""NaN and Inf come out where dense would put them on the device, and never in another token."""
+"""NaN and Inf come out on the device where dense has them, and never in another token."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def test_nan_in_grad_output(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu_new", "silu"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_inf_in_x(dtype: torch.dtype, activation: str, value: float, impl: str) -> None:
-    """A bounded activation is left out: whether it sees Inf or Inf - Inf depends on the order of the sums."""
+    """Bounded activations are left out.
+
+    The order of the sums decides whether they get Inf or Inf - Inf.
+    """
     case = Case(shape=(21,), activation=activation, dtype=dtype)
     tensors = _spoiled(case, "x", value)
     masks = [nonfinite._masks({"out": case.call(tensors, name)}, True) for name in (impl, "dense")]

@@ -1,4 +1,7 @@
-"""Streams, devices, CUDA graphs and threads: the call does its work where and when the caller says."""
+"""Streams, devices, CUDA graphs and threads.
+
+A call runs on the device and in the stream that the caller has chosen.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,16 @@ CASES = [
     Case(shape=(600,), width=768, bottleneck=48, n=12, residual="other"),
     Case("linear", shape=(600,), width=768, bottleneck=48, n=8),
 ]
-SLEEP = 400_000_000  # cycles, some 0.2 s: no host is that slow
+SLEEP = 400_000_000  # cycles, about 0.2 s, which is longer than the host needs
 
 
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_callers_stream(case: Case, impl: str) -> None:
-    """x is written late, in the stream of the call: a kernel in another stream would read the NaN before it."""
+    """x is written late, in the stream of the call.
+
+    A kernel in another stream would read the NaN that was there before.
+    """
     tensors, grad = inputs(case)
     expected = run(case, tensors, impl, grad)
     late = torch.full_like(tensors["x"].detach(), float("nan"))
@@ -44,7 +50,7 @@ def test_the_call_does_not_wait_for_the_device(impl: str) -> None:
     case = CASES[0]
     tensors, grad = inputs(case)
     expected = run(case, tensors, impl, grad)
-    run(case, tensors, impl, grad)  # leaves its memory to the allocator, which then asks the device for none
+    run(case, tensors, impl, grad)  # its memory stays in the allocator, so that later calls need none of the device
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP)
     done = torch.cuda.Event()
@@ -68,7 +74,7 @@ def test_another_device_than_the_current_one(case: Case, impl: str) -> None:
 
 
 def _captured(call: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
-    """A graph of the call, which ran before in a side stream as capture asks."""
+    """A graph of the call. The call runs in a side stream first, as capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -82,7 +88,7 @@ def _captured(call: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensor
 
 
 def _change(tensors: Tensors, grad: Tensor) -> None:
-    """Other numbers in the same memory."""
+    """Write other numbers into the same memory."""
     with torch.no_grad():
         for t in (*tensors.values(), grad):
             t.copy_(t.flip(0) * 0.75)
@@ -92,7 +98,7 @@ def _change(tensors: Tensors, grad: Tensor) -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graph_replay(case: Case, backward: bool, impl: str) -> None:
-    """A replay reads what is in the inputs now, and gives the bits of an eager call."""
+    """A replay reads the present values of the inputs, and gives the bits of an eager call."""
     tensors, grad = inputs(case)
 
     def call() -> Tensors:
@@ -105,7 +111,7 @@ def test_graph_replay(case: Case, backward: bool, impl: str) -> None:
     for _ in range(3):
         _change(tensors, grad)
         for name, t in static.items():
-            if name != "residual":  # whose gradient is `grad` itself
+            if name != "residual":  # its gradient is `grad` itself
                 t.fill_(float("nan"))
         graph.replay()
         fresh = copies(tensors)
@@ -115,7 +121,7 @@ def test_graph_replay(case: Case, backward: bool, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", SERVING)
 def test_threads(impl: str) -> None:
-    """Each with its own stream, several shapes at once."""
+    """Each thread has its own stream, and several shapes run at once."""
     given = [inputs(case) for case in CASES]
     expected = [run(case, pair[0], impl, pair[1]) for case, pair in zip(CASES, given, strict=True)]
     torch.cuda.synchronize()

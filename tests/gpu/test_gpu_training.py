@@ -1,4 +1,7 @@
-"""What a training script wraps around a layer on the device: compile, export, autocast, checkpointing, deepcopy."""
+"""The tools that a training script uses around a layer, on the device.
+
+These are compile, export, autocast, checkpointing and deepcopy.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("default")  # inductor's own advice
+@pytest.mark.filterwarnings("default")  # inductor gives advice by warnings
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compile(case: Case, impl: str, backend: str) -> None:
-    """One graph for all token counts, with the bits of eager mode."""
+    """One graph serves all token counts and gives the bits of eager mode."""
     compiled = torch.compile(lambda t: case.call(t, impl), fullgraph=True, dynamic=True, backend=backend)
     for count, tokens in enumerate((50, 7, 333)):
         sized = Case(**{**vars(case), "shape": (tokens,)})
@@ -98,7 +101,10 @@ def test_a_second_derivative_raises(case: Case, impl: str) -> None:
 @pytest.mark.parametrize("impl", SERVING)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_module_moved_to_the_device(dtype: torch.dtype, impl: str) -> None:
-    """A deepcopy on the device computes what the module on the CPU does, and trains apart from it."""
+    """A deepcopy on the device computes the same as the module on the CPU.
+
+    The gradients of the copy do not reach the module.
+    """
     module = ck.CompacterAdapter(768, init="adapters")
     there = copy.deepcopy(module).to(DEVICE)
     for part in there.modules():
