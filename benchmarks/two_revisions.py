@@ -1,4 +1,4 @@
-"""The speed of two revisions of this package on one machine, in turns: ratios of the second to the first.
+"""The speed of two revisions of this package on one machine, in turns: ratios after / before.
 
     python benchmarks/two_revisions.py OUT BEFORE AFTER [--rounds 30] [--threads 2]
 
