@@ -33,9 +33,8 @@ FILES = (
     "determinism",
     "strides",
     "normed_adapter",
-    "patch_composition",
 )
-SELECTED = "environment or cpu or normed or composition"  # by impl, or by what is served by "auto"
+SELECTED = "environment or cpu or normed"  # by impl, or by what is served by "auto"
 
 
 def why_not(isa: str) -> str | None:
