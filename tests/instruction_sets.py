@@ -33,9 +33,12 @@ FILES = (
     "determinism",
     "strides",
     "normed_adapter",
-    "patch_composition",
 )
+<<<<<<< HEAD
 SELECTED = "environment or cpu or normed or composition"  # tests of this impl, or of calls that "auto" gives to it
+=======
+SELECTED = "environment or cpu or normed"  # by impl, or by what is served by "auto"
+>>>>>>> h-tests
 
 
 def why_not(isa: str) -> str | None:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "compacter_kernels"
 
-# The arrow of docs/design.md: a room imports from rooms of lower rank, and from itself.
+# The order of docs/design.md: a part of the package imports parts of lower rank, and itself.
 RANKS = (
     ("_C", "activations", "private", "weights"),
     ("modes",),
@@ -41,7 +41,7 @@ RANKS = (
     ("cli",),
     ("__main__",),
 )
-RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 PUBLIC = RANK["load"] + 1  # what `import compacter_kernels` itself needs lies below
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 HOSTS = {"arxiv.org", "www.apache.org", "keepachangelog.com", "semver.org", "pytorch.org", "github.com"}
@@ -78,17 +78,17 @@ def imports_of(module: str) -> set[str]:
     return {name for name in found if name.split(".")[0] == PACKAGE}
 
 
-def room(module: str) -> str:
+def part_of(module: str) -> str:
     """compacter_kernels.impl.cpu -> impl; empty for the package itself."""
     return module.partition(".")[2].partition(".")[0]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != PACKAGE])
 def test_nothing_imports_upward(module: str) -> None:
-    here = room(module)
-    assert here in RANK, f"{module}: give the room {here} its place in RANKS and in docs/design.md"
+    here = part_of(module)
+    assert here in RANK, f"{module}: give {here} its rank in RANKS and in docs/design.md"
     for imported in imports_of(module):
-        there = room(imported)
+        there = part_of(imported)
         rank = RANK[there] if there else PUBLIC - 1
         assert there == here or rank < RANK[here], f"{module} imports {imported}, which is not below it"
 
@@ -110,8 +110,8 @@ def test_private_names_of_torch_stand_in_one_file(module: str) -> None:
     assert not private.findall(text), "put it into private.py, with its reason and the way without"
 
 
-def test_the_public_module_needs_no_room_above_models() -> None:
-    assert all(RANK[room(name)] < PUBLIC for name in imports_of(PACKAGE))
+def test_the_public_module_needs_no_part_above_load_and_save() -> None:
+    assert all(RANK[part_of(name)] < PUBLIC for name in imports_of(PACKAGE))
 
 
 def test_files_stay_short() -> None:

@@ -22,6 +22,7 @@ from adapters_models import (
 )
 from phm_lookalikes import hooks_known
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.saved import saved_bytes
@@ -108,7 +109,7 @@ def test_compiles_for_all_batch_sizes(family: str, backend: str) -> None:
     model = make(family, layers=1).eval()
     patch(model)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows, length in ((2, 6), (3, 7), (4, 8), (5, 9)):
         expected = model(**inputs(model, rows, length)).logits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import FUSED, Case, weights
-from test_layout import RANK, room
+from test_layout import RANK, part_of
 from torch import Tensor
 
 import compacter_kernels as ck
@@ -67,7 +67,7 @@ def test_each_file_once_and_downwards(case: Case, how: str, impl: str) -> None:
         found = [name for name in files_of(call, tensors["x"]) if name != "cases"]  # this module makes the call
     assert found[0] == "functional"
     assert len(found) == len(set(found)), found
-    ranks = [RANK[room(f"compacter_kernels.{name}")] for name in found]
+    ranks = [RANK[part_of(f"compacter_kernels.{name}")] for name in found]
     assert ranks == sorted(ranks, reverse=True), found
     assert ("autograd" in found) == (how == "grad")
 
