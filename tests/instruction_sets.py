@@ -34,11 +34,7 @@ FILES = (
     "strides",
     "normed_adapter",
 )
-<<<<<<< HEAD
-SELECTED = "environment or cpu or normed or composition"  # tests of this impl, or of calls that "auto" gives to it
-=======
-SELECTED = "environment or cpu or normed"  # by impl, or by what is served by "auto"
->>>>>>> h-tests
+SELECTED = "environment or cpu or normed"  # tests of this impl, or of calls that "auto" gives to it
 
 
 def why_not(isa: str) -> str | None:
