@@ -9,9 +9,7 @@ when a process starts, keep freed memory in the process.
 from __future__ import annotations
 
 import os
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 
 from compacter_kernels.bench import timer, worker
 from compacter_kernels.bench.providers import Provider, make_call
-from compacter_kernels.bench.rounds import Timing, interleave
+from compacter_kernels.bench.rounds import Timing, interleave, seconds_of
 from compacter_kernels.bench.settings import Settings
 from compacter_kernels.cases import Case
 from compacter_kernels.machine import memory_bytes
@@ -29,7 +27,6 @@ THRESHOLD = str(4 * 2**30)
 BUFFERS = 12  # like x: the most that dense, forward and backward, and the gate need
 MEMORY_SHARE = 0.8
 COPY_BYTES = 256 * 2**20  # of each of the two buffers: more than any cache
-COPY_REPEATS = 15
 SGEMM_SIZE = 1024
 
 
@@ -46,11 +43,9 @@ def environment(page_faults: str, threads: int | None) -> dict[str, str]:
 def tables(settings: Settings) -> Iterator[list[dict[str, Any]]]:
     """Yield the tables so far after each measuring process; ChildProcessError where one fails."""
     done: list[dict[str, Any]] = []
+    how = {"removed": f"with {' = '.join(VARIABLES)} = {THRESHOLD}", "kept": f"without {' and '.join(VARIABLES)}"}
     for kind in settings.page_faults:
-        how = (
-            f"with {' = '.join(VARIABLES)} = {THRESHOLD}" if kind == "removed" else f"without {' and '.join(VARIABLES)}"
-        )
-        print(f"page faults {kind}: a process {how}", file=sys.stderr)
+        print(f"page faults {kind}: a process {how[kind]}", file=sys.stderr)
         table, failure = worker.measure(settings, environment(kind, settings.threads))
         if failure is not None:
             raise ChildProcessError(failure)
@@ -58,38 +53,24 @@ def tables(settings: Settings) -> Iterator[list[dict[str, Any]]]:
         yield done
 
 
-def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a copy in memory; the median."""
-    source, target = (torch.ones(COPY_BYTES // 4) for _ in range(2))
-    seconds = []
-    for _ in range(COPY_REPEATS):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 2 * COPY_BYTES / statistics.median(seconds)
-
-
-class Timer(timer.Timer[Timing]):
+class Timer(timer.Timer):
     """Times the calls of one cell, and a float32 product of two matrices of SGEMM_SIZE rows."""
 
     def __init__(self, cell: timer.Cell, dtype: torch.dtype) -> None:
-        super().__init__(cell, dtype)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # the compiled provider is compiled for each cell
+        super().__init__(cell)
         self.case = Case.of(cell.shape, cell.tokens, dtype=dtype).inputs()
 
     @staticmethod
     def describe() -> dict[str, Any]:
         """Return the rates; the sweep fills in the median of `sgemm`."""
-        return {"rates": {"copy_gb_per_s": copy_bandwidth() / 1e9, "sgemm_gflops": None}}
+        rate = timer.copy_bandwidth(COPY_BYTES, "cpu", seconds_of)
+        return {"rates": {"copy_gb_per_s": rate / 1e9, "sgemm_gflops": None}}
 
     @staticmethod
     def too_large(cell: timer.Cell, dtype: torch.dtype) -> str | None:
         """Return why the cell does not fit into memory, or None."""
         need, free = BUFFERS * cell.tokens * cell.shape.k * max(4, dtype.itemsize), memory_bytes()
-        if free is None or need <= MEMORY_SHARE * free:
-            return None
-        return f"skipped: needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        return None if free is None else timer.shortage(need, free, MEMORY_SHARE)
 
     def prepare(self, provider: Provider, direction: str) -> Timing:
         """Make a call, and call it once."""

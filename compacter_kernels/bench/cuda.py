@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from compacter_kernels import machine
 from compacter_kernels.bench import cost, timer, worker
-from compacter_kernels.bench.graphs import Replay, Train, copy_bandwidth, estimate, peak_bytes
+from compacter_kernels.bench.graphs import Call, Replay, device_seconds, estimate, train
 from compacter_kernels.bench.providers import Provider, make_call
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS, Settings
-from compacter_kernels.bench.timer import Cell
+from compacter_kernels.bench.timer import Cell, absent
 from compacter_kernels.cases import Case, Inputs, Shape
 
 L2_MULTIPLE = 3
@@ -25,6 +26,8 @@ MAX_COPIES = 256
 MAX_ELEMENTS = 2**29  # of x
 BUFFERS = 24  # like x in float32: the most that dense, forward and backward, and the gate need
 REPLAY_SECONDS = 2e-3  # of the device, at least, where the buffers allow it
+TRAIN_SECONDS, MIN_TRAIN, MAX_TRAIN = 10e-3, 3, 50  # of eager calls, one directly after the other
+COPY_BYTES = 2**30  # of each of the two buffers: far more than the L2
 CAPTURE_SECONDS = 0.1  # of the host, at most, where that leaves the buffers cold
 COMPILED_WEIGHT = 3  # a shape with compiled providers takes as long as this many shapes without
 SLACK = 1.5  # one shape may take this many times its share of the time that is left
@@ -56,17 +59,15 @@ def tables(settings: Settings) -> Iterator[list[dict[str, Any]]]:
     tokens = tuple(sorted(settings.tokens, reverse=True))  # the largest first, while there is time
     for index, shape in enumerate(settings.shapes):
         limit = allowance(settings, settings.shapes[index:], deadline - time.monotonic())
-        absent = {"cell": str(shape), "provider": "all", "wrong": False}
         if limit <= 0:
-            merged["absent"].append({**absent, "reason": "no time was left; give --limit more"})
+            merged["absent"].append(absent("all", "no time was left; give --limit more", shape))
         else:
             print(f"{shape}: at most {limit:.0f} s", file=sys.stderr, flush=True)
             table, failure = worker.measure(replace(settings, shapes=(shape,), tokens=tokens, limit=limit))
             rows = merged["rows"] + sorted(table["rows"], key=lambda row: row["tokens"])
             merged = {**table, **merged, "rows": rows, "absent": merged["absent"] + table["absent"]}
             if failure is not None:
-                absent |= {"provider": "some token counts", "wrong": True}
-                merged["absent"].append({**absent, "reason": failure})
+                merged["absent"].append(absent("some token counts", failure, shape, wrong=True))
         yield [merged]
 
 
@@ -80,57 +81,51 @@ def make_cases(cell: Cell, dtype: torch.dtype, count: int) -> list[Inputs]:
     """Return cases with the same weights, and each with its own x and its own gradient."""
     base = Case.of(cell.shape, 1, dtype=dtype).inputs().map(lambda t: t.to("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal() -> torch.Tensor:
-        return torch.randn(cell.tokens, cell.shape.k, generator=generator, device="cuda", dtype=dtype)
-
-    cases = []
-    for _ in range(count):
-        x = normal()
-        cases.append(base._replace(x=x, residual=x, grad=normal()))
-    return cases
+    draw = partial(torch.randn, cell.tokens, cell.shape.k, generator=generator, device="cuda", dtype=dtype)
+    return [base._replace(x=x, residual=x, grad=draw()) for x in (draw() for _ in range(count))]
 
 
 @dataclass
 class Timing:
-    """The two clocks of a provider in one direction, and their samples in seconds per call."""
+    """The two clocks of a provider in one direction, and their samples in seconds per call.
+
+    eager: the call of a train of `train_calls`. peak: bytes. samples: the time of the device in a
+    cold replay, then in a train the time until the device is done, and until the host is.
+    """
 
     replay: Replay
-    train: Train
+    eager: Call
+    train_calls: int
     peak: int
-    cold: list[float] = field(default_factory=list)
-    eager: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
+    samples: list[tuple[float, float, float]] = field(default_factory=list)
 
     def sample(self) -> None:
         """Take one sample of each kind."""
-        self.cold.append(self.replay.sample())
-        eager, host = self.train.sample()
-        self.eager.append(eager)
-        self.host.append(host)
+        self.samples.append((self.replay.sample(), *train(self.eager, self.train_calls)))
 
     def quantiles(self) -> tuple[float, float, float]:
         """Return the quantiles of the cold samples."""
-        return timer.quantiles(self.cold)
+        return timer.quantiles([cold for cold, _, _ in self.samples])
 
     def columns(self) -> dict[str, Any]:
         """Return the host's times, how the samples were taken, and the memory."""
+        _, eager, host = map(statistics.median, zip(*self.samples, strict=True))
         return {
-            "eager_us": statistics.median(self.eager) * 1e6,
-            "host_us": statistics.median(self.host) * 1e6,
-            "samples": len(self.cold),
+            "eager_us": eager * 1e6,
+            "host_us": host * 1e6,
+            "samples": len(self.samples),
             "calls_per_replay": self.replay.count,
             "buffers": self.replay.distinct,
-            "calls_per_train": self.train.count,
+            "calls_per_train": self.train_calls,
             "peak_bytes": self.peak,
         }
 
 
-class Timer(timer.Timer[Timing]):
+class Timer(timer.Timer):
     """Times the calls of one cell on copies of its inputs."""
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
-        super().__init__(cell, dtype)
+        super().__init__(cell)
         l2 = machine.l2_bytes()
         self.needed = {each: copies_needed(cell, dtype, each, l2) for each in cost.DIRECTIONS}
         self.cases = make_cases(cell, dtype, min(MAX_COPIES, self.needed[cost.FORWARD]))
@@ -141,19 +136,18 @@ class Timer(timer.Timer[Timing]):
     @staticmethod
     def describe() -> dict[str, Any]:
         """Return the device and its rate."""
-        return {"device": machine.gpu(), "rates": {"copy_gb_per_s": copy_bandwidth() / 1e9}}
+        size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 8)
+        rate = timer.copy_bandwidth(size, "cuda", device_seconds)
+        return {"device": machine.gpu(), "rates": {"copy_gb_per_s": rate / 1e9}}
 
     @staticmethod
     def too_large(cell: Cell, dtype: torch.dtype) -> str | None:
         """Return why the cell is left out, or None."""
         torch.cuda.empty_cache()  # of the cell before
         size = cell.tokens * cell.shape.k
-        need, (free, _) = BUFFERS * 4 * size, torch.cuda.mem_get_info()
         if size > MAX_ELEMENTS:
             return f"skipped: x has more than 2^{MAX_ELEMENTS.bit_length() - 1} numbers"
-        if need > free:
-            return f"skipped: needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-        return None
+        return timer.shortage(BUFFERS * 4 * size, torch.cuda.mem_get_info()[0])
 
     def prepare(self, provider: Provider, direction: str) -> Timing:
         """Capture a graph of calls on the copies.
@@ -162,16 +156,18 @@ class Timer(timer.Timer[Timing]):
         Where there are fewer copies than needed, it has one call on each, or on fewer where the
         capture would take long.
         """
-        call = make_call(provider, self.case, direction, keep_out=True)
-        seconds, needed, copies = estimate(call), self.needed[direction], len(self.cases)
+        needed, copies = self.needed[direction], len(self.cases)
+        eager = make_call(provider, self.case, direction, keep_out=True)
+        seconds, peak = estimate(eager)
         if needed > copies:
             count = max(16, min(copies, int(CAPTURE_SECONDS / seconds)))
         else:
             count = needed * max(1, round(REPLAY_SECONDS / seconds / needed))
-        peak, distinct = peak_bytes(call), min(count, needed, copies)
+        distinct = min(count, needed, copies)
         calls = [make_call(provider, case, direction, keep_out=True) for case in self.cases[:distinct]]
         replay = Replay([calls[i % distinct] for i in range(count)], distinct, self.flush, self.pool)
-        return Timing(replay, Train(call, seconds), peak)
+        train_calls = max(MIN_TRAIN, min(MAX_TRAIN, int(TRAIN_SECONDS / seconds)))
+        return Timing(replay, eager, train_calls, peak)
 
     def measure(self, rounds: int | None, seconds: float) -> None:
         """Take the samples in interleaved rounds, without the garbage collector."""

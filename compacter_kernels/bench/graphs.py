@@ -9,7 +9,6 @@ to write back. Then the device sleeps while the host launches the graph.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,20 +18,46 @@ import torch
 
 Call = Callable[[], object]
 LEAD_CYCLES = 400_000  # about 0.2 ms, in which the host launches the graph
-TRAIN_SECONDS, MIN_TRAIN, MAX_TRAIN = 10e-3, 3, 50
-COPY_BYTES = 2**30  # of each of the two buffers: far more than the L2
-COPY_REPEATS = 20
 
 
-def estimate(call: Call) -> float:
-    """Return the seconds of one eager call, host and device, after a warm-up."""
+def estimate(call: Call) -> tuple[float, int]:
+    """Return the seconds of one eager call after a warm-up, host and device, and its peak memory.
+
+    That is the most memory that the call takes at once, beyond the memory in use before it.
+    """
     for _ in range(2):
         call()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
     call()
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+
+
+def device_seconds(call: Call) -> float:
+    """Return the seconds that the device takes for one call."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def train(call: Call, count: int) -> tuple[float, float]:
+    """Return the seconds of an eager call in a train: until the device is done, until the host is.
+
+    The calls follow directly one after the other, and the host is done when the last one returns.
+    """
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count, (issued - start) / count
 
 
 class Replay:
@@ -60,56 +85,6 @@ class Replay:
 
     def sample(self) -> float:
         """Return the device's seconds per call of one cold replay."""
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush()
         torch.cuda._sleep(LEAD_CYCLES)
-        start.record()
-        self.graph.replay()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3 / self.count
-
-
-class Train:
-    """Eager calls, one directly after the other."""
-
-    def __init__(self, call: Call, expected: float) -> None:
-        self.call = call
-        self.count = max(MIN_TRAIN, min(MAX_TRAIN, int(TRAIN_SECONDS / expected)))
-
-    def sample(self) -> tuple[float, float]:
-        """Return seconds per call until the device is done, and until the last call returned."""
-        call = self.call
-        call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(self.count):
-            call()
-        issued = time.perf_counter()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / self.count, (issued - start) / self.count
-
-
-def peak_bytes(call: Call) -> int:
-    """Return the most memory that a call takes at once, beyond the memory in use before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a copy of a large buffer; the median."""
-    size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 8)
-    source, target = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    seconds = []
-    for _ in range(COPY_REPEATS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        seconds.append(float(start.elapsed_time(stop)) / 1e3)
-    return 2 * size / statistics.median(seconds)
+        return device_seconds(self.graph.replay) / self.count

@@ -19,6 +19,14 @@ WARM_CALLS = 8  # at most; after other data had filled the caches, six calls wer
 MAX_REPEATS = 3  # at most this many times the samples that were asked for are taken
 
 
+def seconds_of(call: Callable[[], object], loops: int = 1) -> float:
+    """Return the seconds of so many calls, one after the other."""
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return time.perf_counter() - start
+
+
 @dataclass
 class Timing:
     """One call, with its undisturbed and its disturbed samples in seconds per call."""
@@ -29,14 +37,13 @@ class Timing:
     samples: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
     faults: int = 0
-    calls: int = 0
 
     def calibrate(self) -> None:
         """Warm up, and find out how many calls make a sample."""
         self.call()
-        self.estimate = self._once()
+        self.estimate = seconds_of(self.call)
         if self.warm_ups:
-            self.estimate = min(self.estimate, *(self._once() for _ in range(2)))
+            self.estimate = min(self.estimate, seconds_of(self.call), seconds_of(self.call))
         self.loops = max(1, round(MIN_SAMPLE / self.estimate))
 
     @property
@@ -44,24 +51,13 @@ class Timing:
         """The number of untimed calls before a sample; none for a long call."""
         return min(WARM_CALLS, round(WARM_TIME / self.estimate))
 
-    def _once(self) -> float:
-        start = time.perf_counter()
-        self.call()
-        return time.perf_counter() - start
-
     def sample(self) -> tuple[float, bool]:
         """Return seconds per call, and whether another process took a core meanwhile."""
-        call = self.call
-        for _ in range(self.warm_ups):
-            call()
+        seconds_of(self.call, self.warm_ups)
         faults, switches = load.page_faults(), load.involuntary_switches()
-        start = time.perf_counter()
-        for _ in range(self.loops):
-            call()
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(self.call, self.loops)
         disturbed = load.preempted(load.involuntary_switches() - switches, seconds)
         self.faults += load.page_faults() - faults
-        self.calls += self.loops
         return seconds / self.loops, disturbed
 
     @property
@@ -75,12 +71,13 @@ class Timing:
 
     def columns(self) -> dict[str, Any]:
         """Return how the samples were taken."""
+        taken = len(self.samples) + len(self.disturbed)
         return {
             "samples": len(self.samples),
             "repeated": len(self.disturbed),
             "quiet": self.quiet,
             "calls_per_sample": self.loops,
-            "page_faults_per_call": self.faults / self.calls,
+            "page_faults_per_call": self.faults / (taken * self.loops),
         }
 
 
