@@ -47,21 +47,22 @@ def _dense_project(x: Tensor, weights: PHMWeights) -> Tensor:
 dense_lowp, factored_lowp = _lowp(_dense_project), _lowp(factored._project)
 
 
-def _arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
+def arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
+    """Return the arguments of an adapter for this case."""
     assert case.up is not None and case.residual is case.x
     return case.x, case.down, case.up, case.activation
 
 
 def eager(adapter: Adapter) -> Bind:
     """Bind the adapter to a case as it is."""
-    return lambda case: functools.partial(adapter, *_arguments(case))
+    return lambda case: functools.partial(adapter, *arguments(case))
 
 
 def compiled_for_each_cell(adapter: Adapter) -> Bind:
     """Compile the adapter for each shape and token count."""
 
     def bind(case: Inputs) -> Call:
-        x, down, up, activation = _arguments(case)
+        x, down, up, activation = arguments(case)
         return torch.compile(lambda: adapter(x, down, up, activation), fullgraph=True, dynamic=False)
 
     return bind
@@ -74,7 +75,7 @@ def compiled_once(adapter: Adapter) -> Bind:
     def bind(case: Inputs) -> Call:
         if case.x.shape[0] == 1:
             raise RuntimeError("T=1 would be compiled once more; its time is the host's, as at the next token count")
-        call = functools.partial(compiled(), *_arguments(case))
+        call = functools.partial(compiled(), *arguments(case))
         torch._dynamo.maybe_mark_dynamic(case.x, 0)
         return call
 
@@ -83,17 +84,15 @@ def compiled_once(adapter: Adapter) -> Bind:
 
 def dense_cached(case: Inputs, lowp: bool = False) -> Call:
     """Build H before the timing; compute in the dtype of x with lowp, else at least in float32."""
-    x, activation = case.x, resolve(case.activation).function
+    x, down, up, name = arguments(case)
+    assert down.bias is not None and up.bias is not None
+    activation = resolve(name).function
     dtype = x.dtype if lowp else torch.promote_types(x.dtype, torch.float32)
-
-    def dense(weights: PHMWeights | None) -> tuple[Tensor, Tensor]:
-        assert weights is not None and weights.bias is not None
-        return ck.phm_matrix(weights).to(dtype), weights.bias.to(dtype)
-
-    (down, down_bias), (up, up_bias) = dense(case.down), dense(case.up)
+    parts = (ck.phm_matrix(down), down.bias, ck.phm_matrix(up), up.bias)
+    down_matrix, down_bias, up_matrix, up_bias = (part.to(dtype) for part in parts)
 
     def run() -> Tensor:
-        y = torch.addmm(up_bias, activation(torch.addmm(down_bias, x.to(dtype), down)), up)
+        y = torch.addmm(up_bias, activation(torch.addmm(down_bias, x.to(dtype), down_matrix)), up_matrix)
         return (y + x).to(x.dtype)
 
     return run

@@ -36,9 +36,8 @@ class Provider(NamedTuple):
 
 def _fused(device: str) -> dict[str, str | None]:
     """Return every fused impl, and why it does not serve that device in this process."""
-    case = Case.of(Shape(24, 12, 4), 1).inputs()
-    assert case.up is not None
-    problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
+    x, down, up, _ = calls.arguments(Case.of(Shape(24, 12, 4), 1).inputs())
+    problem = adapter_problem(x, down, up, "gelu_new")._replace(device=torch.device(device))
     available = ck.available_impls()
     return {name: available[name] or IMPLS[name].refuses(problem) for name in IMPLS if name not in PLAIN}
 

@@ -38,9 +38,8 @@ def _line(device: str, tokens: str, name: str, rows: list[Row]) -> list[str]:
     for row in rows:
         ms, low, high = (row[key] for key in ("ms", "ms_q20", "ms_q80"))
         shown = {**row, "time": duration(ms), "spread": f"{low / ms - 1:+.0%} {high / ms - 1:+.0%}"}
-        for key in ("peak", "saved"):
-            size = row.get(f"{key}_bytes")
-            shown[f"{key}_mb"] = None if size is None else size / 1e6
+        sizes = ((key, row.get(f"{key}_bytes")) for key in ("peak", "saved"))
+        shown |= {f"{key}_mb": size / 1e6 for key, size in sizes if size is not None}
         by_direction[row["direction"]] = by_direction[LAST] = shown
     if not all(row.get("quiet", True) for row in rows):
         name += " *"
@@ -55,11 +54,9 @@ def _block(device: str, shape: tuple[int, ...], rows: list[Row]) -> str:
     for (tokens, name), group in groupby(rows, key=lambda row: (row["tokens"], row["provider"])):
         lines.append(_line(device, "" if tokens == last else str(tokens), name, list(group)))
         last = tokens
-    columns = []
-    for i, column in enumerate(zip(*lines, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.ljust(width) if i == 1 else cell.rjust(width) for cell in column])
-    table = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pattern = "  ".join(f"{{:{'<' if i == 1 else '>'}{width}}}" for i, width in enumerate(widths))
+    table = [pattern.format(*line).rstrip() for line in lines]
     return "\n".join([f"{'/'.join(map(str, shape))} (k/d/n)", *table])
 
 
