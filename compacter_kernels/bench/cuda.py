@@ -1,4 +1,11 @@
-"""The CUDA timer: cold replays of graphs for the device, trains of eager calls for the host."""
+"""The CUDA timer: cold replays of graphs for the device, trains of eager calls for the host.
+
+The device's time is cold. A graph holds the call on many copies of its inputs, one after the other,
+and keeps the outputs of each. Together they are several times as large as the L2 cache, so that no
+call finds its data in it. Where a graph would need more copies than there are, it holds each copy
+once. Before a replay a large buffer is read, which evicts everything from the L2 and leaves nothing
+to write back. Then the device sleeps while the host launches the graph.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,12 +23,13 @@ import torch
 
 from compacter_kernels import machine
 from compacter_kernels.bench import cost, timer, worker
-from compacter_kernels.bench.graphs import Call, Replay, device_seconds, estimate, train
 from compacter_kernels.bench.providers import Provider, make_call
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS, Settings
 from compacter_kernels.bench.timer import Cell, absent
-from compacter_kernels.cases import Case, Inputs, Shape
+from compacter_kernels.cases import Case, Shape
 
+Call = Callable[[], object]
+LEAD_CYCLES = 400_000  # about 0.2 ms, in which the host launches the graph
 L2_MULTIPLE = 3
 MAX_COPIES = 256
 MAX_ELEMENTS = 2**29  # of x
@@ -77,31 +86,80 @@ def copies_needed(cell: Cell, dtype: torch.dtype, direction: str, l2: int) -> in
     return max(2, -(-L2_MULTIPLE * l2 // size))
 
 
-def make_cases(cell: Cell, dtype: torch.dtype, count: int) -> list[Inputs]:
-    """Return cases with the same weights, and each with its own x and its own gradient."""
-    base = Case.of(cell.shape, 1, dtype=dtype).inputs().map(lambda t: t.to("cuda"))
-    generator = torch.Generator("cuda").manual_seed(0)
-    draw = partial(torch.randn, cell.tokens, cell.shape.k, generator=generator, device="cuda", dtype=dtype)
-    return [base._replace(x=x, residual=x, grad=draw()) for x in (draw() for _ in range(count))]
+def estimate(call: Call) -> tuple[float, int]:
+    """Return the seconds of one eager call after a warm-up, host and device, and its peak memory.
+
+    That is the most memory that the call takes at once, beyond the memory in use before it.
+    """
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+
+
+def device_seconds(call: Call) -> float:
+    """Return the seconds that the device takes for one call."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 @dataclass
 class Timing:
-    """The two clocks of a provider in one direction, and their samples in seconds per call.
+    """The two clocks of a provider in one direction: a graph of `calls`, and eager calls in a train.
 
-    eager: the call of a train of `train_calls`. peak: bytes. samples: the time of the device in a
-    cold replay, then in a train the time until the device is done, and until the host is.
+    Every `distinct` calls of the graph in a row have separate buffers. flush: reads a buffer that
+    is larger than the L2. train_calls: in a train, one directly after the other. peak: bytes.
+    samples: seconds per call of the device in a cold replay, then in a train until the device is
+    done, and until the host is.
     """
 
-    replay: Replay
-    eager: Call
+    calls: Sequence[Call]
+    distinct: int
     train_calls: int
     peak: int
+    flush: Call
+    pool: Any
     samples: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in self.calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        kept: deque[object] = deque(maxlen=self.distinct)
+        with torch.cuda.graph(self.graph, pool=self.pool):
+            for call in self.calls:
+                kept.append(call())
+        kept.clear()  # graphs that share a pool run one after the other, and nobody reads their outputs
+        self.graph.replay()
+        torch.cuda.synchronize()
 
     def sample(self) -> None:
         """Take one sample of each kind."""
-        self.samples.append((self.replay.sample(), *train(self.eager, self.train_calls)))
+        self.flush()
+        torch.cuda._sleep(LEAD_CYCLES)
+        cold = device_seconds(self.graph.replay) / len(self.calls)
+        call = self.calls[0]
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(self.train_calls):
+            call()
+        issued = time.perf_counter()
+        torch.cuda.synchronize()
+        eager, host = ((end - start) / self.train_calls for end in (time.perf_counter(), issued))
+        self.samples.append((cold, eager, host))
 
     def quantiles(self) -> tuple[float, float, float]:
         """Return the quantiles of the cold samples."""
@@ -114,21 +172,28 @@ class Timing:
             "eager_us": eager * 1e6,
             "host_us": host * 1e6,
             "samples": len(self.samples),
-            "calls_per_replay": self.replay.count,
-            "buffers": self.replay.distinct,
+            "calls_per_replay": len(self.calls),
+            "buffers": self.distinct,
             "calls_per_train": self.train_calls,
             "peak_bytes": self.peak,
         }
 
 
 class Timer(timer.Timer):
-    """Times the calls of one cell on copies of its inputs."""
+    """Times the calls of one cell on copies of its inputs.
+
+    cases: with the same weights, and each with its own x and its own gradient.
+    """
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
         super().__init__(cell)
         l2 = machine.l2_bytes()
         self.needed = {each: copies_needed(cell, dtype, each, l2) for each in cost.DIRECTIONS}
-        self.cases = make_cases(cell, dtype, min(MAX_COPIES, self.needed[cost.FORWARD]))
+        base = Case.of(cell.shape, 1, dtype=dtype).inputs().map(lambda t: t.to("cuda"))
+        generator = torch.Generator("cuda").manual_seed(0)
+        draw = partial(torch.randn, cell.tokens, cell.shape.k, generator=generator, device="cuda", dtype=dtype)
+        copies = (draw() for _ in range(min(MAX_COPIES, self.needed[cost.FORWARD])))
+        self.cases = [base._replace(x=x, residual=x, grad=draw()) for x in copies]
         self.case = self.cases[0]
         buffer, total = (torch.zeros(size, device="cuda") for size in (L2_MULTIPLE * l2 // 4, ()))
         self.flush, self.pool = lambda: torch.sum(buffer, 0, out=total), torch.cuda.graph_pool_handle()
@@ -157,21 +222,19 @@ class Timer(timer.Timer):
         capture would take long.
         """
         needed, copies = self.needed[direction], len(self.cases)
-        eager = make_call(provider, self.case, direction, keep_out=True)
-        seconds, peak = estimate(eager)
+        seconds, peak = estimate(make_call(provider, self.case, direction, keep_out=True))
         if needed > copies:
             count = max(16, min(copies, int(CAPTURE_SECONDS / seconds)))
         else:
             count = needed * max(1, round(REPLAY_SECONDS / seconds / needed))
         distinct = min(count, needed, copies)
         calls = [make_call(provider, case, direction, keep_out=True) for case in self.cases[:distinct]]
-        replay = Replay([calls[i % distinct] for i in range(count)], distinct, self.flush, self.pool)
         train_calls = max(MIN_TRAIN, min(MAX_TRAIN, int(TRAIN_SECONDS / seconds)))
-        return Timing(replay, eager, train_calls, peak)
+        graph_calls = [calls[i % distinct] for i in range(count)]
+        return Timing(graph_calls, distinct, train_calls, peak, self.flush, self.pool)
 
     def measure(self, rounds: int | None, seconds: float) -> None:
         """Take the samples in interleaved rounds, without the garbage collector."""
-        timings = list(self.timings.values())
         gc.collect()
         gc.disable()
         try:
@@ -179,8 +242,7 @@ class Timer(timer.Timer):
             for turn in range(rounds or MAX_ROUNDS):
                 if rounds is None and turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                     break
-                first = turn % max(1, len(timings))
-                for timing in timings[first:] + timings[:first]:
+                for timing in timer.rotated(list(self.timings.values()), turn):
                     timing.sample()
         finally:
             gc.enable()

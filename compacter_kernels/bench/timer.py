@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from compacter_kernels.bench import cost
 from compacter_kernels.bench.columns import ROW
 from compacter_kernels.cases import Inputs, Shape
 
+T = TypeVar("T")
 COPY_REPEATS = 20
 
 
@@ -37,6 +38,12 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
         return samples[0], samples[0], samples[0]
     low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
     return low, statistics.median(samples), high
+
+
+def rotated(timings: list[T], turn: int) -> list[T]:
+    """Return the timings in the order of this turn: each comes first in its turn."""
+    first = turn % max(1, len(timings))
+    return timings[first:] + timings[:first]
 
 
 def copy_bandwidth(size: int, device: str, seconds: Callable[[Callable[[], object]], float]) -> float:
