@@ -13,7 +13,7 @@ import torch
 import compacter_kernels as ck
 from compacter_kernels import machine
 from compacter_kernels.accuracy import Oracle
-from compacter_kernels.cases import Case, Inputs, Shape, call
+from compacter_kernels.cases import Case, Shape, call
 
 TYPICAL = Shape(768, 24, 4)
 TYPICAL_TOKENS = 2048
@@ -44,8 +44,11 @@ def self_test() -> list[dict[str, Any]]:
     for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
         case = Case.of(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).inputs()
         case = case.map(functools.partial(torch.Tensor.to, device=device))
+        others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
         oracle = Oracle(case)
-        for impl in _serving(case):
+        for impl in ck.available_impls():
+            if not others.get(impl, "can serve").startswith("can serve"):
+                continue
             row = {"impl": impl, "device": device, "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
             try:
                 worst = max(oracle.check(call(impl), impl=impl), key=lambda each: each.error / each.limit)
@@ -55,17 +58,11 @@ def self_test() -> list[dict[str, Any]]:
     return rows
 
 
-def _serving(case: Inputs) -> list[str]:
-    others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
-    return [name for name in ck.available_impls() if name not in others or others[name].startswith("can serve")]
-
-
 def collect() -> dict[str, Any]:
     """Everything that `info` prints, in JSON types."""
     device = _devices()[-1]
-    x = torch.empty(TYPICAL_TOKENS, TYPICAL.k, device=device)
-    case = Case.of(TYPICAL, 1).inputs().map(lambda t: t.to(device))
-    choice = ck.explain(x, case.down, case.up, residual=x)
+    case = Case.of(TYPICAL, TYPICAL_TOKENS).inputs().map(lambda t: t.to(device))
+    choice = ck.explain(case.x, case.down, case.up, residual=case.x)
     return {
         **machine.describe(),
         "impls": ck.available_impls(),

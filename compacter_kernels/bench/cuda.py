@@ -113,7 +113,7 @@ def device_seconds(call: Call) -> float:
 
 @dataclass
 class Timing:
-    """The two clocks of a provider in one direction: a graph of `calls`, and eager calls in a train.
+    """The two clocks of a provider in one direction: a graph of `calls`, and a train of eager ones.
 
     Every `distinct` calls of the graph in a row have separate buffers. flush: reads a buffer that
     is larger than the L2. train_calls: in a train, one directly after the other. peak: bytes.
@@ -228,10 +228,10 @@ class Timer(timer.Timer):
         else:
             count = needed * max(1, round(REPLAY_SECONDS / seconds / needed))
         distinct = min(count, needed, copies)
-        calls = [make_call(provider, case, direction, keep_out=True) for case in self.cases[:distinct]]
+        once = [make_call(provider, case, direction, keep_out=True) for case in self.cases[:distinct]]
+        calls = [once[i % distinct] for i in range(count)]
         train_calls = max(MIN_TRAIN, min(MAX_TRAIN, int(TRAIN_SECONDS / seconds)))
-        graph_calls = [calls[i % distinct] for i in range(count)]
-        return Timing(graph_calls, distinct, train_calls, peak, self.flush, self.pool)
+        return Timing(calls, distinct, train_calls, peak, self.flush, self.pool)
 
     def measure(self, rounds: int | None, seconds: float) -> None:
         """Take the samples in interleaved rounds, without the garbage collector."""

@@ -26,8 +26,6 @@ class Verdict(NamedTuple):
 def first_tokens(case: Inputs) -> Inputs:
     """Return the same call on the first tokens, which have at most GATE_ELEMENTS elements of x."""
     tokens = max(1, GATE_ELEMENTS // case.x.shape[1])
-    if tokens >= case.x.shape[0]:
-        return case
     x = case.x[:tokens]
     return case._replace(x=x, residual=x, grad=case.grad[:tokens])
 
