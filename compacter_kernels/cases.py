@@ -67,10 +67,7 @@ class Inputs(NamedTuple):
 
 
 def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
-    """The public function through that impl, as a function of inputs.
-
-    options: further arguments of the public function.
-    """
+    """The public function through that impl, with further options, as a function of inputs."""
 
     def function(inputs: Inputs) -> Tensor:
         x, down, up, residual, _, activation, scale = inputs
@@ -188,7 +185,7 @@ def _as_authors(weights: PHMWeights, seed: int) -> None:
     """Draw the weights anew, as the authors start a shared rule, its factors and the bias."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        reset_factors([factor for factor in (weights.left, weights.right) if factor is not None], "paper")
+        reset_factors([factor for factor in weights[1:3] if factor is not None], "paper")
         reset_rule([weights.rule], 1e-4, "normal")
         if weights.bias is not None:
             weights.bias.zero_()

@@ -47,12 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _errors(inputs: Inputs, impls: list[str] | None) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
-    """Return the errors of one call by impl, and the impls that cannot serve it with reasons.
-
-    An impl that was asked for and cannot serve the case is a ValueError.
-    """
-    errors, skipped = {}, {}
-    oracle = Oracle(inputs)
+    """Return the errors by impl, and why others cannot serve; ValueError for one in `impls`."""
+    errors, skipped, oracle = {}, {}, Oracle(inputs)
     for impl in impls or IMPLS:
         try:
             ck.explain(inputs.x, inputs.down, inputs.up, activation=inputs.activation, impl=impl)

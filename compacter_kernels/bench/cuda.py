@@ -87,10 +87,7 @@ def copies_needed(cell: Cell, dtype: torch.dtype, direction: str, l2: int) -> in
 
 
 def estimate(call: Call) -> tuple[float, int]:
-    """Return the seconds of one eager call after a warm-up, host and device, and its peak memory.
-
-    That is the most memory that the call takes at once, beyond the memory in use before it.
-    """
+    """Return the seconds of a warm eager call, host and device, and its peak memory in bytes."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -137,10 +134,8 @@ class Timing:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        kept: deque[object] = deque(maxlen=self.distinct)
         with torch.cuda.graph(self.graph, pool=self.pool):
-            for call in self.calls:
-                kept.append(call())
+            kept = deque((call() for call in self.calls), maxlen=self.distinct)
         kept.clear()  # graphs that share a pool run one after the other, and nobody reads their outputs
         self.graph.replay()
         torch.cuda.synchronize()
@@ -168,15 +163,9 @@ class Timing:
     def columns(self) -> dict[str, Any]:
         """Return the host's times, how the samples were taken, and the memory."""
         _, eager, host = map(statistics.median, zip(*self.samples, strict=True))
-        return {
-            "eager_us": eager * 1e6,
-            "host_us": host * 1e6,
-            "samples": len(self.samples),
-            "calls_per_replay": len(self.calls),
-            "buffers": self.distinct,
-            "calls_per_train": self.train_calls,
-            "peak_bytes": self.peak,
-        }
+        times = {"eager_us": eager * 1e6, "host_us": host * 1e6, "samples": len(self.samples)}
+        counts = {"calls_per_replay": len(self.calls), "buffers": self.distinct, "calls_per_train": self.train_calls}
+        return {**times, **counts, "peak_bytes": self.peak}
 
 
 class Timer(timer.Timer):

@@ -75,8 +75,6 @@ def eager(adapter: Adapter) -> Callable[[Inputs], Call]:
 
 
 def _compiled_for_each_cell(adapter: Adapter) -> Callable[[Inputs], Call]:
-    """Compile the adapter for each shape and token count."""
-
     def bind(case: Inputs) -> Call:
         arguments = _arguments(case)
         return torch.compile(lambda: adapter(*arguments), fullgraph=True, dynamic=False)

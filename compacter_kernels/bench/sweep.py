@@ -16,6 +16,7 @@ from compacter_kernels.accuracy import Oracle
 from compacter_kernels.bench import cpu, cuda
 from compacter_kernels.bench.gate import first_tokens, judge
 from compacter_kernels.bench.providers import Provider, missing, providers, saved_bytes
+from compacter_kernels.bench.report import ROW
 from compacter_kernels.bench.settings import Settings
 from compacter_kernels.bench.timer import Cell, absent
 from compacter_kernels.options import DTYPES
@@ -65,10 +66,9 @@ def run(settings: Settings, save: Callable[[Row], None] = lambda table: None) ->
     chosen = [p for p in providers(device, dtype).values() if wanted is None or p.name in ("copy", *wanted)]
     out = [absent(name, reason) for name, reason in missing(device).items()]
     compiled_shapes = settings.shapes if device == "cpu" else settings.compiled_shapes
-    for shape, provider in itertools.product(settings.shapes, chosen):
-        if provider.compiled and shape not in compiled_shapes:
-            why = "compiled for the shapes of --compiled-shapes only, to save time"
-            out.append(absent(provider.name, why, shape))
+    why = "compiled for the shapes of --compiled-shapes only, to save time"
+    without = [shape for shape in settings.shapes if shape not in compiled_shapes]
+    out += [absent(p.name, why, shape) for shape in without for p in chosen if p.compiled]
     table: Row = {**timer_class.describe(), "rows": [], "absent": out}
     sgemm: list[float] = []
     for cell in progress([Cell(*pair) for pair in itertools.product(settings.shapes, settings.tokens)]):
@@ -78,13 +78,13 @@ def run(settings: Settings, save: Callable[[Row], None] = lambda table: None) ->
         if reason is not None:
             out.append(absent("all", reason, cell))
             continue
-        here = [provider for provider in chosen if not provider.compiled or cell.shape in compiled_shapes]
-        if device == "cpu" and any(provider.compiled for provider in here):
+        here = [p for p in chosen if not p.compiled or cell.shape in compiled_shapes]
+        if device == "cpu" and any(p.compiled for p in here):
             torch.compiler.reset()  # each cell compiles its own
         timer = timer_class(cell, dtype)
         known = _prepare(timer, here, start + COMPILE_SHARE * limit, out)
         timer.measure(settings.rounds, settings.seconds)
-        table["rows"] += timer.rows(known)
+        table["rows"] += ({name: row[name] for name in ROW[device]} for row in timer.rows(known))
         if timer.sgemm is not None:
             sgemm.append(timer.sgemm)
             table["rates"]["sgemm_gflops"] = statistics.median(sgemm) / 1e9

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from compacter_kernels.bench import cost
-from compacter_kernels.bench.columns import ROW
 from compacter_kernels.cases import Inputs, Shape
 
-T = TypeVar("T")
 COPY_REPEATS = 20
 
 
@@ -40,17 +38,14 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(samples), high
 
 
-def rotated(timings: list[T], turn: int) -> list[T]:
+def rotated(timings: list[Any], turn: int) -> list[Any]:
     """Return the timings in the order of this turn: each comes first in its turn."""
     first = turn % max(1, len(timings))
     return timings[first:] + timings[:first]
 
 
 def copy_bandwidth(size: int, device: str, seconds: Callable[[Callable[[], object]], float]) -> float:
-    """Return the bytes per second, read and written, of a copy of `size` bytes; the median.
-
-    seconds: measures one call.
-    """
+    """Return the median bytes per second, read and written, of a copy; `seconds` times a call."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     return 2 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(COPY_REPEATS))
 
@@ -78,11 +73,11 @@ class Timer:
         self.timings: dict[tuple[str, str], Any] = {}
 
     def rows(self, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield one row for each timing: medians, and their ratios to the copies, dense and sgemm.
+        """Yield a row for each timing: medians, and their ratios to the copies, dense and sgemm.
 
         known: the columns of each provider that the timer does not measure.
         """
-        x, (shape, tokens) = self.case.x, self.cell
+        shape, tokens = self.cell
         medians = {key: timing.quantiles()[1] for key, timing in self.timings.items()}
         clone = medians.get(("copy", cost.FORWARD))
         for (name, direction), timing in self.timings.items():
@@ -90,7 +85,7 @@ class Timer:
             computes = name != "copy"
             rate = cost.flops(shape, tokens, direction) / median
             copy, dense = medians.get(("copy", direction)), medians.get(("dense", direction))
-            row = {
+            yield {
                 **shape._asdict(),
                 "tokens": tokens,
                 "provider": name,
@@ -102,10 +97,9 @@ class Timer:
                 "over_equal_copy": copy and median / copy,
                 "fraction_of_copy": copy and copy / median,
                 "dense_over_this": dense and dense / median if computes else None,
-                "model_gb_per_s": cost.traffic(shape, tokens, direction, x.itemsize) / median / 1e9,
+                "model_gb_per_s": cost.traffic(shape, tokens, direction, self.case.x.itemsize) / median / 1e9,
                 "model_gflops": rate / 1e9 if computes else None,
                 "share_of_sgemm": rate / self.sgemm if computes and self.sgemm else None,
                 **timing.columns(),
                 **known[name],
             }
-            yield {column: row[column] for column in ROW[x.device.type]}
