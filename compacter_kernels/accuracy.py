@@ -3,7 +3,7 @@
 The contract covers the output and every gradient, and is the same on every machine and for every
 shape. The error of a tensor may be at most twice the error of `dense` in the same dtypes, or
 `floor`, whichever is larger. Where an impl rounds the operands of its products to the dtype of x
-(`coarse`), the floor of the dtype of x holds for the gradients of wider parameters too.
+(OPERANDS_LIKE_X), the floor of the dtype of x holds for the gradients of wider parameters too.
 """
 
 from __future__ import annotations
@@ -68,14 +68,6 @@ def floor(dtype: torch.dtype, working: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, 32 * torch.finfo(working).eps)
 
 
-def coarse(impl: str) -> bool:
-    """Return whether this impl rounds the operands of its products to the dtype of x.
-
-    For a name that is no impl it is False.
-    """
-    return getattr(IMPLS.get(impl), "OPERANDS_LIKE_X", False)
-
-
 class Deviation(NamedTuple):
     """The error of one tensor, and the limit of the contract."""
 
@@ -109,18 +101,12 @@ class Oracle:
         self.floor = floor(inputs.x.dtype, working)
 
     def check(self, function: Function, gradients: bool = True, impl: str = "") -> list[Deviation]:
-        """Return the error of `function` in each tensor; without gradients, in the output alone.
-
-        impl: the impl that `function` goes through.
-        """
+        """Return the errors of a function through `impl`, without gradients that of the output."""
         return self.compare(evaluate(self.inputs, function, gradients and self.gradients), impl)
 
     def compare(self, got: Mapping[str, Tensor], impl: str = "") -> list[Deviation]:
-        """Return the errors of results of `impl` that have the names that `evaluate` gives.
-
-        The error of a tensor with a wrong dtype is infinite.
-        """
-        least = self.floor if coarse(impl) else 0.0
+        """Return the errors of what `evaluate` gave for `impl`; infinite where a dtype is wrong."""
+        least = self.floor if getattr(IMPLS.get(impl), "OPERANDS_LIKE_X", False) else 0.0
         errors = {
             name: error(t, self.exact[name]) if t.dtype == self.dtypes[name] else math.inf for name, t in got.items()
         }

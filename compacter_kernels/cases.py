@@ -17,7 +17,6 @@ from compacter_kernels.weights import PHMWeights
 RESIDUALS = ("x", "other", "none")
 INITS = ("random", "paper")
 Tensors = dict[str, Tensor]
-_UNNAMED = ("init", "seed")  # options that are no part of the text of a case
 
 
 class Shape(NamedTuple):
@@ -35,8 +34,7 @@ class Inputs(NamedTuple):
     """The tensors of one call, and the gradient that its backward starts from.
 
     x: (..., k). up: None for phm_linear, whose weights are `down`. residual: None, x itself,
-    another
-    tensor like x, or the pair of both. grad: like the output.
+    another tensor like x, or the pair of both. grad: like the output.
     """
 
     x: Tensor
@@ -69,10 +67,7 @@ class Inputs(NamedTuple):
 
 
 def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
-    """The public function through that impl, as a function of inputs.
-
-    options: further arguments of the public function.
-    """
+    """The public function through that impl, with further options, as a function of inputs."""
 
     def function(inputs: Inputs) -> Tensor:
         x, down, up, residual, _, activation, scale = inputs
@@ -86,10 +81,11 @@ def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and options of one call. The text names the fields that differ from their defaults.
+    """The sizes and options of one call.
 
-    A case has the same numbers in every process and on every machine, and others for another text
-    or seed. init: "random" keeps every stage at order 1, so that each gradient is visible; "paper"
+    The text of a case names the fields that differ from their defaults, except init and seed. A
+    case has the same numbers in every process and on every machine, and others for another text or
+    seed. init: "random" keeps every stage at order 1, so that each gradient is visible; "paper"
     is the authors' start, where the rule is near 0 and the bias is 0.
     """
 
@@ -118,25 +114,24 @@ class Case:
 
     def __str__(self) -> str:
         values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        named = (row for row in values if row[0] not in _UNNAMED and row[1] != row[2])
+        named = (row for row in values if row[0] not in ("init", "seed") and row[1] != row[2])
         return "-".join(f"{name}={_text(value)}" for name, value, _ in named) or "default"
 
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
         """Leaves that require a gradient: x, the residual, and the weights of each projection."""
         rng = torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + self.seed)
 
-        def leaf(shape: tuple[int, ...], std: float, kind: torch.dtype) -> Tensor:
+        def leaf(shape: tuple[int, ...], std: float, kind: torch.dtype = self.params) -> Tensor:
             drawn = torch.randn(shape, generator=rng, dtype=torch.float64) * std
             return drawn.to(dtype or kind).requires_grad_()
 
         def projection(side: str, n: int, rank: int | None, fan_in: int, fan_out: int) -> Tensors:
-            columns = fan_out // n if rank is None else rank
-            rule, left = leaf((n, n, n), n**-0.5, self.params), (n, fan_in // n, columns)
+            columns = fan_out // n
             weights = PHMWeights(
-                rule,
-                leaf(left, fan_in**-0.5, self.params),
-                None if rank is None else leaf((n, rank, fan_out // n), rank**-0.5, self.params),
-                leaf((fan_out,), 0.5, self.params) if self.bias else None,
+                leaf((n, n, n), n**-0.5),
+                leaf((n, fan_in // n, rank or columns), fan_in**-0.5),
+                leaf((n, rank, columns), rank**-0.5) if rank else None,
+                leaf((fan_out,), 0.5) if self.bias else None,
             )
             if self.init == "paper":
                 _as_authors(weights, self.seed)
@@ -161,18 +156,16 @@ class Case:
         """The inputs of the call: its own numbers, detached, or other tensors by the same names."""
         if tensors is None:
             tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}
-        return self._inputs(tensors, self.grad_output() if grad is None else grad)
-
-    def call(self, tensors: Tensors, impl: str = "auto", **options: Any) -> Tensor:
-        """The public function on these tensors, with these arguments more."""
-        return call(impl, **options)(self._inputs(tensors, tensors["x"]))
-
-    def _inputs(self, tensors: Tensors, grad: Tensor) -> Inputs:
+        grad = self.grad_output() if grad is None else grad
         x, other = tensors["x"], tensors.get("residual")
         if self.operation == "linear":
             return Inputs(x, weights(tensors), None, None, grad)
         residual = {"x": x, "other": other, "both": (x, other), "none": None}[self.residual]
         return Inputs(x, weights(tensors), weights(tensors, "up."), residual, grad, self.activation, self.scale)
+
+    def call(self, tensors: Tensors, impl: str = "auto", **options: Any) -> Tensor:
+        """The public function on these tensors, with these arguments more."""
+        return call(impl, **options)(self.inputs(tensors, grad=tensors["x"]))
 
 
 def weights(tensors: Tensors, prefix: str = "down.") -> PHMWeights:
@@ -192,7 +185,7 @@ def _as_authors(weights: PHMWeights, seed: int) -> None:
     """Draw the weights anew, as the authors start a shared rule, its factors and the bias."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        reset_factors([factor for factor in (weights.left, weights.right) if factor is not None], "paper")
+        reset_factors([factor for factor in weights[1:3] if factor is not None], "paper")
         reset_rule([weights.rule], 1e-4, "normal")
         if weights.bias is not None:
             weights.bias.zero_()

@@ -46,41 +46,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def _refusal(impl: str, inputs: Inputs) -> str | None:
-    """Return why this impl cannot serve the call, or None."""
-    try:
-        ck.explain(inputs.x, inputs.down, inputs.up, activation=inputs.activation, impl=impl)
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
 def _errors(inputs: Inputs, impls: list[str] | None) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
-    """Return the errors of one call by impl, and the impls that cannot serve it with reasons.
-
-    An impl that was asked for and cannot serve the case is a ValueError.
-    """
-    errors, skipped = {}, {}
-    oracle = Oracle(inputs)
+    """Return the errors by impl, and why others cannot serve; ValueError for one in `impls`."""
+    errors, skipped, oracle = {}, {}, Oracle(inputs)
     for impl in impls or IMPLS:
-        reason = _refusal(impl, inputs)
-        if reason is None:
-            errors[impl] = oracle.check(call(impl), impl=impl)
-        elif impls:
-            raise ValueError(reason)
+        try:
+            ck.explain(inputs.x, inputs.down, inputs.up, activation=inputs.activation, impl=impl)
+        except RuntimeError as error:
+            if impls:
+                raise ValueError(str(error)) from error
+            skipped[impl] = str(error)
         else:
-            skipped[impl] = reason
+            errors[impl] = oracle.check(call(impl), impl=impl)
     return errors, skipped
 
 
 def _table(title: dict[str, Any], errors: dict[str, list[Deviation]], skipped: dict[str, str]) -> str:
-    head = ", ".join(
-        f"{value}" if key in ("operation", "shape", "dtype") else f"{key} {value}" for key, value in title.items()
-    )
-    lines = [head, f"  {'tensor':<12}{'limit':>9}" + "".join(f"{impl:>12}" for impl in errors)]
+    plain = ("operation", "shape", "dtype")
+    head = (f"{value}" if key in plain else f"{key} {value}" for key, value in title.items())
+    lines = [", ".join(head), f"  {'tensor':<12}{'limit':>9}" + "".join(f"{impl:>12}" for impl in errors)]
     for row in zip(*errors.values(), strict=True):
-        cells = (f"{d.error:.1e}{' ' if d.holds else '!'}" for d in row)
-        lines.append(f"  {row[0].tensor:<12}{row[0].limit:>9.1e}" + "".join(f"{cell:>12}" for cell in cells))
+        cells = "".join(f"{d.error:>11.1e}{' ' if d.holds else '!'}" for d in row)
+        lines.append(f"  {row[0].tensor:<12}{row[0].limit:>9.1e}{cells}")
     lines += [f"  without {impl}: {reason}" for impl, reason in skipped.items()]
     return "\n".join(lines)
 
@@ -92,24 +79,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--impl {unknown[0]} is not known; choose of {', '.join(IMPLS)}")
     activation = resolve(args.activation).name
     operations = OPERATIONS if args.operation == "both" else (args.operation,)
+    given = {name: getattr(args, name) for name in ("rank", "residual", "init", "seed")}
+    given["dtype"] = options.DTYPES[args.dtype]
     cases, violations = [], 0
     for shape, tokens, operation in itertools.product(args.shapes, args.tokens, operations):
         title = {"operation": operation, "shape": str(shape), "dtype": args.dtype, "T": tokens, "rank": args.rank}
         if operation == "adapter":
             title |= {"activation": activation, "residual": args.residual}
         title["init"] = args.init
-        inputs = Case.of(
-            shape,
-            tokens,
-            operation=operation,
-            rank=args.rank,
-            dtype=options.DTYPES[args.dtype],
-            activation=activation,
-            residual=args.residual,
-            init=args.init,
-            seed=args.seed,
-        ).inputs()
-        errors, skipped = _errors(inputs, args.impl)
+        case = Case.of(shape, tokens, operation=operation, activation=activation, **given)
+        errors, skipped = _errors(case.inputs(), args.impl)
         results = {impl: [{**d._asdict(), "holds": d.holds} for d in row] for impl, row in errors.items()}
         violations += sum(not deviation["holds"] for row in results.values() for deviation in row)
         cases.append({**title, "impls": results, "skipped": skipped})

@@ -13,7 +13,7 @@ import torch
 import compacter_kernels as ck
 from compacter_kernels import machine
 from compacter_kernels.accuracy import Oracle
-from compacter_kernels.cases import Case, Inputs, Shape, call
+from compacter_kernels.cases import Case, Shape, call
 
 TYPICAL = Shape(768, 24, 4)
 TYPICAL_TOKENS = 2048
@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices() -> list[str]:
-    """The devices of the self-test: the CPU, and the current CUDA device if there is one."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -45,33 +44,25 @@ def self_test() -> list[dict[str, Any]]:
     for device, dtype, operation in itertools.product(_devices(), SELF_TEST_DTYPES, ("adapter", "linear")):
         case = Case.of(TYPICAL, SELF_TEST_TOKENS, operation=operation, dtype=dtype).inputs()
         case = case.map(functools.partial(torch.Tensor.to, device=device))
+        others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
         oracle = Oracle(case)
-        for impl in serving(case):
-            row: dict[str, Any] = {"impl": impl, "device": device, "operation": operation}
-            row["dtype"] = str(dtype).removeprefix("torch.")
+        for impl in ck.available_impls():
+            if not others.get(impl, "can serve").startswith("can serve"):
+                continue
+            row = {"impl": impl, "device": device, "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
             try:
-                worst = max(
-                    oracle.check(call(impl), impl=impl), key=lambda deviation: deviation.error / deviation.limit
-                )
-                row |= {"holds": worst.holds, "worst": str(worst)}
+                worst = max(oracle.check(call(impl), impl=impl), key=lambda each: each.error / each.limit)
+                rows.append({**row, "holds": worst.holds, "worst": str(worst)})
             except RuntimeError as error:
-                row |= {"holds": False, "worst": str(error)}
-            rows.append(row)
+                rows.append({**row, "holds": False, "worst": str(error)})
     return rows
-
-
-def serving(case: Inputs) -> list[str]:
-    """The impls that can run in this process and serve this case."""
-    others = ck.explain(case.x, case.down, case.up, activation=case.activation, impl="dense").others
-    return [name for name in ck.available_impls() if name not in others or others[name].startswith("can serve")]
 
 
 def collect() -> dict[str, Any]:
     """Everything that `info` prints, in JSON types."""
     device = _devices()[-1]
-    x = torch.empty(TYPICAL_TOKENS, TYPICAL.k, device=device)
-    case = Case.of(TYPICAL, 1).inputs().map(lambda t: t.to(device))
-    choice = ck.explain(x, case.down, case.up, residual=x)
+    case = Case.of(TYPICAL, TYPICAL_TOKENS).inputs().map(lambda t: t.to(device))
+    choice = ck.explain(case.x, case.down, case.up, residual=case.x)
     return {
         **machine.describe(),
         "impls": ck.available_impls(),
@@ -109,11 +100,9 @@ def _text(report: dict[str, Any]) -> str:
         "",
         f"self-test, forward and backward, {TYPICAL}, T={SELF_TEST_TOKENS}, the worst of all tensors",
     ]
+    pattern = "  {verdict} {impl:<10} {device:<5} {operation:<8} {dtype:<9} {worst}"
     for row in report["self_test"]:
-        verdict = "ok  " if row["holds"] else "FAIL"
-        lines.append(
-            f"  {verdict} {row['impl']:<10} {row['device']:<5} {row['operation']:<8} {row['dtype']:<9} {row['worst']}"
-        )
+        lines.append(pattern.format(verdict="ok  " if row["holds"] else "FAIL", **row))
     return "\n".join(lines)
 
 

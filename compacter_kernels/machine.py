@@ -15,26 +15,28 @@ import torch
 import compacter_kernels as ck
 
 
-def cpu_model() -> str:
-    """Return the name of the processor."""
+def _proc(file: str, field: str) -> str | None:
+    """Return the value of the first line `field: value` of a file in /proc, or None."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc", file).read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for name, value in pairs if name.strip() == field), None)
+
+
+def _output(*command: str) -> str | None:
+    """Return what the command prints, or None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def memory_bytes(field: str = "MemAvailable") -> int | None:
     """Return a line of /proc/meminfo in bytes; None where there is no such file."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    value = _proc("meminfo", field)
+    return None if value is None else int(value.split()[0]) * 1024
 
 
 def git_revision() -> str | None:
@@ -42,15 +44,9 @@ def git_revision() -> str | None:
     root = Path(ck.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    git = ("git", "-C", str(root))
+    commit, changes = _output(*git, "rev-parse", "--short=12", "HEAD"), _output(*git, "status", "--porcelain")
+    return None if commit is None or changes is None else commit + ("-dirty" if changes else "")
 
 
 def native() -> dict[str, Any]:
@@ -67,7 +63,7 @@ def describe() -> dict[str, Any]:
     memory = memory_bytes("MemTotal")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
+        "cpu": _proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": None if memory is None else round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -94,16 +90,9 @@ def _triton_version() -> str | None:
         return None
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
 def gpu() -> dict[str, Any]:
     """Return the current CUDA device and the versions that decide its speed, as JSON takes them."""
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,
@@ -111,7 +100,7 @@ def gpu() -> dict[str, Any]:
         "sms": properties.multi_processor_count,
         "l2_bytes": l2_bytes(),
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": _driver(),
+        "driver": driver.split()[0] if driver else None,
         "cuda": torch.version.cuda,
         "triton": _triton_version(),
     }

@@ -18,7 +18,7 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import cli
-from compacter_kernels.bench import calls, cost, cpu, load, providers, report, rounds, sweep, worker
+from compacter_kernels.bench import cost, cpu, load, providers, report, sweep, worker
 from compacter_kernels.bench.settings import CPU_QUICK, CUDA, CUDA_QUICK, Settings
 from compacter_kernels.cases import Case, Shape
 
@@ -86,8 +86,8 @@ def test_rows_compare_with_the_copies_and_with_dense() -> None:
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: Any) -> calls.Call:
-        right = calls.eager(calls.through("factored"))(case)
+    def wrong(case: Any) -> providers.Call:
+        right = providers.eager(providers.through("factored"))(case)
         return lambda: right() * 1.001
 
     known = {**providers.providers(), "factored": providers.Provider("factored", wrong)}
@@ -102,7 +102,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_provider_that_cannot_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(case: Any) -> calls.Call:
+    def no_compiler(case: Any) -> providers.Call:
         raise RuntimeError("no C++ compiler found\nlong explanation")
 
     broken = providers.Provider("factored-compiled", no_compiler)
@@ -174,17 +174,17 @@ def test_disturbed_samples_are_repeated_and_counted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(load, "involuntary_switches", lambda: 1000 * (next(switches) // 5))
     monkeypatch.setattr(load.Moment, "crowded", lambda *_: False)
     monkeypatch.setattr(load, "WINDOW", 0.0)
-    timing = rounds.Timing(lambda: time.sleep(1e-3))
-    rounds.interleave([timing], 6, 1.0, threads=1, cores=1)
+    timing = cpu.Timing(lambda: time.sleep(1e-3))
+    cpu.interleave([timing], 6, 1.0, threads=1, cores=1)
     assert (len(timing.samples), len(timing.disturbed), timing.quiet) == (6, 1, True)
 
 
 def test_a_machine_that_is_never_quiet_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load.Moment, "crowded", lambda *_: True)
-    timing = rounds.Timing(lambda: None)
-    rounds.interleave([timing], 5, 1.0, threads=1, cores=1)
+    timing = cpu.Timing(lambda: None)
+    cpu.interleave([timing], 5, 1.0, threads=1, cores=1)
     assert (timing.samples, timing.quiet) == ([], False)
-    assert len(timing.disturbed) == 5 * rounds.MAX_REPEATS
+    assert len(timing.disturbed) == 5 * cpu.MAX_REPEATS
     assert timing.quantiles()[0] > 0
 
 
@@ -198,7 +198,7 @@ def test_crowded() -> None:
 
 
 def test_quantiles() -> None:
-    timing = rounds.Timing(lambda: None, samples=[5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    timing = cpu.Timing(lambda: None, samples=[5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert timing.quantiles() == (2.0, 3.5, 5.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from compacter_kernels import options
 from compacter_kernels.bench import cpu, cuda, plots, report
 from compacter_kernels.bench.providers import missing, providers
 from compacter_kernels.bench.settings import CPU, CUDA, DEFAULTS, PAGE_FAULTS, Settings
-
-TABLES = {"cpu": cpu.tables, "cuda": cuda.tables}
 
 EPILOG = """examples:
   compacter-kernels bench --quick
@@ -43,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", type=options.shapes, metavar="k/d/n,...", help=f"default {','.join(map(str, CPU.shapes))}")
     add("--tokens", type=options.tokens, metavar="T,...", help=f"default {','.join(map(str, CPU.tokens))}")
     add("--dtype", type=options.dtype, help=f"of x, of {', '.join(options.DTYPES)}; default {CPU.dtype}")
-    add("--impl", type=options.names, metavar="NAMES", help="the providers to time; default all")
+    add("--impl", type=options.names, dest="providers", metavar="NAMES", help="the providers to time; default all")
     add("--threads", type=options.positive, help="of torch; default torch's own number (cpu)")
     add("--rounds", type=options.positive, help="samples of each row; default as many as fit into --seconds")
     add("--seconds", type=float, help=f"for each shape and token count, default {CPU.seconds:g}")
@@ -57,16 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """Return the defaults of the device, with the options that were given."""
-    names = ("shapes", "tokens", "dtype", "threads", "rounds", "seconds", "page_faults", "compiled_shapes", "limit")
-    given = {**{name: getattr(args, name) for name in names}, "providers": args.impl}
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     if args.page_faults is not None:
-        given["page_faults"] = list(PAGE_FAULTS) if args.page_faults == "both" else [args.page_faults]
+        given["page_faults"] = PAGE_FAULTS if args.page_faults == "both" else (args.page_faults,)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     defaults = DEFAULTS[args.device, args.quick]
     return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, settings: Settings) -> None:
     """Raise for options that are wrong or belong to the other device, before any work."""
     other = {"cpu": ("compiled_shapes", "limit"), "cuda": ("threads", "page_faults")}[args.device]
     for name in other:
@@ -80,9 +77,8 @@ def _check(args: argparse.Namespace) -> None:
         cuda.require()
     if not args.no_plot:
         plots.require()
-    dtype = options.DTYPES[_settings(args).dtype]
-    known, absent = providers(args.device, dtype), missing(args.device)
-    for name in args.impl or ():
+    known, absent = providers(args.device, options.DTYPES[settings.dtype]), missing(args.device)
+    for name in args.providers or ():
         if name in absent:
             raise ValueError(f"--impl {name} cannot run here: {absent[name]}")
         if name not in known:
@@ -91,12 +87,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report; 0 when every provider that ran passed the correctness gate."""
-    _check(args)
     settings = _settings(args)
+    _check(args, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"settings": json.loads(settings.to_json())}
     paths: list[Path] = []
-    for tables in TABLES[args.device](settings):
+    for tables in (cpu if args.device == "cpu" else cuda).tables(settings):
         results["tables"] = tables
         paths = report.write(results, args.out)
     if not args.no_plot:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,12 +48,9 @@ class Moment(NamedTuple):
     def now(cls) -> Moment:
         """Read the clocks."""
         busy = stolen = 0.0
-        try:
-            with Path("/proc/stat").open(encoding="ascii") as file:
-                user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+        with suppress(OSError, ValueError), Path("/proc/stat").open(encoding="ascii") as file:
+            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
             busy, stolen = (user + nice + system + irq + softirq) * TICK, steal * TICK
-        except (OSError, ValueError):
-            pass
         return cls(time.perf_counter(), time.process_time(), busy, stolen)
 
     def crowded(self, later: Moment, threads: int, cores: int) -> bool:

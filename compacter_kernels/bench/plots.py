@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,23 @@ def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys((row["k"], row["d"], row["n"]) for row in rows))
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    lines: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for row in rows:
+        key = (row["direction"], (row["k"], row["d"], row["n"]), row["provider"])
+        lines.setdefault(key, []).append((row["tokens"], row["over_clone"]))
+    shapes, providers = (list(dict.fromkeys(key[i] for key in lines)) for i in (1, 2))
     figure = Figure(figsize=(1 + 3.2 * len(shapes), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(DIRECTIONS), len(shapes), squeeze=False, sharex="col", sharey="row")
-    for i, direction in enumerate(DIRECTIONS):
-        for axes, shape in zip(grid[i], shapes, strict=True):
-            for index, provider in enumerate(providers):
-                here = (*shape, provider, direction)
-                names = ("k", "d", "n", "provider", "direction")
-                points = [(r["tokens"], r["over_clone"]) for r in rows if tuple(r[name] for name in names) == here]
-                style = ("black", "--") if provider == "copy" else (f"C{index}", "-")
-                if points:
-                    axes.plot(*zip(*points, strict=True), style[1], color=style[0], marker="o", label=provider)
-            axes.set(title=f"{'/'.join(map(str, shape))}, {direction}", xscale="log", yscale="log", xlabel="tokens")
-            axes.grid(alpha=0.3, which="both")
-        grid[i][0].set_ylabel("time / time of x.clone()")
+    for axes, (direction, shape) in zip(grid.flat, product(DIRECTIONS, shapes), strict=True):
+        for index, provider in enumerate(providers):
+            color, style = ("black", "--") if provider == "copy" else (f"C{index}", "-")
+            if points := lines.get((direction, shape, provider)):
+                axes.plot(*zip(*points, strict=True), style, color=color, marker="o", label=provider)
+        axes.set(title=f"{'/'.join(map(str, shape))}, {direction}", xscale="log", yscale="log", xlabel="tokens")
+        axes.grid(alpha=0.3, which="both")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time / time of x.clone()")
     grid[0][0].legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

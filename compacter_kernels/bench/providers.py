@@ -1,4 +1,8 @@
-"""The providers: every timed way to compute the adapter, and the copy they are compared with."""
+"""The providers: every timed way to compute the adapter, and the copy they are compared with.
+
+The adapters named `lowp` cast the weights to the dtype of x and compute everything in it, as a user
+would who accepts the error: H in bfloat16, for example, keeps 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,16 @@ from torch import Tensor
 
 import compacter_kernels as ck
 from compacter_kernels import saved
-from compacter_kernels.bench import calls
+from compacter_kernels.activations import resolve
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.dispatch import IMPLS, PLAIN
+from compacter_kernels.impl import factored
 from compacter_kernels.problem import adapter_problem
+from compacter_kernels.weights import PHMWeights, kronecker_sum
+
+Call = Callable[[], Tensor]
+Adapter = Callable[[Tensor, PHMWeights, PHMWeights, str], Tensor]  # x, down, up, activation; the residual is x
 
 
 class Provider(NamedTuple):
@@ -27,18 +36,86 @@ class Provider(NamedTuple):
     """
 
     name: str
-    bind: calls.Bind
+    bind: Callable[[Inputs], Call]
     directions: tuple[str, ...] = DIRECTIONS
     checked: bool = True
     loose: bool = False
     compiled: bool = False
 
 
+def _arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
+    assert case.up is not None and case.residual is case.x
+    return case.x, case.down, case.up, case.activation
+
+
+def through(impl: str) -> Adapter:
+    """Return the public function through that impl."""
+
+    def adapter(x: Tensor, down: PHMWeights, up: PHMWeights, activation: str) -> Tensor:
+        return ck.compacter_adapter(x, down, up, activation=activation, residual=x, impl=impl)
+
+    return adapter
+
+
+def _lowp(project: Callable[[Tensor, PHMWeights], Tensor]) -> Adapter:
+    def adapter(x: Tensor, down: PHMWeights, up: PHMWeights, activation: str) -> Tensor:
+        return x + project(resolve(activation).function(project(x, down)), up)
+
+    return adapter
+
+
+def _dense_project(x: Tensor, weights: PHMWeights) -> Tensor:
+    y = x @ kronecker_sum(weights, x.dtype)
+    return y if weights.bias is None else y + weights.bias.to(x.dtype)
+
+
+def eager(adapter: Adapter) -> Callable[[Inputs], Call]:
+    """Bind the adapter to a case as it is."""
+    return lambda case: functools.partial(adapter, *_arguments(case))
+
+
+def _compiled_for_each_cell(adapter: Adapter) -> Callable[[Inputs], Call]:
+    def bind(case: Inputs) -> Call:
+        arguments = _arguments(case)
+        return torch.compile(lambda: adapter(*arguments), fullgraph=True, dynamic=False)
+
+    return bind
+
+
+def _compiled_once(adapter: Adapter) -> Callable[[Inputs], Call]:
+    """Compile the adapter once for all token counts; T=1 is refused."""
+    compiled = functools.cache(lambda: torch.compile(adapter, fullgraph=True))
+
+    def bind(case: Inputs) -> Call:
+        if case.x.shape[0] == 1:
+            raise RuntimeError("T=1 would be compiled once more; its time is the host's, as at the next token count")
+        call = functools.partial(compiled(), *_arguments(case))
+        torch._dynamo.maybe_mark_dynamic(case.x, 0)
+        return call
+
+    return bind
+
+
+def _dense_cached(case: Inputs, lowp: bool = False) -> Call:
+    """Build H before the timing; compute in the dtype of x with lowp, else at least in float32."""
+    x, down, up, name = _arguments(case)
+    assert down.bias is not None and up.bias is not None
+    activation = resolve(name).function
+    dtype = x.dtype if lowp else torch.promote_types(x.dtype, torch.float32)
+    parts = (ck.phm_matrix(down), down.bias, ck.phm_matrix(up), up.bias)
+    down_matrix, down_bias, up_matrix, up_bias = (part.to(dtype) for part in parts)
+
+    def run() -> Tensor:
+        y = torch.addmm(up_bias, activation(torch.addmm(down_bias, x.to(dtype), down_matrix)), up_matrix)
+        return (y + x).to(x.dtype)
+
+    return run
+
+
 def _fused(device: str) -> dict[str, str | None]:
     """Return every fused impl, and why it does not serve that device in this process."""
-    case = Case.of(Shape(24, 12, 4), 1).inputs()
-    assert case.up is not None
-    problem = adapter_problem(case.x, case.down, case.up, "gelu_new")._replace(device=torch.device(device))
+    x, down, up, activation = _arguments(Case.of(Shape(24, 12, 4), 1).inputs())
+    problem = adapter_problem(x, down, up, activation)._replace(device=torch.device(device))
     available = ck.available_impls()
     return {name: available[name] or IMPLS[name].refuses(problem) for name in IMPLS if name not in PLAIN}
 
@@ -50,28 +127,27 @@ def missing(device: str = "cpu") -> dict[str, str]:
 
 def providers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Provider]:
     """Return all providers of the device by name; those in low precision if x has 16 bits."""
-    dense, factored = calls.through("dense"), calls.through("factored")
-    fused = [name for name, reason in _fused(device).items() if reason is None]
+    plain = {name: through(name) for name in ("dense", "factored")}
+    fused = {name: through(name) for name, reason in _fused(device).items() if reason is None}
+    lowp = {"dense-lowp": _lowp(_dense_project), "factored-lowp": _lowp(factored._project)}
     table = [
         Provider("copy", lambda case: case.x.clone, checked=False),
-        Provider("dense", calls.eager(dense)),
-        Provider("dense-cached", calls.dense_cached, (FORWARD,)),
-        Provider("factored", calls.eager(factored)),
+        Provider("dense", eager(plain["dense"])),
+        Provider("dense-cached", _dense_cached, (FORWARD,)),
+        Provider("factored", eager(plain["factored"])),
     ]
     if device == "cpu":
-        table.append(Provider("factored-compiled", calls.compiled_for_each_cell(factored), compiled=True))
-    table += [Provider(name, calls.eager(calls.through(name))) for name in fused]
+        table.append(Provider("factored-compiled", _compiled_for_each_cell(plain["factored"]), compiled=True))
+    table += [Provider(name, eager(adapter)) for name, adapter in fused.items()]
     if device == "cuda":
-        compiled = {"dense": dense, "factored": factored}
+        compiled = plain
         if dtype.itemsize == 2:
-            lowp = {"dense-lowp": calls.dense_lowp, "factored-lowp": calls.factored_lowp}
-            table += [Provider(name, calls.eager(adapter), loose=True) for name, adapter in lowp.items()]
-            cached = functools.partial(calls.dense_cached, lowp=True)
+            table += [Provider(name, eager(adapter), loose=True) for name, adapter in lowp.items()]
+            cached = functools.partial(_dense_cached, lowp=True)
             table.append(Provider("dense-cached-lowp", cached, (FORWARD,), loose=True))
-            compiled |= lowp
+            compiled = plain | lowp
         for name, adapter in compiled.items():
-            loose, bind = name.endswith("lowp"), calls.compiled_once(adapter)
-            table.append(Provider(f"{name}-compiled", bind, loose=loose, compiled=True))
+            table.append(Provider(f"{name}-compiled", _compiled_once(adapter), loose=name in lowp, compiled=True))
     return {provider.name: provider for provider in table}
 
 

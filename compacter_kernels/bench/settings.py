@@ -44,8 +44,8 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         """Return the settings that `to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        given = json.loads(text).items()
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
         for name in ("shapes", "compiled_shapes"):
             values[name] = tuple(Shape(*shape) for shape in values[name])
         return cls(**values)
@@ -53,9 +53,8 @@ class Settings:
 
 CPU = Settings()
 CPU_QUICK = Settings(shapes=(Shape(768, 24, 4),), tokens=(1, 2048, 8192), seconds=1.5, page_faults=("removed",))
-_CUDA_SHAPES = ((768, 24, 4), (768, 48, 8), (768, 48, 12), (1024, 64, 8), (4096, 128, 8), (3072, 96, 12))
 CUDA = Settings(
-    shapes=tuple(Shape(*sizes) for sizes in _CUDA_SHAPES),
+    shapes=(*CPU.shapes[:1], Shape(768, 48, 8), *CPU.shapes[1:], Shape(3072, 96, 12)),
     tokens=(1, 256, 2048, 16384, 65536),
     dtype="bfloat16",
     seconds=1.0,

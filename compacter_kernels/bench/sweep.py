@@ -16,24 +16,19 @@ from compacter_kernels.accuracy import Oracle
 from compacter_kernels.bench import cpu, cuda
 from compacter_kernels.bench.gate import first_tokens, judge
 from compacter_kernels.bench.providers import Provider, missing, providers, saved_bytes
-from compacter_kernels.bench.rows import derive
+from compacter_kernels.bench.report import ROW
 from compacter_kernels.bench.settings import Settings
-from compacter_kernels.bench.timer import Cell, Timer
+from compacter_kernels.bench.timer import Cell, absent
 from compacter_kernels.options import DTYPES
 
-TIMERS: dict[str, type[Timer[Any]]] = {"cpu": cpu.Timer, "cuda": cuda.Timer}
 COMPILE_SHARE = 0.5  # of the limit: no provider is compiled later
 SWEEP_SHARE = 0.9  # of the limit: no cell is begun later
 Row = dict[str, Any]
+Timer = cpu.Timer | cuda.Timer
 
 
-def _absent(provider: str, reason: str, cell: object = None, wrong: bool = False) -> Row:
-    where = {} if cell is None else {"cell": str(cell)}
-    return {**where, "provider": provider, "reason": reason, "wrong": wrong}
-
-
-def _prepare(timer: Timer[Any], chosen: list[Provider], until: float, absent: list[Row]) -> dict[str, Row]:
-    """Add every provider that passes the gate to the timer, the others to the absent ones.
+def _prepare(timer: Timer, chosen: list[Provider], until: float, out: list[Row]) -> dict[str, Row]:
+    """Make the timings of every provider that passes the gate; the others go `out`, with reasons.
 
     Returns the columns that the timer does not measure, by provider. After the time `until` no
     provider is compiled.
@@ -43,18 +38,18 @@ def _prepare(timer: Timer[Any], chosen: list[Provider], until: float, absent: li
     for provider in chosen:
         name, cell = provider.name, timer.cell
         if provider.compiled and time.monotonic() > until:
-            absent.append(_absent(name, "not compiled, no time was left; give --limit more", cell))
+            out.append(absent(name, "not compiled, no time was left; give --limit more", cell))
             continue
         try:
             wrong, worst, tokens = judge(provider, oracle)
             if wrong is not None:
-                absent.append(_absent(name, f"failed the correctness gate: {wrong}", cell, wrong=True))
+                out.append(absent(name, f"failed the correctness gate: {wrong}", cell, wrong=True))
                 continue
             saved = saved_bytes(provider, timer.case)
-            timer.add(provider)
+            timer.timings |= {(name, each): timer.prepare(provider, each) for each in provider.directions}
         except Exception as error:  # no compiler or no memory, for example; the other providers go on
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            absent.append(_absent(name, reason, cell))
+            out.append(absent(name, reason, cell))
             print(f"{cell} {name}: {reason}", file=sys.stderr)
             if timer.case.x.is_cuda:
                 torch.cuda.synchronize()  # raises where the device is lost, and ends the process
@@ -63,32 +58,33 @@ def _prepare(timer: Timer[Any], chosen: list[Provider], until: float, absent: li
     return known
 
 
-def run(settings: Settings, save: Callable[[dict[str, Any]], None] = lambda table: None) -> dict[str, Any]:
+def run(settings: Settings, save: Callable[[Row], None] = lambda table: None) -> Row:
     """Return the table: rates, rows, absent rows with reasons; `save` gets it after each cell."""
     start, limit = time.monotonic(), settings.limit or math.inf
     device, dtype, wanted = settings.device, DTYPES[settings.dtype], settings.providers
-    timer_class = TIMERS[device]
+    timer_class: type[Timer] = cpu.Timer if device == "cpu" else cuda.Timer
     chosen = [p for p in providers(device, dtype).values() if wanted is None or p.name in ("copy", *wanted)]
-    absent = [_absent(name, reason) for name, reason in missing(device).items()]
+    out = [absent(name, reason) for name, reason in missing(device).items()]
     compiled_shapes = settings.shapes if device == "cpu" else settings.compiled_shapes
-    for shape, provider in itertools.product(settings.shapes, chosen):
-        if provider.compiled and shape not in compiled_shapes:
-            why = "compiled for the shapes of --compiled-shapes only, to save time"
-            absent.append(_absent(provider.name, why, shape))
-    table: dict[str, Any] = {**timer_class.describe(), "rows": [], "absent": absent}
+    why = "compiled for the shapes of --compiled-shapes only, to save time"
+    without = [shape for shape in settings.shapes if shape not in compiled_shapes]
+    out += [absent(p.name, why, shape) for shape in without for p in chosen if p.compiled]
+    table: Row = {**timer_class.describe(), "rows": [], "absent": out}
     sgemm: list[float] = []
     for cell in progress([Cell(*pair) for pair in itertools.product(settings.shapes, settings.tokens)]):
         reason = timer_class.too_large(cell, dtype)
         if reason is None and table["rows"] and time.monotonic() - start > SWEEP_SHARE * limit:
             reason = "skipped: no time was left; give --limit more"
         if reason is not None:
-            absent.append(_absent("all", reason, cell))
+            out.append(absent("all", reason, cell))
             continue
+        here = [p for p in chosen if not p.compiled or cell.shape in compiled_shapes]
+        if device == "cpu" and any(p.compiled for p in here):
+            torch.compiler.reset()  # each cell compiles its own
         timer = timer_class(cell, dtype)
-        here = [provider for provider in chosen if not provider.compiled or cell.shape in compiled_shapes]
-        known = _prepare(timer, here, start + COMPILE_SHARE * limit, absent)
+        known = _prepare(timer, here, start + COMPILE_SHARE * limit, out)
         timer.measure(settings.rounds, settings.seconds)
-        table["rows"] += derive(timer, known)
+        table["rows"] += ({name: row[name] for name in ROW[device]} for row in timer.rows(known))
         if timer.sgemm is not None:
             sgemm.append(timer.sgemm)
             table["rates"]["sgemm_gflops"] = statistics.median(sgemm) / 1e9

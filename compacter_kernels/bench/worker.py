@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from compacter_kernels import machine
 from compacter_kernels.bench.settings import Settings
 
 COMMAND = (sys.executable, "-u", "-m", "compacter_kernels.bench.worker")
@@ -21,9 +24,9 @@ def measure(settings: Settings, environment: dict[str, str] | None = None) -> tu
     A process that dies, or is stopped after `settings.limit` seconds, leaves what it wrote.
     """
     failure, given, limit = None, settings.to_json(), settings.limit or None
-    table: dict[str, Any] = {"rows": [], "absent": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
+        path.write_text('{"rows": [], "absent": []}', encoding="utf-8")
         try:
             command = [*COMMAND, str(path)]
             done = subprocess.run(command, input=given, text=True, env=environment, check=False, timeout=limit)
@@ -31,17 +34,12 @@ def measure(settings: Settings, environment: dict[str, str] | None = None) -> tu
                 failure = f"the measuring process ended with exit code {done.returncode}; its message is above"
         except subprocess.TimeoutExpired:
             failure = f"stopped after {settings.limit:.0f} s; give --limit more, or look for a kernel that hangs"
-        if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8"))
-    return table, failure
+        return json.loads(path.read_text(encoding="utf-8")), failure
 
 
 def main() -> None:
     """Run the sweep; after each cell the table on disk is complete."""
-    import torch
-
-    from compacter_kernels import machine
-    from compacter_kernels.bench import sweep
+    from compacter_kernels.bench import sweep  # which imports this module
 
     settings, path = Settings.from_json(sys.stdin.read()), Path(sys.argv[1])
     if settings.threads is not None:
