@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The first argument of a call, which may also be passed by that name.
-
-    Raises:
-        TypeError: it is not a tensor.
-    """
+    """The first argument of a call, also if passed by that name; TypeError if it is no tensor."""
     x = args[0] if args else kwargs.get(name)
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -27,11 +23,8 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 def first_output(module: nn.Module, output: Any) -> Tensor:
     """The output itself, or the first item of a tuple or list, or the first value of a dict.
 
-    Raises:
-        TypeError: this is not a tensor.
+    TypeError: this is not a tensor.
     """
-    if isinstance(output, Tensor):
-        return output
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)

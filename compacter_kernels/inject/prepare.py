@@ -11,12 +11,40 @@ from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.checks import check_adapted_or_copied, check_child_names, check_nested
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.offload import device_of
-from compacter_kernels.inject.shared_weights import SharedWeights
 from compacter_kernels.inject.trained_copies import trained_copy
 from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.targets.added import NAME
 from compacter_kernels.targets.find import Target, find_modules_to_save, find_targets
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
+
+
+class SharedWeights(nn.Module):
+    """Owns the shared parameters, for example phm_rule, W_down_left and W_up_right.
+
+    The adapters borrow them (`PHMLinear.borrow`) and hold none, so that each is saved, counted and
+    sharded once. Names are those of `shared_parameters` in the `adapters` library.
+    """
+
+    def __init__(self, adapter: CompacterAdapter, config: CompacterConfig) -> None:
+        """Take over the parameters of the first adapter."""
+        super().__init__()
+        # For each projection: its name for a parameter, and the name here.
+        self.names: dict[str, dict[str, str]] = {"down": {}, "up": {}}
+        rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
+        factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
+        for projection, names in self.names.items():
+            names.update({name: name for name in rule_names})
+            names.update({name: name.replace("W", f"W_{projection}") for name in factor_names})
+            for name, shared_name in names.items():
+                self.register_parameter(shared_name, getattr(getattr(adapter, projection), name))
+        if rule_names:
+            reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
+
+    def lend(self, adapter: CompacterAdapter) -> None:
+        """Let the adapter borrow the weights; ValueError if one has another shape in it."""
+        for projection, names in self.names.items():
+            getattr(adapter, projection).borrow(self, **names)
 
 
 class Prepared(NamedTuple):
@@ -35,21 +63,15 @@ class Prepared(NamedTuple):
 
     def allocate(self, model: nn.Module) -> None:
         """Move adapters from meta to the devices of their targets. Their values are undefined."""
-        for index, target in enumerate(self.targets):
-            device = device_of(model.get_submodule(target.write))
+        devices = [device_of(model.get_submodule(target.write)) for target in self.targets]
+        for target, device in zip(self.targets, devices, strict=True):
             self.adapters[target.write].to_empty(device=device)
-            if self.shared is not None and index == 0:
-                self.shared.to_empty(device=device)
+        if self.shared is not None:
+            self.shared.to_empty(device=devices[0])
 
 
 def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
-    """Build what the config asks for.
-
-    device: of the adapters; None is the device of each target.
-
-    Raises:
-        TypeError, ValueError: as `inject`.
-    """
+    """Build what the config asks for, on that device or each target's own; raise as `inject`."""
     check_nested(model)
     targets = find_targets(model, config)
     copied = find_modules_to_save(model, config)
@@ -103,11 +125,7 @@ def _check_parallel(read: nn.Module, target: Target, width: int) -> None:
 
 
 def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
-    """The width of a module's output.
-
-    Raises:
-        ValueError: it is unknown.
-    """
+    """The width of a module's output; ValueError if it is unknown."""
     sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # Linear, GPT-2's Conv1D
     hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(module, nn.MultiheadAttention):

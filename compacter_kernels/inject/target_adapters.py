@@ -12,7 +12,7 @@ from compacter_kernels.inject.hidden_states import first_input, first_output, wi
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME, AddedModules
-from compacter_kernels.targets.layer import Layer
+from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
 
 REPLICATED = (
     "nn.DataParallel runs copies of a module, which would use adapters on another device; use one process for each "
@@ -22,6 +22,11 @@ REPLACED = (
     "a {now} stands in place of the {before} that an adapter was put behind, and the adapter is no part of the model "
     "any more; quantise (quantize_dynamic, for inference) or exchange layers first, then inject or load_adapter"
 )
+WRAPPED_LATER = (
+    "peft has wrapped {name}, a layer whose output or input Compacter adapters take: they would miss what peft does "
+    "there, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
+    "or leave this layer out of peft's target_modules; peft's unload() undoes it"
+)
 
 # `waiting` holds the input of the block that this thread computes, and the TargetAdapters at the
 # end of the block. Each thread has its own. No module holds it, so that a model can be copied after
@@ -29,14 +34,55 @@ REPLACED = (
 _block_input = threading.local()
 
 
+class Layer:
+    """A layer that adapters hook, together with the wrapper that peft has put around it.
+
+    The adapters use the input and the output of the wrapper. When peft merges or unloads, it
+    removes its wrapper, and the adapters then use those of the layer itself. So both are hooked,
+    and each call checks which of the two the model holds.
+
+    module: the layer itself, inside its wrappers. parts: the modules to hook, which are peft's
+    wrapper, if there is one, and the layer.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        parent, _, self._name = path.rpartition(".")
+        self._parent, outer = model.get_submodule(parent), model.get_submodule(path)
+        self.module = unwrapped(outer)
+        wrapper = _peft_wrapper(outer, self.module)
+        self.parts = (self.module,) if wrapper is None else (wrapper, self.module)
+
+    def is_outer_call(self, module: nn.Module, *allowed: str) -> bool:
+        """Whether a call of this part is a call of the whole layer, and not one by peft's wrapper.
+
+        allowed: classes of peft wrappers that may have been added after this object was made. Any
+        other that was added raises RuntimeError.
+        """
+        outer = self._parent._modules.get(self._name)
+        if outer is module or outer is None:
+            return True
+        wrapper = _peft_wrapper(outer, module)
+        if wrapper is None or wrapper in self.parts:
+            return wrapper is None
+        if is_a(wrapper, *allowed):
+            return True
+        raise RuntimeError(WRAPPED_LATER.format(name=self._name))
+
+
+def _peft_wrapper(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """The wrapper of peft directly around a layer, among all wrappers in `outer`, or None."""
+    for module in wrapper_chain(outer):
+        if module is not layer and is_a(module, "BaseTunerLayer"):
+            return module if unwrapped(module) is layer else None
+    return None
+
+
 class TargetAdapters(AddedModules):
     """The adapters behind a target: y = adapter(y), or y + adapter(x) for a parallel one.
 
-    x is the input of the block that ends with the target, and y the output of the target. y may
-    also be the first element of the output. The adapters are a child of the layer itself, inside
-    its wrappers.
-
-    write: the target.
+    x is the input of the block that ends with the target, `write`, and y the output of the target.
+    y may also be the first element of the output. The adapters are a child of the layer itself,
+    inside its wrappers.
     """
 
     def __init__(self, write: Layer) -> None:
@@ -49,11 +95,7 @@ class TargetAdapters(AddedModules):
         self.register_hooks()
 
     def add_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
-        """Add an adapter.
-
-        read: the layer whose input the adapter takes if it is parallel. shared: the module that
-        owns the weights which the adapter borrows.
-        """
+        """Add an adapter. A parallel one takes the input of `read`. It borrows from `shared`."""
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
         if not adapter.add_residual:
@@ -88,10 +130,9 @@ class TargetAdapters(AddedModules):
                 _block_input.waiting = (self, first_input(module, args, kwargs or {}, first))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        """Apply the active adapter to the output.
+        """Apply the active adapter to the output, the last of `rest`, after the keyword arguments.
 
-        rest: the keyword arguments and the output. torch.ao registers the hook again in such a way
-        that the keyword arguments are missing.
+        torch.ao registers the hook again in such a way that the keyword arguments are missing.
         """
         adapter: CompacterAdapter | None = self.in_use()
         if adapter is None or not self._write.is_outer_call(module):
