@@ -36,12 +36,11 @@ class State(NamedTuple):
 
     def beyond(self, previous: State, step: float) -> State:
         """The point `step` times their distance beyond this one, on the line from `previous`."""
-
-        def move(new: Tensor, old: Tensor) -> Tensor:
-            return torch.lerp(old, new, 1 + step)
-
-        sides = ((self.left, previous.left), (self.right, previous.right))
-        return State(move(self.rule, previous.rule), *([move(*pair) for pair in zip(*s, strict=True)] for s in sides))
+        left, right = (
+            [torch.lerp(old, new, 1 + step) for old, new in zip(*sides, strict=True)]
+            for sides in ((previous.left, self.left), (previous.right, self.right))
+        )
+        return State(torch.lerp(previous.rule, self.rule, 1 + step), left, right)
 
 
 def rearranged(matrix: Tensor, phm_dim: int) -> Tensor:
@@ -98,8 +97,10 @@ def fit(
     full_rank = max(min(target.shape[2:]) for target in targets)
     state = _start(targets, basis, phm_rank or full_rank)
     if phm_rank is not None and phm_rank < full_rank:
-        turns = _rotations(n, starts - 1 if rule is None else 0, seed)
-        points = [state, *(_start(targets, basis @ turn, phm_rank) for turn in turns)]
+        points, generator = [state], torch.Generator().manual_seed(seed)
+        for _ in range(starts - 1 if rule is None else 0):
+            rotation = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+            points.append(_start(targets, basis @ rotation, phm_rank))
         state = _best_descent(targets, points, rule is not None)
     factors: dict[int, tuple[Tensor, ...]] = {}
     for group, left, right in zip(groups, state.left, state.right, strict=True):
@@ -137,25 +138,16 @@ def descent(
 def _best_descent(targets: Sequence[Tensor], points: Sequence[State], keep_rule: bool) -> State:
     best, least = points[0], math.inf
     for point in points:
-        state, loss = _last(descent(targets, point, EXPLORED, EXPLORED_GAIN, keep_rule))
-        if loss < least:
-            best, least = state, loss
+        for state, loss in descent(targets, point, EXPLORED, EXPLORED_GAIN, keep_rule):
+            if loss < least:
+                best, least = state, loss
         if least <= EXACT:
             return best
-    return _last(descent(targets, best, REFINED, REFINED_GAIN, keep_rule))[0]
-
-
-def _last(states: Iterator[tuple[State, float]]) -> tuple[State, float]:
-    return deque(states, maxlen=1).pop()
+    return deque(descent(targets, best, REFINED, REFINED_GAIN, keep_rule), maxlen=1).pop()[0]
 
 
 def _norm(matrix: Tensor) -> float:
     return float(matrix.norm()) or 1.0
-
-
-def _rotations(n: int, count: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(count)]
 
 
 def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
@@ -201,17 +193,12 @@ def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[St
         rule = _proximal(normal, products, rule.T).T
         length = rule.norm(dim=0).clamp_min(TINY)
         rule = rule / length
-        pairs = [_of_one_norm(*pair, length[:, None, None]) for pair in zip(lefts, rights, strict=True)]
-        lefts, rights = (list(side) for side in zip(*pairs, strict=True))
+        for i, sides in enumerate(zip(lefts, rights, strict=True)):
+            a, b = (side.norm(dim=(2, 3), keepdim=True).clamp_min(TINY) for side in sides)
+            norm = (a * b * length[:, None, None]).sqrt()  # Both factors get this norm.
+            lefts[i], rights[i] = lefts[i] / a * norm, rights[i] / b * norm
     errors = (t.flatten(2) - rule @ (a @ b).flatten(2) for t, a, b in zip(targets, lefts, rights, strict=True))
     return State(rule, lefts, rights), sum(float(error.square().sum()) for error in errors)
-
-
-def _of_one_norm(left: Tensor, right: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors with equal norms whose product is `times` the product of these."""
-    a, b = (side.norm(dim=(2, 3), keepdim=True).clamp_min(TINY) for side in (left, right))
-    norm = (a * b * times).sqrt()
-    return left / a * norm, right / b * norm
 
 
 def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.compress.dense_source import Dense, read
-from compacter_kernels.compress.form_search import Candidate, list_forms, search
+from compacter_kernels.compress.form_search import Candidate, Numbers, list_forms, search
 from compacter_kernels.kronecker_fit import fit, relative_error
 from compacter_kernels.nn.adapter import CompacterAdapter
 from compacter_kernels.nn.dense import DenseProjection, random_state_kept, rounded
@@ -53,8 +53,8 @@ def from_dense(
     down: DenseProjection | nn.Module | Sequence[Source],
     up: DenseProjection | None = None,
     *,
-    phm_dim: int | Sequence[int] | None = None,
-    phm_rank: int | Sequence[int] | None = None,
+    phm_dim: Numbers = None,
+    phm_rank: Numbers = None,
     tolerance: float | None = None,
     shared_phm_rule: bool = True,
     phm_rule: nn.Parameter | None = None,
@@ -101,12 +101,14 @@ def from_dense(
     dtype, device = sources[0].down.dtype, sources[0].down.device
     _check(phm_rule, device, tolerance, starts)
     chosen = _options(sources, activation, options)
-    chosen |= {"shared_phm_rule": shared_phm_rule, "factorized_phm_W": factorized_phm_W}
-    forms = list_forms(sources, phm_dim, phm_rank, phm_rule, shared_phm_rule, factorized_phm_W)
+    chosen |= {"phm_rule": phm_rule, "shared_phm_rule": shared_phm_rule, "factorized_phm_W": factorized_phm_W}
+    rule_dim = None if phm_rule is None else phm_rule.shape[0]
+    shared = shared_phm_rule or phm_rule is not None
+    forms = list_forms(sources, phm_dim, phm_rank, rule_dim, shared, factorized_phm_W)
     for n, r, _ in forms:
-        _adapters(sources, n, r, phm_rule, chosen, torch.device("meta"))  # raises for a wrong option
-    matrices = [h for dense in sources for h in dense.matrices()]
-    groups = [matrices] if shared_phm_rule or phm_rule is not None else [[h] for h in matrices]
+        _adapters(sources, n, r, chosen, torch.device("meta"))  # raises for a wrong option
+    matrices = [w.detach().to("cpu", torch.float64).T for dense in sources for w in (dense.down, dense.up)]
+    groups = [matrices] if shared else [[h] for h in matrices]
     rule = None if phm_rule is None else phm_rule.detach().to("cpu", torch.float64)
 
     def fitted(n: int, r: int | None) -> list[PHMWeights]:
@@ -115,15 +117,14 @@ def from_dense(
 
     before = sum(dense.parameters for dense in sources)
     best, weights, candidates = search(forms, groups, fitted, before, tolerance)
-    adapters = _adapters(sources, best.phm_dim, best.phm_rank, phm_rule, chosen, device)
+    adapters = _adapters(sources, best.phm_dim, best.phm_rank, chosen, device)
     for adapter, dense, first, second in zip(adapters, sources, weights[::2], weights[1::2], strict=True):
         adapter.down.load_weights(first._replace(bias=dense.down_bias), phm_rule is None)
         adapter.up.load_weights(second._replace(bias=dense.up_bias), phm_rule is None)
     errors = [relative_error(h, w) for h, w in zip(matrices, weights, strict=True)]
     by_adapter = tuple(zip(errors[::2], errors[1::2], strict=True))
-    return Compression(
-        tuple(adapters), by_adapter, best.phm_dim, best.phm_rank, before, best.parameters, tuple(candidates)
-    )
+    form = best.phm_dim, best.phm_rank
+    return Compression(tuple(adapters), by_adapter, *form, before, best.parameters, tuple(candidates))
 
 
 def _check(phm_rule: object, device: torch.device, tolerance: object, starts: object) -> None:
@@ -160,17 +161,13 @@ def _options(sources: Sequence[Dense], activation: Any, options: dict[str, Any])
 
 
 def _adapters(
-    sources: Sequence[Dense],
-    n: int,
-    r: int | None,
-    phm_rule: nn.Parameter | None,
-    options: dict[str, Any],
-    device: torch.device,
+    sources: Sequence[Dense], n: int, r: int | None, options: dict[str, Any], device: torch.device
 ) -> list[CompacterAdapter]:
     """New adapters without their weights. If several share a rule, none of them draws it."""
     dtype = sources[0].down.dtype
-    if phm_rule is None and options["shared_phm_rule"] and len(sources) > 1:
-        phm_rule = nn.Parameter(torch.empty(n, n, n, device=device, dtype=dtype), options.get("learn_phm", True))
+    if options["phm_rule"] is None and options["shared_phm_rule"] and len(sources) > 1:
+        rule = nn.Parameter(torch.empty(n, n, n, device=device, dtype=dtype), options.get("learn_phm", True))
+        options = {**options, "phm_rule": rule}
     with random_state_kept(device):
         return [
             CompacterAdapter(
@@ -178,7 +175,6 @@ def _adapters(
                 reduction_factor=_reduction_factor(dense.hidden_size, dense.bottleneck),
                 phm_dim=n,
                 phm_rank=r or 1,
-                phm_rule=phm_rule,
                 phm_bias=dense.has_bias,
                 device=device,
                 dtype=dtype,

@@ -41,10 +41,6 @@ class Dense(NamedTuple):
         """Whether at least one projection has a bias."""
         return self.down_bias is not None or self.up_bias is not None
 
-    def matrices(self) -> list[Tensor]:
-        """The matrices H (in, out) of down and up, float64, on the CPU."""
-        return [w.detach().to("cpu", torch.float64).T for w in (self.down, self.up)]
-
 
 def read(down: object, up: object) -> list[Dense]:
     """The adapters in the arguments of `from_dense`, all of one dtype and on one device."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from compacter_kernels.compress.dense_source import Dense
 from compacter_kernels.kronecker_fit import least_error, relative_error
@@ -15,6 +15,7 @@ from compacter_kernels.weights import PHMWeights
 
 PHM_DIMS = tuple(range(1, 17))  # tried if phm_dim is not given, as far as they divide the widths
 PHM_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried if phm_rank is not given
+Numbers = int | Sequence[int] | None
 
 
 class Candidate(NamedTuple):
@@ -27,23 +28,21 @@ class Candidate(NamedTuple):
 
 
 def list_forms(
-    sources: Sequence[Dense],
-    phm_dim: int | Sequence[int] | None,
-    phm_rank: int | Sequence[int] | None,
-    phm_rule: nn.Parameter | None,
-    shared: bool,
-    factorized: bool,
+    sources: Sequence[Dense], phm_dim: Numbers, phm_rank: Numbers, rule_dim: int | None, shared: bool, factorized: bool
 ) -> list[tuple[int, int | None, int]]:
-    """phm_dim, phm_rank and parameter count of each form to try, the fewest parameters first."""
+    """phm_dim, phm_rank and parameter count of each form to try, the fewest parameters first.
+
+    rule_dim: the phm_dim of a given rule. shared: whether all projections share one rule.
+    """
     widths = sorted({width for dense in sources for width in (dense.hidden_size, dense.bottleneck)})
     dims = _listed(phm_dim, "phm_dim")
     ranks = _listed(phm_rank, "phm_rank")
     if not factorized and ranks is not None:
         raise ValueError(f"phm_rank={phm_rank!r} has no meaning with factorized_phm_W=False; leave it out")
-    if phm_rule is not None:
-        if dims not in (None, [phm_rule.shape[0]]):
-            raise ValueError(f"phm_dim={phm_dim!r} is not that of phm_rule, {phm_rule.shape[0]}; leave it out")
-        dims = [phm_rule.shape[0]]
+    if rule_dim is not None:
+        if dims not in (None, [rule_dim]):
+            raise ValueError(f"phm_dim={phm_dim!r} is not that of phm_rule, {rule_dim}; leave it out")
+        dims = [rule_dim]
     for n in dims or ():
         for dense in sources:
             check_phm_dim(n, 1, hidden_size=dense.hidden_size, bottleneck=dense.bottleneck)
@@ -52,8 +51,10 @@ def list_forms(
     for n in dims or [n for n in PHM_DIMS if not any(width % n for width in widths)]:
         full = max(dense.bottleneck // n for dense in sources)
         for r in [None] if not factorized else ranks or [r for r in PHM_RANKS if r == 1 or r <= full]:
-            rules = 1 if shared or phm_rule is not None else 2 * len(sources)
-            count = n**3 * rules + sum(_parameters(dense, n, r) for dense in sources)
+            count = n**3 * (1 if shared else 2 * len(sources))
+            for dense in sources:
+                k, d = dense.hidden_size, dense.bottleneck
+                count += (k + d if dense.has_bias else 0) + 2 * (k * d // n if r is None else r * (k + d))
             if (dims and (ranks or not factorized)) or count < before:
                 forms.append((n, r, count))
     if not forms:
@@ -63,20 +64,13 @@ def list_forms(
     return sorted(forms, key=lambda form: (form[2], form[0]))
 
 
-def _listed(value: int | Sequence[int] | None, name: str) -> list[int] | None:
+def _listed(value: Numbers, name: str) -> list[int] | None:
     if value is None:
         return None
     numbers: list[object] = list(value) if isinstance(value, Sequence) else [value]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError(f"{name} must be an integer >= 1, several of them or None, got {value!r}")
     return numbers  # type: ignore[return-value]
-
-
-def _parameters(dense: Dense, n: int, r: int | None) -> int:
-    """The number of parameters in the factors and biases of one adapter."""
-    k, d = dense.hidden_size, dense.bottleneck
-    bias = k + d if dense.has_bias else 0
-    return bias + 2 * (k * d // n if r is None else r * (k + d))
 
 
 def search(

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.fast_path import FastPath
 from compacter_kernels.inject.freeze import freeze
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.prepare import Prepared
-from compacter_kernels.inject.target_adapters import Layer, TargetAdapters
+from compacter_kernels.inject.target_adapters import FastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
 from compacter_kernels.targets.added import NAME, Adapters, AddedModules, added_modules
 from compacter_kernels.targets.find import is_layer_norm
@@ -148,7 +147,7 @@ class Injection(Adapters, nn.Module):
         return exchanged
 
     def _check_heads(self, model: nn.Module, inputs: Any) -> None:
-        """Warn once of each head with a copy in use that was exchanged or resized since `inject`."""
+        """Warn once of each head with a copy in use that was exchanged or resized since then."""
         if self.active is None or torch.compiler.is_compiling():
             return
         for path, (parent, copies) in list(self._heads.items()):

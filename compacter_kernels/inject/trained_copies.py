@@ -69,19 +69,19 @@ class TrainedCopies(AddedModules):
 
     def detach(self) -> None:
         """Restore the class and the `forward` of the original."""
-        original = self.original_module
-        delattr(original, NAME)
-        # A subclass that sharding or a parametrization has made stays: it computes the same.
-        if ORIGINAL_CLASS in vars(type(original)):
-            restore_class(original)
+        delattr(self.original_module, NAME)
+        restore_class(self.original_module)
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `class_with_copies` for an instance."""
+    """Undo `class_with_copies` for an instance.
+
+    A subclass that sharding or a parametrization has made stays: it computes the same.
+    """
     if ORIGINAL_CLASS in vars(type(module)):
         module.__class__ = getattr(type(module), ORIGINAL_CLASS)
-    if INSTANCE_FORWARD in vars(module):
-        module.forward = vars(module).pop(INSTANCE_FORWARD)
+        if INSTANCE_FORWARD in vars(module):
+            module.forward = vars(module).pop(INSTANCE_FORWARD)
 
 
 def _cast(before: torch.dtype, after: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -146,11 +146,8 @@ def trained_copy(original: nn.Module, path: str, dtype: torch.dtype | None) -> n
     """A copy of the module of that path, to be trained, in that dtype or in the module's.
 
     The copy has no hooks and no other copies. It has a `forward` that was set on the instance only
-    if that is a method of the module.
-
-    Raises:
-        ValueError: the module has no parameters, or some that are not floating; it holds adapters
-            or trained copies.
+    if that is a method of the module. ValueError: the module has no parameters, or some that are
+    not floating; it holds adapters or trained copies.
     """
     subject, copies = f"modules_to_save: {path}: a {type(original).__name__}", added_modules(original)
     floating = [p.is_floating_point() for name, p in original.named_parameters() if not name.startswith(f"{NAME}.")]
