@@ -59,6 +59,6 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
 def test_errors_before_any_work(
     args: tuple[Any, ...], options: dict[str, Any], kind: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compacter_kernels.compress.compression.fit", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("compacter_kernels.compress.fit", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(kind, match=match):
         from_dense(*args, **options)

@@ -72,10 +72,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes exactly what its base computes, bit by bit.
-
-    Raises ValueError if the model has no adapters.
-    """
+    """A context in which a model computes as its base, bit by bit; ValueError without adapters."""
     injection = injection_of(model)
     before = injection.active
     injection.use(None)
@@ -110,8 +107,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
 def count_parameters(model: nn.Module) -> Count:
     """Count the trained parameters and those of the base, the model without adapters.
 
-    A sharded parameter counts with its full size.
-    Raises ValueError if the model has no adapters.
+    A sharded parameter counts with its full size. Raises ValueError if the model has no adapters.
     """
     injection_of(model)
     added = {id(p) for module in model.modules() if isinstance(module, Added) for p in module.parameters()}
@@ -121,8 +117,5 @@ def count_parameters(model: nn.Module) -> Count:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print both counts, for example `161,728 trainable of 222,882,048 (0.073 %)`.
-
-    Raises ValueError if the model has no adapters.
-    """
+    """Print both counts, such as `161,728 trainable of 222,882,048 (0.073 %)`; raise like them."""
     print(count_parameters(model))

@@ -21,10 +21,7 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def first_output(module: nn.Module, output: Any) -> Tensor:
-    """The output itself, or the first item of a tuple or list, or the first value of a dict.
-
-    TypeError: this is not a tensor.
-    """
+    """The output itself, or the first of a tuple, list or dict; TypeError if that is no tensor."""
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.freeze import freeze
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.prepare import Prepared
 from compacter_kernels.inject.target_adapters import FastPath, Layer, TargetAdapters
@@ -22,14 +23,11 @@ from compacter_kernels.targets.wrappers import plain_path, unwrapped
 
 logger = logging.getLogger("compacter_kernels")
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
+FREEZE = "compacter_kernels.freeze"
 
 
 class Injection(Adapters, nn.Module):
-    """All adapters of a model.
-
-    configs: the config of each adapter name. active: the name in use, or None. shared: the weights
-    that the adapters of one name share.
-    """
+    """All adapters of a model. shared: the weights that the adapters of one name share."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -201,3 +199,27 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
         if isinstance(embedding, nn.Module):
             embeddings[embedding] = None
     return list(embeddings)
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """Exclude the parameter from new graphs; a graph that holds it still gives it a gradient.
+
+    autograd drops the gradient of a leaf that does not require one when it arrives. So a hook of
+    the graph's node for the parameter adds the gradient to `grad` before that. The node, and with
+    it the hook, lives as long as a graph holds it.
+    """
+    if not parameter.requires_grad:
+        return
+    with torch.inference_mode(False):
+        node = get_gradient_edge(parameter).node
+        metadata: dict[str, bool] = node.metadata  # type: ignore[assignment]  # The stubs say that it is a method.
+        if FREEZE not in metadata:
+            metadata[FREEZE] = True
+            node.register_prehook(functools.partial(_accumulate, parameter))
+    parameter.requires_grad_(False)
+
+
+def _accumulate(parameter: nn.Parameter, gradients: tuple[Tensor | None, ...]) -> None:
+    gradient = gradients[0]
+    if gradient is not None and not parameter.requires_grad:
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient

@@ -99,7 +99,15 @@ def _adapter(
     module = unwrapped(model.get_submodule(target.write))
     like, width = computes_like(model, module), width_of(model, module, target.write)
     if config.is_parallel:
-        _check_parallel(unwrapped(model.get_submodule(target.read)), target, width)
+        read = unwrapped(model.get_submodule(target.read))
+        sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
+        read_width = next((size for size in sizes if isinstance(size, int)), width)
+        if read_width != width:
+            raise ValueError(
+                f"is_parallel: {target.read} takes {read_width} numbers and {target.write} gives {width}, which is no "
+                "block that a parallel adapter could stand beside. Name whole blocks in target_modules, leave it out "
+                "for a model of the table, or set is_parallel=False"
+            )
     try:
         return CompacterAdapter(
             width,
@@ -111,17 +119,6 @@ def _adapter(
         )
     except ValueError as error:
         raise ValueError(f"{target.write}: {error}") from error
-
-
-def _check_parallel(read: nn.Module, target: Target, width: int) -> None:
-    sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
-    read_width = next((size for size in sizes if isinstance(size, int)), width)
-    if read_width != width:
-        raise ValueError(
-            f"is_parallel: {target.read} takes {read_width} numbers and {target.write} gives {width}, which is no "
-            "block that a parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for "
-            "a model of the table, or set is_parallel=False"
-        )
 
 
 def width_of(model: nn.Module, module: nn.Module, path: str) -> int:

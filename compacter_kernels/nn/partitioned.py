@@ -23,10 +23,8 @@ def full_shape(tensor: Tensor) -> torch.Size:
 def gathered(tensors: Iterable[Tensor], *, change: bool = False) -> AbstractContextManager[Any]:
     """A context in which partitioned tensors are whole. All processes must enter it.
 
-    change: whether the values that rank 0 writes in the context are kept.
-
-    Raises:
-        RuntimeError: tensors are partitioned, but DeepSpeed is not imported.
+    change: whether the values that rank 0 writes in the context are kept. RuntimeError: tensors are
+    partitioned, but DeepSpeed is not imported.
     """
     pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not pieces:

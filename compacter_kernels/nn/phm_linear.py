@@ -139,11 +139,8 @@ class PHMLinear(nn.Module):
         """Copy these weights into the parameters; the bias only if both have one."""
         if with_rule:
             self.phm_rule.copy_(weights.rule)
-        if weights.right is None:
-            self.W.copy_(weights.left)
-        else:
-            self.W_left.copy_(weights.left)
-            self.W_right.copy_(weights.right)
+        for name, factor in zip(self.factor_names(), (weights.left, weights.right), strict=False):
+            getattr(self, name).copy_(factor)
         if weights.bias is not None and self.b is not None:
             self.b.copy_(weights.bias)
 

@@ -47,8 +47,8 @@ def added_modules(module: nn.Module) -> AddedModules | None:
 class Adapters(Added):
     """The child `compacter` of an adapted model, as code outside of `inject` sees it."""
 
-    configs: dict[str, CompacterConfig]
-    active: str | None
+    configs: dict[str, CompacterConfig]  # By the name of the adapters.
+    active: str | None  # The name in use.
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The tensors of the adapters of that name, by their names in a file."""

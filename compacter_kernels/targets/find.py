@@ -182,11 +182,7 @@ def is_layer_norm(module: nn.Module) -> bool:
 
 
 def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
-    """The names of the modules that are trained whole, each as a copy.
-
-    Raises:
-        ValueError: modules_to_save names a module that the model does not have or never calls.
-    """
+    """The names of the modules to train as copies; ValueError if one is missing or never called."""
     if config.modules_to_save is None:
         whole = list(_heads(model))
     else:
