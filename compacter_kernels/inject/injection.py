@@ -6,6 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -136,12 +137,10 @@ class Injection(Adapters, nn.Module):
         present, exchanged = {id(module) for module in model.modules()}, []
         for path, modules in self._added.items():
             if name in modules and id(modules) not in present:
-                try:
+                with suppress(AttributeError):  # The layer was taken out.
                     current = added_modules(unwrapped(model.get_submodule(path)))
-                except AttributeError:  # The layer was taken out.
-                    continue
-                if current is None or name not in current:
-                    exchanged.append(path)
+                    if current is None or name not in current:
+                        exchanged.append(path)
         return exchanged
 
     def _check_heads(self, model: nn.Module, inputs: Any) -> None:
@@ -192,12 +191,10 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     """The modules that turn inputs into hidden states, of the model and of the models inside it."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():
-        try:
+        with suppress(AttributeError, NotImplementedError):
             embedding = module.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(embedding, nn.Module):
-            embeddings[embedding] = None
+            if isinstance(embedding, nn.Module):
+                embeddings[embedding] = None
     return list(embeddings)
 
 

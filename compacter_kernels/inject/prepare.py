@@ -30,12 +30,12 @@ class SharedWeights(nn.Module):
         """Take over the parameters of the first adapter."""
         super().__init__()
         # For each projection: its name for a parameter, and the name here.
-        self.names: dict[str, dict[str, str]] = {"down": {}, "up": {}}
+        self.names: dict[str, dict[str, str]] = {}
         rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
         factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
-        for projection, names in self.names.items():
-            names.update({name: name for name in rule_names})
-            names.update({name: name.replace("W", f"W_{projection}") for name in factor_names})
+        for projection in ("down", "up"):
+            names = {name: name.replace("W", f"W_{projection}") for name in (*rule_names, *factor_names)}
+            self.names[projection] = names
             for name, shared_name in names.items():
                 self.register_parameter(shared_name, getattr(getattr(adapter, projection), name))
         if rule_names:

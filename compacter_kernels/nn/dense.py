@@ -27,9 +27,7 @@ def read_projection(projection: object, name: str) -> tuple[Tensor, Tensor | Non
     else:
         kinds = "an nn.Linear, a weight (out, in) or a pair (weight, bias)"
         raise TypeError(f"{name} must be {kinds}, got {type(projection).__name__}")
-    for tensor, field, ndim in ((weight, "weight", 2), (bias, "bias", 1)):
-        if field == "bias" and tensor is None:
-            continue
+    for tensor, field, ndim in [(weight, "weight", 2), *([] if bias is None else [(bias, "bias", 1)])]:
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}.{field} must be a float32, bfloat16, float16 or float64 tensor, got {got}")

@@ -96,7 +96,11 @@ def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     """
     targets = list(_of_table(model, config) if config.target_modules is None else _by_name(model, config))
     if not targets:
-        raise ValueError(_no_targets(model))
+        kinds = model_types(model)
+        if any(kind in ARCHITECTURES for kind in kinds):
+            raise ValueError(f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)")
+        subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
+        raise ValueError(f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}")
     kept = [target for target in targets if target.layer not in config.leave_out]
     if not kept:
         layers = sorted({target.layer for target in targets})
@@ -121,7 +125,10 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     full: dict[str, str] = {}  # From plain names to full names; a wrapper comes before its content.
     for name, _ in base_modules(model):
         full.setdefault(plain_path(model, name), name)
-    before = _layers_before(list(full), list(families))
+    # How many layers come before each stack: a decoder's layers count on after the encoder's.
+    layer_name = re.compile(rf"((?:.*\.)?(?:{'|'.join(family.layers for family in families)}))\.(\d+)")
+    sizes = {match[1]: int(match[2]) + 1 for name in full if (match := layer_name.fullmatch(name))}
+    before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     for name in full:
         for write, read in patterns:
             match = write.fullmatch(name)
@@ -130,17 +137,6 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
                 source = next(other for other in full if other.startswith(layer) and read.fullmatch(other))
                 yield Target(full[name], full[source], before[match["stack"]] + int(match["layer"]))
                 break
-
-
-def _layers_before(names: list[str], families: list[Architecture]) -> dict[str, int]:
-    """How many layers come before each stack: a decoder's layers count on after the encoder's."""
-    sizes: dict[str, int] = {}
-    for name in names:
-        for family in families:
-            match = re.fullmatch(rf"(?P<stack>(?:.*\.)?(?:{family.layers}))\.(?P<layer>\d+)", name)
-            if match:
-                sizes[match["stack"]] = int(match["layer"]) + 1
-    return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
 
 
 def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
@@ -152,14 +148,6 @@ def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     for layers in stacks.values():
         yield from (Target(name, name, offset + layer) for name, layer in layers.items())
         offset += max(layers.values()) + 1
-
-
-def _no_targets(model: nn.Module) -> str:
-    kinds = model_types(model)
-    if any(kind in ARCHITECTURES for kind in kinds):
-        return f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)"
-    subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
-    return f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}"
 
 
 def _likely(model: nn.Module) -> str:
