@@ -61,7 +61,9 @@ def relative_error(matrix: Tensor, weights: PHMWeights) -> float:
 
 def least_error(matrices: Sequence[Tensor], phm_dim: int) -> float:
     """The least root mean square of the relative errors with one shared rule, over all ranks."""
-    values = torch.linalg.svdvals(torch.cat([rearranged(h, phm_dim).flatten(1) / _norm(h) for h in matrices], 1))
+    values = torch.linalg.svdvals(
+        torch.cat([rearranged(h, phm_dim).flatten(1) / (float(h.norm()) or 1.0) for h in matrices], 1)
+    )
     return math.sqrt(float(values[phm_dim:].square().sum()) / len(matrices))
 
 
@@ -89,7 +91,7 @@ def fit(
         The fit is optimal if r bounds no W_i, and otherwise the best local optimum of the starts.
     """
     n = phm_dim
-    norms = torch.tensor([_norm(h) for h in matrices], dtype=torch.float64)
+    norms = torch.tensor([float(h.norm()) or 1.0 for h in matrices], dtype=torch.float64)
     shapes = list(dict.fromkeys(h.shape for h in matrices))
     groups = [[i for i, h in enumerate(matrices) if h.shape == shape] for shape in shapes]
     targets = [torch.stack([rearranged(matrices[i], n) / norms[i] for i in group]) for group in groups]
@@ -144,10 +146,6 @@ def _best_descent(targets: Sequence[Tensor], points: Sequence[State], keep_rule:
         if least <= EXACT:
             return best
     return deque(descent(targets, best, REFINED, REFINED_GAIN, keep_rule), maxlen=1).pop()[0]
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(matrix.norm()) or 1.0
 
 
 def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
@@ -207,16 +205,14 @@ def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> 
     rows = right.flatten(1, 2)
     normal = rows @ rows.mT * gram.repeat_interleave(r, 0).repeat_interleave(r, 1)
     products = (right @ projected.mT).flatten(1, 2)
-    best: Tensor = _proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r))
-    return best.mT
+    return _proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r)).mT  # type: ignore[no-any-return]
 
 
 def _proximal(normal: Tensor, products: Tensor, old: Tensor) -> Tensor:
     """The X with normal X = products that is nearest to `old`."""
     weight = 1e-13 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + TINY
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype)
-    nearest: Tensor = torch.linalg.solve(normal + weight * eye, products + weight * old)
-    return nearest
+    return torch.linalg.solve(normal + weight * eye, products + weight * old)  # type: ignore[no-any-return]
 
 
 def _balanced(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:

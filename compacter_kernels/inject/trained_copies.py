@@ -32,7 +32,7 @@ class TrainedCopies(AddedModules):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original = (original,)  # The tuple keeps the original from becoming a child.
-        self._casts: set[str] = set()
+        self._casts: dict[str, bool] = {}
         forward = vars(original).pop("forward", None)
         if not hasattr(type(original), ORIGINAL_CLASS):
             original.__class__ = class_with_copies(type(original))
@@ -48,19 +48,14 @@ class TrainedCopies(AddedModules):
     def add_copy(self, name: str, trained: nn.Module, casts: bool) -> None:
         """Add a copy. casts: its parameters may have another dtype than the original's."""
         self[name] = trained
-        if casts:
-            self._casts.add(name)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self._casts.discard(name)
+        self._casts[name] = casts
 
     def call_copy(self, trained: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the copy in its own dtype; the output gets the original's dtype.
 
         So a float32 layer norm can work in a float16 model. Autocast chooses its own dtypes.
         """
-        if self.active in self._casts:
+        if self._casts[self.active]:  # type: ignore[index]
             inner, outer = (next(module.parameters()) for module in (trained, self.original_module))
             if inner.dtype != outer.dtype and not torch.is_autocast_enabled(inner.device.type):
                 args, kwargs = map_tensors(_cast(outer.dtype, inner.dtype), (args, kwargs))
@@ -130,9 +125,7 @@ def class_with_copies(original: type[nn.Module]) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         **{name: getattr(original, name) for name in ("__doc__", "__module__", "__qualname__")},
     }
-    made: type[nn.Module] = types.new_class(
-        original.__name__, (original,), exec_body=lambda names: names.update(members)
-    )
+    made: type[nn.Module] = types.new_class(original.__name__, (original,), exec_body=lambda body: body.update(members))
     return _classes.setdefault(original, made)
 
 

@@ -32,6 +32,4 @@ def gathered(tensors: Iterable[Tensor], *, change: bool = False) -> AbstractCont
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None:
         raise RuntimeError("the model has parameters in pieces, as of DeepSpeed's zero.Init; import deepspeed first")
-    writer = 0 if change else None
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(pieces, modifier_rank=writer)
-    return context
+    return deepspeed.zero.GatheredParameters(pieces, modifier_rank=0 if change else None)  # type: ignore[no-any-return]
