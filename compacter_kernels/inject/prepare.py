@@ -41,11 +41,6 @@ class SharedWeights(nn.Module):
         if rule_names:
             reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
 
-    def lend(self, adapter: CompacterAdapter) -> None:
-        """Let the adapter borrow the weights; ValueError if one has another shape in it."""
-        for projection, names in self.names.items():
-            getattr(adapter, projection).borrow(self, **names)
-
 
 class Prepared(NamedTuple):
     """Adapters and trained copies that are not yet in the model, by the path of their module."""
@@ -86,7 +81,8 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
-            shared.lend(adapter)
+            for projection, names in shared.names.items():
+                getattr(adapter, projection).borrow(shared, **names)
         adapters[target.write] = adapter
     dtype = DTYPES.get(config.dtype or "")
     copies = {path: trained_copy(unwrapped(model.get_submodule(path)), path, dtype) for path in copied}

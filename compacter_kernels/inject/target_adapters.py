@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, first_output, with_output
+from compacter_kernels.inject.hidden_states import first_input, map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME, AddedModules
@@ -142,10 +142,10 @@ class TargetAdapters(AddedModules):
             now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
             raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
-        y = first_output(module, output)
         with onloaded(self._owners[self.active]):  # type: ignore[index]
-            y = adapter(y) if adapter.add_residual else adapter(self._input(module, args, kwargs), y)
-        return with_output(output, y)
+            if adapter.add_residual:
+                return map_first(adapter, output, module)
+            return map_first(lambda y: adapter(self._input(module, args, kwargs), y), output, module)
 
     def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input of the block that ends with this module."""
@@ -176,14 +176,13 @@ class FastPath:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        encoders = [
-            (module, flag)
+        self._flags = [
+            (module, flag, getattr(module, flag))
             for module in model.modules()
             for kind, flag in FAST_PATH_FLAGS.items()
             if isinstance(module, kind) and any(isinstance(part, AddedModules) for part in module.modules())
         ]
-        parts = dict.fromkeys(part for module, _ in encoders for part in module.modules())
-        self._flags = [(module, flag, getattr(module, flag)) for module, flag in encoders]
+        parts = dict.fromkeys(part for module, *_ in self._flags for part in module.modules())
         self._adapters = [part for part in parts if isinstance(part, TargetAdapters)]
 
     def allow(self, on: bool) -> None:
