@@ -36,12 +36,11 @@ class State(NamedTuple):
 
     def beyond(self, previous: State, step: float) -> State:
         """The point `step` times their distance beyond this one, on the line from `previous`."""
-
-        def move(new: Tensor, old: Tensor) -> Tensor:
-            return torch.lerp(old, new, 1 + step)
-
-        sides = ((self.left, previous.left), (self.right, previous.right))
-        return State(move(self.rule, previous.rule), *([move(*pair) for pair in zip(*s, strict=True)] for s in sides))
+        left, right = (
+            [torch.lerp(old, new, 1 + step) for old, new in zip(*sides, strict=True)]
+            for sides in ((previous.left, self.left), (previous.right, self.right))
+        )
+        return State(torch.lerp(previous.rule, self.rule, 1 + step), left, right)
 
 
 def rearranged(matrix: Tensor, phm_dim: int) -> Tensor:
@@ -62,7 +61,9 @@ def relative_error(matrix: Tensor, weights: PHMWeights) -> float:
 
 def least_error(matrices: Sequence[Tensor], phm_dim: int) -> float:
     """The least root mean square of the relative errors with one shared rule, over all ranks."""
-    values = torch.linalg.svdvals(torch.cat([rearranged(h, phm_dim).flatten(1) / _norm(h) for h in matrices], 1))
+    values = torch.linalg.svdvals(
+        torch.cat([rearranged(h, phm_dim).flatten(1) / (float(h.norm()) or 1.0) for h in matrices], 1)
+    )
     return math.sqrt(float(values[phm_dim:].square().sum()) / len(matrices))
 
 
@@ -90,7 +91,7 @@ def fit(
         The fit is optimal if r bounds no W_i, and otherwise the best local optimum of the starts.
     """
     n = phm_dim
-    norms = torch.tensor([_norm(h) for h in matrices], dtype=torch.float64)
+    norms = torch.tensor([float(h.norm()) or 1.0 for h in matrices], dtype=torch.float64)
     shapes = list(dict.fromkeys(h.shape for h in matrices))
     groups = [[i for i, h in enumerate(matrices) if h.shape == shape] for shape in shapes]
     targets = [torch.stack([rearranged(matrices[i], n) / norms[i] for i in group]) for group in groups]
@@ -98,8 +99,10 @@ def fit(
     full_rank = max(min(target.shape[2:]) for target in targets)
     state = _start(targets, basis, phm_rank or full_rank)
     if phm_rank is not None and phm_rank < full_rank:
-        turns = _rotations(n, starts - 1 if rule is None else 0, seed)
-        points = [state, *(_start(targets, basis @ turn, phm_rank) for turn in turns)]
+        points, generator = [state], torch.Generator().manual_seed(seed)
+        for _ in range(starts - 1 if rule is None else 0):
+            rotation = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+            points.append(_start(targets, basis @ rotation, phm_rank))
         state = _best_descent(targets, points, rule is not None)
     factors: dict[int, tuple[Tensor, ...]] = {}
     for group, left, right in zip(groups, state.left, state.right, strict=True):
@@ -137,25 +140,12 @@ def descent(
 def _best_descent(targets: Sequence[Tensor], points: Sequence[State], keep_rule: bool) -> State:
     best, least = points[0], math.inf
     for point in points:
-        state, loss = _last(descent(targets, point, EXPLORED, EXPLORED_GAIN, keep_rule))
-        if loss < least:
-            best, least = state, loss
+        for state, loss in descent(targets, point, EXPLORED, EXPLORED_GAIN, keep_rule):
+            if loss < least:
+                best, least = state, loss
         if least <= EXACT:
             return best
-    return _last(descent(targets, best, REFINED, REFINED_GAIN, keep_rule))[0]
-
-
-def _last(states: Iterator[tuple[State, float]]) -> tuple[State, float]:
-    return deque(states, maxlen=1).pop()
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(matrix.norm()) or 1.0
-
-
-def _rotations(n: int, count: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(count)]
+    return deque(descent(targets, best, REFINED, REFINED_GAIN, keep_rule), maxlen=1).pop()[0]
 
 
 def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
@@ -201,17 +191,12 @@ def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[St
         rule = _proximal(normal, products, rule.T).T
         length = rule.norm(dim=0).clamp_min(TINY)
         rule = rule / length
-        pairs = [_of_one_norm(*pair, length[:, None, None]) for pair in zip(lefts, rights, strict=True)]
-        lefts, rights = (list(side) for side in zip(*pairs, strict=True))
+        for i, sides in enumerate(zip(lefts, rights, strict=True)):
+            a, b = (side.norm(dim=(2, 3), keepdim=True).clamp_min(TINY) for side in sides)
+            norm = (a * b * length[:, None, None]).sqrt()  # Both factors get this norm.
+            lefts[i], rights[i] = lefts[i] / a * norm, rights[i] / b * norm
     errors = (t.flatten(2) - rule @ (a @ b).flatten(2) for t, a, b in zip(targets, lefts, rights, strict=True))
     return State(rule, lefts, rights), sum(float(error.square().sum()) for error in errors)
-
-
-def _of_one_norm(left: Tensor, right: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors with equal norms whose product is `times` the product of these."""
-    a, b = (side.norm(dim=(2, 3), keepdim=True).clamp_min(TINY) for side in (left, right))
-    norm = (a * b * times).sqrt()
-    return left / a * norm, right / b * norm
 
 
 def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -220,16 +205,14 @@ def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> 
     rows = right.flatten(1, 2)
     normal = rows @ rows.mT * gram.repeat_interleave(r, 0).repeat_interleave(r, 1)
     products = (right @ projected.mT).flatten(1, 2)
-    best: Tensor = _proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r))
-    return best.mT
+    return _proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r)).mT  # type: ignore[no-any-return]
 
 
 def _proximal(normal: Tensor, products: Tensor, old: Tensor) -> Tensor:
     """The X with normal X = products that is nearest to `old`."""
     weight = 1e-13 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + TINY
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype)
-    nearest: Tensor = torch.linalg.solve(normal + weight * eye, products + weight * old)
-    return nearest
+    return torch.linalg.solve(normal + weight * eye, products + weight * old)  # type: ignore[no-any-return]
 
 
 def _balanced(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:

@@ -11,7 +11,7 @@ from families import build, output
 from torch import Tensor, nn
 
 import compacter_kernels as ck
-from compacter_kernels.inject.freeze import freeze
+from compacter_kernels.inject.injection import freeze
 
 
 def two() -> nn.Module:

@@ -64,9 +64,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Use and train the adapters of that name. The others stay in the model, unused and frozen.
 
     A loss that was computed before still gives gradients to the adapters that it was computed with.
-
-    Raises:
-        ValueError: the model has no adapters of that name.
+    Raises ValueError if the model has no adapters of that name.
     """
     injection = injection_of(model)
     injection.activate(injection.require(name))
@@ -74,11 +72,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes exactly what its base computes, bit by bit.
-
-    Raises:
-        ValueError: the model has no adapters.
-    """
+    """A context in which a model computes as its base, bit by bit; ValueError without adapters."""
     injection = injection_of(model)
     before = injection.active
     injection.use(None)
@@ -91,8 +85,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Take out the adapters of that name, or all. After the last, the model is as before `inject`.
 
-    Raises:
-        ValueError: the model has no adapters of that name, or none at all.
+    Raises ValueError if the model has no adapters of that name, or none at all.
     """
     injection = injection_of(model)
     injection.remove(unwrapped(model), list(injection.configs) if name is None else [injection.require(name)])
@@ -102,9 +95,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
     """Each parameter of the adapters of that name, by default the active ones, with its name.
 
     These include shared weights and the trained copies of layer norms and heads. None comes twice.
-
-    Raises:
-        ValueError: the model has no adapters of that name, or none at all.
+    Raises ValueError if the model has no adapters of that name, or none at all.
     """
     injection = injection_of(model)
     name = injection.active if name is None else injection.require(name)
@@ -116,10 +107,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[tu
 def count_parameters(model: nn.Module) -> Count:
     """Count the trained parameters and those of the base, the model without adapters.
 
-    A sharded parameter counts with its full size.
-
-    Raises:
-        ValueError: the model has no adapters.
+    A sharded parameter counts with its full size. Raises ValueError if the model has no adapters.
     """
     injection_of(model)
     added = {id(p) for module in model.modules() if isinstance(module, Added) for p in module.parameters()}
@@ -129,9 +117,5 @@ def count_parameters(model: nn.Module) -> Count:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print both counts, for example `161,728 trainable of 222,882,048 (0.073 %)`.
-
-    Raises:
-        ValueError: the model has no adapters.
-    """
+    """Print both counts, such as `161,728 trainable of 222,882,048 (0.073 %)`; raise like them."""
     print(count_parameters(model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -36,7 +35,7 @@ def check_child_names(model: nn.Module, paths: Iterable[str]) -> None:
 
 def check_nested(model: nn.Module) -> None:
     """Check that no part of the model, and no model that it is part of, has its own adapters."""
-    existing: Any = adapters_of(model)
+    existing = adapters_of(model)
     inside = [(name.rpartition(".")[0], part) for name, part in model.named_modules() if isinstance(part, Added)]
     for path, part in inside:
         if not isinstance(part, AddedModules) and part is not existing:

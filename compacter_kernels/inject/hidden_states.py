@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The first argument of a call, which may also be passed by that name.
-
-    Raises:
-        TypeError: it is not a tensor.
-    """
+    """The first argument of a call, also if passed by that name; TypeError if it is no tensor."""
     x = args[0] if args else kwargs.get(name)
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -24,14 +20,13 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     return x
 
 
-def first_output(module: nn.Module, output: Any) -> Tensor:
-    """The output itself, or the first item of a tuple or list, or the first value of a dict.
+def map_first(change: Callable[[Tensor], Tensor], output: Any, module: nn.Module) -> Any:
+    """The output of the module with `change` applied to it, or to the first of its tensors.
 
-    Raises:
-        TypeError: this is not a tensor.
+    TypeError: it is not a tensor, nor a tuple, list or dict that begins with one.
     """
     if isinstance(output, Tensor):
-        return output
+        return change(output)
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)
@@ -42,18 +37,11 @@ def first_output(module: nn.Module, output: Any) -> Tensor:
             f"an adapter takes a tensor, or the first of a tuple, list or dict; {type(module).__name__} gave a "
             f"{type(output).__name__}{'' if first is output else f' that begins with {type(first).__name__}'}"
         )
-    return first
-
-
-def with_output(output: Any, y: Tensor) -> Any:
-    """A new output that has y instead of the first tensor."""
-    if isinstance(output, Tensor):
-        return y
     if isinstance(output, Mapping):
-        return _like(output, {**output, next(iter(output)): y})
+        return _like(output, {**output, next(iter(output)): change(first)})
     if hasattr(output, "_replace"):  # A named tuple.
-        return output._replace(**{output._fields[0]: y})
-    return type(output)((y, *output[1:]))
+        return output._replace(**{output._fields[0]: change(first)})
+    return type(output)((change(first), *output[1:]))
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:

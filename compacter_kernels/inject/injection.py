@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.exchanged import Heads, exchanged_modules, warn_of_changed_heads
-from compacter_kernels.inject.fast_path import FastPath
-from compacter_kernels.inject.freeze import freeze
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.prepare import Prepared
-from compacter_kernels.inject.target_adapters import TargetAdapters
+from compacter_kernels.inject.target_adapters import FastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
-from compacter_kernels.targets.added import NAME, Added, AddedModules, added_modules
+from compacter_kernels.targets.added import NAME, Adapters, AddedModules, added_modules
 from compacter_kernels.targets.find import is_layer_norm
-from compacter_kernels.targets.layer import Layer
 from compacter_kernels.targets.wrappers import plain_path, unwrapped
 
 logger = logging.getLogger("compacter_kernels")
+SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
+FREEZE = "compacter_kernels.freeze"
 
 
-class Injection(Added, nn.Module):
-    """All adapters of a model.
-
-    configs: the config of each adapter name. active: the name in use, or None. shared: the weights
-    that the adapters of one name share.
-    """
+class Injection(Adapters, nn.Module):
+    """All adapters of a model. shared: the weights that the adapters of one name share."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.shared = nn.ModuleDict()
-        self.configs: dict[str, CompacterConfig] = {}
-        self.active: str | None = None
+        self.configs = {}
+        self.active = None
         self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
         self._added: dict[str, AddedModules] = {}  # By the path of their module, also if it was exchanged.
         self._fast_path = FastPath(model)
-        self._heads: Heads = {}
+        # The copied heads by path, without wrappers: the parent of the head, and its copies.
+        self._heads: dict[str, tuple[nn.Module, TrainedCopies]] = {}
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self._handles = [m.register_forward_hook(self._require_gradient) for m in _embeddings(model)]
 
@@ -114,11 +113,7 @@ class Injection(Added, nn.Module):
                         freeze(parameter)
 
     def require(self, name: str) -> str:
-        """Return the name.
-
-        Raises:
-            ValueError: the model has no adapters of that name.
-        """
+        """Return the name, or raise ValueError if the model has no adapters of that name."""
         if name not in self.configs:
             raise ValueError(f"the model has no adapters of the name {name!r}; it has {', '.join(self.configs)}")
         return name
@@ -135,12 +130,39 @@ class Injection(Added, nn.Module):
         return named_tensors(model, self.parts(model, name))
 
     def exchanged(self, model: nn.Module, name: str) -> list[str]:
-        """The paths of adapters and copies of that name whose module was exchanged."""
-        return list(exchanged_modules(model, self._added, name))
+        """The paths where a module had an adapter or copy of that name, and another module is now.
+
+        A path that the model no longer has is left out.
+        """
+        present, exchanged = {id(module) for module in model.modules()}, []
+        for path, modules in self._added.items():
+            if name in modules and id(modules) not in present:
+                with suppress(AttributeError):  # The layer was taken out.
+                    current = added_modules(unwrapped(model.get_submodule(path)))
+                    if current is None or name not in current:
+                        exchanged.append(path)
+        return exchanged
 
     def _check_heads(self, model: nn.Module, inputs: Any) -> None:
-        if self.active is not None and not torch.compiler.is_compiling():
-            warn_of_changed_heads(model, self._heads, self._added, self.active)
+        """Warn once of each head with a copy in use that was exchanged or resized since then."""
+        if self.active is None or torch.compiler.is_compiling():
+            return
+        for path, (parent, copies) in list(self._heads.items()):
+            trained, original = copies._modules.get(self.active), copies.original_module
+            current = parent._modules.get(path.rpartition(".")[2])
+            if trained is None:
+                continue
+            if current is None or unwrapped(current) is not original:
+                exchanged = path in self.exchanged(model, self.active)  # Else something wraps and calls it.
+                change = "exchanged: its trained copy is used no more" if exchanged else ""
+            elif any(vars(original).get(size) != vars(trained).get(size) for size in SIZES):
+                change = "resized, and its trained copy, which is used in its place, was not"
+            else:
+                continue
+            del self._heads[path]
+            if change:
+                advice = "Call resize_token_embeddings, or exchange a head, before inject"
+                warnings.warn(f"{path} was {change}. {advice}", stacklevel=1)
 
     def _require_gradient(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Reentrant checkpointing gives gradients only to layers whose input requires one."""
@@ -158,11 +180,7 @@ def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared:
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """The child `compacter` of a model or of the model inside its wrappers.
-
-    Raises:
-        ValueError: the model has no adapters.
-    """
+    """The child `compacter` of the model inside all wrappers; ValueError if it has no adapters."""
     child = getattr(unwrapped(model), NAME, None)
     if not isinstance(child, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
@@ -173,10 +191,32 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     """The modules that turn inputs into hidden states, of the model and of the models inside it."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():
-        try:
+        with suppress(AttributeError, NotImplementedError):
             embedding = module.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(embedding, nn.Module):
-            embeddings[embedding] = None
+            if isinstance(embedding, nn.Module):
+                embeddings[embedding] = None
     return list(embeddings)
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """Exclude the parameter from new graphs; a graph that holds it still gives it a gradient.
+
+    autograd drops the gradient of a leaf that does not require one when it arrives. So a hook of
+    the graph's node for the parameter adds the gradient to `grad` before that. The node, and with
+    it the hook, lives as long as a graph holds it.
+    """
+    if not parameter.requires_grad:
+        return
+    with torch.inference_mode(False):
+        node = get_gradient_edge(parameter).node
+        metadata: dict[str, bool] = node.metadata  # type: ignore[assignment]  # The stubs say that it is a method.
+        if FREEZE not in metadata:
+            metadata[FREEZE] = True
+            node.register_prehook(functools.partial(_accumulate, parameter))
+    parameter.requires_grad_(False)
+
+
+def _accumulate(parameter: nn.Parameter, gradients: tuple[Tensor | None, ...]) -> None:
+    gradient = gradients[0]
+    if gradient is not None and not parameter.requires_grad:
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient

@@ -33,11 +33,8 @@ def is_head(model: nn.Module, key: str) -> bool:
 def named_tensors(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """The parameters and buffers of modules, by their names in a file, each tensor once.
 
-    parts: modules with the paths that their names in the file begin with.
-
-    Raises:
-        ValueError: two tensors have one name, in the base and beside it; peft trains copies of a
-            part.
+    parts: modules with the paths that their names in the file begin with. ValueError: two tensors
+    have one name, in the base and beside it; peft trains copies of a part.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -11,12 +11,35 @@ from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.checks import check_adapted_or_copied, check_child_names, check_nested
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.offload import device_of
-from compacter_kernels.inject.shared_weights import SharedWeights
 from compacter_kernels.inject.trained_copies import trained_copy
 from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.targets.added import NAME
 from compacter_kernels.targets.find import Target, find_modules_to_save, find_targets
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
+
+
+class SharedWeights(nn.Module):
+    """Owns the shared parameters, for example phm_rule, W_down_left and W_up_right.
+
+    The adapters borrow them (`PHMLinear.borrow`) and hold none, so that each is saved, counted and
+    sharded once. Names are those of `shared_parameters` in the `adapters` library.
+    """
+
+    def __init__(self, adapter: CompacterAdapter, config: CompacterConfig) -> None:
+        """Take over the parameters of the first adapter."""
+        super().__init__()
+        # For each projection: its name for a parameter, and the name here.
+        self.names: dict[str, dict[str, str]] = {}
+        rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
+        factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
+        for projection in ("down", "up"):
+            names = {name: name.replace("W", f"W_{projection}") for name in (*rule_names, *factor_names)}
+            self.names[projection] = names
+            for name, shared_name in names.items():
+                self.register_parameter(shared_name, getattr(getattr(adapter, projection), name))
+        if rule_names:
+            reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
 
 
 class Prepared(NamedTuple):
@@ -35,21 +58,15 @@ class Prepared(NamedTuple):
 
     def allocate(self, model: nn.Module) -> None:
         """Move adapters from meta to the devices of their targets. Their values are undefined."""
-        for index, target in enumerate(self.targets):
-            device = device_of(model.get_submodule(target.write))
+        devices = [device_of(model.get_submodule(target.write)) for target in self.targets]
+        for target, device in zip(self.targets, devices, strict=True):
             self.adapters[target.write].to_empty(device=device)
-            if self.shared is not None and index == 0:
-                self.shared.to_empty(device=device)
+        if self.shared is not None:
+            self.shared.to_empty(device=devices[0])
 
 
 def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
-    """Build what the config asks for.
-
-    device: of the adapters; None is the device of each target.
-
-    Raises:
-        TypeError, ValueError: as `inject`.
-    """
+    """Build what the config asks for, on that device or each target's own; raise as `inject`."""
     check_nested(model)
     targets = find_targets(model, config)
     copied = find_modules_to_save(model, config)
@@ -64,7 +81,8 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
-            shared.lend(adapter)
+            for projection, names in shared.names.items():
+                getattr(adapter, projection).borrow(shared, **names)
         adapters[target.write] = adapter
     dtype = DTYPES.get(config.dtype or "")
     copies = {path: trained_copy(unwrapped(model.get_submodule(path)), path, dtype) for path in copied}
@@ -77,7 +95,15 @@ def _adapter(
     module = unwrapped(model.get_submodule(target.write))
     like, width = computes_like(model, module), width_of(model, module, target.write)
     if config.is_parallel:
-        _check_parallel(unwrapped(model.get_submodule(target.read)), target, width)
+        read = unwrapped(model.get_submodule(target.read))
+        sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
+        read_width = next((size for size in sizes if isinstance(size, int)), width)
+        if read_width != width:
+            raise ValueError(
+                f"is_parallel: {target.read} takes {read_width} numbers and {target.write} gives {width}, which is no "
+                "block that a parallel adapter could stand beside. Name whole blocks in target_modules, leave it out "
+                "for a model of the table, or set is_parallel=False"
+            )
     try:
         return CompacterAdapter(
             width,
@@ -91,23 +117,8 @@ def _adapter(
         raise ValueError(f"{target.write}: {error}") from error
 
 
-def _check_parallel(read: nn.Module, target: Target, width: int) -> None:
-    sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
-    read_width = next((size for size in sizes if isinstance(size, int)), width)
-    if read_width != width:
-        raise ValueError(
-            f"is_parallel: {target.read} takes {read_width} numbers and {target.write} gives {width}, which is no "
-            "block that a parallel adapter could stand beside. Name whole blocks in target_modules, leave it out for "
-            "a model of the table, or set is_parallel=False"
-        )
-
-
 def width_of(model: nn.Module, module: nn.Module, path: str) -> int:
-    """The width of a module's output.
-
-    Raises:
-        ValueError: it is unknown.
-    """
+    """The width of a module's output; ValueError if it is unknown."""
     sizes = (getattr(module, "out_features", None), getattr(module, "nf", None))  # Linear, GPT-2's Conv1D
     hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(module, nn.MultiheadAttention):

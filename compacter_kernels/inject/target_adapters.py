@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, first_output, with_output
+from compacter_kernels.inject.hidden_states import first_input, map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME, AddedModules
-from compacter_kernels.targets.layer import Layer
+from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
 
 REPLICATED = (
     "nn.DataParallel runs copies of a module, which would use adapters on another device; use one process for each "
@@ -22,6 +22,12 @@ REPLACED = (
     "a {now} stands in place of the {before} that an adapter was put behind, and the adapter is no part of the model "
     "any more; quantise (quantize_dynamic, for inference) or exchange layers first, then inject or load_adapter"
 )
+WRAPPED_LATER = (
+    "peft has wrapped {name}, a layer whose output or input Compacter adapters take: they would miss what peft does "
+    "there, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
+    "or leave this layer out of peft's target_modules; peft's unload() undoes it"
+)
+FAST_PATH_FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 # `waiting` holds the input of the block that this thread computes, and the TargetAdapters at the
 # end of the block. Each thread has its own. No module holds it, so that a model can be copied after
@@ -29,14 +35,55 @@ REPLACED = (
 _block_input = threading.local()
 
 
+class Layer:
+    """A layer that adapters hook, together with the wrapper that peft has put around it.
+
+    The adapters use the input and the output of the wrapper. When peft merges or unloads, it
+    removes its wrapper, and the adapters then use those of the layer itself. So both are hooked,
+    and each call checks which of the two the model holds.
+
+    module: the layer itself, inside its wrappers. parts: the modules to hook, which are peft's
+    wrapper, if there is one, and the layer.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        parent, _, self._name = path.rpartition(".")
+        self._parent, outer = model.get_submodule(parent), model.get_submodule(path)
+        self.module = unwrapped(outer)
+        wrapper = _peft_wrapper(outer, self.module)
+        self.parts = (self.module,) if wrapper is None else (wrapper, self.module)
+
+    def is_outer_call(self, module: nn.Module, *allowed: str) -> bool:
+        """Whether a call of this part is a call of the whole layer, and not one by peft's wrapper.
+
+        allowed: classes of peft wrappers that may have been added after this object was made. Any
+        other that was added raises RuntimeError.
+        """
+        outer = self._parent._modules.get(self._name)
+        if outer is module or outer is None:
+            return True
+        wrapper = _peft_wrapper(outer, module)
+        if wrapper is None or wrapper in self.parts:
+            return wrapper is None
+        if is_a(wrapper, *allowed):
+            return True
+        raise RuntimeError(WRAPPED_LATER.format(name=self._name))
+
+
+def _peft_wrapper(outer: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """The wrapper of peft directly around a layer, among all wrappers in `outer`, or None."""
+    for module in wrapper_chain(outer):
+        if module is not layer and is_a(module, "BaseTunerLayer"):
+            return module if unwrapped(module) is layer else None
+    return None
+
+
 class TargetAdapters(AddedModules):
     """The adapters behind a target: y = adapter(y), or y + adapter(x) for a parallel one.
 
-    x is the input of the block that ends with the target, and y the output of the target. y may
-    also be the first element of the output. The adapters are a child of the layer itself, inside
-    its wrappers.
-
-    write: the target.
+    x is the input of the block that ends with the target, `write`, and y the output of the target.
+    y may also be the first element of the output. The adapters are a child of the layer itself,
+    inside its wrappers.
     """
 
     def __init__(self, write: Layer) -> None:
@@ -49,11 +96,7 @@ class TargetAdapters(AddedModules):
         self.register_hooks()
 
     def add_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
-        """Add an adapter.
-
-        read: the layer whose input the adapter takes if it is parallel. shared: the module that
-        owns the weights which the adapter borrows.
-        """
+        """Add an adapter. A parallel one takes the input of `read`. It borrows from `shared`."""
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
         if not adapter.add_residual:
@@ -88,10 +131,9 @@ class TargetAdapters(AddedModules):
                 _block_input.waiting = (self, first_input(module, args, kwargs or {}, first))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        """Apply the active adapter to the output.
+        """Apply the active adapter to the output, the last of `rest`, after the keyword arguments.
 
-        rest: the keyword arguments and the output. torch.ao registers the hook again in such a way
-        that the keyword arguments are missing.
+        torch.ao registers the hook again in such a way that the keyword arguments are missing.
         """
         adapter: CompacterAdapter | None = self.in_use()
         if adapter is None or not self._write.is_outer_call(module):
@@ -100,10 +142,10 @@ class TargetAdapters(AddedModules):
             now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
             raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
-        y = first_output(module, output)
         with onloaded(self._owners[self.active]):  # type: ignore[index]
-            y = adapter(y) if adapter.add_residual else adapter(self._input(module, args, kwargs), y)
-        return with_output(output, y)
+            if adapter.add_residual:
+                return map_first(adapter, output, module)
+            return map_first(lambda y: adapter(self._input(module, args, kwargs), y), output, module)
 
     def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input of the block that ends with this module."""
@@ -123,3 +165,29 @@ class TargetAdapters(AddedModules):
         """Remove the hooks and the child `compacter` of the target."""
         self.remove_hooks()
         delattr(self._write.module, NAME)
+
+
+class FastPath:
+    """Switches the fast path of the torch encoders in a model that hold adapters or trained copies.
+
+    In eval mode nn.TransformerEncoderLayer reads the weights of its linear layers and norms instead
+    of calling them, unless a module in it has hooks. nn.TransformerEncoder packs padded batches
+    into nested tensors for that. Both must be off while adapters are in use.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._flags = [
+            (module, flag, getattr(module, flag))
+            for module in model.modules()
+            for kind, flag in FAST_PATH_FLAGS.items()
+            if isinstance(module, kind) and any(isinstance(part, AddedModules) for part in module.modules())
+        ]
+        parts = dict.fromkeys(part for module, *_ in self._flags for part in module.modules())
+        self._adapters = [part for part in parts if isinstance(part, TargetAdapters)]
+
+    def allow(self, on: bool) -> None:
+        """Restore the fast path, or switch it off. The adapters have hooks only while it is off."""
+        for module, flag, value in self._flags:
+            setattr(module, flag, value if on else type(value)(0))
+        for adapters in self._adapters:
+            adapters.remove_hooks() if on else adapters.register_hooks()

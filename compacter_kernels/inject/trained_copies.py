@@ -32,7 +32,7 @@ class TrainedCopies(AddedModules):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original = (original,)  # The tuple keeps the original from becoming a child.
-        self._casts: set[str] = set()
+        self._casts: dict[str, bool] = {}
         forward = vars(original).pop("forward", None)
         if not hasattr(type(original), ORIGINAL_CLASS):
             original.__class__ = class_with_copies(type(original))
@@ -48,19 +48,14 @@ class TrainedCopies(AddedModules):
     def add_copy(self, name: str, trained: nn.Module, casts: bool) -> None:
         """Add a copy. casts: its parameters may have another dtype than the original's."""
         self[name] = trained
-        if casts:
-            self._casts.add(name)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self._casts.discard(name)
+        self._casts[name] = casts
 
     def call_copy(self, trained: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the copy in its own dtype; the output gets the original's dtype.
 
         So a float32 layer norm can work in a float16 model. Autocast chooses its own dtypes.
         """
-        if self.active in self._casts:
+        if self._casts[self.active]:  # type: ignore[index]
             inner, outer = (next(module.parameters()) for module in (trained, self.original_module))
             if inner.dtype != outer.dtype and not torch.is_autocast_enabled(inner.device.type):
                 args, kwargs = map_tensors(_cast(outer.dtype, inner.dtype), (args, kwargs))
@@ -69,19 +64,19 @@ class TrainedCopies(AddedModules):
 
     def detach(self) -> None:
         """Restore the class and the `forward` of the original."""
-        original = self.original_module
-        delattr(original, NAME)
-        # A subclass that sharding or a parametrization has made stays: it computes the same.
-        if ORIGINAL_CLASS in vars(type(original)):
-            restore_class(original)
+        delattr(self.original_module, NAME)
+        restore_class(self.original_module)
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `class_with_copies` for an instance."""
+    """Undo `class_with_copies` for an instance.
+
+    A subclass that sharding or a parametrization has made stays: it computes the same.
+    """
     if ORIGINAL_CLASS in vars(type(module)):
         module.__class__ = getattr(type(module), ORIGINAL_CLASS)
-    if INSTANCE_FORWARD in vars(module):
-        module.forward = vars(module).pop(INSTANCE_FORWARD)
+        if INSTANCE_FORWARD in vars(module):
+            module.forward = vars(module).pop(INSTANCE_FORWARD)
 
 
 def _cast(before: torch.dtype, after: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -130,9 +125,7 @@ def class_with_copies(original: type[nn.Module]) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         **{name: getattr(original, name) for name in ("__doc__", "__module__", "__qualname__")},
     }
-    made: type[nn.Module] = types.new_class(
-        original.__name__, (original,), exec_body=lambda names: names.update(members)
-    )
+    made: type[nn.Module] = types.new_class(original.__name__, (original,), exec_body=lambda body: body.update(members))
     return _classes.setdefault(original, made)
 
 
@@ -146,11 +139,8 @@ def trained_copy(original: nn.Module, path: str, dtype: torch.dtype | None) -> n
     """A copy of the module of that path, to be trained, in that dtype or in the module's.
 
     The copy has no hooks and no other copies. It has a `forward` that was set on the instance only
-    if that is a method of the module.
-
-    Raises:
-        ValueError: the module has no parameters, or some that are not floating; it holds adapters
-            or trained copies.
+    if that is a method of the module. ValueError: the module has no parameters, or some that are
+    not floating; it holds adapters or trained copies.
     """
     subject, copies = f"modules_to_save: {path}: a {type(original).__name__}", added_modules(original)
     floating = [p.is_floating_point() for name, p in original.named_parameters() if not name.startswith(f"{NAME}.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,11 +13,9 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.nn.hooks import runs
 from compacter_kernels.nn.initialisation import reset_rule
-from compacter_kernels.nn.phm_linear import PHMLinear, Rule, rule_shapes
-from compacter_kernels.nn.representation import arguments
-from compacter_kernels.private import children, parameter
+from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
+from compacter_kernels.private import children, hooked, parameter
 from compacter_kernels.problem import check_phm_dim
 
 
@@ -111,9 +110,8 @@ class CompacterAdapter(nn.Module):
         }
         self.down = PHMLinear(hidden_size, bottleneck, **options)
         self.up = PHMLinear(bottleneck, hidden_size, **options)
-        self.register_parameter(
-            "scaling", nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
-        )
+        scaling = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
+        self.register_parameter("scaling", scaling)
         self.norm_before = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
         self.norm_after = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
         self._reset_shared_rule()
@@ -186,16 +184,11 @@ class CompacterAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that rebuild this adapter. A rule passed in appears as phm_rule."""
-        down = self.down
         if not self._as_built():
             return f"{self.hidden_size}"
-        return arguments(
-            self,
-            "hidden_size",
-            names={"phm_rule": "phm_rule"} if down.shared_phm_rule and not self._own_rule else {},
-            phm_bias=down.b is not None,
-            **{name: getattr(down, name) for name in _PROJECTION_OPTIONS},
-        )
+        values = {**vars(self.down), **vars(self), "phm_bias": self.down.b is not None}
+        shared_rule = self.down.shared_phm_rule and not self._own_rule
+        return arguments(self, "hidden_size", shared_rule=shared_rule, values=values)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})" if self._as_built() else super().__repr__()
@@ -205,16 +198,19 @@ class CompacterAdapter(nn.Module):
         return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
 
 
-_PROJECTION_OPTIONS = (
-    "phm_dim",
-    "phm_rank",
-    "factorized_phm_W",
-    "factorized_phm_rule",
-    "learn_phm",
-    "init",
-    "phm_init_range",
-    "phm_c_init",
-)
+def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
+    """Whether a call of each module runs `forward`, a function of its class, and nothing else.
+
+    It does not with hooks, of a module or of all modules (`register_module_forward_hook`), with
+    another class, or if accelerate has set a forward on the module. It may leave the class's own
+    forward there, which is allowed. Every call runs this check, which only reads attributes.
+    """
+    for module in modules:
+        if type(module).forward is not forward or (
+            "forward" in module.__dict__ and module.__dict__["forward"] != MethodType(forward, module)
+        ):
+            return False
+    return not hooked(*modules)
 
 
 def _bottleneck(hidden_size: int, reduction_factor: float) -> int:

@@ -23,10 +23,8 @@ def full_shape(tensor: Tensor) -> torch.Size:
 def gathered(tensors: Iterable[Tensor], *, change: bool = False) -> AbstractContextManager[Any]:
     """A context in which partitioned tensors are whole. All processes must enter it.
 
-    change: whether the values that rank 0 writes in the context are kept.
-
-    Raises:
-        RuntimeError: tensors are partitioned, but DeepSpeed is not imported.
+    change: whether the values that rank 0 writes in the context are kept. RuntimeError: tensors are
+    partitioned, but DeepSpeed is not imported.
     """
     pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not pieces:
@@ -34,6 +32,4 @@ def gathered(tensors: Iterable[Tensor], *, change: bool = False) -> AbstractCont
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None:
         raise RuntimeError("the model has parameters in pieces, as of DeepSpeed's zero.Init; import deepspeed first")
-    writer = 0 if change else None
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(pieces, modifier_rank=writer)
-    return context
+    return deepspeed.zero.GatheredParameters(pieces, modifier_rank=0 if change else None)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from compacter_kernels.kronecker_fit import fit, relative_error
 from compacter_kernels.nn.dense import DenseProjection, random_state_kept, read_projection, rounded
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.partitioned import full_shape, gathered
-from compacter_kernels.nn.representation import arguments
 from compacter_kernels.private import parameter
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights, factorised_rule
@@ -49,9 +50,6 @@ class PHMLinear(nn.Module):
         TypeError, ValueError: an option does not fit; the message names it and a value that does.
     """
 
-    W: nn.Parameter
-    W_left: nn.Parameter
-    W_right: nn.Parameter
     phm_rule: nn.Parameter
     phm_rule_left: nn.Parameter
     phm_rule_right: nn.Parameter
@@ -141,11 +139,8 @@ class PHMLinear(nn.Module):
         """Copy these weights into the parameters; the bias only if both have one."""
         if with_rule:
             self.phm_rule.copy_(weights.rule)
-        if weights.right is None:
-            self.W.copy_(weights.left)
-        else:
-            self.W_left.copy_(weights.left)
-            self.W_right.copy_(weights.right)
+        for name, factor in zip(self.factor_names(), (weights.left, weights.right), strict=False):
+            getattr(self, name).copy_(factor)
         if weights.bias is not None and self.b is not None:
             self.b.copy_(weights.bias)
 
@@ -230,8 +225,8 @@ class PHMLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that rebuild this layer. A shared rule appears as phm_rule."""
-        rule = {"phm_rule": "phm_rule"} if self.shared_phm_rule else {}
-        return arguments(self, "in_features", "out_features", bias=self.b is not None, names=rule)
+        values = {"bias": self.b is not None}
+        return arguments(self, "in_features", "out_features", shared_rule=self.shared_phm_rule, values=values)
 
 
 def _rule_list(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list[nn.Parameter]:
@@ -244,3 +239,29 @@ def _rule_list(phm_rule: Rule, shapes: tuple[tuple[int, int, int], ...]) -> list
         if tuple(full_shape(rule)) != shape:
             raise ValueError(f"phm_rule must have shape {shape}, got {tuple(full_shape(rule))}")
     return rules  # type: ignore[return-value]
+
+
+def arguments(module: nn.Module, *positional: str, shared_rule: bool, values: Mapping[str, Any]) -> str:
+    """The arguments of the module's constructor that differ from their defaults, for its repr.
+
+    positional: attributes that are printed first, without a name. values: arguments whose value is
+    not an attribute of the same name. A shared rule and functions are printed as bare names.
+    """
+    parts = [repr(getattr(module, name)) for name in positional]
+    first = next(module.parameters())
+    for name, spec in inspect.signature(type(module)).parameters.items():
+        if name in positional:
+            continue
+        if name == "phm_rule":
+            text = name if shared_rule else ""
+        elif name == "device":
+            text = repr(str(first.device)) if first.device.type != "cpu" else ""
+        elif name == "dtype":
+            text = str(first.dtype) if first.dtype != torch.get_default_dtype() else ""
+        else:
+            value = values[name] if name in values else getattr(module, name)
+            text = getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
+            text = text if value != spec.default else ""
+        if text:
+            parts.append(f"{name}={text}")
+    return ", ".join(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,18 +44,18 @@ def added_modules(module: nn.Module) -> AddedModules | None:
     return child if isinstance(child, AddedModules) else None
 
 
-class Adapters(Protocol):
+class Adapters(Added):
     """The child `compacter` of an adapted model, as code outside of `inject` sees it."""
 
-    configs: dict[str, CompacterConfig]
-    active: str | None
+    configs: dict[str, CompacterConfig]  # By the name of the adapters.
+    active: str | None  # The name in use.
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The tensors of the adapters of that name, by their names in a file."""
-        ...
+        raise NotImplementedError
 
 
 def adapters_of(model: nn.Module | None) -> Adapters | None:
     """The adapters of a model that has no wrapper around it, or None."""
-    child: Any = getattr(model, NAME, None)
-    return child if isinstance(child, Added) and "configs" in vars(child) else None  # type: ignore[return-value]
+    child = getattr(model, NAME, None)
+    return child if isinstance(child, Adapters) else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -12,24 +13,74 @@ from torch import nn
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.targets.added import Added
 from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS, Architecture
-from compacter_kernels.targets.base_modules import base_modules, is_called, names_ending_with
 from compacter_kernels.targets.wrappers import plain_path
 
 # Usual names of the last linear layer of a block, and of heads.
 LIKELY = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "fc2", "dense", "lin2", "out_lin", "output_dense", "o")
 HEADS = ("classifier", "pre_classifier", "classification_head", "projector", "score", "qa_outputs")
+# Attention classes that, like nn.MultiheadAttention, read the weights of their modules and never
+# call these modules.
+WEIGHT_READERS = ("WavLMAttention",)
 
 
 class Target(NamedTuple):
-    """The modules that one adapter belongs to.
+    """The names of the modules that one adapter belongs to, and the number of their layer.
 
-    write: the name of the module whose output the adapter takes. read: the name of the module whose
-    input a parallel adapter takes. layer: the number of their layer in the model.
+    The adapter takes the output of `write`. A parallel one also takes the input of `read`.
     """
 
     write: str
     read: str
     layer: int
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base with their names, without the modules that `inject` has added."""
+    added = None
+    for name, module in model.named_modules():  # The parts of a module follow directly after it.
+        if isinstance(module, Added):
+            added = f"{name}."
+        elif added is None or not name.startswith(added):
+            yield name, module
+
+
+def names_ending_with(model: nn.Module, ends: Sequence[str], option: str, hint: Callable[[], str] = str) -> list[str]:
+    """The names of the base's modules that end with one of `ends`, in the order of the model.
+
+    ValueError names the option of the config that holds `ends`, if no name has one of them, with a
+    hint, or if the model never calls one of the modules.
+    """
+    names = [name for name, _ in base_modules(model)]
+    missing = [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
+    if missing:
+        raise ValueError(f"{option}: no module's name ends with {', '.join(missing)}{hint()}")
+    chosen = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+    for name in chosen:
+        if not is_called(model, name):
+            attention = name.rpartition(".")[0] or type(model).__name__
+            raise ValueError(
+                f"{option}: {name} is never called, {attention} reads its weights itself; name the attention, "
+                f"{attention.rpartition('.')[2]!r}"
+            )
+    return chosen
+
+
+def is_called(model: nn.Module, path: str) -> bool:
+    """Whether the model calls this module. Some attention classes only read a module's weights."""
+    parts = path.split(".")
+    parents = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return not any(map(_reads_weights, parents))
+
+
+def _reads_weights(module: nn.Module) -> bool:
+    if not isinstance(module, nn.MultiheadAttention):
+        return type(module).__name__ in WEIGHT_READERS
+    for kind in type(module).__mro__:
+        # A subclass with its own forward may call its modules, unless its forward calls super's.
+        forward = vars(kind).get("forward")
+        if inspect.isfunction(forward) and "super" not in forward.__code__.co_names:
+            return kind is nn.MultiheadAttention
+    return True
 
 
 def model_types(model: nn.Module) -> list[str]:
@@ -41,13 +92,15 @@ def model_types(model: nn.Module) -> list[str]:
 def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     """The targets that the config asks for, in the order of the model's modules.
 
-    Raises:
-        ValueError: the table does not list the model, or the model has no such modules. The message
-            lists likely names.
+    ValueError lists likely names, if the table does not list the model or the model has none.
     """
     targets = list(_of_table(model, config) if config.target_modules is None else _by_name(model, config))
     if not targets:
-        raise ValueError(_no_targets(model))
+        kinds = model_types(model)
+        if any(kind in ARCHITECTURES for kind in kinds):
+            raise ValueError(f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)")
+        subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
+        raise ValueError(f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}")
     kept = [target for target in targets if target.layer not in config.leave_out]
     if not kept:
         layers = sorted({target.layer for target in targets})
@@ -72,7 +125,10 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     full: dict[str, str] = {}  # From plain names to full names; a wrapper comes before its content.
     for name, _ in base_modules(model):
         full.setdefault(plain_path(model, name), name)
-    before = _layers_before(list(full), list(families))
+    # How many layers come before each stack: a decoder's layers count on after the encoder's.
+    layer_name = re.compile(rf"((?:.*\.)?(?:{'|'.join(family.layers for family in families)}))\.(\d+)")
+    sizes = {match[1]: int(match[2]) + 1 for name in full if (match := layer_name.fullmatch(name))}
+    before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     for name in full:
         for write, read in patterns:
             match = write.fullmatch(name)
@@ -81,17 +137,6 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
                 source = next(other for other in full if other.startswith(layer) and read.fullmatch(other))
                 yield Target(full[name], full[source], before[match["stack"]] + int(match["layer"]))
                 break
-
-
-def _layers_before(names: list[str], families: list[Architecture]) -> dict[str, int]:
-    """How many layers come before each stack: a decoder's layers count on after the encoder's."""
-    sizes: dict[str, int] = {}
-    for name in names:
-        for family in families:
-            match = re.fullmatch(rf"(?P<stack>(?:.*\.)?(?:{family.layers}))\.(?P<layer>\d+)", name)
-            if match:
-                sizes[match["stack"]] = int(match["layer"]) + 1
-    return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
 
 
 def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
@@ -103,14 +148,6 @@ def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     for layers in stacks.values():
         yield from (Target(name, name, offset + layer) for name, layer in layers.items())
         offset += max(layers.values()) + 1
-
-
-def _no_targets(model: nn.Module) -> str:
-    kinds = model_types(model)
-    if any(kind in ARCHITECTURES for kind in kinds):
-        return f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)"
-    subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
-    return f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}"
 
 
 def _likely(model: nn.Module) -> str:
@@ -133,11 +170,7 @@ def is_layer_norm(module: nn.Module) -> bool:
 
 
 def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
-    """The names of the modules that are trained whole, each as a copy.
-
-    Raises:
-        ValueError: modules_to_save names a module that the model does not have or never calls.
-    """
+    """The names of the modules to train as copies; ValueError if one is missing or never called."""
     if config.modules_to_save is None:
         whole = list(_heads(model))
     else:

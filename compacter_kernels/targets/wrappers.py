@@ -73,11 +73,7 @@ def plain_path(model: nn.Module, path: str) -> str:
 
 
 def plain_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """A state dict of a wrapped model, with the names of the plain model.
-
-    Raises:
-        ValueError: two tensors would have one name.
-    """
+    """A state dict with the names of the plain model; ValueError if two would have one name."""
     plain = {".".join(part for part in key.split(".") if part not in COMPONENTS): tensors[key] for key in tensors}
     if len(plain) < len(tensors):
         raise ValueError("two of the tensors have one name once the names of wrappers are taken out")
@@ -113,11 +109,7 @@ def check_outside_peft(model: nn.Module, followed: Sequence[str], copied: Sequen
 
 
 def check_injectable(model: nn.Module) -> None:
-    """Raise ValueError for a model that is already distributed.
-
-    Modules that are added to it would not be distributed: each process would train its own
-    adapters.
-    """
+    """Raise ValueError for a distributed model, in which each process would train its adapters."""
     for module in wrapper_chain(model):
         if is_a(module, "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule"):
             raise ValueError(
@@ -129,13 +121,12 @@ def check_injectable(model: nn.Module) -> None:
 def check_gathered(model: nn.Module) -> None:
     """Raise ValueError for a model of FSDP1 whose parameters are sharded at the moment."""
     for module in model.modules():
-        if is_a(module, "FullyShardedDataParallel"):
-            state = getattr(module, "training_state", None)
-            if getattr(state, "name", "") != "SUMMON_FULL_PARAMS":
-                raise ValueError(
-                    "the model is sharded by FullyShardedDataParallel; call this on all processes within "
-                    "`with FullyShardedDataParallel.summon_full_params(model):`"
-                )
+        state = getattr(getattr(module, "training_state", None), "name", "")
+        if is_a(module, "FullyShardedDataParallel") and state != "SUMMON_FULL_PARAMS":
+            raise ValueError(
+                "the model is sharded by FullyShardedDataParallel; call this on all processes within "
+                "`with FullyShardedDataParallel.summon_full_params(model):`"
+            )
 
 
 def check_fillable(model: nn.Module) -> None:
