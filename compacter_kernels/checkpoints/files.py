@@ -22,7 +22,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 DIGEST = "adapter_model_sha256"
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
-JSON_LIMIT = 1 << 20  # bytes
+SHARD = re.compile(r".*-\d+-of-(?!0*[01]\.)\d+\.safetensors")  # model-00001-of-00002.safetensors
+JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26  # bytes
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -87,35 +88,55 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, mapped into memory: data is read when it is used.
+    """Return the tensors of a safetensors file, or of all shards that an index lists.
+
+    They are mapped into memory: data is read when it is used.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such file, or only a pickled one; it is malformed
-            or one of several shards.
+        FileNotFoundError: There is no such file or shard.
+        ValueError: There is only a pickled file; it is malformed or one of several shards; an index
+            is malformed, names files elsewhere, or lists other tensors than its shards hold.
         ImportError: safetensors is not installed.
     """
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if not path.is_file():
         refuse_pickled(path.parent)
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    if is_shard(path.name):
+    if SHARD.fullmatch(path.name):
         raise ValueError(f"{path} is one of several shards; give their folder, which must hold the *{INDEX} too")
-    return map_tensors(path)
+    return _map_tensors(path)
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, which may be a shard; raise ValueError if it is malformed."""
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    shard_of = read_json(index, INDEX_LIMIT).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
+    for shard in shard_of.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {shard!r}")
+    paths = [index.with_name(shard) for shard in sorted(set(shard_of.values()))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {', '.join(missing[:4])}, of {len(paths)} shards, and it is not there")
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        held = _map_tensors(path)
+        listed = {key for key in shard_of if shard_of[key] == path.name}
+        for verb, keys in (("lacks", listed - held.keys()), ("has beside those of the index", held.keys() - listed)):
+            if keys:
+                raise ValueError(f"{path} {verb} {len(keys)} tensors: {', '.join(sorted(keys)[:4])}")
+        tensors |= held
+    return tensors
+
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
     safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError) as error:  # RuntimeError: too large to map
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file's name is that of one of several shards: model-00001-of-00002.safetensors."""
-    part = re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", name)
-    return part is not None and int(part[2]) > 1
 
 
 def refuse_pickled(path: Path) -> None:
@@ -132,15 +153,14 @@ def refuse_pickled(path: Path) -> None:
 
 def check_digest(path: Path, expected: object) -> None:
     """Raise ValueError if the SHA-256 that a config has, if it has one, is not that of the file."""
-    if expected is not None and expected != sha256(path):
+    if expected is not None and expected != _sha256(path):
         raise ValueError(
             f"{path} is not the file that the {CONFIG} beside it was saved with: a save was interrupted between the "
             f"two, or one of them was changed or damaged. Save again, or take {DIGEST} out of {CONFIG}"
         )
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -168,9 +188,11 @@ def write_folder(
         new = Path(temporary, "adapter")
         new.mkdir()  # has the permissions of a usual folder, which the temporary one has not
         for name, tensors in files.items():
-            _save(tensors, new / name)
+            copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+            require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
+            _flush(new / name)
         if config is not None:
-            content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
+            content = {**config, DIGEST: _sha256(new / next(iter(files)))} if digest else config
             (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             _flush(new / CONFIG)
         _flush(new)
@@ -180,19 +202,6 @@ def write_folder(
         else:
             new.rename(folder)
     _flush(parent)
-
-
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one tensor file as `write_folder` does; what was there before an error is unchanged."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a file")
-    write_folder(path.parent, {path.name: tensors}, None)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    require_safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
-    _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -11,31 +11,20 @@ from torch import nn
 from compacter_kernels.checkpoints.files import DIGEST
 from compacter_kernels.config import CompacterConfig
 
-VERSION = 1
-PEFT_TYPE = "COMPACTER"
-OF_MODEL = ("model_type", "hidden_size", "num_hidden_layers")
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return the entries of the config file that are no options: the format and the base model."""
-    return {
-        "peft_type": PEFT_TYPE,
-        "format_version": VERSION,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        **of_model(model),
-    }
-
-
-def of_model(model: nn.Module) -> dict[str, Any]:
-    """Return the type and the sizes of a model, with None for what its config does not have."""
-    entries = {key: getattr(getattr(model, "config", None), key, None) for key in OF_MODEL}
-    return {key: value if isinstance(value, str | int) else None for key, value in entries.items()}
+PEFT_TYPE, VERSION = "COMPACTER", 1
+FORMAT = {"peft_type": PEFT_TYPE, "format_version": VERSION}
+MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
 
 
 def about_model(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config file says of the base model, with None for a value of another type."""
-    types = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
-    return {key: content[key] if isinstance(content.get(key), kind) else None for key, kind in types.items()}
+    return {key: content[key] if isinstance(content.get(key), kind) else None for key, kind in MODEL.items()}
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """Return what `about_model` returns, from the config of a model."""
+    config = getattr(model, "config", None)
+    return about_model({key: getattr(config, key.removeprefix("base_model"), None) or None for key in MODEL})
 
 
 def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
@@ -52,7 +41,7 @@ def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
         )
     if version != VERSION or isinstance(version, bool):
         raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads version {VERSION}")
-    no_options = {"peft_type", "format_version", "base_model_name_or_path", DIGEST, *OF_MODEL}
+    no_options = {*FORMAT, *MODEL, DIGEST}
     try:
         return CompacterConfig.from_dict({key: value for key, value in content.items() if key not in no_options})
     except (TypeError, ValueError) as error:

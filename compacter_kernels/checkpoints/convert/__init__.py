@@ -1,9 +1,5 @@
-"""Convert checkpoints between the libraries that have Compacter.
+"""Convert checkpoints between the libraries that have Compacter, each by way of a `Checkpoint`."""
 
-`formats` is the table of formats. Each is read into a `Checkpoint` and written from one.
-"""
-
-from compacter_kernels.checkpoints.convert.conversion import Converted, convert
-from compacter_kernels.checkpoints.convert.formats import FORMATS
+from compacter_kernels.checkpoints.convert.conversion import FORMATS, Converted, convert
 
 __all__ = ["FORMATS", "Converted", "convert"]

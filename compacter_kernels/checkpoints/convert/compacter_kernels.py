@@ -8,7 +8,7 @@ from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.convert.names import head_of
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.files import CONFIG
-from compacter_kernels.checkpoints.format import PEFT_TYPE, VERSION, about_model, describe, read_config
+from compacter_kernels.checkpoints.format import FORMAT, about_model, of_model, read_config
 from compacter_kernels.targets.added import NAME, adapters_of
 
 _OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")
@@ -28,7 +28,7 @@ def read(source: Source) -> Checkpoint:
             )
         name = source.choose(list(adapters.configs), default=adapters.active or next(iter(adapters.configs)))
         tensors = {key: tensor.detach() for key, tensor in adapters.tensors(source.model, name).items()}
-        config, model = adapters.configs[name], describe(source.model)
+        config, model = adapters.configs[name], of_model(source.model)
     elif source.is_whole_model():
         raise ValueError(
             f"it holds a whole {source.config['model_type']} with adapters in it, whose options no file says. Make "
@@ -61,5 +61,4 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     for key, tensor in checkpoint.copies.items():
         module = head_of(key) or key.rpartition(".")[0]
         tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor
-    of_format = {"peft_type": PEFT_TYPE, "format_version": VERSION, **about_model(checkpoint.model)}
-    return tensors, {**of_format, **checkpoint.config.to_dict()}, {}
+    return tensors, {**FORMAT, **about_model(checkpoint.model), **checkpoint.config.to_dict()}, {}

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints.convert import hypernets
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint
-from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
+from compacter_kernels.checkpoints.convert import adapters, compacter_kernels, hypernets, state_dicts
+from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.convert.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
-from compacter_kernels.checkpoints.files import TENSORS, write_file, write_folder
+from compacter_kernels.checkpoints.files import TENSORS, write_folder
+from compacter_kernels.checkpoints.format import PEFT_TYPE
+from compacter_kernels.targets.added import adapters_of
+
+
+class Format(NamedTuple):
+    """How to recognise, read and write adapters; a format of single layers cannot be read."""
+
+    sign: str  # a regular expression for names of tensors that occur in this format alone
+    read: Callable[[Source], Checkpoint] | None = None
+    write: Callable[[Checkpoint, str | None], Written] | None = None
+
+
+def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
+    sign = rf".*\.{adapter}\.(down|up)_sampler\..*"
+    return Format(sign, partial(state_dicts.read, form), partial(state_dicts.write, form))
+
+
+FORMATS = {
+    "compacter-kernels": Format(
+        r"(.*\.)?compacter\.(down|up|shared)\..*", compacter_kernels.read, compacter_kernels.write
+    ),
+    "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
+    "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
+    "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
+    "t-few": _state_dict("adapter", state_dicts.T_FEW),
+    "hypernets": Format(r"(.*\.)?[as]", write=hypernets.write),
+    "phm_linear": Format(r"(.*\.)?(phm_rule(_left)?)"),
+}
+LAYERS = tuple(kind for kind, form in FORMATS.items() if form.read is None)
+
+
+def format_of(source: Source) -> str:
+    """Return the format of a source, by its model or tensors' names, or raise ValueError."""
+    if adapters_of(source.model) is not None:
+        return "compacter-kernels"
+    if getattr(source.model, "adapters_config", None) is not None:
+        return "adapters"
+    method = source.config.get("peft_type", PEFT_TYPE)
+    if method != PEFT_TYPE:
+        raise ValueError(f"it holds adapters of another method than Compacter, peft_type {method!r}")
+    fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
+    fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
+    if not fitting and source.is_whole_model():
+        model_type = source.config["model_type"]
+        raise ValueError(f"it holds a whole model of the type {model_type!r}, and no Compacter adapters")
+    if len(fitting) != 1:
+        names = ", ".join(sorted(source.tensors)[:4]) or "none"
+        problem = f"fit {' and '.join(fitting)}" if fitting else f"fit no format: {names}"
+        raise ValueError(f"the names of the tensors {problem}; give source_format=, one of {', '.join(FORMATS)}")
+    return fitting[0]
 
 
 @dataclass
@@ -119,7 +170,9 @@ def _store(converted: Converted, target: Path) -> None:
         if target.suffix != ".safetensors":
             kind = converted.target_format
             raise ValueError(f"{target}: the format {kind!r} is one file; give a name in .safetensors")
-        write_file(target, converted.tensors)
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; give a file")
+        write_folder(target.parent, {target.name: converted.tensors}, None)
     elif converted.target_format == "adapters":
         pickled = target / "pytorch_adapter.bin"
         if pickled.exists():

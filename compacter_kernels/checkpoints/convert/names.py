@@ -66,12 +66,6 @@ def block_of(target: str, architecture: Architecture) -> TargetBlock | None:
     return None
 
 
-def is_cross_attention(target: str) -> bool:
-    """Whether a module of this name ends a block of cross-attention in any family."""
-    blocks = (block_of(target, family) for family in ARCHITECTURES.values())
-    return next((block.kind for block in blocks if block), None) == "cross_attention"
-
-
 def t5_target(block: str) -> str:
     """Return `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`, and so on.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
 from compacter_kernels.checkpoints.convert.checkpoint import SHARED
-from compacter_kernels.checkpoints.shards import read_sharded
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
@@ -91,14 +90,10 @@ def _open(source: Any) -> Source:
     path = Path(source)
     if path.is_file():
         files.refuse_pickled(path)
-        return Source(_read(path))
+        return Source(files.read_tensors(path))
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there")
     return _open_folder(path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_sharded(path) if path.name.endswith(files.INDEX) else files.read_tensors(path)
 
 
 def _open_folder(folder: Path) -> Source:
@@ -107,7 +102,7 @@ def _open_folder(folder: Path) -> Source:
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
     of_adapters = [name for name in (files.TENSORS, ADAPTERS_TENSORS) if name in names]
     indices = sorted(path.name for path in folder.glob(f"*{files.INDEX}"))
-    complete = [name for name in names if not files.is_shard(name)]
+    complete = [name for name in names if not files.SHARD.fullmatch(name)]
     checkpoints = of_adapters[:1] or [*indices, *complete]
     if not names and not indices:
         files.refuse_pickled(folder)
@@ -120,7 +115,7 @@ def _open_folder(folder: Path) -> Source:
     if not of_adapters and (len(checkpoints) > 1 or (complete and complete != names)):
         listed = ", ".join(checkpoints[:8])
         raise ValueError(f"{folder} holds {len(checkpoints)} checkpoints; give one of them: {listed}")
-    tensors = _read(folder / checkpoints[0])
+    tensors = files.read_tensors(folder / checkpoints[0])
     if of_adapters:
         files.check_digest(folder / checkpoints[0], config.get(files.DIGEST))
     head = files.read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}

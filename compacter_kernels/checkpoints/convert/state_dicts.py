@@ -8,13 +8,21 @@ its root.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn, zeros
+import torch
+from torch import Tensor, nn
 
 from compacter_kernels.checkpoints.convert import names
-from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, SHARED, Checkpoint, Written, borrowed, sizes
-from compacter_kernels.checkpoints.convert.inferred import options_of, take_shared
+from compacter_kernels.checkpoints.convert.checkpoint import (
+    POSITIONS,
+    SHARED,
+    Checkpoint,
+    Written,
+    borrowed,
+    reduction_factor,
+    sizes,
+)
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.format import of_model
 
@@ -60,12 +68,12 @@ def read(form: StateDict, source: Source) -> Checkpoint:
         raise ValueError(f"no adapters of the format {form.kind!r} are in it")
     at_root = borrowed({key: state[key] for key in SHARED if key in state})
     checkpoint.adapters = {target: {**at_root, **adapter} for target, adapter in checkpoint.adapters.items()}
-    checkpoint.shared = take_shared(checkpoint.adapters)
+    checkpoint.shared = _take_shared(checkpoint.adapters)
     heads = {key: tensor for key, tensor in state.items() if names.head_of(key)}
     norms = {key: t for key, t in state.items() if names.is_norm(key) and "adapter" not in key and key not in heads}
     checkpoint.copies = norms | heads
     checkpoint.model = {"model_type": source.model_type} if source.model is None else of_model(source.model)
-    options = options_of(checkpoint) | names.target_options(checkpoint.adapters, source.model_type)
+    options = _options_of(checkpoint) | names.target_options(checkpoint.adapters, source.model_type)
     options |= {"train_layer_norms": bool(norms), "modules_to_save": sorted({key.partition(".")[0] for key in heads})}
     if source.config.get("delta_type") == "compacter":  # OpenDelta wrote it.
         options |= {key: source.config[key] for key in _FROM_OPENDELTA if source.config.get(key) is not None}
@@ -77,6 +85,46 @@ def read(form: StateDict, source: Source) -> Checkpoint:
             "non_linearity= sets another"
         )
     return checkpoint
+
+
+def _take_shared(adapters: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Remove from the adapters the weights that are equal in all of them, and return these once."""
+    shared: dict[str, Tensor] = {}
+    first, *others = every = list(adapters.values())
+    for weights in ("phm_rule", "W") if others else ("phm_rule",):
+        of_first = {name: first[keys[0]] for name, keys in SHARED.items() if keys[0] in first}
+        of_first = {name: tensor for name, tensor in of_first.items() if name.startswith(weights)}
+        expected = borrowed(of_first).items()
+        if all(key in adapter and torch.equal(adapter[key], tensor) for adapter in every for key, tensor in expected):
+            shared |= of_first
+    for adapter in every:
+        for name in borrowed(shared):
+            del adapter[name]
+    return shared
+
+
+def _options_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options that the weights show; raise ValueError for adapters of several sizes."""
+    every = [adapter for _, adapter in checkpoint.whole()]
+    first = every[0]
+    all_sizes = {sizes(adapter) for adapter in every}
+    if len(all_sizes) > 1:
+        raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
+    factorised = "down.W_left" in first
+    left = first["down.W_left" if factorised else "down.W"]
+    return {
+        "reduction_factor": reduction_factor(*sizes(first)),
+        "phm_dim": left.shape[0],
+        "phm_rank": left.shape[2] if factorised else 1,
+        "phm_bias": "down.b" in first,
+        "factorized_phm_W": factorised,
+        "factorized_phm_rule": "down.phm_rule_left" in first,
+        "shared_phm_rule": any(name.startswith("phm_rule") for name in checkpoint.shared),
+        "shared_W_phm": any(name.startswith("W") for name in checkpoint.shared),
+        "scaling": "learned" if "scaling" in first else 1.0,
+        "ln_before": "norm_before.weight" in first,
+        "ln_after": "norm_after.weight" in first,
+    }
 
 
 def _non_linearity_in(model: nn.Module | None) -> str | None:
@@ -108,15 +156,14 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
     }
     option = next((option for option, used in unsupported.items() if used), None)
     if option is not None:
-        asked_for = f"{option}={getattr(config, option)!r}"
-        raise ValueError(f"{asked_for}: adapters of the format {form.kind!r} have no such thing")
+        value = getattr(config, option)
+        raise ValueError(f"{option}={value!r}: adapters of the format {form.kind!r} have no such thing")
     state: dict[str, Tensor] = dict(checkpoint.shared) if original else {}
     theirs = {ours: part for part, ours in PARTS.items()}
     for target, adapter in checkpoint.whole():
         block = names.t5_block(target) if form.t5 else target
         if block is None:
-            problem = f"is for T5 alone, and cannot hold an adapter after {target}"
-            raise ValueError(f"the format {form.kind!r} {problem}")
+            raise ValueError(f"the format {form.kind!r} is for T5 alone, and cannot hold an adapter after {target}")
         holder = f"{block}.{form.holder}"
         prefix = f"{holder}.adapters.{name or 'default'}" if original else holder
         for key, tensor in adapter.items():
@@ -125,17 +172,19 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         if form.biases and not config.phm_bias:
             hidden, bottleneck = sizes(adapter)
             dtype = adapter["down.W_right" if config.factorized_phm_W else "down.W"].dtype
-            state[f"{prefix}.down_sampler.b"] = zeros(bottleneck, dtype=dtype)
-            state[f"{prefix}.up_sampler.b"] = zeros(hidden, dtype=dtype)
+            state[f"{prefix}.down_sampler.b"] = torch.zeros(bottleneck, dtype=dtype)
+            state[f"{prefix}.up_sampler.b"] = torch.zeros(hidden, dtype=dtype)
     state |= checkpoint.copies
     if checkpoint.shared and not original:
-        repeated = ", ".join(checkpoint.shared)
-        checkpoint.notes.append(f"{repeated} is repeated in each adapter, and would train apart there")
-    note = "names are those in the model's base: put `bert.` or the like before them for a model with a head"
+        checkpoint.notes.append(
+            f"{', '.join(checkpoint.shared)} is repeated in each adapter, and would train apart there"
+        )
     checkpoint.notes.append(
         f"such a file does not say the activation: build the model with {config.non_linearity!r}, "
         f"reduction factor {config.reduction_factor} and phm_dim {config.phm_dim}"
     )
     if not all(map(names.t5_block, checkpoint.adapters)):
-        checkpoint.notes.append(note)
+        checkpoint.notes.append(
+            "names are those in the model's base: put `bert.` or the like before them for a model with a head"
+        )
     return state, None, {}
