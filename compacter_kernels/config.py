@@ -39,20 +39,15 @@ class CompacterConfig:
     """
 
     reduction_factor: float | Mapping[str, float] = _option(
-        32,
-        'hidden size / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out',
+        32, 'hidden / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out'
     )
-    phm_dim: int = _option(
-        4, "n, the number of Kronecker products; must divide the hidden size and the bottleneck size"
-    )
+    phm_dim: int = _option(4, "n, the number of Kronecker products; must divide the hidden and the bottleneck size")
     phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
     non_linearity: str = _option("gelu_new", "activation of the bottleneck; the default of `adapters` is gelu")
     phm_bias: bool = _option(True, "whether the projections have a bias")
     factorized_phm_W: bool = _option(True, "store W as the product W_left W_right, which makes Compacter small")
     factorized_phm_rule: bool = _option(False, "store phm_rule as the product phm_rule_left phm_rule_right")
-    shared_phm_rule: bool = _option(
-        True, "one phm_rule for all adapters of the model, instead of one for each projection"
-    )
+    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters, instead of one for each projection")
     shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
     learn_phm: bool = _option(True, "train phm_rule")
     init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
@@ -67,9 +62,7 @@ class CompacterConfig:
     output_adapter: bool = _option(True, "an adapter after the feed-forward block")
     cross_adapter: bool = _option(False, "an adapter after cross-attention")
     is_parallel: bool = _option(False, "adapters take the block's input and add to its output (arXiv 2110.04366)")
-    leave_out: Sequence[int] = _option(
-        (), "numbers of layers without adapters; decoder layers count on after the encoder's"
-    )
+    leave_out: Sequence[int] = _option((), "layers without adapters; those of a decoder count on after the encoder's")
     target_modules: Sequence[str] | None = _option(
         None, 'ends of module names, such as ("attn.out", "mlp.fc2"); None: as the table says for the type of the model'
     )
@@ -77,20 +70,17 @@ class CompacterConfig:
     modules_to_save: Sequence[str] | None = _option(
         None, "ends of the names of modules to train whole, as copies; None: classification and CTC heads"
     )
-    dtype: str | None = _option(
-        None, "dtype of adapters and trained copies; None: that of the layers that these follow or copy"
-    )
+    dtype: str | None = _option(None, "of adapters and trained copies; None: that of the layers they follow or copy")
 
     def __post_init__(self) -> None:
         for name in ("leave_out", "target_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence | None):
                 raise TypeError(f"{name} must be a list, got {value!r}")
+            if name != "leave_out" and any(not isinstance(item, str) or not item for item in value or ()):
+                raise TypeError(f"{name} must be names of modules, got {value!r}")
             if value is not None:
                 setattr(self, name, tuple(value))
-        for name in ("target_modules", "modules_to_save"):
-            if any(not isinstance(item, str) or not item for item in getattr(self, name) or ()):
-                raise TypeError(f"{name} must be names of modules, got {getattr(self, name)!r}")
         if self.target_modules == ():
             raise ValueError("target_modules is empty; give names of modules, or None to go by the model's type")
         for option in dataclasses.fields(self):
@@ -121,9 +111,9 @@ class CompacterConfig:
         if isinstance(factors, Mapping):
             if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
                 raise ValueError(f'reduction_factor by layer has keys like "0" and "default", got {list(factors)}')
-            self.reduction_factor = {str(key): value for key, value in factors.items()}
             if self.shared_W_phm:
                 raise ValueError("shared_W_phm needs one reduction_factor for all layers")
+            self.reduction_factor = {str(key): value for key, value in factors.items()}
         values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
         if not values or not all(_is_number(value) and value > 0 for value in values):
             raise ValueError(f"reduction_factor must be a number > 0, or one for each layer, got {factors!r}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
 from compacter_kernels.checkpoints.files import CONFIG, TENSORS
-from compacter_kernels.checkpoints.format import of_model, read_config
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.checks import check_name
 from compacter_kernels.inject.injection import add_adapters, injection_of
@@ -66,8 +65,12 @@ def load_adapter(
     inner = unwrapped(model)
     path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
     content = files.read_json(path / CONFIG)
-    config = read_config(content, path / CONFIG)
-    _check_model(content, inner, path / CONFIG)
+    config = files.read_config(content, path / CONFIG)
+    for key, value in files.of_model(inner).items():
+        saved = content.get(key)
+        if key != "base_model_name_or_path" and saved is not None and value is not None and saved != value:
+            ours = f"this {type(inner).__name__} has {value!r}"
+            raise ValueError(f"{path / CONFIG} is of a model with {key} {saved!r}, {ours}")
     if not heads:
         config = dataclasses.replace(config, modules_to_save=None)
     tensors = files.read_tensors(path / TENSORS)
@@ -98,13 +101,6 @@ def load_adapter(
         _fill(prepared.tensors(inner), tensors)
         add_adapters(inner, name, config, prepared)
     return model
-
-
-def _check_model(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    for key, value in of_model(model).items():
-        saved = content.get(key)
-        if key != "base_model_name_or_path" and saved is not None and value is not None and saved != value:
-            raise ValueError(f"{path} is of a model with {key} {saved!r}, this {type(model).__name__} has {value!r}")
 
 
 def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import distributed as dist, nn
 
-from compacter_kernels.checkpoints.files import TENSORS, require_safetensors, write_folder
-from compacter_kernels.checkpoints.format import FORMAT, of_model
+from compacter_kernels.checkpoints.files import FORMAT, TENSORS, of_model, require_safetensors, write_folder
 from compacter_kernels.inject.injection import injection_of
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.offload import onloaded

@@ -1,7 +1,7 @@
 """Read and write the two files of an adapter folder: `adapter_config.json` and a safetensors file.
 
 Nothing is ever unpickled. The config holds the SHA-256 of the tensor file, so that a reader notices
-when one of the two files was replaced or damaged.
+when one of the two was replaced or damaged, and says which base model the adapters are for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from compacter_kernels.config import CompacterConfig
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -24,17 +26,16 @@ DIGEST = "adapter_model_sha256"
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 SHARD = re.compile(r".*-\d+-of-(?!0*[01]\.)\d+\.safetensors")  # model-00001-of-00002.safetensors
 JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26  # bytes
+PEFT_TYPE, VERSION = "COMPACTER", 1
+FORMAT = {"peft_type": PEFT_TYPE, "format_version": VERSION}
+MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_folder(
     source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
 ) -> Path:
-    """Return the folder of this path, or the downloaded two files of the repository of this id.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: There is no such folder or repository; it is a file.
-    """
+    """Return this folder, or download that of a repository; FileNotFoundError if there is none."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -56,12 +57,7 @@ def find_folder(
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """Return the object in a JSON file of at most `limit` bytes.
-
-    Raises:
-        FileNotFoundError, ValueError: There is no such file; it is too large, not UTF-8, not JSON,
-            or not one object with unique keys.
-    """
+    """Return the object in a JSON file; ValueError if it is malformed or above `limit` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     with path.open("rb") as file:
@@ -87,16 +83,38 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)  # NaN or Infinity, which JSON does not have
 
 
+def about_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config file says of the base model, with None for a value of another type."""
+    return {key: content[key] if isinstance(content.get(key), kind) else None for key, kind in MODEL.items()}
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """Return what `about_model` returns, from the config of a model."""
+    config = getattr(model, "config", None)
+    return about_model({key: getattr(config, key.removeprefix("base_model"), None) or None for key in MODEL})
+
+
+def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
+    """Return the options of a config file; ValueError for wrong ones, another method or version."""
+    kind, version = content.get("peft_type"), content.get("format_version")
+    if kind != PEFT_TYPE:
+        raise ValueError(
+            f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}; compacter-kernels convert reads other formats"
+        )
+    if version != VERSION or isinstance(version, bool):
+        raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads version {VERSION}")
+    no_options = {*FORMAT, *MODEL, DIGEST}
+    try:
+        return CompacterConfig.from_dict({key: value for key, value in content.items() if key not in no_options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of all shards that an index lists.
 
-    They are mapped into memory: data is read when it is used.
-
-    Raises:
-        FileNotFoundError: There is no such file or shard.
-        ValueError: There is only a pickled file; it is malformed or one of several shards; an index
-            is malformed, names files elsewhere, or lists other tensors than its shards hold.
-        ImportError: safetensors is not installed.
+    They are mapped into memory: data is read when it is used. Raises FileNotFoundError, or
+    ValueError for a file that is malformed, pickled, or one of several shards.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path)

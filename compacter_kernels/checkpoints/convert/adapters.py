@@ -10,7 +10,7 @@ from typing import Any
 from compacter_kernels.checkpoints.convert import names
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, MissingRuleError, Written, sizes
 from compacter_kernels.checkpoints.convert.source import Source
-from compacter_kernels.checkpoints.format import about_model, of_model
+from compacter_kernels.checkpoints.files import about_model, of_model
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.targets.architectures import ARCHITECTURES
 
@@ -50,15 +50,12 @@ NORMS_AFTER = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distil
 
 
 def read(source: Source) -> Checkpoint:
-    """Return the checkpoint in a folder or in a live model of `adapters`.
-
-    Raises:
-        MissingRuleError: The shared weights are neither in the source nor given by the caller.
-        ValueError: The adapters are not there, or compute something that ours do not.
-    """
+    """Return the checkpoint in a source; ValueError if its adapters compute what ours do not."""
     tensors = names.names_in_base(source.tensors)
-    config, model, name = _find_config(source)
-    options, model_type = _read_options(config, model["model_type"]), model["model_type"]
+    config, name = _find_config(source)
+    model = about_model(source.config) if source.model is None else of_model(source.model)
+    model_type = model["model_type"] = (source.model is None and source.model_type) or model["model_type"]
+    options = _read_options(config, model_type)
     checkpoint = Checkpoint(options=options, model=model)
     for key, tensor in tensors.items():
         holder, in_adapter, rest = key.rpartition(f".adapters.{name}.")
@@ -94,20 +91,17 @@ def read(source: Source) -> Checkpoint:
     return checkpoint
 
 
-def _find_config(source: Source) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return the library's config of the adapters, what is known of the model, and the name."""
+def _find_config(source: Source) -> tuple[dict[str, Any], str]:
+    """Return the library's config of the adapters, and their name."""
     if source.model is not None:
         live = getattr(source.model, "adapters_config", None)
         names = list(getattr(live, "adapters", ()))
         if live is None or not names:
             raise ValueError("the model has no adapters of the `adapters` library")
         name = source.choose(names)
-        return live.get(name).to_dict(), of_model(source.model), name
-    model = about_model(source.config)
-    model["model_type"] = source.model_type or model["model_type"]
+        return live.get(name).to_dict(), name
     if source.is_whole_model() and "adapters" in source.config:
-        config, name = _in_whole_model(source)
-        return config, model, name
+        return _config_in_whole_model(source)
     saved = source.config.get("config")
     if not isinstance(saved, dict):
         raise ValueError("tensors of `adapters` need their adapter_config.json; give the folder that holds both")
@@ -115,10 +109,10 @@ def _find_config(source: Source) -> tuple[dict[str, Any], dict[str, Any], str]:
     if "version" not in source.config:  # before this entry was written, gelu was the name of gelu_new
         renamed = {"gelu": "gelu_new", "gelu_orig": "gelu"}
         config["non_linearity"] = renamed.get(str(config.get("non_linearity")), config.get("non_linearity"))
-    return config, model, name
+    return config, name
 
 
-def _in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
+def _config_in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
     content = source.config["adapters"] if isinstance(source.config["adapters"], dict) else {}
     names, configs = content.get("adapters"), content.get("config_map")
     if not isinstance(names, dict) or not isinstance(configs, dict) or not names:
@@ -140,8 +134,7 @@ def _in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
 
 def _read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
     """Return the options of `CompacterConfig`, or raise ValueError for what it cannot do."""
-    if config.get("architecture") is not None:
-        method = config["architecture"]
+    if (method := config.get("architecture")) is not None:
         raise ValueError(f"architecture={method!r} is another method than Compacter's bottleneck adapters")
     parallel = bool(config.get("is_parallel"))
     for option, needed in FIXED.items():
@@ -209,11 +202,7 @@ def _name_in_adapter(rest: str, ln_before: bool) -> str:
 
 
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
-    """Return what `load_adapter` of the library reads with use_safetensors=True.
-
-    Raises:
-        ValueError: `adapters` does not have an option, or no adapters after such a module.
-    """
+    """Return what the library reads with use_safetensors=True; ValueError if it cannot compute so."""
     config, name = checkpoint.config, name or "default"
     model_type = checkpoint.model.get("model_type") or ("t5" if all(map(names.t5_block, checkpoint.adapters)) else None)
     options = _write_options(config, model_type)
@@ -234,7 +223,7 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     norms = [key for key in checkpoint.copies if names.is_norm(key) and not names.head_of(key)]
     if norms:
         checkpoint.losses.append(f"{len(norms)} trained layer norm weights, such as {norms[0]}")
-    hidden, _ = sizes(next(checkpoint.whole())[1])
+    hidden, _ = sizes(next(iter(checkpoint.whole().values())))
     about = {"model_type": model_type, "hidden_size": checkpoint.model.get("hidden_size") or hidden, "name": name}
     about |= {"config": options, "model_class": None, "model_name": None, "version": VERSION}
     return tensors, about, {key: tensor for key, tensor in checkpoint.copies.items() if names.head_of(key)}

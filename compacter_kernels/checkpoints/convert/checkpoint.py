@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,9 @@ class Checkpoint:
         except TypeError as error:
             raise ValueError(str(error)) from error
 
-    def whole(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each target with all tensors of its adapter, including the shared ones."""
-        for target, adapter in self.adapters.items():
-            yield target, {**adapter, **borrowed(self.shared)}
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """Return for each target all tensors of its adapter, including the shared ones."""
+        return {target: {**adapter, **borrowed(self.shared)} for target, adapter in self.adapters.items()}
 
     def missing_shared(self) -> list[str]:
         """Return the names of shared weights that the options ask for and that are missing."""
@@ -69,7 +68,7 @@ class Checkpoint:
         config = self.config
         if not self.adapters:
             raise ValueError("there are no adapters in it")
-        for target, tensors in self.whole():
+        for target, tensors in self.whole().items():
             try:
                 expected = _expected(tensors, config)
             except ValueError as error:
@@ -106,9 +105,9 @@ def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the hidden size and the bottleneck of an adapter, or raise ValueError."""
-    if "down.W_left" not in tensors and "down.W" not in tensors:
+    left = tensors.get("down.W_left", tensors.get("down.W"))
+    if left is None:
         raise ValueError(f"an adapter without W_left and W; it has {', '.join(sorted(tensors))}")
-    left = tensors["down.W_left" if "down.W_left" in tensors else "down.W"]
     right = tensors.get("down.W_right", left)
     if left.dim() != 3 or right.dim() != 3:
         raise ValueError(f"W of a PHM layer has three dimensions, got {tuple(left.shape)} and {tuple(right.shape)}")

@@ -41,6 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def _contents(source: Source, source_format: str) -> dict[str, Any]:
+    if source_format in LAYERS:
+        return {"tensors": len(source.tensors)}
+    checkpoint = read(source, source_format)
+    tensors = [*checkpoint.shared.values(), *(t for adapter in checkpoint.adapters.values() for t in adapter.values())]
+    return {
+        "adapters": len(checkpoint.adapters),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "shared": sorted(checkpoint.shared),
+        "trained_beside": sorted(checkpoint.copies),
+        "model": checkpoint.model,
+        "options": checkpoint.config.to_dict(),
+        "notes": checkpoint.notes,
+    }
+
+
 def run(args: argparse.Namespace) -> int:
     """Report or convert, and print the result; return 1 if the checkpoint lacks shared weights."""
     if (args.to is None) != (args.out is None):
@@ -50,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.to is None:
             source = open_source(args.source, **told)
-            result["source_format"] = args.source_format or format_of(source)
-            result |= _contents(source, result["source_format"])
+            source_format = args.source_format or format_of(source)
+            result |= {"source_format": source_format, "complete": True}
+            result |= _contents(source, source_format)
         else:
             options = {key: getattr(args, key) for key in ("source_format", "target_name", "allow_loss")}
             converted = convert(args.source, args.to, args.out, **told, **options)
@@ -67,20 +84,3 @@ def run(args: argparse.Namespace) -> int:
         for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
             print(f"{key if number == 0 else '':<16}{line}")
     return 0 if result["complete"] else 1
-
-
-def _contents(source: Source, source_format: str) -> dict[str, Any]:
-    if source_format in LAYERS:
-        return {"complete": True, "tensors": len(source.tensors)}
-    checkpoint = read(source, source_format)
-    tensors = [*checkpoint.shared.values(), *(t for adapter in checkpoint.adapters.values() for t in adapter.values())]
-    return {
-        "complete": True,
-        "adapters": len(checkpoint.adapters),
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "shared": sorted(checkpoint.shared),
-        "trained_beside": sorted(checkpoint.copies),
-        "model": checkpoint.model,
-        "options": checkpoint.config.to_dict(),
-        "notes": checkpoint.notes,
-    }

@@ -7,19 +7,14 @@ from pathlib import Path
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.convert.names import head_of
 from compacter_kernels.checkpoints.convert.source import Source
-from compacter_kernels.checkpoints.files import CONFIG
-from compacter_kernels.checkpoints.format import FORMAT, about_model, of_model, read_config
+from compacter_kernels.checkpoints.files import CONFIG, FORMAT, about_model, of_model, read_config
 from compacter_kernels.targets.added import NAME, adapters_of
 
 _OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")
 
 
 def read(source: Source) -> Checkpoint:
-    """Return the checkpoint in an adapter folder, or in a model into which adapters were injected.
-
-    Raises:
-        ValueError: The config is missing or does not fit, or the model has no such adapters.
-    """
+    """Return the checkpoint in an adapter folder or adapted model; ValueError if there is none."""
     if source.model is not None:
         adapters = adapters_of(source.model)
         if adapters is None:

@@ -15,8 +15,7 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.checkpoints.convert import adapters, compacter_kernels, hypernets, state_dicts
 from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.convert.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
-from compacter_kernels.checkpoints.files import TENSORS, write_folder
-from compacter_kernels.checkpoints.format import PEFT_TYPE
+from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
 from compacter_kernels.targets.added import adapters_of
 
 

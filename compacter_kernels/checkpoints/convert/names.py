@@ -67,11 +67,7 @@ def block_of(target: str, architecture: Architecture) -> TargetBlock | None:
 
 
 def t5_target(block: str) -> str:
-    """Return `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`, and so on.
-
-    Raises:
-        ValueError: A T5 has no such block.
-    """
+    """Return a T5's `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`."""
     match = re.fullmatch(r"(encoder|decoder)\.block\.\d+\.layer\.(\d)", block)
     targets = T5_TARGETS[match[1]] if match else ()
     if match is None or int(match[2]) >= len(targets):

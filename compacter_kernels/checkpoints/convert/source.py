@@ -39,11 +39,7 @@ class Source:
         return isinstance(self.config.get("model_type"), str) and "transformers_version" in self.config
 
     def choose(self, names: Sequence[str], kind: str = "name", default: str | None = None) -> str:
-        """Return the name that the caller asks for, else the default, else the only name.
-
-        Raises:
-            ValueError: The name asked for is not one of these; or there are several and no default.
-        """
+        """Return the name that the caller asks for, else the default, else the only name."""
         name = default if self.name is None else self.name
         if name is None and len(names) > 1:
             raise ValueError(f"there are adapters of {len(names)} {kind}s; give name=, one of {', '.join(names)}")
@@ -53,14 +49,8 @@ class Source:
 
 
 def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> Source:
-    """Read and check a source without unpickling. told: `name` and other fields of `Source`.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: The source or the rule is of another type,
-            malformed, pickled or not there.
-    """
-    given = {} if phm_rule is None else _shared_weights(phm_rule)
-    return replace(_open(source), given=given, **told)
+    """Read a source, with errors as `convert` has. told: `name` and other fields of `Source`."""
+    return replace(_open(source), given={} if phm_rule is None else _shared_weights(phm_rule), **told)
 
 
 def _shared_weights(rule: Rule) -> dict[str, Tensor]:

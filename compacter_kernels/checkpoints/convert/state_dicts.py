@@ -24,7 +24,7 @@ from compacter_kernels.checkpoints.convert.checkpoint import (
     sizes,
 )
 from compacter_kernels.checkpoints.convert.source import Source
-from compacter_kernels.checkpoints.format import of_model
+from compacter_kernels.checkpoints.files import of_model
 
 PARTS = {"down_sampler": "down", "up_sampler": "up"}
 PARTS |= {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}  # The authors' code alone has these.
@@ -47,11 +47,7 @@ OPENDELTA = StateDict("opendelta", "compactor", "gelu_new", t5=False, biases=Fal
 
 
 def read(form: StateDict, source: Source) -> Checkpoint:
-    """Return the checkpoint in a state dict of this form.
-
-    Raises:
-        ValueError: There are no adapters, or of several tasks, or after modules that are unknown.
-    """
+    """Return the checkpoint in a state dict of this form; ValueError if it has no adapters."""
     state = {**source.given, **names.names_in_base(source.tensors)}
     pattern = re.compile(
         rf"(?P<block>.*)\.{form.holder}\.(?:adapters\.(?P<task>[^.]+)\.)?(?P<part>{'|'.join(PARTS)})\.(?P<name>[^.]+)"
@@ -105,9 +101,8 @@ def _take_shared(adapters: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _options_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the options that the weights show; raise ValueError for adapters of several sizes."""
-    every = [adapter for _, adapter in checkpoint.whole()]
-    first = every[0]
-    all_sizes = {sizes(adapter) for adapter in every}
+    first = next(iter(checkpoint.whole().values()))
+    all_sizes = {sizes(adapter) for adapter in checkpoint.whole().values()}
     if len(all_sizes) > 1:
         raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
     factorised = "down.W_left" in first
@@ -140,11 +135,7 @@ def _non_linearity_in(model: nn.Module | None) -> str | None:
 
 
 def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
-    """Return the state dict of the adapters, and of the layer norms and heads trained with them.
-
-    Raises:
-        ValueError: The format does not have an option, or no adapters after such a module.
-    """
+    """Return the state dict of what was trained; ValueError if the format cannot compute it."""
     config, original = checkpoint.config, form is ORIGINAL
     unsupported = {
         "scaling": config.scaling != 1.0,
@@ -160,7 +151,7 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         raise ValueError(f"{option}={value!r}: adapters of the format {form.kind!r} have no such thing")
     state: dict[str, Tensor] = dict(checkpoint.shared) if original else {}
     theirs = {ours: part for part, ours in PARTS.items()}
-    for target, adapter in checkpoint.whole():
+    for target, adapter in checkpoint.whole().items():
         block = names.t5_block(target) if form.t5 else target
         if block is None:
             raise ValueError(f"the format {form.kind!r} is for T5 alone, and cannot hold an adapter after {target}")
