@@ -96,17 +96,6 @@ class CompacterConfig:
             raise TypeError(f"non_linearity must be a name, got {self.non_linearity!r}")
         resolve(self.non_linearity)
         check_options(self.init, self.phm_c_init, self.phm_init_range)
-        self._check_reduction_factor()
-        if self.scaling != "learned" and not _is_number(self.scaling):
-            raise ValueError(f"scaling must be a finite number or 'learned', got {self.scaling!r}")
-        if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
-            raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
-        if self.target_modules is None and not (self.mh_adapter or self.output_adapter or self.cross_adapter):
-            raise ValueError("no adapter is asked for: set mh_adapter, output_adapter or cross_adapter")
-
-    def _check_reduction_factor(self) -> None:
         factors = self.reduction_factor
         if isinstance(factors, Mapping):
             if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
@@ -117,13 +106,17 @@ class CompacterConfig:
         values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
         if not values or not all(_is_number(value) and value > 0 for value in values):
             raise ValueError(f"reduction_factor must be a number > 0, or one for each layer, got {factors!r}")
+        if self.scaling != "learned" and not _is_number(self.scaling):
+            raise ValueError(f"scaling must be a finite number or 'learned', got {self.scaling!r}")
+        if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
+            raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
+        if self.target_modules is None and not (self.mh_adapter or self.output_adapter or self.cross_adapter):
+            raise ValueError("no adapter is asked for: set mh_adapter, output_adapter or cross_adapter")
 
     def reduction_factor_of(self, layer: int) -> float:
-        """The reduction factor of a layer.
-
-        Raises:
-            ValueError: the mapping has neither this layer nor "default".
-        """
+        """The reduction factor of a layer; ValueError if the mapping has none, and no "default"."""
         if not isinstance(self.reduction_factor, Mapping):
             return self.reduction_factor
         factor = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
@@ -149,11 +142,7 @@ class CompacterConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
-        """The config with the options that `to_dict` returned.
-
-        Raises:
-            TypeError, ValueError: an option is unknown or has a wrong value.
-        """
+        """The config that `to_dict` was called on; TypeError or ValueError for a wrong option."""
         known = [option.name for option in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:

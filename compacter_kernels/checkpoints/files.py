@@ -191,12 +191,9 @@ def write_folder(
 ) -> None:
     """Write tensor files, given by name, and the config if there is one.
 
-    All files are written and flushed beside the folder, and then moved. A new folder appears at
-    once. A folder that exists keeps its other files. After a crash between two moves,
-    `check_digest` refuses the files, if the config has the digest of the first tensor file.
-
-    Raises:
-        OSError, ImportError: The folder is unchanged.
+    All files are written and flushed beside the folder, and then moved: until then, an error leaves
+    the folder unchanged. A new folder appears at once. A folder that exists keeps its other files.
+    After a crash between two moves, `check_digest` refuses the files by the digest in the config.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")

@@ -45,7 +45,6 @@ REASONS = {
     "original_ln_before": "it reads the block's output plus the residual, as adapters' Compacter++ does; "
     "ours and the paper's read the block's output alone",
 }
-UNUSED_IF_PARALLEL = ("original_ln_before", "residual_before_ln")
 NORMS_AFTER = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "bart")
 
 
@@ -139,26 +138,19 @@ def _read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str
     parallel = bool(config.get("is_parallel"))
     for option, needed in FIXED.items():
         value = config.get(option, needed)
-        if value != needed and not (parallel and option in UNUSED_IF_PARALLEL):
+        unused = parallel and option in ("original_ln_before", "residual_before_ln")
+        if value != needed and not unused:
             why = REASONS.get(option, "ours have no such thing")
             raise ValueError(f"{option}={value!r} cannot be converted: {why}")
     if config.get("scaling") == "channel":
         raise ValueError("scaling='channel' cannot be converted: ours scale by one number")
     _check_parallel(parallel, model_type)
-    options = {option: config[option] for option in SAME if option in config}
+    options = {"ln_before": False, "shared_phm_rule": True, "shared_W_phm": False, "cross_adapter": False}
+    options |= {option: config[option] for option in SAME if option in config}
     if parallel:
         options["adapter_residual_before_ln"] = False  # so `adapters` computes, whatever the option
-    options["leave_out"] = options.get("leave_out") or ()
-    defaults = {"ln_before": False, "shared_phm_rule": True, "shared_W_phm": False, "cross_adapter": False}
-    return {**defaults, **options, "init": "adapters", "train_layer_norms": False}
-
-
-def _write_options(config: CompacterConfig, model_type: str | None) -> dict[str, Any]:
-    """Return the options of `adapters`; ValueError if it would compute something else with them."""
-    _check_parallel(config.is_parallel, model_type)
-    options = {option: getattr(config, option) for option in SAME} | FIXED | OF_START
-    scaling = config.scaling if config.scaling == "learned" else float(config.scaling)
-    return {**options, "leave_out": list(config.leave_out), "scaling": scaling}
+    leave_out = options.get("leave_out") or ()
+    return {**options, "leave_out": leave_out, "init": "adapters", "train_layer_norms": False}
 
 
 def _check_parallel(parallel: bool, model_type: str | None) -> None:
@@ -202,10 +194,13 @@ def _name_in_adapter(rest: str, ln_before: bool) -> str:
 
 
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
-    """Return what the library reads with use_safetensors=True; ValueError if it cannot compute so."""
+    """Return what the library reads with use_safetensors=True, or raise ValueError if it cannot."""
     config, name = checkpoint.config, name or "default"
     model_type = checkpoint.model.get("model_type") or ("t5" if all(map(names.t5_block, checkpoint.adapters)) else None)
-    options = _write_options(config, model_type)
+    _check_parallel(config.is_parallel, model_type)
+    options = {option: getattr(config, option) for option in SAME} | FIXED | OF_START
+    options["scaling"] = config.scaling if config.scaling == "learned" else float(config.scaling)
+    options["leave_out"] = list(config.leave_out)
     if config.target_modules is not None:
         targets = names.target_options(checkpoint.adapters, model_type)
         if "target_modules" in targets:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compacter_kernels.config import DTYPES, CompacterConfig
@@ -63,6 +64,41 @@ class Checkpoint:
             needed += [name.replace("W", f"W_{position}") for position in POSITIONS for name in factors]
         return [name for name in needed if name not in self.shared]
 
+    def share_equal_weights(self) -> None:
+        """Take the weights that are equal in all adapters out of these, as shared ones."""
+        first, *others = every = list(self.adapters.values())
+        for weights in ("phm_rule", "W") if others else ("phm_rule",):
+            names = [name for name, keys in SHARED.items() if name.startswith(weights) and keys[0] in first]
+            of_first = {name: first[SHARED[name][0]] for name in names}
+            needed = borrowed(of_first).items()
+            if all(key in adapter and torch.equal(adapter[key], tensor) for adapter in every for key, tensor in needed):
+                self.shared |= of_first
+        for adapter in every:
+            for name in borrowed(self.shared):
+                del adapter[name]
+
+    def options_of_weights(self) -> dict[str, Any]:
+        """Return the options that the weights show, or raise ValueError for more than one size."""
+        first = next(iter(self.whole().values()))
+        all_sizes = {sizes(adapter) for adapter in self.whole().values()}
+        if len(all_sizes) > 1:
+            raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
+        factorised = "down.W_left" in first
+        left = first["down.W_left" if factorised else "down.W"]
+        return {
+            "reduction_factor": _reduction_factor(*sizes(first)),
+            "phm_dim": left.shape[0],
+            "phm_rank": left.shape[2] if factorised else 1,
+            "phm_bias": "down.b" in first,
+            "factorized_phm_W": factorised,
+            "factorized_phm_rule": "down.phm_rule_left" in first,
+            "shared_phm_rule": any(name.startswith("phm_rule") for name in self.shared),
+            "shared_W_phm": any(name.startswith("W") for name in self.shared),
+            "scaling": "learned" if "scaling" in first else 1.0,
+            "ln_before": "norm_before.weight" in first,
+            "ln_after": "norm_after.weight" in first,
+        }
+
     def check(self) -> None:
         """Raise ValueError if the tensors of an adapter are not those that the options ask for."""
         config = self.config
@@ -91,7 +127,7 @@ def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[st
     if isinstance(given, int | float) and hidden // given != bottleneck:
         raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
     try:
-        factor = reduction_factor(hidden, bottleneck)
+        factor = _reduction_factor(hidden, bottleneck)
         adapter = CompacterAdapter(hidden, reduction_factor=factor, device="meta", **config.of_each_adapter())
     except (TypeError, RuntimeError, OverflowError) as error:  # no tensor can have these sizes
         raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
@@ -114,8 +150,7 @@ def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return left.shape[0] * left.shape[1], right.shape[0] * right.shape[2]
 
 
-def reduction_factor(hidden: int, bottleneck: int) -> float:
-    """Return a reduction factor that gives this bottleneck."""
+def _reduction_factor(hidden: int, bottleneck: int) -> float:
     if bottleneck and hidden % bottleneck == 0:
         return hidden // bottleneck
     exact = hidden / max(bottleneck, 1)

@@ -128,8 +128,15 @@ def convert(
     opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
     source_format = source_format or format_of(opened)
     write = FORMATS[target_format].write
-    if FORMATS[source_format].read is None or write is None:
-        converted = Converted(source_format, target_format, _layers(opened.tensors, source_format, target_format))
+    if source_format in LAYERS and target_format in LAYERS:
+        layers = hypernets.to_phm_linear(opened.tensors) if source_format == "hypernets" else opened.tensors
+        layers = hypernets.from_phm_linear(layers) if target_format == "hypernets" else dict(layers)
+        converted = Converted(source_format, target_format, layers)
+    elif source_format in LAYERS or write is None:
+        raise ValueError(
+            f"{source_format!r} to {target_format!r}: hypernets and phm_linear are layers, without what makes them an "
+            "adapter; they convert into each other, and adapters into hypernets"
+        )
     else:
         checkpoint = read(opened, source_format)
         written = write(checkpoint, target_name or name)
@@ -152,16 +159,6 @@ def read(source: Source, source_format: str) -> Checkpoint:
         raise ValueError(f"non_linearity={source.non_linearity!r}, but the source says {stated!r}")
     checkpoint.check()
     return checkpoint
-
-
-def _layers(tensors: dict[str, Tensor], source_format: str, target_format: str) -> dict[str, Tensor]:
-    if {source_format, target_format} - set(LAYERS):
-        raise ValueError(
-            f"{source_format!r} to {target_format!r}: hypernets and phm_linear are layers, without what makes them an "
-            "adapter; they convert into each other, and adapters into hypernets"
-        )
-    layers = hypernets.to_phm_linear(tensors) if source_format == "hypernets" else dict(tensors)
-    return layers if target_format == "phm_linear" else hypernets.from_phm_linear(layers)
 
 
 def _store(converted: Converted, target: Path) -> None:

@@ -8,21 +8,13 @@ its root.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints.convert import names
-from compacter_kernels.checkpoints.convert.checkpoint import (
-    POSITIONS,
-    SHARED,
-    Checkpoint,
-    Written,
-    borrowed,
-    reduction_factor,
-    sizes,
-)
+from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, SHARED, Checkpoint, Written, borrowed, sizes
 from compacter_kernels.checkpoints.convert.source import Source
 from compacter_kernels.checkpoints.files import of_model
 
@@ -64,12 +56,12 @@ def read(form: StateDict, source: Source) -> Checkpoint:
         raise ValueError(f"no adapters of the format {form.kind!r} are in it")
     at_root = borrowed({key: state[key] for key in SHARED if key in state})
     checkpoint.adapters = {target: {**at_root, **adapter} for target, adapter in checkpoint.adapters.items()}
-    checkpoint.shared = _take_shared(checkpoint.adapters)
+    checkpoint.share_equal_weights()
     heads = {key: tensor for key, tensor in state.items() if names.head_of(key)}
     norms = {key: t for key, t in state.items() if names.is_norm(key) and "adapter" not in key and key not in heads}
     checkpoint.copies = norms | heads
     checkpoint.model = {"model_type": source.model_type} if source.model is None else of_model(source.model)
-    options = _options_of(checkpoint) | names.target_options(checkpoint.adapters, source.model_type)
+    options = checkpoint.options_of_weights() | names.target_options(checkpoint.adapters, source.model_type)
     options |= {"train_layer_norms": bool(norms), "modules_to_save": sorted({key.partition(".")[0] for key in heads})}
     if source.config.get("delta_type") == "compacter":  # OpenDelta wrote it.
         options |= {key: source.config[key] for key in _FROM_OPENDELTA if source.config.get(key) is not None}
@@ -81,45 +73,6 @@ def read(form: StateDict, source: Source) -> Checkpoint:
             "non_linearity= sets another"
         )
     return checkpoint
-
-
-def _take_shared(adapters: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Remove from the adapters the weights that are equal in all of them, and return these once."""
-    shared: dict[str, Tensor] = {}
-    first, *others = every = list(adapters.values())
-    for weights in ("phm_rule", "W") if others else ("phm_rule",):
-        of_first = {name: first[keys[0]] for name, keys in SHARED.items() if keys[0] in first}
-        of_first = {name: tensor for name, tensor in of_first.items() if name.startswith(weights)}
-        expected = borrowed(of_first).items()
-        if all(key in adapter and torch.equal(adapter[key], tensor) for adapter in every for key, tensor in expected):
-            shared |= of_first
-    for adapter in every:
-        for name in borrowed(shared):
-            del adapter[name]
-    return shared
-
-
-def _options_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the options that the weights show; raise ValueError for adapters of several sizes."""
-    first = next(iter(checkpoint.whole().values()))
-    all_sizes = {sizes(adapter) for adapter in checkpoint.whole().values()}
-    if len(all_sizes) > 1:
-        raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
-    factorised = "down.W_left" in first
-    left = first["down.W_left" if factorised else "down.W"]
-    return {
-        "reduction_factor": reduction_factor(*sizes(first)),
-        "phm_dim": left.shape[0],
-        "phm_rank": left.shape[2] if factorised else 1,
-        "phm_bias": "down.b" in first,
-        "factorized_phm_W": factorised,
-        "factorized_phm_rule": "down.phm_rule_left" in first,
-        "shared_phm_rule": any(name.startswith("phm_rule") for name in checkpoint.shared),
-        "shared_W_phm": any(name.startswith("W") for name in checkpoint.shared),
-        "scaling": "learned" if "scaling" in first else 1.0,
-        "ln_before": "norm_before.weight" in first,
-        "ln_after": "norm_after.weight" in first,
-    }
 
 
 def _non_linearity_in(model: nn.Module | None) -> str | None:
