@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints.convert import adapters, compacter_kernels, hypernets, state_dicts
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.convert.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
+from compacter_kernels.checkpoints import adapters, compacter_kernels, hypernets, state_dicts
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
+from compacter_kernels.checkpoints.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
 from compacter_kernels.targets.added import adapters_of
 
 
@@ -58,12 +58,12 @@ def format_of(source: Source) -> str:
     fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
     fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
     if not fitting and source.is_whole_model():
-        model_type = source.config["model_type"]
-        raise ValueError(f"it holds a whole model of the type {model_type!r}, and no Compacter adapters")
+        raise ValueError(
+            f"it holds a whole model of the type {source.config['model_type']!r}, and no Compacter adapters"
+        )
     if len(fitting) != 1:
-        names = ", ".join(sorted(source.tensors)[:4]) or "none"
-        problem = f"fit {' and '.join(fitting)}" if fitting else f"fit no format: {names}"
-        raise ValueError(f"the names of the tensors {problem}; give source_format=, one of {', '.join(FORMATS)}")
+        names = " and ".join(fitting) or f"no format: {', '.join(sorted(source.tensors)[:4]) or 'none'}"
+        raise ValueError(f"the names of the tensors fit {names}; give source_format=, one of {', '.join(FORMATS)}")
     return fitting[0]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
 
 
 def to_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

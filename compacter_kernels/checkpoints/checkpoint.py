@@ -59,10 +59,10 @@ class Checkpoint:
         """Return the names of shared weights that the options ask for and that are missing."""
         rules = RULES[1:] if self.options.get("factorized_phm_rule") else RULES[:1]
         factors = FACTORS[:2] if self.options.get("factorized_phm_W", True) else FACTORS[2:]
-        needed = list(rules) if self.options["shared_phm_rule"] else []
-        if self.options["shared_W_phm"]:
-            needed += [name.replace("W", f"W_{position}") for position in POSITIONS for name in factors]
-        return [name for name in needed if name not in self.shared]
+        needed = (rules if self.options["shared_phm_rule"] else ()) + (factors if self.options["shared_W_phm"] else ())
+        return [
+            name for name, keys in SHARED.items() if keys[0].partition(".")[2] in needed and name not in self.shared
+        ]
 
     def share_equal_weights(self) -> None:
         """Take the weights that are equal in all adapters out of these, as shared ones."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.convert.names import head_of
-from compacter_kernels.checkpoints.convert.source import Source
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.files import CONFIG, FORMAT, about_model, of_model, read_config
+from compacter_kernels.checkpoints.names import head_of
+from compacter_kernels.checkpoints.source import Source
 from compacter_kernels.targets.added import NAME, adapters_of
 
 _OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.checkpoints.convert import names
-from compacter_kernels.checkpoints.convert.checkpoint import POSITIONS, SHARED, Checkpoint, Written, borrowed, sizes
-from compacter_kernels.checkpoints.convert.source import Source
+from compacter_kernels.checkpoints import names
+from compacter_kernels.checkpoints.checkpoint import POSITIONS, SHARED, Checkpoint, Written, borrowed, sizes
 from compacter_kernels.checkpoints.files import of_model
+from compacter_kernels.checkpoints.source import Source
 
 PARTS = {"down_sampler": "down", "up_sampler": "up"}
 PARTS |= {"pre_layer_norm": "norm_before", "post_layer_norm": "norm_after"}  # The authors' code alone has these.

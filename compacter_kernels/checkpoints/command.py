@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
-from compacter_kernels.checkpoints.convert.conversion import FORMATS, LAYERS, convert, format_of, read
-from compacter_kernels.checkpoints.convert.source import Source, open_source
+from compacter_kernels.checkpoints.checkpoint import MissingRuleError
+from compacter_kernels.checkpoints.convert import FORMATS, LAYERS, convert, format_of, read
+from compacter_kernels.checkpoints.source import Source, open_source
 
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
-from compacter_kernels.checkpoints.convert.checkpoint import SHARED
+from compacter_kernels.checkpoints.checkpoint import SHARED
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path

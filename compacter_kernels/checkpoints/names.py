@@ -94,24 +94,20 @@ def target_options(targets: Iterable[str], model_type: str | None = None) -> dic
     families = [ARCHITECTURES[model_type]] if model_type in ARCHITECTURES else ARCHITECTURES.values()
     for family in dict.fromkeys(families):
         blocks = [block for target in targets if (block := block_of(target, family))]
-        kinds = _kinds_in_every_layer(blocks) if len(blocks) == len(targets) else None
-        if kinds is not None:
-            return {option: kind in kinds for kind, option in BLOCK_OPTIONS.items()}
+        if len(blocks) == len(targets) and _are_in_every_layer(blocks):
+            return {option: any(block.kind == kind for block in blocks) for kind, option in BLOCK_OPTIONS.items()}
     return {"target_modules": sorted(targets)}
 
 
-def _kinds_in_every_layer(blocks: list[TargetBlock]) -> set[str] | None:
-    """Return the kinds of the blocks, or None if one kind is in some of the layers only."""
-    kinds = {block.kind for block in blocks}
-    depth: dict[str, int] = {}
-    for block in blocks:
-        depth[block.stack] = max(depth.get(block.stack, 0), block.layer + 1)
-    halves = {stack.partition(".")[0] for stack in depth} & {"encoder", "decoder"}
-    if any(stack.endswith(("block", "layers")) for stack in depth) and len(halves) == 1:
-        return None  # only the encoder, or only the decoder, of a model that has both
-    for stack, layers in depth.items():
+def _are_in_every_layer(blocks: list[TargetBlock]) -> bool:
+    stacks, kinds = {block.stack for block in blocks}, {block.kind for block in blocks}
+    halves = {stack.partition(".")[0] for stack in stacks} & {"encoder", "decoder"}
+    if any(stack.endswith(("block", "layers")) for stack in stacks) and len(halves) == 1:
+        return False  # only the encoder, or only the decoder, of a model that has both
+    for stack in stacks:
+        layers = set(range(1 + max(block.layer for block in blocks if block.stack == stack)))
         for kind in kinds:
             present = {block.layer for block in blocks if (block.stack, block.kind) == (stack, kind)}
-            if present != set(range(layers)) and (present or kind != "cross_attention"):
-                return None
-    return kinds
+            if present != layers and (present or kind != "cross_attention"):
+                return False
+    return True

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from compacter_kernels.checkpoints.convert import names
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, MissingRuleError, Written, sizes
-from compacter_kernels.checkpoints.convert.source import Source
+from compacter_kernels.checkpoints import names
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, MissingRuleError, Written, sizes
 from compacter_kernels.checkpoints.files import about_model, of_model
+from compacter_kernels.checkpoints.source import Source
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.targets.architectures import ARCHITECTURES
 
