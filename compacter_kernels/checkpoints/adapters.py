@@ -174,9 +174,8 @@ def _target(holder: str, model_type: str | None) -> str:
 
 def _holder(target: str, model_type: str | None) -> str:
     """Return the module that holds the adapters after a target: the inverse of `_target`."""
-    t5 = names.t5_block(target)
-    if t5:
-        return t5
+    if t5_block := names.t5_block(target):
+        return t5_block
     family = ARCHITECTURES.get(model_type or "")
     block = names.block_of(target, family) if family else None
     if block is None or (model_type == "gpt2" and block.kind == "cross_attention"):

@@ -60,9 +60,8 @@ class Checkpoint:
         rules = RULES[1:] if self.options.get("factorized_phm_rule") else RULES[:1]
         factors = FACTORS[:2] if self.options.get("factorized_phm_W", True) else FACTORS[2:]
         needed = (rules if self.options["shared_phm_rule"] else ()) + (factors if self.options["shared_W_phm"] else ())
-        return [
-            name for name, keys in SHARED.items() if keys[0].partition(".")[2] in needed and name not in self.shared
-        ]
+        missing = [name for name in SHARED if name not in self.shared]
+        return [name for name in missing if SHARED[name][0].partition(".")[2] in needed]
 
     def share_equal_weights(self) -> None:
         """Take the weights that are equal in all adapters out of these, as shared ones."""

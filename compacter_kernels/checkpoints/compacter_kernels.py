@@ -33,9 +33,9 @@ def read(source: Source) -> Checkpoint:
     elif not source.config:
         raise ValueError(f"tensors of our format need their {CONFIG}; give the folder that holds both")
     else:
-        tensors, model = source.tensors, source.config
+        tensors, model = source.tensors, about_model(source.config)
         config = read_config(source.config, Path(CONFIG))
-    checkpoint = Checkpoint(options=config.to_dict(), model=about_model(model))
+    checkpoint = Checkpoint(options=config.to_dict(), model=model)
     for key, tensor in tensors.items():
         path, _, rest = f".{key}".rpartition(f".{NAME}.")
         path = path.removeprefix(".")

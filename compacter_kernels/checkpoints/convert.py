@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints import adapters, compacter_kernels, hypernets, state_dicts
+from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, state_dicts
 from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
 from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
 from compacter_kernels.checkpoints.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
@@ -33,9 +33,7 @@ def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
 
 
 FORMATS = {
-    "compacter-kernels": Format(
-        r"(.*\.)?compacter\.(down|up|shared)\..*", compacter_kernels.read, compacter_kernels.write
-    ),
+    "compacter-kernels": Format(r"(.*\.)?compacter\.(down|up|shared)\..*", ours.read, ours.write),
     "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
     "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
     "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
@@ -58,9 +56,8 @@ def format_of(source: Source) -> str:
     fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
     fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
     if not fitting and source.is_whole_model():
-        raise ValueError(
-            f"it holds a whole model of the type {source.config['model_type']!r}, and no Compacter adapters"
-        )
+        model_type = source.config["model_type"]
+        raise ValueError(f"it holds a whole model of the type {model_type!r}, and no Compacter adapters")
     if len(fitting) != 1:
         names = " and ".join(fitting) or f"no format: {', '.join(sorted(source.tensors)[:4]) or 'none'}"
         raise ValueError(f"the names of the tensors fit {names}; give source_format=, one of {', '.join(FORMATS)}")
@@ -172,10 +169,9 @@ def _store(converted: Converted, target: Path) -> None:
     elif converted.target_format == "adapters":
         pickled = target / "pytorch_adapter.bin"
         if pickled.exists():
-            raise ValueError(
-                f"{pickled} is there, which `adapters` may read instead; take it away, or give another folder"
-            )
+            problem = "which `adapters` may read instead; take it away, or give another folder"
+            raise ValueError(f"{pickled} is there, {problem}")
         files = {ADAPTERS_TENSORS: converted.tensors} | ({ADAPTERS_HEAD: converted.head} if converted.head else {})
-        write_folder(target, files, converted.config, digest=False)
+        write_folder(target, files, converted.config)
     else:
         write_folder(target, {TENSORS: converted.tensors}, converted.config)

@@ -186,14 +186,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_folder(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None, *, digest: bool = True
-) -> None:
+def write_folder(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None) -> None:
     """Write tensor files, given by name, and the config if there is one.
 
     All files are written and flushed beside the folder, and then moved: until then, an error leaves
     the folder unchanged. A new folder appears at once. A folder that exists keeps its other files.
-    After a crash between two moves, `check_digest` refuses the files by the digest in the config.
+    After a crash between two moves, `check_digest` refuses the files by the digest in our config.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
@@ -207,7 +205,7 @@ def write_folder(
             require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
             _flush(new / name)
         if config is not None:
-            content = {**config, DIGEST: _sha256(new / next(iter(files)))} if digest else config
+            content = {**config, DIGEST: _sha256(new / TENSORS)} if TENSORS in files else config
             (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             _flush(new / CONFIG)
         _flush(new)

@@ -29,13 +29,12 @@ class StateDict(NamedTuple):
     kind: str  # the name of the format
     holder: str  # the child of a T5's block, or else of the target, that holds the adapter
     non_linearity: str
-    t5: bool = True  # whether the format is for T5 alone
-    biases: bool = True  # whether projections always have a bias
+    t5: bool = True  # whether the format is for T5 alone, and its projections always have a bias
 
 
 ORIGINAL = StateDict("original", "adapter_controller", "gelu_new")  # It holds adapters.TASK and the layer norms.
 T_FEW = StateDict("t-few", "adapter", "relu")
-OPENDELTA = StateDict("opendelta", "compactor", "gelu_new", t5=False, biases=False)
+OPENDELTA = StateDict("opendelta", "compactor", "gelu_new", t5=False)
 
 
 def read(form: StateDict, source: Source) -> Checkpoint:
@@ -113,16 +112,15 @@ def write(form: StateDict, checkpoint: Checkpoint, name: str | None) -> Written:
         for key, tensor in adapter.items():
             part, _, rest = key.partition(".")
             state[f"{prefix if part in POSITIONS else holder}.{theirs[part]}.{rest}"] = tensor
-        if form.biases and not config.phm_bias:
+        if form.t5 and not config.phm_bias:
             hidden, bottleneck = sizes(adapter)
             dtype = adapter["down.W_right" if config.factorized_phm_W else "down.W"].dtype
             state[f"{prefix}.down_sampler.b"] = torch.zeros(bottleneck, dtype=dtype)
             state[f"{prefix}.up_sampler.b"] = torch.zeros(hidden, dtype=dtype)
     state |= checkpoint.copies
     if checkpoint.shared and not original:
-        checkpoint.notes.append(
-            f"{', '.join(checkpoint.shared)} is repeated in each adapter, and would train apart there"
-        )
+        repeated = ", ".join(checkpoint.shared)
+        checkpoint.notes.append(f"{repeated} is repeated in each adapter, and would train apart there")
     checkpoint.notes.append(
         f"such a file does not say the activation: build the model with {config.non_linearity!r}, "
         f"reduction factor {config.reduction_factor} and phm_dim {config.phm_dim}"
