@@ -63,7 +63,7 @@ def load_adapter(
     check_gathered(model)
     check_fillable(model)
     inner = unwrapped(model)
-    path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
+    path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     content = files.read_json(path / CONFIG)
     config = files.read_config(content, path / CONFIG)
     for key, value in files.of_model(inner).items():

@@ -32,10 +32,8 @@ MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def find_folder(
-    source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
-) -> Path:
-    """Return this folder, or download that of a repository; FileNotFoundError if there is none."""
+def find_folder(source: str | Path, **options: Any) -> Path:
+    """Return this folder, or what `snapshot_download` gives; FileNotFoundError if there is none."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -49,7 +47,6 @@ def find_folder(
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FileNotFoundError(f"{missing}; for one on the hub: pip install huggingface_hub") from None
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG, TENSORS], **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:

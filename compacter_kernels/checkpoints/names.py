@@ -16,9 +16,11 @@ from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS
 from compacter_kernels.targets.find import HEADS, block_pattern
 from compacter_kernels.targets.wrappers import plain_names
 
-T5_TARGETS = {
-    "encoder": ("SelfAttention.o", "DenseReluDense.wo"),
-    "decoder": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
+# The blocks of a T5: a pattern for their names -> the names of their targets.
+_T5_BLOCKS = {
+    r"(?:encoder|decoder)\.block\.\d+\.layer\.0": "SelfAttention.o",
+    r"decoder\.block\.\d+\.layer\.1": "EncDecAttention.o",
+    r"(?:encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)": "DenseReluDense.wo",
 }
 _BASE = r"bert|roberta|electra|distilbert|vit|wav2vec2|model|transformer(?=\.(?:h|encoder|decoder|shared_parameters)\.)"
 
@@ -68,20 +70,16 @@ def block_of(target: str, architecture: Architecture) -> TargetBlock | None:
 
 def t5_target(block: str) -> str:
     """Return a T5's `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`."""
-    match = re.fullmatch(r"(encoder|decoder)\.block\.\d+\.layer\.(\d)", block)
-    targets = T5_TARGETS[match[1]] if match else ()
-    if match is None or int(match[2]) >= len(targets):
-        raise ValueError(f"{block} is no layer of a T5, such as encoder.block.0.layer.1")
-    return f"{block}.{targets[int(match[2])]}"
+    for pattern, target in _T5_BLOCKS.items():
+        if re.fullmatch(pattern, block):
+            return f"{block}.{target}"
+    raise ValueError(f"{block} is no layer of a T5, such as encoder.block.0.layer.1")
 
 
 def t5_block(target: str) -> str | None:
     """Return the block of a T5 that has this target, or None if there is none."""
-    block = target.rpartition(".")[0].rpartition(".")[0]
-    try:
-        return block if t5_target(block) == target else None
-    except ValueError:
-        return None
+    match = re.fullmatch("|".join(rf"({block})\.{re.escape(end)}" for block, end in _T5_BLOCKS.items()), target)
+    return match[match.lastindex or 0] if match else None
 
 
 def target_options(targets: Iterable[str], model_type: str | None = None) -> dict[str, Any]:
