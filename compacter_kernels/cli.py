@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": ("compacter_kernels.compare", "the error of each impl against the float64 dense reference"),
     "bench": ("compacter_kernels.bench.command", "time every impl against what else a user could run"),
     "convert": (
-        "compacter_kernels.checkpoints.convert.command",
+        "compacter_kernels.checkpoints.command",
         "checkpoints of other Compacter libraries, into any other form",
     ),
     "train": (

@@ -39,20 +39,15 @@ class CompacterConfig:
     """
 
     reduction_factor: float | Mapping[str, float] = _option(
-        32,
-        'hidden size / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out',
+        32, 'hidden / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out'
     )
-    phm_dim: int = _option(
-        4, "n, the number of Kronecker products; must divide the hidden size and the bottleneck size"
-    )
+    phm_dim: int = _option(4, "n, the number of Kronecker products; must divide the hidden and the bottleneck size")
     phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
     non_linearity: str = _option("gelu_new", "activation of the bottleneck; the default of `adapters` is gelu")
     phm_bias: bool = _option(True, "whether the projections have a bias")
     factorized_phm_W: bool = _option(True, "store W as the product W_left W_right, which makes Compacter small")
     factorized_phm_rule: bool = _option(False, "store phm_rule as the product phm_rule_left phm_rule_right")
-    shared_phm_rule: bool = _option(
-        True, "one phm_rule for all adapters of the model, instead of one for each projection"
-    )
+    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters, instead of one for each projection")
     shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
     learn_phm: bool = _option(True, "train phm_rule")
     init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
@@ -67,9 +62,7 @@ class CompacterConfig:
     output_adapter: bool = _option(True, "an adapter after the feed-forward block")
     cross_adapter: bool = _option(False, "an adapter after cross-attention")
     is_parallel: bool = _option(False, "adapters take the block's input and add to its output (arXiv 2110.04366)")
-    leave_out: Sequence[int] = _option(
-        (), "numbers of layers without adapters; decoder layers count on after the encoder's"
-    )
+    leave_out: Sequence[int] = _option((), "layers without adapters; those of a decoder count on after the encoder's")
     target_modules: Sequence[str] | None = _option(
         None, 'ends of module names, such as ("attn.out", "mlp.fc2"); None: as the table says for the type of the model'
     )
@@ -77,20 +70,17 @@ class CompacterConfig:
     modules_to_save: Sequence[str] | None = _option(
         None, "ends of the names of modules to train whole, as copies; None: classification and CTC heads"
     )
-    dtype: str | None = _option(
-        None, "dtype of adapters and trained copies; None: that of the layers that these follow or copy"
-    )
+    dtype: str | None = _option(None, "of adapters and trained copies; None: that of the layers they follow or copy")
 
     def __post_init__(self) -> None:
         for name in ("leave_out", "target_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence | None):
                 raise TypeError(f"{name} must be a list, got {value!r}")
+            if name != "leave_out" and any(not isinstance(item, str) or not item for item in value or ()):
+                raise TypeError(f"{name} must be names of modules, got {value!r}")
             if value is not None:
                 setattr(self, name, tuple(value))
-        for name in ("target_modules", "modules_to_save"):
-            if any(not isinstance(item, str) or not item for item in getattr(self, name) or ()):
-                raise TypeError(f"{name} must be names of modules, got {getattr(self, name)!r}")
         if self.target_modules == ():
             raise ValueError("target_modules is empty; give names of modules, or None to go by the model's type")
         for option in dataclasses.fields(self):
@@ -106,7 +96,16 @@ class CompacterConfig:
             raise TypeError(f"non_linearity must be a name, got {self.non_linearity!r}")
         resolve(self.non_linearity)
         check_options(self.init, self.phm_c_init, self.phm_init_range)
-        self._check_reduction_factor()
+        factors = self.reduction_factor
+        if isinstance(factors, Mapping):
+            if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
+                raise ValueError(f'reduction_factor by layer has keys like "0" and "default", got {list(factors)}')
+            if self.shared_W_phm:
+                raise ValueError("shared_W_phm needs one reduction_factor for all layers")
+            self.reduction_factor = {str(key): value for key, value in factors.items()}
+        values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
+        if not values or not all(_is_number(value) and value > 0 for value in values):
+            raise ValueError(f"reduction_factor must be a number > 0, or one for each layer, got {factors!r}")
         if self.scaling != "learned" and not _is_number(self.scaling):
             raise ValueError(f"scaling must be a finite number or 'learned', got {self.scaling!r}")
         if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
@@ -116,24 +115,8 @@ class CompacterConfig:
         if self.target_modules is None and not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise ValueError("no adapter is asked for: set mh_adapter, output_adapter or cross_adapter")
 
-    def _check_reduction_factor(self) -> None:
-        factors = self.reduction_factor
-        if isinstance(factors, Mapping):
-            if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
-                raise ValueError(f'reduction_factor by layer has keys like "0" and "default", got {list(factors)}')
-            self.reduction_factor = {str(key): value for key, value in factors.items()}
-            if self.shared_W_phm:
-                raise ValueError("shared_W_phm needs one reduction_factor for all layers")
-        values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
-        if not values or not all(_is_number(value) and value > 0 for value in values):
-            raise ValueError(f"reduction_factor must be a number > 0, or one for each layer, got {factors!r}")
-
     def reduction_factor_of(self, layer: int) -> float:
-        """The reduction factor of a layer.
-
-        Raises:
-            ValueError: the mapping has neither this layer nor "default".
-        """
+        """The reduction factor of a layer; ValueError if the mapping has none, and no "default"."""
         if not isinstance(self.reduction_factor, Mapping):
             return self.reduction_factor
         factor = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
@@ -159,11 +142,7 @@ class CompacterConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
-        """The config with the options that `to_dict` returned.
-
-        Raises:
-            TypeError, ValueError: an option is unknown or has a wrong value.
-        """
+        """The config that `to_dict` was called on; TypeError or ValueError for a wrong option."""
         known = [option.name for option in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:

@@ -5,21 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.checkpoints.files import (
-    CONFIG,
-    DIGEST,
-    TENSORS,
-    check_digest,
-    find_folder,
-    read_json,
-    read_tensors,
-)
-from compacter_kernels.checkpoints.format import of_model, read_config
+from compacter_kernels.checkpoints import files
+from compacter_kernels.checkpoints.files import CONFIG, TENSORS
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.checks import check_name
 from compacter_kernels.inject.injection import add_adapters, injection_of
@@ -71,13 +63,17 @@ def load_adapter(
     check_gathered(model)
     check_fillable(model)
     inner = unwrapped(model)
-    path = find_folder(folder, revision=revision, cache_dir=cache_dir, offline=local_files_only)
-    content = read_json(path / CONFIG)
-    config = read_config(content, path / CONFIG)
-    _check_model(content, inner, path / CONFIG)
+    path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    content = files.read_json(path / CONFIG)
+    config = files.read_config(content, path / CONFIG)
+    for key, value in files.of_model(inner).items():
+        saved = content.get(key)
+        if key != "base_model_name_or_path" and saved is not None and value is not None and saved != value:
+            ours = f"this {type(inner).__name__} has {value!r}"
+            raise ValueError(f"{path / CONFIG} is of a model with {key} {saved!r}, {ours}")
     if not heads:
         config = dataclasses.replace(config, modules_to_save=None)
-    tensors = read_tensors(path / TENSORS)
+    tensors = files.read_tensors(path / TENSORS)
 
     existing = adapters_of(inner)
     prepared: Prepared | None = None
@@ -86,38 +82,25 @@ def load_adapter(
         targets = existing.tensors(inner, name)
     else:
         check_injectable(model)
-        prepared = _prepare(inner, config, impl, path / CONFIG)
+        try:  # They are built on meta, so that even huge sizes in a file take no memory.
+            prepared = prepare(inner, config, impl, "meta")
+        except (TypeError, RuntimeError, OverflowError) as error:  # Sizes that no tensor can have.
+            raise ValueError(f"{path / CONFIG} asks for what cannot be built: {str(error).splitlines()[0]}") from error
         targets = prepared.tensors(inner)
     if not heads:
         tensors, targets = (
             {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (tensors, targets)
         )
     _check_tensors(tensors, targets, path / TENSORS)
-    check_digest(path / TENSORS, content.get(DIGEST))
+    files.check_digest(path / TENSORS, content.get(files.DIGEST))
     if prepared is None:
         _fill(targets, tensors)
         injection_of(inner).activate(name)
     else:
         prepared.allocate(inner)
-        targets = prepared.tensors(inner)
-        _fill({key: targets[key] for key in tensors}, tensors)
+        _fill(prepared.tensors(inner), tensors)
         add_adapters(inner, name, config, prepared)
     return model
-
-
-def _prepare(model: nn.Module, config: CompacterConfig, impl: str, path: Path) -> Prepared:
-    """Build the adapters on meta, so that even huge sizes in a file take no memory."""
-    try:
-        return prepare(model, config, impl, "meta")
-    except (TypeError, RuntimeError, OverflowError) as error:  # Sizes that no tensor can have.
-        raise ValueError(f"{path} asks for what cannot be built: {str(error).splitlines()[0]}") from error
-
-
-def _check_model(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    for key, value in of_model(model).items():
-        saved = content.get(key)
-        if saved is not None and value is not None and saved != value:
-            raise ValueError(f"{path} is of a model with {key} {saved!r}, this {type(model).__name__} has {value!r}")
 
 
 def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:
@@ -133,20 +116,18 @@ def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, h
 
 def _check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
     """Raise ValueError unless the tensors have the names, shapes and kinds of dtype of targets."""
-    wrong = [
-        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(full_shape(target))}"
-        for key, target in targets.items()
-        if key in tensors and tensors[key].shape != full_shape(target)
-    ]
+    wrong = []
+    for key in [key for key in targets if key in tensors]:
+        shape, dtype, needed = tensors[key].shape, tensors[key].dtype, full_shape(targets[key])
+        dtypes = DTYPES if targets[key].is_floating_point() else {str(targets[key].dtype): targets[key].dtype}
+        if shape != needed:
+            wrong.append(f"{key} has shape {tuple(shape)}, the model needs {tuple(needed)}")
+        if dtype not in dtypes.values():
+            wrong.append(f"{key} is {dtype}, not {' or '.join(dtypes)}")
     missing, unexpected = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
     for verb, keys in (("lacks", missing), ("has, and the model does not,", unexpected)):
         if keys:
             wrong.append(f"it {verb} {len(keys)} tensors: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
-    for key in targets.keys() & tensors.keys():
-        dtype, expected = tensors[key].dtype, targets[key].dtype
-        fits = dtype in DTYPES.values() if expected.is_floating_point else dtype == expected
-        if not fits:
-            wrong.append(f"{key} is {dtype}, not {' or '.join(DTYPES) if expected.is_floating_point else expected}")
     if wrong:
         more = "" if len(wrong) <= 4 else f"; and {len(wrong) - 4} more"
         raise ValueError(
@@ -157,6 +138,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor],
 @torch.no_grad()
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the targets of their names, which may be sharded."""
+    targets = {key: targets[key] for key in tensors}
     on_meta = [key for key, target in targets.items() if target.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]} would be on meta; give the model its weights before its adapters")

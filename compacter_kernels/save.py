@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, distributed as dist, nn
+from torch import distributed as dist, nn
 
-from compacter_kernels.checkpoints.files import TENSORS, require_safetensors, write_folder
-from compacter_kernels.checkpoints.format import describe
+from compacter_kernels.checkpoints.files import FORMAT, TENSORS, of_model, require_safetensors, write_folder
 from compacter_kernels.inject.injection import injection_of
 from compacter_kernels.inject.keys import named_tensors
 from compacter_kernels.inject.offload import onloaded
@@ -49,18 +48,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     with onloaded([module for _, part in parts for module in part.modules()]):
         named = named_tensors(model, parts)
         with gathered(named.values()):
-            tensors = {key: _full(tensor) for key, tensor in named.items()}
+            # A sharded tensor of FSDP2 has the method full_tensor.
+            tensors = {key: getattr(t.detach(), "full_tensor", t.detach)() for key, t in named.items()}
             if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
                 for key, tensor in tensors.items():
                     if tensor.is_meta or not tensor.numel():
                         raise ValueError(
                             f"{key} holds no values here: it is on meta, or sharded otherwise than by FSDP or ZeRO"
                         )
-                config = {**describe(model), **injection.configs[name].to_dict()}
+                config = {**FORMAT, **of_model(model), **injection.configs[name].to_dict()}
                 write_folder(Path(folder), {TENSORS: tensors}, config)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """All values of a tensor of FSDP2; any other tensor itself."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -14,8 +14,8 @@ from test_save_load import trained
 from torch import Tensor, nn
 
 import compacter_kernels as ck
+from compacter_kernels.checkpoints.checkpoint import MissingRuleError
 from compacter_kernels.checkpoints.convert import convert
-from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
 from compacter_kernels.load import load_adapter
 from compacter_kernels.save import save_adapter
 

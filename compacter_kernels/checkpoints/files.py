@@ -1,7 +1,7 @@
 """Read and write the two files of an adapter folder: `adapter_config.json` and a safetensors file.
 
 Nothing is ever unpickled. The config holds the SHA-256 of the tensor file, so that a reader notices
-when one of the two files was replaced or damaged.
+when one of the two was replaced or damaged, and says which base model the adapters are for.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from compacter_kernels.config import CompacterConfig
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 DIGEST = "adapter_model_sha256"
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
-JSON_LIMIT = 1 << 20  # bytes
+SHARD = re.compile(r".*-\d+-of-(?!0*[01]\.)\d+\.safetensors")  # model-00001-of-00002.safetensors
+JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26  # bytes
+PEFT_TYPE, VERSION = "COMPACTER", 1
+FORMAT = {"peft_type": PEFT_TYPE, "format_version": VERSION}
+MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def find_folder(
-    source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
-) -> Path:
-    """Return the folder of this path, or the downloaded two files of the repository of this id.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: There is no such folder or repository; it is a file.
-    """
+def find_folder(source: str | Path, **options: Any) -> Path:
+    """Return this folder, or what `snapshot_download` gives; FileNotFoundError if there is none."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -47,7 +47,6 @@ def find_folder(
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FileNotFoundError(f"{missing}; for one on the hub: pip install huggingface_hub") from None
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG, TENSORS], **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -55,12 +54,7 @@ def find_folder(
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """Return the object in a JSON file of at most `limit` bytes.
-
-    Raises:
-        FileNotFoundError, ValueError: There is no such file; it is too large, not UTF-8, not JSON,
-            or not one object with unique keys.
-    """
+    """Return the object in a JSON file; ValueError if it is malformed or above `limit` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     with path.open("rb") as file:
@@ -86,36 +80,78 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)  # NaN or Infinity, which JSON does not have
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, mapped into memory: data is read when it is used.
+def about_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config file says of the base model, with None for a value of another type."""
+    return {key: content[key] if isinstance(content.get(key), kind) else None for key, kind in MODEL.items()}
 
-    Raises:
-        FileNotFoundError, ValueError: There is no such file, or only a pickled one; it is malformed
-            or one of several shards.
-        ImportError: safetensors is not installed.
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """Return what `about_model` returns, from the config of a model."""
+    config = getattr(model, "config", None)
+    return about_model({key: getattr(config, key.removeprefix("base_model"), None) or None for key in MODEL})
+
+
+def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
+    """Return the options of a config file; ValueError for wrong ones, another method or version."""
+    kind, version = content.get("peft_type"), content.get("format_version")
+    if kind != PEFT_TYPE:
+        raise ValueError(
+            f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}; compacter-kernels convert reads other formats"
+        )
+    if version != VERSION or isinstance(version, bool):
+        raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads version {VERSION}")
+    no_options = {*FORMAT, *MODEL, DIGEST}
+    try:
+        return CompacterConfig.from_dict({key: value for key, value in content.items() if key not in no_options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of all shards that an index lists.
+
+    They are mapped into memory: data is read when it is used. Raises FileNotFoundError, or
+    ValueError for a file that is malformed, pickled, or one of several shards.
     """
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if not path.is_file():
         refuse_pickled(path.parent)
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    if is_shard(path.name):
+    if SHARD.fullmatch(path.name):
         raise ValueError(f"{path} is one of several shards; give their folder, which must hold the *{INDEX} too")
-    return map_tensors(path)
+    return _map_tensors(path)
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, which may be a shard; raise ValueError if it is malformed."""
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    shard_of = read_json(index, INDEX_LIMIT).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
+    for shard in shard_of.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {shard!r}")
+    paths = [index.with_name(shard) for shard in sorted(set(shard_of.values()))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {', '.join(missing[:4])}, of {len(paths)} shards, and it is not there")
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        held = _map_tensors(path)
+        listed = {key for key in shard_of if shard_of[key] == path.name}
+        for verb, keys in (("lacks", listed - held.keys()), ("has beside those of the index", held.keys() - listed)):
+            if keys:
+                raise ValueError(f"{path} {verb} {len(keys)} tensors: {', '.join(sorted(keys)[:4])}")
+        tensors |= held
+    return tensors
+
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
     safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError) as error:  # RuntimeError: too large to map
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file's name is that of one of several shards: model-00001-of-00002.safetensors."""
-    part = re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", name)
-    return part is not None and int(part[2]) > 1
 
 
 def refuse_pickled(path: Path) -> None:
@@ -132,15 +168,14 @@ def refuse_pickled(path: Path) -> None:
 
 def check_digest(path: Path, expected: object) -> None:
     """Raise ValueError if the SHA-256 that a config has, if it has one, is not that of the file."""
-    if expected is not None and expected != sha256(path):
+    if expected is not None and expected != _sha256(path):
         raise ValueError(
             f"{path} is not the file that the {CONFIG} beside it was saved with: a save was interrupted between the "
             f"two, or one of them was changed or damaged. Save again, or take {DIGEST} out of {CONFIG}"
         )
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -148,17 +183,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_folder(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None, *, digest: bool = True
-) -> None:
+def write_folder(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None) -> None:
     """Write tensor files, given by name, and the config if there is one.
 
-    All files are written and flushed beside the folder, and then moved. A new folder appears at
-    once. A folder that exists keeps its other files. After a crash between two moves,
-    `check_digest` refuses the files, if the config has the digest of the first tensor file.
-
-    Raises:
-        OSError, ImportError: The folder is unchanged.
+    All files are written and flushed beside the folder, and then moved: until then, an error leaves
+    the folder unchanged. A new folder appears at once. A folder that exists keeps its other files.
+    After a crash between two moves, `check_digest` refuses the files by the digest in our config.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
@@ -168,9 +198,11 @@ def write_folder(
         new = Path(temporary, "adapter")
         new.mkdir()  # has the permissions of a usual folder, which the temporary one has not
         for name, tensors in files.items():
-            _save(tensors, new / name)
+            copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+            require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
+            _flush(new / name)
         if config is not None:
-            content = {**config, DIGEST: sha256(new / next(iter(files)))} if digest else config
+            content = {**config, DIGEST: _sha256(new / TENSORS)} if TENSORS in files else config
             (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             _flush(new / CONFIG)
         _flush(new)
@@ -180,19 +212,6 @@ def write_folder(
         else:
             new.rename(folder)
     _flush(parent)
-
-
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one tensor file as `write_folder` does; what was there before an error is unchanged."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a file")
-    write_folder(path.parent, {path.name: tensors}, None)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    require_safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
-    _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -7,12 +7,13 @@ HyperNets has layers and no adapters. So its layers are converted from and into 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
 
 
 def to_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,17 +39,11 @@ def to_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return layers of HyperNets, for which factors are multiplied, or raise ValueError."""
     layers: dict[str, Tensor] = {}
-    for key, W in tensors.items():
-        layer, _, name = f".{key}".rpartition(".")
-        layer = f"{layer}.".removeprefix(".")
-        if name in ("W", "W_left"):
-            W = W if name == "W" else torch.bmm(W, _required(tensors, f"{layer}W_right"))
-            rule = tensors.get(f"{layer}phm_rule")
-            if rule is None:
-                rule = torch.bmm(*(_required(tensors, f"{layer}phm_rule_{side}") for side in ("left", "right")))
-            layers |= {f"{layer}a": _transposed(rule), f"{layer}s": _transposed(W)}
-            if f"{layer}b" in tensors:
-                layers[f"{layer}bias"] = tensors[f"{layer}b"]
+    for layer in [key.rpartition("W")[0] for key in tensors if re.fullmatch(r"(.*\.)?W(_left)?", key)]:
+        layers[f"{layer}a"] = _transposed(_product(tensors, f"{layer}phm_rule"))
+        layers[f"{layer}s"] = _transposed(_product(tensors, f"{layer}W"))
+        if f"{layer}b" in tensors:
+            layers[f"{layer}bias"] = tensors[f"{layer}b"]
     if not layers:
         raise ValueError("there are no PHM layers in it: tensors W_left and W_right, or W")
     return layers
@@ -56,15 +51,18 @@ def from_phm_linear(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return the projections of adapters as layers of HyperNets; shared weights are repeated."""
-    tensors = {f"{target}.{key}": tensor for target, adapter in checkpoint.whole() for key, tensor in adapter.items()}
+    tensors = {f"{target}.{key}": t for target, adapter in checkpoint.whole().items() for key, t in adapter.items()}
     checkpoint.losses.append("activation, residual and layer norms: HyperNets has layers, not adapters")
     return from_phm_linear(tensors), None, {}
 
 
-def _required(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"{name} is missing")
-    return tensors[name]
+def _product(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    for factor in (f"{name}_left", f"{name}_right"):
+        if factor not in tensors:
+            raise ValueError(f"{factor} is missing")
+    return torch.bmm(tensors[f"{name}_left"], tensors[f"{name}_right"])
 
 
 def _transposed(tensor: Tensor) -> Tensor:

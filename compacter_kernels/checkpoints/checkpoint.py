@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compacter_kernels.config import DTYPES, CompacterConfig
@@ -50,26 +51,59 @@ class Checkpoint:
         except TypeError as error:
             raise ValueError(str(error)) from error
 
-    def whole(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each target with all tensors of its adapter, including the shared ones."""
-        for target, adapter in self.adapters.items():
-            yield target, {**adapter, **borrowed(self.shared)}
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """Return for each target all tensors of its adapter, including the shared ones."""
+        return {target: {**adapter, **borrowed(self.shared)} for target, adapter in self.adapters.items()}
 
     def missing_shared(self) -> list[str]:
         """Return the names of shared weights that the options ask for and that are missing."""
         rules = RULES[1:] if self.options.get("factorized_phm_rule") else RULES[:1]
         factors = FACTORS[:2] if self.options.get("factorized_phm_W", True) else FACTORS[2:]
-        needed = list(rules) if self.options["shared_phm_rule"] else []
-        if self.options["shared_W_phm"]:
-            needed += [name.replace("W", f"W_{position}") for position in POSITIONS for name in factors]
-        return [name for name in needed if name not in self.shared]
+        needed = (rules if self.options["shared_phm_rule"] else ()) + (factors if self.options["shared_W_phm"] else ())
+        missing = [name for name in SHARED if name not in self.shared]
+        return [name for name in missing if SHARED[name][0].partition(".")[2] in needed]
+
+    def share_equal_weights(self) -> None:
+        """Take the weights that are equal in all adapters out of these, as shared ones."""
+        first, *others = every = list(self.adapters.values())
+        for weights in ("phm_rule", "W") if others else ("phm_rule",):
+            names = [name for name, keys in SHARED.items() if name.startswith(weights) and keys[0] in first]
+            of_first = {name: first[SHARED[name][0]] for name in names}
+            needed = borrowed(of_first).items()
+            if all(key in adapter and torch.equal(adapter[key], tensor) for adapter in every for key, tensor in needed):
+                self.shared |= of_first
+        for adapter in every:
+            for name in borrowed(self.shared):
+                del adapter[name]
+
+    def options_of_weights(self) -> dict[str, Any]:
+        """Return the options that the weights show, or raise ValueError for more than one size."""
+        first = next(iter(self.whole().values()))
+        all_sizes = {sizes(adapter) for adapter in self.whole().values()}
+        if len(all_sizes) > 1:
+            raise ValueError(f"adapters of more than one size (hidden, bottleneck): {sorted(all_sizes)}")
+        factorised = "down.W_left" in first
+        left = first["down.W_left" if factorised else "down.W"]
+        return {
+            "reduction_factor": _reduction_factor(*sizes(first)),
+            "phm_dim": left.shape[0],
+            "phm_rank": left.shape[2] if factorised else 1,
+            "phm_bias": "down.b" in first,
+            "factorized_phm_W": factorised,
+            "factorized_phm_rule": "down.phm_rule_left" in first,
+            "shared_phm_rule": any(name.startswith("phm_rule") for name in self.shared),
+            "shared_W_phm": any(name.startswith("W") for name in self.shared),
+            "scaling": "learned" if "scaling" in first else 1.0,
+            "ln_before": "norm_before.weight" in first,
+            "ln_after": "norm_after.weight" in first,
+        }
 
     def check(self) -> None:
         """Raise ValueError if the tensors of an adapter are not those that the options ask for."""
         config = self.config
         if not self.adapters:
             raise ValueError("there are no adapters in it")
-        for target, tensors in self.whole():
+        for target, tensors in self.whole().items():
             try:
                 expected = _expected(tensors, config)
             except ValueError as error:
@@ -92,7 +126,7 @@ def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[st
     if isinstance(given, int | float) and hidden // given != bottleneck:
         raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
     try:
-        factor = reduction_factor(hidden, bottleneck)
+        factor = _reduction_factor(hidden, bottleneck)
         adapter = CompacterAdapter(hidden, reduction_factor=factor, device="meta", **config.of_each_adapter())
     except (TypeError, RuntimeError, OverflowError) as error:  # no tensor can have these sizes
         raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
@@ -106,17 +140,16 @@ def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the hidden size and the bottleneck of an adapter, or raise ValueError."""
-    if "down.W_left" not in tensors and "down.W" not in tensors:
+    left = tensors.get("down.W_left", tensors.get("down.W"))
+    if left is None:
         raise ValueError(f"an adapter without W_left and W; it has {', '.join(sorted(tensors))}")
-    left = tensors["down.W_left" if "down.W_left" in tensors else "down.W"]
     right = tensors.get("down.W_right", left)
     if left.dim() != 3 or right.dim() != 3:
         raise ValueError(f"W of a PHM layer has three dimensions, got {tuple(left.shape)} and {tuple(right.shape)}")
     return left.shape[0] * left.shape[1], right.shape[0] * right.shape[2]
 
 
-def reduction_factor(hidden: int, bottleneck: int) -> float:
-    """Return a reduction factor that gives this bottleneck."""
+def _reduction_factor(hidden: int, bottleneck: int) -> float:
     if bottleneck and hidden % bottleneck == 0:
         return hidden // bottleneck
     exact = hidden / max(bottleneck, 1)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.convert.names import head_of
-from compacter_kernels.checkpoints.convert.source import Source
-from compacter_kernels.checkpoints.files import CONFIG
-from compacter_kernels.checkpoints.format import PEFT_TYPE, VERSION, about_model, describe, read_config
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
+from compacter_kernels.checkpoints.files import CONFIG, FORMAT, about_model, of_model, read_config
+from compacter_kernels.checkpoints.names import head_of
+from compacter_kernels.checkpoints.source import Source
 from compacter_kernels.targets.added import NAME, adapters_of
 
 _OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")
 
 
 def read(source: Source) -> Checkpoint:
-    """Return the checkpoint in an adapter folder, or in a model into which adapters were injected.
-
-    Raises:
-        ValueError: The config is missing or does not fit, or the model has no such adapters.
-    """
+    """Return the checkpoint in an adapter folder or adapted model; ValueError if there is none."""
     if source.model is not None:
         adapters = adapters_of(source.model)
         if adapters is None:
@@ -28,7 +23,7 @@ def read(source: Source) -> Checkpoint:
             )
         name = source.choose(list(adapters.configs), default=adapters.active or next(iter(adapters.configs)))
         tensors = {key: tensor.detach() for key, tensor in adapters.tensors(source.model, name).items()}
-        config, model = adapters.configs[name], describe(source.model)
+        config, model = adapters.configs[name], of_model(source.model)
     elif source.is_whole_model():
         raise ValueError(
             f"it holds a whole {source.config['model_type']} with adapters in it, whose options no file says. Make "
@@ -38,9 +33,9 @@ def read(source: Source) -> Checkpoint:
     elif not source.config:
         raise ValueError(f"tensors of our format need their {CONFIG}; give the folder that holds both")
     else:
-        tensors, model = source.tensors, source.config
+        tensors, model = source.tensors, about_model(source.config)
         config = read_config(source.config, Path(CONFIG))
-    checkpoint = Checkpoint(options=config.to_dict(), model=about_model(model))
+    checkpoint = Checkpoint(options=config.to_dict(), model=model)
     for key, tensor in tensors.items():
         path, _, rest = f".{key}".rpartition(f".{NAME}.")
         path = path.removeprefix(".")
@@ -61,5 +56,4 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     for key, tensor in checkpoint.copies.items():
         module = head_of(key) or key.rpartition(".")[0]
         tensors[f"{module}.{NAME}.{key.removeprefix(f'{module}.')}"] = tensor
-    of_format = {"peft_type": PEFT_TYPE, "format_version": VERSION, **about_model(checkpoint.model)}
-    return tensors, {**of_format, **checkpoint.config.to_dict()}, {}
+    return tensors, {**FORMAT, **about_model(checkpoint.model), **checkpoint.config.to_dict()}, {}

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compacter_kernels.checkpoints.convert.checkpoint import MissingRuleError
-from compacter_kernels.checkpoints.convert.conversion import convert, read
-from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
-from compacter_kernels.checkpoints.convert.source import Source, open_source
+from compacter_kernels.checkpoints.checkpoint import MissingRuleError
+from compacter_kernels.checkpoints.convert import FORMATS, LAYERS, convert, format_of, read
+from compacter_kernels.checkpoints.source import Source, open_source
 
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?
@@ -44,11 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _contents(source: Source, source_format: str) -> dict[str, Any]:
     if source_format in LAYERS:
-        return {"complete": True, "tensors": len(source.tensors)}
+        return {"tensors": len(source.tensors)}
     checkpoint = read(source, source_format)
     tensors = [*checkpoint.shared.values(), *(t for adapter in checkpoint.adapters.values() for t in adapter.values())]
     return {
-        "complete": True,
         "adapters": len(checkpoint.adapters),
         "parameters": sum(tensor.numel() for tensor in tensors),
         "shared": sorted(checkpoint.shared),
@@ -56,20 +54,6 @@ def _contents(source: Source, source_format: str) -> dict[str, Any]:
         "model": checkpoint.model,
         "options": checkpoint.config.to_dict(),
         "notes": checkpoint.notes,
-    }
-
-
-def _conversion(args: argparse.Namespace, told: dict[str, Any]) -> dict[str, Any]:
-    options = {"source_format": args.source_format, "target_name": args.target_name, "allow_loss": args.allow_loss}
-    converted = convert(args.source, args.to, args.out, **told, **options)
-    return {
-        "source_format": converted.source_format,
-        "target_format": converted.target_format,
-        "complete": True,
-        "written": str(args.out),
-        "tensors": len(converted.tensors),
-        "losses": converted.losses,
-        "notes": converted.notes,
     }
 
 
@@ -82,22 +66,21 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.to is None:
             source = open_source(args.source, **told)
-            result["source_format"] = args.source_format or format_of(source)
-            result |= _contents(source, result["source_format"])
+            source_format = args.source_format or format_of(source)
+            result |= {"source_format": source_format, "complete": True}
+            result |= _contents(source, source_format)
         else:
-            result |= _conversion(args, told)
+            options = {key: getattr(args, key) for key in ("source_format", "target_name", "allow_loss")}
+            converted = convert(args.source, args.to, args.out, **told, **options)
+            result |= {"source_format": converted.source_format, "target_format": args.to, "complete": True}
+            result |= {"written": str(args.out), "tensors": len(converted.tensors)}
+            result |= {"losses": converted.losses, "notes": converted.notes}
     except MissingRuleError as error:
         result |= {"complete": False, "missing": str(error)}
     if args.json:
         print(json.dumps(result, indent=2))
-    else:
-        for key, value in result.items():
-            for number, line in enumerate(_lines(value)):
-                print(f"{key if number == 0 else '':<16}{line}")
+    for key, value in () if args.json else result.items():
+        lines = [f"{option} {item}" for option, item in value.items()] if isinstance(value, dict) else value
+        for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
+            print(f"{key if number == 0 else '':<16}{line}")
     return 0 if result["complete"] else 1
-
-
-def _lines(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return [f"{key} {item}" for key, item in value.items()]
-    return value if isinstance(value, list) else [value]

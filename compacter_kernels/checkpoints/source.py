@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
-from compacter_kernels.checkpoints.convert.checkpoint import SHARED
-from compacter_kernels.checkpoints.shards import read_sharded
+from compacter_kernels.checkpoints.checkpoint import SHARED
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
@@ -40,11 +39,7 @@ class Source:
         return isinstance(self.config.get("model_type"), str) and "transformers_version" in self.config
 
     def choose(self, names: Sequence[str], kind: str = "name", default: str | None = None) -> str:
-        """Return the name that the caller asks for, else the default, else the only name.
-
-        Raises:
-            ValueError: The name asked for is not one of these; or there are several and no default.
-        """
+        """Return the name that the caller asks for, else the default, else the only name."""
         name = default if self.name is None else self.name
         if name is None and len(names) > 1:
             raise ValueError(f"there are adapters of {len(names)} {kind}s; give name=, one of {', '.join(names)}")
@@ -54,14 +49,27 @@ class Source:
 
 
 def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> Source:
-    """Read and check a source without unpickling. told: `name` and other fields of `Source`.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: The source or the rule is of another type,
-            malformed, pickled or not there.
-    """
-    given = {} if phm_rule is None else _shared_weights(phm_rule)
-    return replace(_open(source), given=given, **told)
+    """Read a source, with errors as `convert` has. told: `name` and other fields of `Source`."""
+    told["given"] = {} if phm_rule is None else _shared_weights(phm_rule)
+    if isinstance(source, nn.Module):
+        check_gathered(source)
+        model = unwrapped(source)
+        tensors = {plain_path(model, key): t.detach() for key, t in model.state_dict().items()}
+        return Source(tensors, model=model, **told)
+    if isinstance(source, Mapping):
+        wrong = [key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+        if wrong:
+            raise TypeError(f"source must map names to tensors; {wrong[0]!r} is none (a state dict inside it?)")
+        return Source({key: tensor.detach() for key, tensor in source.items()}, **told)
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source must be a path, a mapping of tensors or a module, got {type(source).__name__}")
+    path = Path(source)
+    if path.is_file():
+        files.refuse_pickled(path)
+        return Source(files.read_tensors(path), **told)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not there")
+    return Source(*_read_folder(path), **told)
 
 
 def _shared_weights(rule: Rule) -> dict[str, Tensor]:
@@ -76,38 +84,14 @@ def _shared_weights(rule: Rule) -> dict[str, Tensor]:
     return shared
 
 
-def _open(source: Any) -> Source:
-    if isinstance(source, nn.Module):
-        check_gathered(source)
-        model = unwrapped(source)
-        return Source({plain_path(model, key): t.detach() for key, t in model.state_dict().items()}, model=model)
-    if isinstance(source, Mapping):
-        wrong = [key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-        if wrong:
-            raise TypeError(f"source must map names to tensors; {wrong[0]!r} is none (a state dict inside it?)")
-        return Source({key: tensor.detach() for key, tensor in source.items()})
-    if not isinstance(source, str | Path):
-        raise TypeError(f"source must be a path, a mapping of tensors or a module, got {type(source).__name__}")
-    path = Path(source)
-    if path.is_file():
-        files.refuse_pickled(path)
-        return Source(_read(path))
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not there")
-    return _open_folder(path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_sharded(path) if path.name.endswith(files.INDEX) else files.read_tensors(path)
-
-
-def _open_folder(folder: Path) -> Source:
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Return the tensors, the config and the head."""
     configs = (folder / name for name in (files.CONFIG, "config.json"))
     config = next((files.read_json(path) for path in configs if path.is_file()), {})
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
     of_adapters = [name for name in (files.TENSORS, ADAPTERS_TENSORS) if name in names]
     indices = sorted(path.name for path in folder.glob(f"*{files.INDEX}"))
-    complete = [name for name in names if not files.is_shard(name)]
+    complete = [name for name in names if not files.SHARD.fullmatch(name)]
     checkpoints = of_adapters[:1] or [*indices, *complete]
     if not names and not indices:
         files.refuse_pickled(folder)
@@ -115,13 +99,13 @@ def _open_folder(folder: Path) -> Source:
         hint = f", but its folders {', '.join(below)} have; give one of them" if below else ""
         raise FileNotFoundError(f"{folder} has no .safetensors file{hint}")
     if not checkpoints:
-        shard = f"shards of a checkpoint, such as {names[0]}"
-        raise FileNotFoundError(f"{folder} has {shard}, and no *{files.INDEX} beside them")
+        shards = f"shards of a checkpoint, such as {names[0]}"
+        raise FileNotFoundError(f"{folder} has {shards}, and no *{files.INDEX} beside them")
     if not of_adapters and (len(checkpoints) > 1 or (complete and complete != names)):
         listed = ", ".join(checkpoints[:8])
         raise ValueError(f"{folder} holds {len(checkpoints)} checkpoints; give one of them: {listed}")
-    tensors = _read(folder / checkpoints[0])
+    tensors = files.read_tensors(folder / checkpoints[0])
     if of_adapters:
         files.check_digest(folder / checkpoints[0], config.get(files.DIGEST))
     head = files.read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
-    return Source(tensors, config, head)
+    return tensors, config, head

@@ -16,9 +16,11 @@ from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS
 from compacter_kernels.targets.find import HEADS, block_pattern
 from compacter_kernels.targets.wrappers import plain_names
 
-T5_TARGETS = {
-    "encoder": ("SelfAttention.o", "DenseReluDense.wo"),
-    "decoder": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
+# The blocks of a T5: a pattern for their names -> the names of their targets.
+_T5_BLOCKS = {
+    r"(?:encoder|decoder)\.block\.\d+\.layer\.0": "SelfAttention.o",
+    r"decoder\.block\.\d+\.layer\.1": "EncDecAttention.o",
+    r"(?:encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)": "DenseReluDense.wo",
 }
 _BASE = r"bert|roberta|electra|distilbert|vit|wav2vec2|model|transformer(?=\.(?:h|encoder|decoder|shared_parameters)\.)"
 
@@ -66,32 +68,18 @@ def block_of(target: str, architecture: Architecture) -> TargetBlock | None:
     return None
 
 
-def is_cross_attention(target: str) -> bool:
-    """Whether a module of this name ends a block of cross-attention in any family."""
-    blocks = (block_of(target, family) for family in ARCHITECTURES.values())
-    return next((block.kind for block in blocks if block), None) == "cross_attention"
-
-
 def t5_target(block: str) -> str:
-    """Return `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`, and so on.
-
-    Raises:
-        ValueError: A T5 has no such block.
-    """
-    match = re.fullmatch(r"(encoder|decoder)\.block\.\d+\.layer\.(\d)", block)
-    targets = T5_TARGETS[match[1]] if match else ()
-    if match is None or int(match[2]) >= len(targets):
-        raise ValueError(f"{block} is no layer of a T5, such as encoder.block.0.layer.1")
-    return f"{block}.{targets[int(match[2])]}"
+    """Return a T5's `encoder.block.0.layer.1.DenseReluDense.wo` for `encoder.block.0.layer.1`."""
+    for pattern, target in _T5_BLOCKS.items():
+        if re.fullmatch(pattern, block):
+            return f"{block}.{target}"
+    raise ValueError(f"{block} is no layer of a T5, such as encoder.block.0.layer.1")
 
 
 def t5_block(target: str) -> str | None:
     """Return the block of a T5 that has this target, or None if there is none."""
-    block = target.rpartition(".")[0].rpartition(".")[0]
-    try:
-        return block if t5_target(block) == target else None
-    except ValueError:
-        return None
+    match = re.fullmatch("|".join(rf"({block})\.{re.escape(end)}" for block, end in _T5_BLOCKS.items()), target)
+    return match[match.lastindex or 0] if match else None
 
 
 def target_options(targets: Iterable[str], model_type: str | None = None) -> dict[str, Any]:
@@ -104,24 +92,20 @@ def target_options(targets: Iterable[str], model_type: str | None = None) -> dic
     families = [ARCHITECTURES[model_type]] if model_type in ARCHITECTURES else ARCHITECTURES.values()
     for family in dict.fromkeys(families):
         blocks = [block for target in targets if (block := block_of(target, family))]
-        kinds = _kinds_in_every_layer(blocks) if len(blocks) == len(targets) else None
-        if kinds is not None:
-            return {option: kind in kinds for kind, option in BLOCK_OPTIONS.items()}
+        if len(blocks) == len(targets) and _are_in_every_layer(blocks):
+            return {option: any(block.kind == kind for block in blocks) for kind, option in BLOCK_OPTIONS.items()}
     return {"target_modules": sorted(targets)}
 
 
-def _kinds_in_every_layer(blocks: list[TargetBlock]) -> set[str] | None:
-    """Return the kinds of the blocks, or None if one kind is in some of the layers only."""
-    kinds = {block.kind for block in blocks}
-    depth: dict[str, int] = {}
-    for block in blocks:
-        depth[block.stack] = max(depth.get(block.stack, 0), block.layer + 1)
-    halves = {stack.partition(".")[0] for stack in depth} & {"encoder", "decoder"}
-    if any(stack.endswith(("block", "layers")) for stack in depth) and len(halves) == 1:
-        return None  # only the encoder, or only the decoder, of a model that has both
-    for stack, layers in depth.items():
+def _are_in_every_layer(blocks: list[TargetBlock]) -> bool:
+    stacks, kinds = {block.stack for block in blocks}, {block.kind for block in blocks}
+    halves = {stack.partition(".")[0] for stack in stacks} & {"encoder", "decoder"}
+    if any(stack.endswith(("block", "layers")) for stack in stacks) and len(halves) == 1:
+        return False  # only the encoder, or only the decoder, of a model that has both
+    for stack in stacks:
+        layers = set(range(1 + max(block.layer for block in blocks if block.stack == stack)))
         for kind in kinds:
             present = {block.layer for block in blocks if (block.stack, block.kind) == (stack, kind)}
-            if present != set(range(layers)) and (present or kind != "cross_attention"):
-                return None
-    return kinds
+            if present != layers and (present or kind != "cross_attention"):
+                return False
+    return True

@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints.convert import hypernets
-from compacter_kernels.checkpoints.convert.checkpoint import Checkpoint
-from compacter_kernels.checkpoints.convert.formats import FORMATS, LAYERS, format_of
-from compacter_kernels.checkpoints.convert.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
-from compacter_kernels.checkpoints.files import TENSORS, write_file, write_folder
+from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, state_dicts
+from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
+from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
+from compacter_kernels.checkpoints.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
+from compacter_kernels.targets.added import adapters_of
+
+
+class Format(NamedTuple):
+    """How to recognise, read and write adapters; a format of single layers cannot be read."""
+
+    sign: str  # a regular expression for names of tensors that occur in this format alone
+    read: Callable[[Source], Checkpoint] | None = None
+    write: Callable[[Checkpoint, str | None], Written] | None = None
+
+
+def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
+    sign = rf".*\.{adapter}\.(down|up)_sampler\..*"
+    return Format(sign, partial(state_dicts.read, form), partial(state_dicts.write, form))
+
+
+FORMATS = {
+    "compacter-kernels": Format(r"(.*\.)?compacter\.(down|up|shared)\..*", ours.read, ours.write),
+    "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
+    "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
+    "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
+    "t-few": _state_dict("adapter", state_dicts.T_FEW),
+    "hypernets": Format(r"(.*\.)?[as]", write=hypernets.write),
+    "phm_linear": Format(r"(.*\.)?(phm_rule(_left)?)"),
+}
+LAYERS = tuple(kind for kind, form in FORMATS.items() if form.read is None)
+
+
+def format_of(source: Source) -> str:
+    """Return the format of a source, by its model or tensors' names, or raise ValueError."""
+    if adapters_of(source.model) is not None:
+        return "compacter-kernels"
+    if getattr(source.model, "adapters_config", None) is not None:
+        return "adapters"
+    method = source.config.get("peft_type", PEFT_TYPE)
+    if method != PEFT_TYPE:
+        raise ValueError(f"it holds adapters of another method than Compacter, peft_type {method!r}")
+    fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
+    fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
+    if not fitting and source.is_whole_model():
+        model_type = source.config["model_type"]
+        raise ValueError(f"it holds a whole model of the type {model_type!r}, and no Compacter adapters")
+    if len(fitting) != 1:
+        names = " and ".join(fitting) or f"no format: {', '.join(sorted(source.tensors)[:4]) or 'none'}"
+        raise ValueError(f"the names of the tensors fit {names}; give source_format=, one of {', '.join(FORMATS)}")
+    return fitting[0]
 
 
 @dataclass
@@ -78,8 +125,15 @@ def convert(
     opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
     source_format = source_format or format_of(opened)
     write = FORMATS[target_format].write
-    if FORMATS[source_format].read is None or write is None:
-        converted = Converted(source_format, target_format, _layers(opened.tensors, source_format, target_format))
+    if source_format in LAYERS and target_format in LAYERS:
+        layers = hypernets.to_phm_linear(opened.tensors) if source_format == "hypernets" else opened.tensors
+        layers = hypernets.from_phm_linear(layers) if target_format == "hypernets" else dict(layers)
+        converted = Converted(source_format, target_format, layers)
+    elif source_format in LAYERS or write is None:
+        raise ValueError(
+            f"{source_format!r} to {target_format!r}: hypernets and phm_linear are layers, without what makes them an "
+            "adapter; they convert into each other, and adapters into hypernets"
+        )
     else:
         checkpoint = read(opened, source_format)
         written = write(checkpoint, target_name or name)
@@ -104,29 +158,20 @@ def read(source: Source, source_format: str) -> Checkpoint:
     return checkpoint
 
 
-def _layers(tensors: dict[str, Tensor], source_format: str, target_format: str) -> dict[str, Tensor]:
-    if {source_format, target_format} - set(LAYERS):
-        raise ValueError(
-            f"{source_format!r} to {target_format!r}: hypernets and phm_linear are layers, without what makes them an "
-            "adapter; they convert into each other, and adapters into hypernets"
-        )
-    layers = hypernets.to_phm_linear(tensors) if source_format == "hypernets" else dict(tensors)
-    return layers if target_format == "phm_linear" else hypernets.from_phm_linear(layers)
-
-
 def _store(converted: Converted, target: Path) -> None:
     if converted.config is None:
         if target.suffix != ".safetensors":
             kind = converted.target_format
             raise ValueError(f"{target}: the format {kind!r} is one file; give a name in .safetensors")
-        write_file(target, converted.tensors)
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; give a file")
+        write_folder(target.parent, {target.name: converted.tensors}, None)
     elif converted.target_format == "adapters":
         pickled = target / "pytorch_adapter.bin"
         if pickled.exists():
-            raise ValueError(
-                f"{pickled} is there, which `adapters` may read instead; take it away, or give another folder"
-            )
+            problem = "which `adapters` may read instead; take it away, or give another folder"
+            raise ValueError(f"{pickled} is there, {problem}")
         files = {ADAPTERS_TENSORS: converted.tensors} | ({ADAPTERS_HEAD: converted.head} if converted.head else {})
-        write_folder(target, files, converted.config, digest=False)
+        write_folder(target, files, converted.config)
     else:
         write_folder(target, {TENSORS: converted.tensors}, converted.config)
