@@ -14,7 +14,7 @@ from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
 from compacter_kernels.functional import compacter_adapter, phm_linear
-from compacter_kernels.patch import phm_layers
+from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.methods import runs_more
 from compacter_kernels.private import children
@@ -43,12 +43,12 @@ def is_phm_layer(module: Any) -> bool:
 def weights(layer: Any) -> PHMWeights:
     """The weights of a PHMLayer; the model's forward puts shared ones into the ForwardContext."""
     if not (layer.shared_phm_rule or layer.shared_W_phm):
-        return phm_layers.weights(layer, layer, layer)
+        return phm_modules.weights(layer, layer, layer)
     shared = ForwardContext.get_contexts()[-1].shared_parameters[layer.name]
     rules = shared if layer.shared_phm_rule else layer
     if layer.shared_W_phm:
-        return phm_layers.weights(layer, rules, shared, f"W_{layer.position}")
-    return phm_layers.weights(layer, rules, layer)
+        return phm_modules.weights(layer, rules, shared, f"W_{layer.position}")
+    return phm_modules.weights(layer, rules, layer)
 
 
 def projection(layer: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import nn
 
-from compacter_kernels.patch import adapters_shortcuts, phm_layers
+from compacter_kernels.patch import adapters_shortcuts, phm_modules
 from compacter_kernels.patch.adapters_forward import bottleneck, describe, is_phm_layer, original, originals, projection
 from compacter_kernels.patch.adapters_layer import compose_single, layer_forward
 from compacter_kernels.patch.methods import put, replaced_by_others
@@ -83,7 +83,7 @@ def _patch_layer(layer: Any) -> tuple[bool, str] | None:
 
 
 def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
-    if not any(phm_layers.is_phm_layer(part) for part in adapter.modules()):
+    if not any(phm_modules.is_phm_layer(part) for part in adapter.modules()):
         return None  # a bottleneck adapter without Compacter
     if original(type(adapter), "forward") not in {original(kind, "forward") for kind in (Adapter, ParallelAdapter)}:
         return False, f"{type(adapter).__name__} has a forward of its own; its PHM layers run one by one"

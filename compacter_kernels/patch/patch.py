@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels.patch import phm_adapters
+from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.methods import is_ours, restore
 from compacter_kernels.patch.report import Entry, Report
 
@@ -125,7 +125,7 @@ def _patch_modules(model: nn.Module, library: Any) -> Report:
     skipped: list[Entry] = []
     reported: set[int] = set()  # modules that a line of the report covers, with the parts of whole adapters
     for name, module in model.named_modules():
-        result = (library and library.patch_module(module)) or phm_adapters.patch_module(module)
+        result = (library and library.patch_module(module)) or phm_modules.patch_module(module)
         if result is None:
             continue
         done, note = result
