@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from adapters.methods.bottleneck import BottleneckLayer
@@ -14,13 +13,10 @@ from compacter_kernels.patch import adapters_shortcuts, phm_modules
 from compacter_kernels.patch.adapters_forward import bottleneck, describe, is_phm_layer, original, originals, projection
 from compacter_kernels.patch.adapters_layer import compose_single, layer_forward
 from compacter_kernels.patch.methods import put, replaced_by_others
-from compacter_kernels.patch.report import Entry
+from compacter_kernels.patch.patch import Entry
 
-_OF_LAYERS: dict[str, Callable[..., Any]] = {
-    "compose_single": compose_single,
-    "bottleneck_layer_forward": layer_forward,
-}
-_OF_CLASSES: dict[tuple[type, str], Callable[..., Any]] = {
+_OF_LAYERS: dict[str, Any] = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}
+_OF_CLASSES: dict[tuple[type, str], Any] = {
     (Adapter, "forward"): bottleneck,
     (ParallelAdapter, "forward"): bottleneck,
     (PHMLayer, "forward"): projection,
@@ -33,8 +29,7 @@ def patch_classes() -> tuple[Entry, ...]:
     for (kind, name), function in _OF_CLASSES.items():
         originals.setdefault((kind, name), vars(kind)[name])
         setattr(kind, name, function)
-    adapters_shortcuts.take(sys.modules["adapters"])
-    return (*map(_entry, _OF_CLASSES), *adapters_shortcuts.ENTRIES)
+    return (*map(_entry, _OF_CLASSES), *adapters_shortcuts.take(sys.modules["adapters"]))
 
 
 def unpatch_classes() -> tuple[Entry, ...]:

@@ -21,7 +21,7 @@ from adapters.context import AdapterSetup
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from torch import Tensor
 
-from compacter_kernels.patch.report import Entry
+from compacter_kernels.patch.patch import Entry
 from compacter_kernels.private import children
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models, and the library where it is patched as a whole
@@ -62,19 +62,19 @@ ENTRIES = tuple(
 )
 
 
-def take(user: Any) -> None:
-    """Replace the functions until this user, and every other one, gives them back."""
+def take(user: Any) -> tuple[Entry, ...]:
+    """Replace the functions until this user, and every other one, gives them back; their entries."""
     for function, stand_in, _ in _REPLACED:
         _exchange(function, stand_in, function.__name__)
     _users.add(user)
+    return ENTRIES
 
 
 def give_back(user: Any) -> tuple[Entry, ...]:
     """Restore the functions, unless another user remains; the entries of those restored."""
-    if user not in _users:
-        return ()
-    _users.remove(user)
-    if _users:
+    was_last = set(_users) == {user}
+    _users.discard(user)
+    if not was_last:
         return ()
     for function, stand_in, _ in _REPLACED:
         _exchange(stand_in, function, function.__name__)
