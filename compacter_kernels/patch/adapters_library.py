@@ -1,19 +1,28 @@
-"""Which modules, and which classes, of the library `adapters` get which function."""
+"""Which modules, classes and functions of the library `adapters` get which function.
+
+Two functions get shortcuts, `matched` and `active_setup`, for every model of the process. These
+leave out work that most models do not need. Results are the same.
+"""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
+from adapters.composition import match_attn_matrices_for_parallel
+from adapters.context import AdapterSetup
+from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
-from torch import nn
+from torch import Tensor, nn
 
-from compacter_kernels.patch import adapters_shortcuts, phm_modules
+from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.adapters_forward import bottleneck, describe, is_phm_layer, original, originals, projection
 from compacter_kernels.patch.adapters_layer import compose_single, layer_forward
 from compacter_kernels.patch.methods import put, replaced_by_others
 from compacter_kernels.patch.patch import Entry
+from compacter_kernels.private import children
 
 _OF_LAYERS: dict[str, Any] = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}
 _OF_CLASSES: dict[tuple[type, str], Any] = {
@@ -22,28 +31,6 @@ _OF_CLASSES: dict[tuple[type, str], Any] = {
     (PHMLayer, "forward"): projection,
     **{(BottleneckLayer, name): function for name, function in _OF_LAYERS.items()},
 }
-
-
-def patch_classes() -> tuple[Entry, ...]:
-    """Replace the methods on their classes, and take the shortcuts."""
-    for (kind, name), function in _OF_CLASSES.items():
-        originals.setdefault((kind, name), vars(kind)[name])
-        setattr(kind, name, function)
-    return (*map(_entry, _OF_CLASSES), *adapters_shortcuts.take(sys.modules["adapters"]))
-
-
-def unpatch_classes() -> tuple[Entry, ...]:
-    """Restore what `patch_classes` replaced."""
-    restored = tuple(map(_entry, originals))
-    for (kind, name), method in originals.items():
-        setattr(kind, name, method)
-    originals.clear()
-    return (*restored, *adapters_shortcuts.give_back(sys.modules["adapters"]))
-
-
-def _entry(method: tuple[type, str]) -> Entry:
-    kind, name = method
-    return Entry(f"{kind.__module__}.{kind.__qualname__}.{name}", "for every model of this process")
 
 
 def patch_module(module: nn.Module) -> tuple[bool, str] | None:
@@ -88,3 +75,97 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
         return False, "one of its projections is not a PHM layer of `adapters`"
     put(adapter, "forward", bottleneck)
     return True, describe(adapter)
+
+
+def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Instead of match_attn_matrices_for_parallel, which copies all three in every attention.
+
+    The Parallel composition can leave query, key and value with batches of different size, so the
+    library repeats them to the largest. Where the sizes agree, no copy is needed, which would have
+    a backward of its own.
+    """
+    if query.shape[0] == key.shape[0] == value.shape[0]:
+        return query, key, value
+    repeated: tuple[Tensor, ...] = match_attn_matrices_for_parallel(query, key, value)
+    return repeated
+
+
+def active_setup(layer: Any) -> Any:
+    """Instead of AdapterLayerBase.get_active_setup: first look whether the layer holds any adapter.
+
+    The library searches the active adapters for LoRA in every linear layer, for prefixes in every
+    attention and for ReFT in every block, even in a model that has none of these.
+    """
+    name = layer.adapter_modules_name
+    modules = children(layer).get(name)
+    held = getattr(layer, name) if modules is None else children(modules)
+    if not held:
+        return None
+    contexts, config = AdapterSetup.get_contexts(), layer.adapters_config
+    setup = contexts[-1].adapter_setup if contexts else config.active_setup
+    if setup is None or (config.skip_layers is not None and layer.layer_idx in config.skip_layers):
+        return None
+    names = setup.children
+    if len(names) == 1 and type(names[0]) is str:  # `flatten` would make a set of this one
+        return setup if names[0] in held else None
+    return None if setup.flatten().isdisjoint(held) else setup
+
+
+def _entry(path: str, name: str, gain: str = "") -> Entry:
+    return Entry(f"{path}.{name}", f"{gain}for every model of this process")
+
+
+_SHORTCUTS = (
+    (match_attn_matrices_for_parallel, matched, "no copies where the batches agree, "),
+    (AdapterLayerBase.get_active_setup, active_setup, "no search where a layer holds no adapters, "),
+)
+SHORTCUTS = tuple(_entry(function.__module__, function.__qualname__, gain) for function, _, gain in _SHORTCUTS)
+_users: weakref.WeakSet[Any] = weakref.WeakSet()  # models with the shortcuts, and the library if patched as a whole
+
+
+def patch_classes() -> tuple[Entry, ...]:
+    """Replace the methods on their classes, and take the shortcuts."""
+    for (kind, name), function in _OF_CLASSES.items():
+        originals.setdefault((kind, name), vars(kind)[name])
+        setattr(kind, name, function)
+    return (*_entries_of_classes(), *take_shortcuts(sys.modules["adapters"]))
+
+
+def unpatch_classes() -> tuple[Entry, ...]:
+    """Restore the methods that `patch_classes` replaced, and give back the shortcuts."""
+    restored = _entries_of_classes()
+    for (kind, name), method in originals.items():
+        setattr(kind, name, method)
+    originals.clear()
+    return (*restored, *give_back_shortcuts(sys.modules["adapters"]))
+
+
+def _entries_of_classes() -> tuple[Entry, ...]:
+    return tuple(_entry(f"{kind.__module__}.{kind.__qualname__}", name) for kind, name in originals)
+
+
+def take_shortcuts(user: Any) -> tuple[Entry, ...]:
+    """Replace the functions until this user, and every other one, gives them back."""
+    for function, stand_in, _ in _SHORTCUTS:
+        _exchange(function, stand_in, function.__name__)
+    _users.add(user)
+    return SHORTCUTS
+
+
+def give_back_shortcuts(user: Any) -> tuple[Entry, ...]:
+    """Restore the functions, unless another user remains; the entries of those restored."""
+    was_last = set(_users) == {user}
+    _users.discard(user)
+    if not was_last:
+        return ()
+    for function, stand_in, _ in _SHORTCUTS:
+        _exchange(stand_in, function, function.__name__)
+    return SHORTCUTS
+
+
+def _exchange(old: Any, new: Any, name: str) -> None:
+    """In the class of the method, and in every module of the library that imported the function."""
+    modules = [module for path, module in list(sys.modules.items()) if path.startswith("adapters.")]
+    for owner in (AdapterLayerBase, *modules):
+        if vars(owner).get(name) is old:
+            setattr(owner, name, new)

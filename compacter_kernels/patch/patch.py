@@ -57,7 +57,7 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
         model: any module. None: the classes of `adapters` in this process, for all models made
             before and later.
         shortcuts: leave out work that `adapters` does in every attention and linear layer and that
-            most models do not need (`adapters_shortcuts`). This replaces two functions of
+            most models do not need (`adapters_library`). This replaces two functions of
             `adapters` for every model of the process, with the same results, until the last model
             that was patched so is unpatched. Without a model they are always replaced; a model
             without this option replaces none.
@@ -99,7 +99,7 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
             "ck.patch() without a model covers `adapters` models made later"
         )
     if shortcuts and patched:
-        patched += library.adapters_shortcuts.take(model)
+        patched += library.take_shortcuts(model)
     return Report(patched=tuple(patched), skipped=tuple(skipped))
 
 
@@ -120,7 +120,7 @@ def unpatch(model: nn.Module | None = None) -> Report:
         elif is_ours(vars(module).get("_old_forward")):
             skipped.append(Entry(name, "its forward was wrapped after it was patched; remove that hook first"))
     if library:
-        restored += library.adapters_shortcuts.give_back(model)
+        restored += library.give_back_shortcuts(model)
     return Report(restored=tuple(restored), skipped=tuple(skipped))
 
 
