@@ -17,18 +17,21 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
-from compacter_kernels.patch import phm_modules
-from compacter_kernels.patch.adapters_forward import bottleneck, describe, is_phm_layer, original, originals, projection
-from compacter_kernels.patch.adapters_layer import compose_single, layer_forward
+from compacter_kernels.patch import adapters_forward, phm_modules
+from compacter_kernels.patch.activation_names import fused_name
+from compacter_kernels.patch.adapters_forward import is_phm_layer, original, originals
 from compacter_kernels.patch.methods import put, replaced_by_others
 from compacter_kernels.patch.patch import Entry
 from compacter_kernels.private import children
 
-_OF_LAYERS: dict[str, Any] = {"compose_single": compose_single, "bottleneck_layer_forward": layer_forward}
+_OF_LAYERS = {
+    "compose_single": adapters_forward.compose_single,
+    "bottleneck_layer_forward": adapters_forward.layer_forward,
+}
 _OF_CLASSES: dict[tuple[type, str], Any] = {
-    (Adapter, "forward"): bottleneck,
-    (ParallelAdapter, "forward"): bottleneck,
-    (PHMLayer, "forward"): projection,
+    (Adapter, "forward"): adapters_forward.bottleneck,
+    (ParallelAdapter, "forward"): adapters_forward.bottleneck,
+    (PHMLayer, "forward"): adapters_forward.projection,
     **{(BottleneckLayer, name): function for name, function in _OF_LAYERS.items()},
 }
 
@@ -42,7 +45,7 @@ def patch_module(module: nn.Module) -> tuple[bool, str] | None:
     if is_phm_layer(module):
         if replaced_by_others(module, "forward"):
             return False, "its forward was replaced on the module"
-        put(module, "forward", projection)
+        put(module, "forward", adapters_forward.projection)
         return True, "one kernel for the layer"
     return None
 
@@ -73,8 +76,20 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
         return False, "its forward was replaced on the module; its PHM layers run one by one"
     if not is_phm_layer(adapter.adapter_up):
         return False, "one of its projections is not a PHM layer of `adapters`"
-    put(adapter, "forward", bottleneck)
-    return True, describe(adapter)
+    put(adapter, "forward", adapters_forward.bottleneck)
+    in_torch = {
+        "layer norm before": adapter.add_layer_norm_before,
+        "stochastic depth in training": hasattr(adapter, "DropPath"),
+        "scaling of each channel": isinstance(adapter.scaling, Tensor) and adapter.scaling.numel() != 1,
+        "dropout in training": adapter.dropout.p > 0,
+        "gate": adapter.use_gating,
+        "layer norm after": adapter.add_layer_norm_after,
+        "activation": fused_name(adapter.non_linearity.f) is None,
+    }
+    names = ", ".join(name for name, is_in_torch in in_torch.items() if is_in_torch)
+    how = f"one kernel, but for: {names}" if names else "one kernel"
+    rule = "" if adapter.adapter_up.learn_phm else " (learn_phm=False, but train_adapter trains the rule too)"
+    return True, how + rule
 
 
 def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -120,6 +135,7 @@ _SHORTCUTS = (
     (AdapterLayerBase.get_active_setup, active_setup, "no search where a layer holds no adapters, "),
 )
 SHORTCUTS = tuple(_entry(function.__module__, function.__qualname__, gain) for function, _, gain in _SHORTCUTS)
+_METHODS = tuple(_entry(f"{kind.__module__}.{kind.__qualname__}", name) for kind, name in _OF_CLASSES)
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models with the shortcuts, and the library if patched as a whole
 
 
@@ -128,44 +144,37 @@ def patch_classes() -> tuple[Entry, ...]:
     for (kind, name), function in _OF_CLASSES.items():
         originals.setdefault((kind, name), vars(kind)[name])
         setattr(kind, name, function)
-    return (*_entries_of_classes(), *take_shortcuts(sys.modules["adapters"]))
+    return (*_METHODS, *take_shortcuts(sys.modules["adapters"]))
 
 
 def unpatch_classes() -> tuple[Entry, ...]:
-    """Restore the methods that `patch_classes` replaced, and give back the shortcuts."""
-    restored = _entries_of_classes()
+    """Restore what `patch_classes` replaced."""
+    restored = _METHODS if originals else ()
     for (kind, name), method in originals.items():
         setattr(kind, name, method)
     originals.clear()
     return (*restored, *give_back_shortcuts(sys.modules["adapters"]))
 
 
-def _entries_of_classes() -> tuple[Entry, ...]:
-    return tuple(_entry(f"{kind.__module__}.{kind.__qualname__}", name) for kind, name in originals)
-
-
 def take_shortcuts(user: Any) -> tuple[Entry, ...]:
     """Replace the functions until this user, and every other one, gives them back."""
-    for function, stand_in, _ in _SHORTCUTS:
-        _exchange(function, stand_in, function.__name__)
     _users.add(user)
-    return SHORTCUTS
+    return _exchange()
 
 
 def give_back_shortcuts(user: Any) -> tuple[Entry, ...]:
     """Restore the functions, unless another user remains; the entries of those restored."""
     was_last = set(_users) == {user}
     _users.discard(user)
-    if not was_last:
-        return ()
-    for function, stand_in, _ in _SHORTCUTS:
-        _exchange(stand_in, function, function.__name__)
-    return SHORTCUTS
+    return _exchange(back=True) if was_last else ()
 
 
-def _exchange(old: Any, new: Any, name: str) -> None:
+def _exchange(back: bool = False) -> tuple[Entry, ...]:
     """In the class of the method, and in every module of the library that imported the function."""
     modules = [module for path, module in list(sys.modules.items()) if path.startswith("adapters.")]
-    for owner in (AdapterLayerBase, *modules):
-        if vars(owner).get(name) is old:
-            setattr(owner, name, new)
+    for function, stand_in, _ in _SHORTCUTS:
+        old, new = (stand_in, function) if back else (function, stand_in)
+        for owner in (AdapterLayerBase, *modules):
+            if vars(owner).get(function.__name__) is old:
+                setattr(owner, function.__name__, new)
+    return SHORTCUTS

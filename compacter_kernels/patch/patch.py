@@ -63,8 +63,8 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
             without this option replaces none.
 
     Returns:
-        The modules that were patched and how, and those that were not and why. It prints as a
-        list. It names the two functions where the shortcuts are taken.
+        The modules that were patched and how, those that were not and why, and the two functions
+        where the shortcuts are taken. It prints as a list.
 
     Raises:
         TypeError: model is no module.

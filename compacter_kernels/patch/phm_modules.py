@@ -25,6 +25,8 @@ from compacter_kernels.weights import PHMWeights, factorised_rule
 
 ATTRIBUTES = ("in_features", "out_features", "phm_dim", "learn_phm", "factorized_phm_rule", "shared_phm_rule", "b")
 PARTS = {"down_sampler", "up_sampler", "activation"}
+Kernel = Callable[..., Tensor]
+Options = dict[str, Any]
 METHODS = ("forward", "post_forward")  # OpenDelta calls post_forward with the output of the adapted module
 
 
@@ -103,18 +105,16 @@ def patch_module(module: nn.Module) -> tuple[bool, str] | None:
         return False, "it makes its layers in its first call; patch after that"
     if isinstance(module, PHMLinear):
         return False, "it is one of compacter_kernels"
-    return _patch_layer(module) if is_phm_layer(module) else None
-
-
-def _patch_layer(layer: nn.Module) -> tuple[bool, str]:
-    if replaced_by_others(layer, "forward"):
+    if not is_phm_layer(module):
+        return None
+    if replaced_by_others(module, "forward"):
         return False, "its forward was replaced on the module"
-    if unset := _unset(layer):
+    if unset := _unset(module):
         return False, f"{unset} have not been set yet"
-    options = _probe(layer, "forward", "x H + b", forward, [{}])
+    options = _probe(module, "forward", "x H + b", forward, [{}])
     if isinstance(options, str):
         return False, options
-    put(layer, "forward", forward)
+    put(module, "forward", forward)
     return True, "one kernel for the layer"
 
 
@@ -125,7 +125,7 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str]:
         return False, "its forward was replaced on the module; its PHM layers run one by one"
     others = {name for name, child in adapter.named_children() if child is not None} - PARTS
     methods = [name for name in METHODS if getattr(type(adapter), name, nn.Module.forward) is not nn.Module.forward]
-    options: dict[str, Any] | str
+    options: Options | str
     if others:
         options = f"it also holds {', '.join(sorted(others))}"
     elif len(methods) != 1:
@@ -150,7 +150,7 @@ def _unset(*layers: Any) -> str:
     return ", ".join(names)
 
 
-def _options(activation: Any) -> Iterable[dict[str, Any]]:
+def _options(activation: Any) -> Iterable[Options]:
     """The options of `call` that may fit an adapter with this activation, a fused one first."""
     inner = getattr(activation, "f", activation)  # the wrappers of activations have it in f
     names = (fused_name(activation), fused_name(inner), name_by_values(inner))
@@ -159,9 +159,7 @@ def _options(activation: Any) -> Iterable[dict[str, Any]]:
             yield {"activation": name, "residual": residual}
 
 
-def _probe(
-    module: Any, method: str, formula: str, function: Callable[..., Tensor], candidates: Iterable[dict[str, Any]]
-) -> dict[str, Any] | str:
+def _probe(module: Any, method: str, formula: str, function: Kernel, candidates: Iterable[Options]) -> Options | str:
     """The options with which the function computes what the method does, or why there are none."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -189,7 +187,7 @@ def _drawn_anew(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _agrees(twin: nn.Module, method: str, x: Tensor, function: Callable[..., Tensor], options: dict[str, Any]) -> bool:
+def _agrees(twin: nn.Module, method: str, x: Tensor, function: Kernel, options: Options) -> bool:
     """Whether both compute the same in evaluation and in training, where dropout acts."""
     for training in (False, True):
         twin.train(training)
