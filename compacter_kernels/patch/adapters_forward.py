@@ -1,9 +1,4 @@
-"""The forward of the modules of the library `adapters`, in the kernels.
-
-`projection` stands in for PHMLayer.forward, `bottleneck` for Adapter.forward and
-ParallelAdapter.forward, `compose_single` and `layer_forward` for the methods compose_single and
-bottleneck_layer_forward of BottleneckLayer, all of version 1.3.0.
-"""
+"""The methods of the modules of the library `adapters`, as in version 1.3.0, in the kernels."""
 
 from __future__ import annotations
 
@@ -146,12 +141,13 @@ def _in_dtype_of(module: Any, x: Tensor) -> Any:
 
 
 def layer_forward(layer: Any, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: Any) -> Any:
-    """Instead of bottleneck_layer_forward: x + up(act(down(x))) + residual_input, then the norm.
+    """Instead of BottleneckLayer.bottleneck_layer_forward.
 
-    Most models have a single, plain adapter in a layer. Its kernel adds the residual around the
-    layer too. Between two large products the code of Python is no longer in the caches of the
-    processor. The number of different functions that a call passes through decides its time there.
-    So this function bypasses those that the library and `bottleneck` pass through.
+    It is x + up(act(down(x))) + residual_input, then the norm. Most models have a single, plain
+    adapter in a layer. Its kernel adds the residual around the layer too. Between two large
+    products the code of Python is no longer in the caches of the processor. The number of different
+    functions that a call passes through decides its time there. So this function bypasses those
+    that the library and `bottleneck` pass through.
     """
     x, residual, adapter = hidden_states, residual_input, None
     if residual is not None and x.shape == residual.shape and x.dtype == residual.dtype:
@@ -188,7 +184,6 @@ def _single(layer: Any) -> Any:
 
 
 def _composes_as_library(layer: Any) -> bool:
-    """Whether the layer has the library's own version of each method that is bypassed."""
     kind = type(layer)
     if kind not in _inherits:
         _inherits[kind] = all(getattr(kind, name) is getattr(BottleneckLayer, name) for name in _BYPASSED)

@@ -24,15 +24,12 @@ from compacter_kernels.patch.methods import put, replaced_by_others
 from compacter_kernels.patch.patch import Entry
 from compacter_kernels.private import children
 
-_OF_LAYERS = {
-    "compose_single": adapters_forward.compose_single,
-    "bottleneck_layer_forward": adapters_forward.layer_forward,
-}
 _OF_CLASSES: dict[tuple[type, str], Any] = {
     (Adapter, "forward"): adapters_forward.bottleneck,
     (ParallelAdapter, "forward"): adapters_forward.bottleneck,
     (PHMLayer, "forward"): adapters_forward.projection,
-    **{(BottleneckLayer, name): function for name, function in _OF_LAYERS.items()},
+    (BottleneckLayer, "compose_single"): adapters_forward.compose_single,
+    (BottleneckLayer, "bottleneck_layer_forward"): adapters_forward.layer_forward,
 }
 
 
@@ -55,15 +52,12 @@ def _patch_layer(layer: Any) -> tuple[bool, str] | None:
     adapters = [a for a in getattr(layer, "adapters", {}).values() if isinstance(a, Adapter)]
     if not any(is_phm_layer(adapter.adapter_up) for adapter in adapters):
         return None
-    inherited = [
-        name
-        for name in _OF_LAYERS
-        if original(type(layer), name) is original(BottleneckLayer, name) and not replaced_by_others(layer, name)
-    ]
+    names = [name for kind, name in _OF_CLASSES if kind is BottleneckLayer and not replaced_by_others(layer, name)]
+    inherited = [name for name in names if original(type(layer), name) is original(BottleneckLayer, name)]
     if "compose_single" not in inherited:
         return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
     for name in inherited:
-        put(layer, name, _OF_LAYERS[name])
+        put(layer, name, _OF_CLASSES[BottleneckLayer, name])
     return None
 
 
@@ -92,7 +86,7 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
     return True, how + rule
 
 
-def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+def matched(query: Tensor, key: Tensor, value: Tensor) -> Any:
     """Instead of match_attn_matrices_for_parallel, which copies all three in every attention.
 
     The Parallel composition can leave query, key and value with batches of different size, so the
@@ -101,8 +95,7 @@ def matched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """
     if query.shape[0] == key.shape[0] == value.shape[0]:
         return query, key, value
-    repeated: tuple[Tensor, ...] = match_attn_matrices_for_parallel(query, key, value)
-    return repeated
+    return match_attn_matrices_for_parallel(query, key, value)
 
 
 def active_setup(layer: Any) -> Any:

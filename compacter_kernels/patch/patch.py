@@ -76,7 +76,7 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     _check_model(model)
     modeling = sys.modules.get("adapters.methods.modeling")  # imported by every model that has these modules
     kinds = (modeling.Adapter, modeling.PHMLayer) if modeling else ()
-    library = _imported_library() if any(isinstance(module, kinds) for module in model.modules()) else None
+    library: Any = _imported_library() if any(isinstance(module, kinds) for module in model.modules()) else None
     if shortcuts and library is None:
         raise ValueError(
             f"shortcuts=True replaces functions of the library `adapters`, and {type(model).__name__} has no adapters "

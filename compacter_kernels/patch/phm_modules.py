@@ -24,7 +24,6 @@ from compacter_kernels.private import hook_tables, parameter
 from compacter_kernels.weights import PHMWeights, factorised_rule
 
 ATTRIBUTES = ("in_features", "out_features", "phm_dim", "learn_phm", "factorized_phm_rule", "shared_phm_rule", "b")
-PARTS = {"down_sampler", "up_sampler", "activation"}
 Kernel = Callable[..., Tensor]
 Options = dict[str, Any]
 METHODS = ("forward", "post_forward")  # OpenDelta calls post_forward with the output of the adapted module
@@ -53,11 +52,10 @@ def _factorised(layer: Any) -> bool:
     return bool(layer.factorized_phm if hasattr(layer, "factorized_phm") else layer.factorized_phm_W)
 
 
-def weights(layer: Any, rules: Any, factors: Any, prefix: str = "W") -> PHMWeights:
+def weights(layer: Any, rules: Any, factors: Any, name: str = "W") -> PHMWeights:
     """The weights of the layer, read in every call: a checkpoint or a shared rule may replace them.
 
-    rules, factors: the modules that hold the rule and W, often the layer itself. prefix: the name
-    of W there.
+    rules, factors: the modules that hold the rule and, under this name, W; often the layer itself.
     """
     if layer.factorized_phm_rule:
         rule = factorised_rule(parameter(rules, "phm_rule_left"), parameter(rules, "phm_rule_right"))
@@ -65,8 +63,8 @@ def weights(layer: Any, rules: Any, factors: Any, prefix: str = "W") -> PHMWeigh
         rule = parameter(rules, "phm_rule")
     bias = parameter(layer, "b")
     if _factorised(layer):
-        return PHMWeights(rule, parameter(factors, f"{prefix}_left"), parameter(factors, f"{prefix}_right"), bias)
-    return PHMWeights(rule, parameter(factors, prefix), None, bias)
+        return PHMWeights(rule, parameter(factors, f"{name}_left"), parameter(factors, f"{name}_right"), bias)
+    return PHMWeights(rule, parameter(factors, name), None, bias)
 
 
 def forward(layer: nn.Module, x: Tensor, phm_rule: Any = None) -> Tensor:
@@ -123,7 +121,8 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str]:
         return False, f"{unset} of its layers have not been set yet"
     if any(replaced_by_others(adapter, method) for method in METHODS):
         return False, "its forward was replaced on the module; its PHM layers run one by one"
-    others = {name for name, child in adapter.named_children() if child is not None} - PARTS
+    others = {name for name, child in adapter.named_children() if child is not None}
+    others -= {"down_sampler", "up_sampler", "activation"}
     methods = [name for name in METHODS if getattr(type(adapter), name, nn.Module.forward) is not nn.Module.forward]
     options: Options | str
     if others:
