@@ -9,7 +9,7 @@ from phm_lookalikes import hooks_known
 from torch import nn
 
 pytest.importorskip("adapters_models", exc_type=ImportError)
-from compacter_kernels.patch.adapters_layer import norm_weights
+from compacter_kernels.patch.adapters_forward import norm_weights
 
 
 def _norms() -> dict[str, nn.Module]:

@@ -24,8 +24,7 @@ from phm_lookalikes import OpenDeltaHost, OriginalAdapter, TFewAdapter, hooks_kn
 from torch import nn
 
 from compacter_kernels.patch import adapters_forward
-from compacter_kernels.patch.patch import patch, unpatch
-from compacter_kernels.patch.report import Entry, Report
+from compacter_kernels.patch.patch import Entry, Report, patch, unpatch
 
 modeling = pytest.importorskip("adapters.methods.modeling")
 bottleneck = pytest.importorskip("adapters.methods.bottleneck")

@@ -16,7 +16,7 @@ from phm_lookalikes import OriginalAdapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compacter_kernels.patch import adapters_shortcuts
+from compacter_kernels.patch import adapters_library
 from compacter_kernels.patch.patch import patch, unpatch
 
 pytestmark = pytest.mark.filterwarnings(PAST_KEY_VALUE)
@@ -41,14 +41,14 @@ def _repeats(model: torch.nn.Module) -> int:
 def _holders() -> set[str]:
     """The modules of the library that hold our function."""
     names = {name for name in sys.modules if name.startswith("adapters.")}
-    return {name for name in names if adapters_shortcuts.matched in vars(sys.modules[name]).values()}
+    return {name for name in names if adapters_library.matched in vars(sys.modules[name]).values()}
 
 
 def _give_all_back() -> None:
     """Undo the shortcuts, also for models that were garbage collected."""
-    adapters_shortcuts.take(adapters)
-    for user in list(adapters_shortcuts._users):
-        adapters_shortcuts.give_back(user)
+    adapters_library.take_shortcuts(adapters)
+    for user in list(adapters_library._users):
+        adapters_library.give_back_shortcuts(user)
 
 
 @pytest.fixture(autouse=True)
@@ -79,18 +79,18 @@ def test_a_patched_model_replaces_no_function_of_the_library(family: str) -> Non
     after = _functions()
     assert before.keys() == after.keys()
     assert [name for name, value in before.items() if after[name] is not value] == []
-    assert not set(adapters_shortcuts.ENTRIES) & set(report.patched)
+    assert not set(adapters_library.SHORTCUTS) & set(report.patched)
 
 
 def test_the_report_names_the_shortcuts() -> None:
     model = make()
     report = patch(model, shortcuts=True)
-    assert report.patched[-2:] == adapters_shortcuts.ENTRIES
+    assert report.patched[-2:] == adapters_library.SHORTCUTS
     assert "get_active_setup: no search where a layer holds no adapters, for every model of this process" in str(report)
     before = _functions()
-    assert set(adapters_shortcuts.ENTRIES).isdisjoint(patch(model).patched)  # a second patch does not undo them
+    assert set(adapters_library.SHORTCUTS).isdisjoint(patch(model).patched)  # a second patch does not undo them
     assert _functions() == before
-    assert unpatch(model).restored[-2:] == adapters_shortcuts.ENTRIES
+    assert unpatch(model).restored[-2:] == adapters_library.SHORTCUTS
 
 
 def test_shortcuts_of_a_model_without_the_library() -> None:
@@ -119,12 +119,12 @@ def test_every_user_must_be_gone() -> None:
     patch()
     holders = _holders()
     assert {"adapters.composition", "adapters.models.bert.modeling_bert", "adapters.models.t5.modeling_t5"} <= holders
-    entries = set(adapters_shortcuts.ENTRIES)
+    entries = set(adapters_library.SHORTCUTS)
     assert entries.isdisjoint(unpatch(first).restored)
     assert entries.isdisjoint(unpatch(first).restored)  # again
     assert entries.isdisjoint(unpatch().restored)
     assert _holders() == holders
-    assert AdapterLayerBase.get_active_setup is adapters_shortcuts.active_setup
+    assert AdapterLayerBase.get_active_setup is adapters_library.active_setup
     assert entries <= set(unpatch(second).restored)
     assert not _holders()
     assert AdapterLayerBase.get_active_setup is SEARCH
@@ -133,7 +133,7 @@ def test_every_user_must_be_gone() -> None:
 def test_users_that_are_gone_leave_it_to_the_next() -> None:
     patch(make(), shortcuts=True)
     gc.collect()
-    assert not adapters_shortcuts._users
+    assert not adapters_library._users
     second = make()
     patch(second, shortcuts=True)
     unpatch(second)
@@ -194,7 +194,7 @@ def test_each_layer_has_the_setup_that_the_library_finds(setup: Any, within: str
         for skipped in (None, [1], [0, 1]):
             model.adapters_config.skip_layers = skipped
             expected = [SEARCH(layer) for layer in layers]
-            assert [adapters_shortcuts.active_setup(layer) for layer in layers] == expected
+            assert [adapters_library.active_setup(layer) for layer in layers] == expected
             actual += expected
     assert any(actual) == (setup is not None and setup != SETUPS["elsewhere"])
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import compacter_kernels as ck
-from compacter_kernels.patch import phm_adapters, phm_layers
+from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.patch import patch, unpatch
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -195,8 +195,8 @@ def test_probing_changes_nothing() -> None:
     before = {name: (p, p.clone(), p.requires_grad, p._version) for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert isinstance(phm_adapters.probe(model), dict)
-    assert phm_adapters.probe_layer(model.down_sampler) is None
+    assert phm_modules.patch_module(model.down_sampler) == (True, "one kernel for the layer")
+    assert phm_modules.patch_module(model) == (True, "one kernel, with the residual")
     assert torch.equal(torch.get_rng_state(), state)
     assert not calls
     assert [module.training for module in model.modules()] == modes
@@ -262,5 +262,5 @@ def test_modules_of_this_package_are_not_taken_for_others() -> None:
     report = patch(nn.Sequential(ck.CompacterAdapter(32, reduction_factor=4)))
     assert not report.patched
     assert {note for _, note in report.skipped} == {"it is one of compacter_kernels"}
-    assert not phm_layers.is_phm_layer(nn.Linear(4, 4))
-    assert not phm_adapters.is_adapter(copy.deepcopy(Activations(F.relu)))
+    assert not phm_modules.is_phm_layer(nn.Linear(4, 4))
+    assert not phm_modules.is_adapter(copy.deepcopy(Activations(F.relu)))

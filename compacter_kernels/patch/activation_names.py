@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,26 +14,20 @@ from torch.nn import functional as F
 from compacter_kernels.activations import FUSED
 
 # The classes of torch and of transformers, which need not be installed, by their names. Classes of
-# one name on the right differ by rounding alone.
+# one line differ by rounding alone.
 _CLASSES = {
-    "Identity": "identity",
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "Tanh": "tanh",
-    "Sigmoid": "sigmoid",
-    "Mish": "mish",
-    "LinearActivation": "identity",
-    "SiLUActivation": "silu",
-    "MishActivation": "mish",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_new",
-    "FastGELUActivation": "gelu_new",
-    "AccurateGELUActivation": "gelu_new",
-    "PytorchGELUTanh": "gelu_new",
-    "GELUTanh": "gelu_new",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLUSquaredActivation": "relu2",
+    "identity": ("Identity", "LinearActivation"),
+    "relu": ("ReLU",),
+    "silu": ("SiLU", "SiLUActivation"),
+    "tanh": ("Tanh",),
+    "sigmoid": ("Sigmoid",),
+    "mish": ("Mish", "MishActivation"),
+    "gelu": ("GELUActivation",),
+    "gelu_new": ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "PytorchGELUTanh", "GELUTanh"),
+    "quick_gelu": ("QuickGELUActivation",),
+    "relu2": ("ReLUSquaredActivation",),
 }
+_NAMES = {kind: name for name, kinds in _CLASSES.items() for kind in kinds}
 _known: dict[type, str | None] = {}  # the classes that `fused_name` was asked for
 _FUNCTIONS: dict[Any, str] = {activation.function: name for name, activation in FUSED.items()}
 _FUNCTIONS |= {torch.relu: "relu", F.tanh: "tanh", F.sigmoid: "sigmoid"}
@@ -52,7 +47,7 @@ def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
         if kind is nn.LeakyReLU:
             return "leakyrelu" if activation.negative_slope == 0.01 else None
         if kind.__module__.startswith(("torch.nn.modules.", "transformers.activations")):
-            return _known.setdefault(kind, _CLASSES.get(kind.__name__))
+            return _known.setdefault(kind, _NAMES.get(kind.__name__))
         return None
     try:
         return _FUNCTIONS.get(activation)
@@ -65,17 +60,11 @@ def name_by_values(function: Callable[[Tensor], Tensor]) -> str | None:
 
     Its values in float64 decide. Two formulas of one function differ there by about 1e-16.
     """
-    if not isinstance(function, types.FunctionType):
-        return None
-    x = torch.linspace(-40, 40, 4001, dtype=torch.float64)
-    try:
-        with torch.no_grad():
+    if isinstance(function, types.FunctionType):
+        x = torch.linspace(-40, 40, 4001, dtype=torch.float64)
+        with suppress(Exception), torch.no_grad():  # a function of another library may raise anything
             values = function(x.clone())
-    except Exception:  # the function of another library may raise anything; the adapter then calls it itself
-        return None
-    if not isinstance(values, Tensor) or values.shape != x.shape or values.dtype != x.dtype:
-        return None
-    for name, activation in FUSED.items():
-        if torch.allclose(values, activation.function(x), rtol=1e-12, atol=1e-12):
-            return name
+            for name, activation in FUSED.items():
+                if values.shape == x.shape and torch.allclose(values, activation.function(x), rtol=1e-12, atol=1e-12):
+                    return name
     return None

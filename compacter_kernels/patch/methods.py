@@ -15,7 +15,6 @@ from torch import nn
 
 from compacter_kernels.private import hooked
 
-FOLDER = __name__.rpartition(".")[0]
 NAMES = ("forward", "post_forward", "compose_single", "bottleneck_layer_forward")
 
 
@@ -23,7 +22,7 @@ def is_ours(method: Any) -> bool:
     """Whether `put` made this method."""
     if type(method) is not functools.partial or type(method.func) is not types.FunctionType:
         return False
-    return method.func.__module__.startswith(FOLDER)
+    return method.func.__module__.startswith("compacter_kernels.patch")
 
 
 def put(module: nn.Module, name: str, function: Callable[..., Any], **options: Any) -> None:
@@ -45,10 +44,7 @@ def replaced_by_others(module: nn.Module, name: str) -> bool:
 
 
 def runs_more(*modules: nn.Module) -> bool:
-    """Whether a call of one of these modules runs a hook or a forward of another library.
-
-    A kernel that stands in for the modules would leave those out.
-    """
+    """Whether a call of one runs a hook or a foreign forward, which a kernel would leave out."""
     for module in modules:
         if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
             return True

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from compacter_kernels.patch import phm_adapters
+from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.methods import is_ours, restore
-from compacter_kernels.patch.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # versions of `adapters` in which the replaced methods are the same
 LIBRARY = "compacter_kernels.patch.adapters_library"  # imports `adapters`, so it is imported only where that is needed
+
+
+class Entry(NamedTuple):
+    """The name of a module, and how it runs now or why it was left as it was."""
+
+    name: str
+    what: str
+
+
+class Report(NamedTuple):
+    """The modules that were patched, that were restored, and that were left as they were."""
+
+    patched: tuple[Entry, ...] = ()
+    restored: tuple[Entry, ...] = ()
+    skipped: tuple[Entry, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        for title, entries in zip(self._fields, self, strict=True):
+            if entries:
+                lines.append(f"{title} {len(entries)}:")
+                lines += [f"  {name or '(the model)'}: {what}" for name, what in entries]
+        return "\n".join(lines) or "nothing to do"
 
 
 def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
@@ -35,14 +57,14 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
         model: any module. None: the classes of `adapters` in this process, for all models made
             before and later.
         shortcuts: leave out work that `adapters` does in every attention and linear layer and that
-            most models do not need (`adapters_shortcuts`). This replaces two functions of
+            most models do not need (`adapters_library`). This replaces two functions of
             `adapters` for every model of the process, with the same results, until the last model
             that was patched so is unpatched. Without a model they are always replaced; a model
             without this option replaces none.
 
     Returns:
-        The modules that were patched and how, and those that were not and why. It prints as a
-        list. It names the two functions where the shortcuts are taken.
+        The modules that were patched and how, those that were not and why, and the two functions
+        where the shortcuts are taken. It prints as a list.
 
     Raises:
         TypeError: model is no module.
@@ -52,23 +74,33 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     if model is None:
         return Report(patched=_imported_library().patch_classes())
     _check_model(model)
-    library = _library_of(model)
+    modeling = sys.modules.get("adapters.methods.modeling")  # imported by every model that has these modules
+    kinds = (modeling.Adapter, modeling.PHMLayer) if modeling else ()
+    library: Any = _imported_library() if any(isinstance(module, kinds) for module in model.modules()) else None
     if shortcuts and library is None:
         raise ValueError(
             f"shortcuts=True replaces functions of the library `adapters`, and {type(model).__name__} has no adapters "
             "of that library"
         )
-    report = _patch_modules(model, library)
-    if not report.patched and not report.skipped:
+    patched: list[Entry] = []
+    skipped: list[Entry] = []
+    reported: set[int] = set()  # modules that a line of the report covers, with the parts of whole adapters
+    for name, module in model.named_modules():
+        done, note = (library and library.patch_module(module)) or phm_modules.patch_module(module) or (False, "")
+        if done and id(module) not in reported:
+            patched.append(Entry(name, note))
+            reported.update(map(id, module.modules()))
+        elif note and not done:
+            skipped.append(Entry(name, note))
+    if not patched and not skipped:
         raise ValueError(
             f"{type(model).__name__} has no PHM layer: no module with phm_dim, phm_rule and W_left, W_right or W, as "
             "`adapters`, OpenDelta, T-Few and the original repository have them. Add the adapter first; "
             "ck.patch() without a model covers `adapters` models made later"
         )
-    if shortcuts and report.patched:
-        library.adapters_shortcuts.take(model)
-        return report._replace(patched=(*report.patched, *library.adapters_shortcuts.ENTRIES))
-    return report
+    if shortcuts and patched:
+        patched += library.take_shortcuts(model)
+    return Report(patched=tuple(patched), skipped=tuple(skipped))
 
 
 def unpatch(model: nn.Module | None = None) -> Report:
@@ -88,7 +120,7 @@ def unpatch(model: nn.Module | None = None) -> Report:
         elif is_ours(vars(module).get("_old_forward")):
             skipped.append(Entry(name, "its forward was wrapped after it was patched; remove that hook first"))
     if library:
-        restored += library.adapters_shortcuts.give_back(model)
+        restored += library.give_back_shortcuts(model)
     return Report(restored=tuple(restored), skipped=tuple(skipped))
 
 
@@ -110,28 +142,3 @@ def _imported_library() -> Any:
     if not version.startswith(SUPPORTED):
         raise RuntimeError(f"adapters {version} is not known to ck.patch, which replaces methods of 1.3; install that")
     return importlib.import_module(LIBRARY)
-
-
-def _library_of(model: nn.Module) -> Any:
-    """`adapters_library`, or None where the model has neither adapters nor PHM layers of it."""
-    modeling = sys.modules.get("adapters.methods.modeling")  # imported by every model that has them
-    if modeling is None or not any(isinstance(m, (modeling.Adapter, modeling.PHMLayer)) for m in model.modules()):
-        return None
-    return _imported_library()
-
-
-def _patch_modules(model: nn.Module, library: Any) -> Report:
-    patched: list[Entry] = []
-    skipped: list[Entry] = []
-    reported: set[int] = set()  # modules that a line of the report covers, with the parts of whole adapters
-    for name, module in model.named_modules():
-        result = (library and library.patch_module(module)) or phm_adapters.patch_module(module)
-        if result is None:
-            continue
-        done, note = result
-        if not done:
-            skipped.append(Entry(name, note))
-        elif id(module) not in reported:
-            patched.append(Entry(name, note))
-            reported.update(map(id, module.modules()))
-    return Report(patched=tuple(patched), skipped=tuple(skipped))
