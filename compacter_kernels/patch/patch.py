@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.methods import is_ours, restore
+from compacter_kernels.patch.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # versions of `adapters` in which the replaced methods are the same
 LIBRARY = "compacter_kernels.patch.adapters_library"  # imports `adapters`, so it is imported only where that is needed
-
-
-class Entry(NamedTuple):
-    """The name of a module, and how it runs now or why it was left as it was."""
-
-    name: str
-    what: str
-
-
-class Report(NamedTuple):
-    """The modules that were patched, that were restored, and that were left as they were."""
-
-    patched: tuple[Entry, ...] = ()
-    restored: tuple[Entry, ...] = ()
-    skipped: tuple[Entry, ...] = ()
-
-    def __str__(self) -> str:
-        lines = []
-        for title, entries in zip(self._fields, self, strict=True):
-            if entries:
-                lines.append(f"{title} {len(entries)}:")
-                lines += [f"  {name or '(the model)'}: {what}" for name, what in entries]
-        return "\n".join(lines) or "nothing to do"
 
 
 def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
