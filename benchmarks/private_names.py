@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import compacter_kernels as ck
-from compacter_kernels import autograd, dispatch, machine, modes, route
+from compacter_kernels import autograd, dispatch, machine, route
 from compacter_kernels.nn import adapter as adapter_module, phm_linear as linear_module
 
 CALLS = 300  # in a series
@@ -74,7 +74,6 @@ def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[s
             lambda: public(replace(route, "ENVIRON", os.environ), replace(route, "_variable", dispatch.ENVIRONMENT)),
             functions,
         ),
-        "torch._C._is_tracing": (lambda: public(replace(modes, "is_tracing", torch.jit.is_tracing)), functions),
         "_FunctionBase.apply": (
             lambda: public(
                 *(

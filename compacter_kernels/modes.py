@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from compacter_kernels.private import FORWARD_AD, dispatch_modes, is_tracing, transforms
+from compacter_kernels.private import FORWARD_AD, dispatch_modes, transforms
 
 
 def transformed() -> bool:
@@ -19,9 +19,9 @@ def transformed() -> bool:
 
 def alone() -> bool:
     """Whether none of these takes part. `torch.compiler.is_compiling` answers for torch.compile."""
-    return not (dispatch_modes() or transforms() or FORWARD_AD._current_level >= 0 or is_tracing())
+    return not (dispatch_modes() or transforms() or FORWARD_AD._current_level >= 0 or torch.jit.is_tracing())
 
 
 def only_torch_operators() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records, which take torch's operators alone."""
-    return bool(is_tracing()) or torch.onnx.is_in_onnx_export()
+    return bool(torch.jit.is_tracing()) or torch.onnx.is_in_onnx_export()

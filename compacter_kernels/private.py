@@ -38,7 +38,6 @@ _all_known = not PUBLIC and all(hasattr(owner, name) for owner, name in _WHO)
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if _all_known else lambda: 1
 transforms: Callable[[], bool] = _name(torch._C, "_are_functorch_transforms_active", lambda: False)
 FORWARD_AD: Any = forward_ad if _all_known else SimpleNamespace(_current_level=-1)
-is_tracing: Callable[[], bool] = _name(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 # The memory of a saved tensor may be written over in its backward only where nobody can ask for it
 # again (`autograd`). Without these names it never is.
