@@ -18,7 +18,7 @@ from compacter_kernels.private import direct_apply, graph_is_kept, saved_tensors
 from compacter_kernels.weights import NormWeights, PHMWeights
 
 
-def forward(kernel: Kernel[Any], call: Call) -> Tensor:
+def forward(kernel: Kernel, call: Call) -> Tensor:
     """Run kernel.forward(call) and record it for backward."""
     result: Tensor
     if call.__class__ is LinearCall:
@@ -76,7 +76,7 @@ class LinearFunction(_Function):
     """phm_linear through a fused kernel. `call` holds the same tensors as the other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel[LinearCall], call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, *params)
         return kernel.forward(call)
@@ -100,7 +100,7 @@ class AdapterFunction(_Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernel: Kernel[AdapterCall],
+        kernel: Kernel,
         call: AdapterCall,
         residual: Tensor | None,
         x: Tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     problem: Problem
     name: str
     reason: str
-    kernel: Kernel[Any] | None
+    kernel: Kernel | None
     visible: bool
     foreign: bool
     final: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 from compacter_kernels import dispatch, route
 from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure
 from compacter_kernels.impl.memory import check_for_torch
-from compacter_kernels.impl.precision import without_autocast
+from compacter_kernels.impl.plain import without_autocast
 from compacter_kernels.problem import adapter_problem, check_like, check_scale, check_weights
 from compacter_kernels.weights import NormWeights, PHMWeights, kronecker_sum
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, architecture, empty_gradients
 from compacter_kernels.impl.memory import Parameters, readable
 from compacter_kernels.impl.triton import two_phase
@@ -41,8 +41,8 @@ def reduction(s: Sizes) -> dict[str, Any]:
     return {"SIZES": sizes, "COPIES": copies, "ROW": s.offsets.ROW, **REDUCE}
 
 
-class _Kernel:
-    """The part that both operations share: sizes, configurations, launches."""
+class TritonKernel:
+    """The `Kernel` of both operations."""
 
     differentiable = norms = False
 
@@ -56,8 +56,50 @@ class _Kernel:
         self.served = served(problem, name)
         self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
         self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.square, problem.dtype == torch.float32
+        self.out_features = problem.projections[-1].out_features
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
+
+    def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
+        x, added, scale = readable(call.x, "x"), None, 1.0
+        if isinstance(call, LinearCall):
+            (rule, left, right, bias), _ = self.parameters.readable(call.weights)
+            params: Optionals = (rule, left, None, None, None, None, right, bias)
+            if out is None:
+                out = x.new_empty((*x.shape[:-1], self.out_features))
+        else:
+            (params, _), scale = self.parameters.readable((*call.down, *call.up)), call.scale
+            added = x if call.add_x else None
+            if call.residual is not None:
+                residual = readable(call.residual, "residual")
+                added = residual + x if call.add_x else residual
+            if out is None:
+                out = torch.empty_like(x)
+        if tokens := x.numel() // self.width:
+            tensors = [x, added, out, *params]
+            if "forward" in self.served:
+                launch = self._launch("forward", tensors, added is x and self.square)
+            else:
+                launch = self._launch("forward_streamed", tensors)
+            launch(launch.programs(tokens), 1, tensors, scale, tokens)
+        return out
+
+    def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
+        if isinstance(call, LinearCall):
+            params, _ = self.parameters.readable(call.weights)
+            results = empty_gradients([x, *params], wanted)
+            dx, rule1, left1, right2, bias2 = results
+            grads: Optionals = (left1, right2, bias2, rule1, None, None, None, None)
+            rule, left, right, _ = params
+            self._backward(x, grad, dx, (rule, left, None, None, None, None, right), 1.0, False, grads)
+        else:
+            params, _ = self.parameters.readable((*call.down, *call.up))
+            results = empty_gradients([x, *params], wanted)
+            dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
+            grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
+            self._backward(x, grad, dx, params[:7], call.scale, call.add_x, grads)
+        return tuple(results)
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
         """The kernel with the first configuration that fits, kept for each choice of `Options`."""
@@ -73,16 +115,6 @@ class _Kernel:
             launch = first_that_fits(KERNELS[name], kernel, Options(*options), device, tensors)
             self.launches[name, tf32, options] = launch
         return launch
-
-    def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: Optionals, scale: float) -> None:
-        tokens = x.numel() // self.width
-        if tokens:
-            tensors = [x, residual, out, *params]
-            if "forward" in self.served:
-                launch = self._launch("forward", tensors, residual is x and self.square)
-            else:
-                launch = self._launch("forward_streamed", tensors)
-            launch(launch.programs(tokens), 1, tensors, scale, tokens)
 
     def _backward(
         self, x: Tensor, g: Tensor, dx: Tensor | None, params: Optionals, scale: float, residual: bool, grads: Optionals
@@ -148,53 +180,3 @@ class _Kernel:
         blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(constants["SIZES"], wanted, strict=True) if want)
         self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         return self.reductions[wanted]
-
-
-class Linear(_Kernel):
-    """The `Kernel` of phm_linear."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.out_features = problem.projections[0].out_features
-
-    def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
-        x = readable(call.x, "x")
-        (rule, left, right, bias), _ = self.parameters.readable(call.weights)
-        if out is None:
-            out = x.new_empty((*x.shape[:-1], self.out_features))
-        self._forward(x, None, out, (rule, left, None, None, None, None, right, bias), 1.0)
-        return out
-
-    def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, _ = self.parameters.readable(call.weights)
-        results = empty_gradients([x, *params], wanted)
-        dx, d_rule, d_left, d_right, d_bias = results
-        rule, left, right, _ = params
-        grads = (d_left, d_right, d_bias, d_rule, None, None, None, None)
-        self._backward(x, grad, dx, (rule, left, None, None, None, None, right), 1.0, False, grads)
-        return tuple(results)
-
-
-class Adapter(_Kernel):
-    """The `Kernel` of compacter_adapter."""
-
-    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, (params, _) = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))
-        added = x if call.add_x else None
-        if call.residual is not None:
-            residual = readable(call.residual, "residual")
-            added = residual + x if call.add_x else residual
-        if out is None:
-            out = torch.empty_like(x)
-        self._forward(x, added, out, params, call.scale)
-        return out
-
-    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, _ = self.parameters.readable((*call.down, *call.up))
-        results = empty_gradients([x, *params], wanted)
-        dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
-        grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
-        self._backward(x, grad, dx, params[:7], call.scale, call.add_x, grads)
-        return tuple(results)
