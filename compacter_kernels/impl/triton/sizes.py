@@ -108,21 +108,11 @@ class Sizes:
 
         A rule has a copy for each rank index, a factor of the bottleneck one for each block.
         """
-        a, b = self.IN, self.OUT
-        middle = (0, 0, 0, 0)
-        if self.ACTIVATION is not None:
-            middle = (a.C * a.D, a.N * a.D, b.N**3, b.C * b.D)
-        right1, bias1, rule2, left2 = middle
-        return (
-            (a.C * a.K, 1),
-            (b.C * b.K, 1),
-            (b.N * b.K, 1),
-            (a.N**3, a.R),
-            (right1, self.blocks),
-            (bias1, 1),
-            (rule2, b.R),
-            (left2, self.blocks),
-        )
+        a, b, blocks = self.IN, self.OUT, self.blocks
+        wide_and_rule = ((a.C * a.K, 1), (b.C * b.K, 1), (b.N * b.K, 1), (a.N**3, a.R))
+        if self.ACTIVATION is None:
+            return (*wide_and_rule, (0, blocks), (0, 1), (0, b.R), (0, blocks))
+        return (*wide_and_rule, (a.C * a.D, blocks), (a.N * a.D, 1), (b.N**3, b.R), (b.C * b.D, blocks))
 
     @property
     def offsets(self) -> Offsets:
