@@ -11,7 +11,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.impl.triton.plan import Options, Served, Static, plan
+from compacter_kernels.impl.triton.plan import Static
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.private import current_device, current_stream
 
@@ -95,18 +95,3 @@ class Tiled(Launch):
         with torch.cuda.device(self.device):
             limit = driver.active.utils.get_device_properties(self.device)["max_shared_mem"]
             return fits(self.compile(tensors).metadata, limit)
-
-
-def first_that_fits(
-    kernel: Any, served: Served, options: Options, device: tuple[int, int], tensors: Sequence[Tensor | None]
-) -> Tiled:
-    """The launch with the first configuration that fits. device: its index and multiprocessors.
-
-    Raises:
-        RuntimeError: the device has too little shared memory for all of them.
-    """
-    for config in served.configs:
-        launch = Tiled(kernel, plan(served.sizes, config, served.precision, options), config, *device)
-        if launch.fits(tensors):
-            return launch
-    raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")
