@@ -5,7 +5,6 @@ Backward gets x and the parameters saved, and the input of the norm where a norm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,36 +42,20 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Guard gradients that are computed under create_graph=True.
+def _gradients(kernel: Kernel, call: Call, grad: Tensor, wanted: Any, inputs: Any, of_norm: Any = ()) -> Gradients:
+    """of_norm, which kernel.backward fills, and the result of kernel.backward.
 
-    The inputs connect the guard with the graph that the gradients come from.
+    Under create_graph=True both are guarded. The inputs connect the guard with their graph.
     """
-    if not torch.is_grad_enabled():
-        return grads
-    guarded: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(len(grads), *grads, *inputs)
+    if not torch.is_grad_enabled():  # mostly so; entering `no_grad` takes time
+        return (*of_norm, *kernel.backward(call, grad, wanted))
+    with torch.no_grad():
+        grads = (*of_norm, *kernel.backward(call, grad, wanted))
+    guarded: Gradients = _OnceDifferentiable.apply(len(grads), *grads, grad, *inputs)
     return guarded
 
 
-def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
-    """Call function(*args) without recording.
-
-    A backward mostly runs without recording already, and entering `no_grad` takes time.
-    """
-    if not torch.is_grad_enabled():
-        return function(*args)
-    with torch.no_grad():
-        return function(*args)
-
-
-class _Function(torch.autograd.Function):
-    """The base of both Functions."""
-
-    def __init_subclass__(cls) -> None:
-        cls.apply = direct_apply(cls)  # type: ignore[method-assign]
-
-
-class LinearFunction(_Function):
+class LinearFunction(torch.autograd.Function):
     """phm_linear through a fused kernel. `call` holds the same tensors as the other arguments."""
 
     @staticmethod
@@ -85,11 +68,10 @@ class LinearFunction(_Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
         call = LinearCall(x, PHMWeights(*params))
-        grads = _without_grad(ctx.kernel.backward, call, grad, ctx.needs_input_grad[2:])
-        return (None, None, *_once(grads, grad, x, *params))
+        return (None, None, *_gradients(ctx.kernel, call, grad, ctx.needs_input_grad[2:], (x, *params)))
 
 
-class AdapterFunction(_Function):
+class AdapterFunction(torch.autograd.Function):
     """compacter_adapter through a fused kernel. `call` holds the tensors of the other arguments.
 
     A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises
@@ -124,15 +106,16 @@ class AdapterFunction(_Function):
         x, rows, weight, bias, *params = ctx.saved_tensors
         kernel, add_x, scale, eps, own = ctx.rest
         _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
-        norm, of_residual = None, grad
+        norm: NormWeights | None = None
+        of_norm: tuple[Tensor, ...] = ()
         if rows is not None:
-            of_residual = rows if own and not graph_is_kept() else torch.empty_like(rows)
-            norm = NormWeights(weight, bias, eps, rows, of_residual)
+            of_norm = (rows if own and not graph_is_kept() else torch.empty_like(rows),)
+            norm = NormWeights(weight, bias, eps, rows, *of_norm)
         call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
-        grads = _without_grad(kernel.backward, call, grad, (x_wanted, *params_wanted))
-        if norm is None:
-            guarded = _once(grads, grad, x, *params)
-        else:
-            of_residual, *guarded = _once((of_residual, *grads), grad, x, *params)  # type: ignore[assignment]
-        of_x, *others = guarded
+        grads = _gradients(kernel, call, grad, (x_wanted, *params_wanted), (x, *params), of_norm)
+        of_residual, of_x, *others = (grad, *grads) if norm is None else grads
         return (None, None, of_residual if residual_wanted else None, of_x, None, None, *others)
+
+
+for function in (LinearFunction, AdapterFunction):
+    function.apply = direct_apply(function)  # type: ignore[method-assign]

@@ -101,11 +101,6 @@ def available_impls() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in IMPLS.items()}
 
 
-def auto_impl() -> str:
-    """What impl="auto" stands for: the variable COMPACTER_KERNELS_IMPL, or else "auto"."""
-    return os.environ.get(ENVIRONMENT) or "auto"
-
-
 def _why_not(name: str, problem: Problem, only_torch: OnlyTorch | None) -> str | None:
     """Why this impl cannot serve the problem, or None."""
     impl = IMPLS[name]
@@ -136,17 +131,13 @@ def _automatic(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str
     if name in timed.impls:
         why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
     else:
-        why = "the first of auto's order that serves this call" + _unmeasured(problem)
+        why = "the first of auto's order that serves this call"
+        if problem.device.type == "cuda":
+            dtype = str(problem.dtype).removeprefix("torch.")
+            why += f", not measured on {architecture(problem.device)} in {dtype} at these sizes"
     if name not in PLAIN and proof.required(problem) and proof.earlier_failure(problem, name) == "":
         why += ", and right on this device when tried"
     return name, "; ".join([why, *passed_over])
-
-
-def _unmeasured(problem: Problem) -> str:
-    if problem.device.type != "cuda":
-        return ""
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return f", not measured on {architecture(problem.device)} in {dtype} at these sizes"
 
 
 def check_name(impl: object, source: str = "impl") -> str:
@@ -165,7 +156,7 @@ def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> 
     """
     source = "impl"
     if check_name(impl) == "auto":
-        impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
+        impl, source = check_name(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
         return _automatic(problem, only_torch)
     required = only_torch is not None and only_torch.required
@@ -185,17 +176,11 @@ def plan(
     name, reason = choose(problem, impl, only_torch)
     if visible and name not in PLAIN:
         return Plan(problem, name, reason, None, visible, foreign, True)
-    if not torch.compiler.is_compiling():
-        _announce(problem.operation, name, reason)
+    if not torch.compiler.is_compiling() and (problem.operation, name) not in _announced:
+        _announced.add((problem.operation, name))
+        logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
     final = not proof.required(problem) or proof.comparable()
     return Plan(problem, name, reason, IMPLS[name].prepare(problem), visible, foreign, final)
-
-
-def _announce(operation: str, name: str, reason: str) -> None:
-    """Log once which impl an operation runs through."""
-    if (operation, name) not in _announced:
-        _announced.add((operation, name))
-        logger.info("%s runs through impl %r (%s)", operation, name, reason)
 
 
 def explain(problem: Problem, impl: str = "auto", only_torch: OnlyTorch | None = None) -> Explanation:

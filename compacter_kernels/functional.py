@@ -132,8 +132,8 @@ def _adapter_call(
     elif residual is not None:
         if isinstance(residual, tuple):
             residual, add_x = _split_residuals(x, down, up, residual)
-        elif not _is_like(residual, x):
-            _raise_for_residual(residual, x, down, up)
+        else:
+            _check_residual(residual, x, down, up)
     if not isinstance(scale, float):
         up, scale = _with_scale(up, scale)
     return AdapterCall(x, down, up, residual, add_x, scale, norm)
@@ -145,25 +145,22 @@ def _split_residuals(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Te
         raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
     first, second = pair if pair[1] is x else pair[::-1]
     for residual in (first, second):
-        if not _is_like(residual, x):
-            _raise_for_residual(residual, x, down, up)
+        _check_residual(residual, x, down, up)
     if second is x:
         return first, True
     check_for_torch([("residual", first), ("residual", second)])
     return first + second, False
 
 
-def _is_like(residual: Tensor, x: Tensor) -> bool:
+def _check_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
+    """Raise for a wrong residual, or for an error of x, down and up, which comes first."""
     try:
-        return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+        like = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
     except (AttributeError, RuntimeError):  # not a tensor, or a nested tensor
-        return False
-
-
-def _raise_for_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
-    """Raise for the first wrong argument: errors of x, down and up come before the residual's."""
-    adapter_problem(x, down, up, "identity")
-    check_like(residual, "residual", x, x.shape)
+        like = False
+    if not like:
+        adapter_problem(x, down, up, "identity")
+        check_like(residual, "residual", x, x.shape)
 
 
 def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:

@@ -49,7 +49,8 @@ def check_memory(tensor: Tensor, name: str) -> None:
         why = f"its storage has {nbytes} of {needed} bytes, as freed storage has"
         raise RuntimeError(_NO_MEMORY.format(name=name, why=why))
     if not address or tensor.is_nested:
-        raise RuntimeError(_NO_MEMORY.format(name=name, why=f"it is a {_kind(tensor)}"))
+        kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} on {tensor.device}"
+        raise RuntimeError(_NO_MEMORY.format(name=name, why=f"it is a {kind}"))
 
 
 def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -71,10 +72,6 @@ def check_readable(tensor: Tensor, name: str) -> None:
     """Do what `check_memory` does, in less time. A tensor on meta has no memory and passes."""
     if (not tensor.is_contiguous() or _too_short(tensor)) and not tensor.is_meta:
         check_memory(tensor, name)
-
-
-def _kind(tensor: Tensor) -> str:
-    return "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} on {tensor.device}"
 
 
 def readable(tensor: Tensor, name: str) -> Tensor:

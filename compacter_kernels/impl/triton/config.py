@@ -47,7 +47,8 @@ def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str)
         if held and s.FOLD and s.K <= HELD_COLUMNS
         else _streamed_forward(s, bf16, architecture)
     )
-    if held and _held_sums(back) and back.row * dtype.itemsize <= HELD_BYTES:
+    row = max(back.IN.N * back.IN.K, back.OUT.N * back.OUT.K)
+    if held and _held_sums(back) and row * dtype.itemsize <= HELD_BYTES:
         c = _columns(back, 64)
         return {**forward, "backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
     return {**forward, **_two_phase(back, bf16, architecture)}

@@ -90,7 +90,7 @@ class Static:
 
 def plan(s: Sizes, config: Config, rounding: Precision, options: Options) -> Static:
     """The argument P of a kernel."""
-    tiles = {"BT": config.tokens, "BK": config.columns, "STAGES": config.stages}
+    tiles: dict[str, Any] = {"BT": config.tokens, "BK": config.columns, "STAGES": config.stages}
     return Static(Plan(**vars(s), SQUARE=s.square, O=s.offsets, **tiles, OPTIONS=options, PRECISION=rounding))
 
 

@@ -88,11 +88,6 @@ class Sizes:
         return max(self.IN.K, self.OUT.K)
 
     @property
-    def row(self) -> int:
-        """The length of the longer wide row."""
-        return max(self.IN.N * self.IN.K, self.OUT.N * self.OUT.K)
-
-    @property
     def inner(self) -> int:
         """The padded numbers of a token between x and the bottleneck."""
         return self.IN.NP * self.IN.NI
