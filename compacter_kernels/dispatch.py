@@ -74,7 +74,6 @@ class Plan(NamedTuple):
 
     problem: Problem
     name: str
-    reason: str
     kernel: Kernel | None
     visible: bool
     foreign: bool
@@ -175,12 +174,12 @@ def plan(
     """Choose the impl and prepare its kernel, except a fused one if torch must see the call."""
     name, reason = choose(problem, impl, only_torch)
     if visible and name not in PLAIN:
-        return Plan(problem, name, reason, None, visible, foreign, True)
+        return Plan(problem, name, None, visible, foreign, True)
     if not torch.compiler.is_compiling() and (problem.operation, name) not in _announced:
         _announced.add((problem.operation, name))
         logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
     final = not proof.required(problem) or proof.comparable()
-    return Plan(problem, name, reason, IMPLS[name].prepare(problem), visible, foreign, final)
+    return Plan(problem, name, IMPLS[name].prepare(problem), visible, foreign, final)
 
 
 def explain(problem: Problem, impl: str = "auto", only_torch: OnlyTorch | None = None) -> Explanation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -12,7 +13,6 @@ from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import NormWeights
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
 
@@ -36,12 +36,18 @@ def plan_arguments(problem: Problem) -> tuple[Any, ...]:
 class Kernel:
     """The base of each target's `Kernel`: a plan, which the subclass launches.
 
-    A launch takes call, the addresses and sizes of a call, and params, the addresses of the
-    parameters and, in backward, of their gradients; 0 if there is none.
+    launch_forward(call, params), launch_backward(call, tokens, params), and where norms is True
+    launch_normed(call, norm, out, params) and launch_normed_backward(call, norm, params) take call,
+    the addresses and sizes of a call, and params, the addresses of the parameters and, in backward,
+    of their gradients; 0 if there is none.
     adds_both: whether the target can add both x and a residual.
     """
 
     differentiable = norms = adds_both = False
+    launch_forward: Callable[..., None]
+    launch_backward: Callable[..., None]
+    launch_normed: Callable[..., None]
+    launch_normed_backward: Callable[..., None]
 
     def __init__(self, problem: Problem, plan: Any) -> None:
         self.plan, self.parameters = plan, Parameters(problem)
@@ -89,15 +95,3 @@ class Kernel:
         else:
             self.launch_normed_backward(arguments, norm, (*given, *grads))
         return tuple(results)
-
-    def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def launch_normed_backward(self, call: tuple[Any, ...], norm: NormWeights, params: tuple[int, ...]) -> None:
-        raise NotImplementedError

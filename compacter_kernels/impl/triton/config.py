@@ -42,11 +42,8 @@ def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str)
     bf16 = dtype == torch.bfloat16
     # Rows stay on chip if matrix instructions read shared memory; else they fill the registers.
     held = bf16 and architecture in ("sm_90", "sm_100", "interpreter")
-    forward = (
-        {"forward": _held_forward(s)}
-        if held and s.FOLD and s.K <= HELD_COLUMNS
-        else _streamed_forward(s, bf16, architecture)
-    )
+    hold_row = held and s.FOLD and s.K <= HELD_COLUMNS
+    forward = {"forward": _held_forward(s)} if hold_row else _streamed_forward(s, bf16, architecture)
     row = max(back.IN.N * back.IN.K, back.OUT.N * back.OUT.K)
     if held and _held_sums(back) and row * dtype.itemsize <= HELD_BYTES:
         c = _columns(back, 64)
