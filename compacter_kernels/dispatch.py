@@ -15,7 +15,7 @@ import torch
 
 from compacter_kernels import proof
 from compacter_kernels.impl import Impl, Kernel, architecture, cpu, cuda, dense, factored, triton
-from compacter_kernels.problem import Problem
+from compacter_kernels.problem import Problem, dtype_name
 
 IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
 PLAIN = ("dense", "factored")  # made of torch's operations, which autograd and torch.compile see
@@ -132,8 +132,7 @@ def _automatic(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str
     else:
         why = "the first of auto's order that serves this call"
         if problem.device.type == "cuda":
-            dtype = str(problem.dtype).removeprefix("torch.")
-            why += f", not measured on {architecture(problem.device)} in {dtype} at these sizes"
+            why += f", not measured on {architecture(problem.device)} in {dtype_name(problem.dtype)} at these sizes"
     if name not in PLAIN and proof.required(problem) and proof.earlier_failure(problem, name) == "":
         why += ", and right on this device when tried"
     return name, "; ".join([why, *passed_over])

@@ -34,8 +34,9 @@ class Problem(NamedTuple):
     activation: Activation | None
 
 
-def _name(value: object) -> str:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else type(value).__name__
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def divisors(*widths: int) -> str:
@@ -60,7 +61,7 @@ def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(value.dtype)}")
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
@@ -69,12 +70,7 @@ def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
 
 
 def check_weights(weights: PHMWeights, name: str) -> Projection:
-    """The sizes of these weights.
-
-    Raises:
-        TypeError: weights is not a PHMWeights, or a field is not a float tensor.
-        ValueError: the shapes do not fit each other, or the tensors are on several devices.
-    """
+    """The sizes of these weights; a TypeError or ValueError names a field that does not fit."""
     if not isinstance(weights, PHMWeights):
         raise TypeError(f"{name} must be PHMWeights(rule, left, right, bias), got {type(weights).__name__}")
     rule, left, right, bias = weights
@@ -140,7 +136,7 @@ def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[in
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {_name(x.dtype)}, got {_name(value.dtype)}")
+        raise TypeError(f"{name} must have the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(value.dtype)}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, x on {x.device}; move one of them")
 

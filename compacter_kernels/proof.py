@@ -57,10 +57,7 @@ def _earlier_failure(*key: Any) -> str | None:
 
 
 def failure(problem: Problem, name: str, impl: Impl) -> str:
-    """Compare an impl once on the device of this problem: its failure, or "" if it is right.
-
-    A failure is logged once, as a WARNING.
-    """
+    """Compare an impl once on the problem's device: its failure, logged as a WARNING, or ""."""
     key = _key(problem, name)
     if key not in _failures:
         try:

@@ -31,11 +31,7 @@ class NoStorageError(RuntimeError):
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Check that every element of a tensor with any strides lies in its storage.
-
-    Raises:
-        RuntimeError: an element does not; the message names the tensor. `NoStorageError` is a kind.
-    """
+    """Raise RuntimeError unless every element of a tensor with any strides lies in its storage."""
     if not tensor.numel():
         return
     try:
@@ -60,10 +56,7 @@ def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_for_torch(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Check the memory of ordinary tensors that torch itself reads or writes.
-
-    Where a tracer, a mode or a transform takes part, nothing is checked.
-    """
+    """Check ordinary tensors that torch itself reads or writes, in a call that is eager alone."""
     if not torch.compiler.is_compiling() and modes.alone():
         check_all((name, tensor) for name, tensor in tensors if tensor.__class__ in ORDINARY)
 
@@ -104,10 +97,7 @@ class Parameters:
         self.checked: set[tuple[int, ...]] = set()
 
     def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
-        """Return each parameter, or a contiguous copy of it, and the addresses (0: absent).
-
-        Raises as `check_memory`.
-        """
+        """Return what `readable` does for each parameter, and the addresses (0: absent)."""
         known = self._addresses(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
         if known in self.checked:
             return tensors, known

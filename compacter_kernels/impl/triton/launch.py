@@ -20,11 +20,8 @@ _interpreted, _runtime = INTERPRETED.value, knobs.runtime
 
 
 def compile_options(warps: int) -> dict[str, Any]:
-    """The options of the compiler, which override Triton's environment variables.
-
-    A loop that does not set its number of stages has one.
-    """
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    """The options of the compiler, which override Triton's environment variables."""
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}  # num_stages: of a loop without its own
 
 
 def fits(metadata: Any, shared: int) -> bool:
