@@ -80,16 +80,7 @@ class AdapterFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: Kernel,
-        call: AdapterCall,
-        residual: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *params: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, call: AdapterCall, _: Any, x: Tensor, *norm_and_params: Any) -> Tensor:
         norm, rows = call.norm, None
         if norm is None:
             ctx.rest = kernel, call.add_x, call.scale, 0.0, False
@@ -98,7 +89,7 @@ class AdapterFunction(torch.autograd.Function):
             rows = torch.empty_like(x, memory_format=torch.contiguous_format)
             call = call._replace(norm=norm._replace(rows=rows))
         out = kernel.forward(call)
-        ctx.save_for_backward(x, rows, weight, bias, *params)
+        ctx.save_for_backward(x, rows, *norm_and_params)
         return out
 
     @staticmethod

@@ -44,17 +44,16 @@ class Measured(NamedTuple):
 MEASURED = {
     Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Measured(("triton",), "benchmarks/results/h200"),
 }
-NOTHING = Measured((), "")
 
 
 def measured(problem: Problem) -> Measured:
-    """The measurement of calls like this one, or NOTHING."""
+    """The measurement of calls like this one, or one of no impls."""
     sizes = {(p.phm_dim, p.rank) for p in problem.projections}
     key = (problem.operation, architecture(problem.device), problem.dtype)
     for kind, measurement in MEASURED.items():
         if key == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
             return measurement
-    return NOTHING
+    return Measured((), "")
 
 
 class OnlyTorch(NamedTuple):

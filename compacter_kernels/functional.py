@@ -11,10 +11,11 @@ from compacter_kernels import dispatch, route
 from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure
 from compacter_kernels.impl.memory import check_for_torch
 from compacter_kernels.impl.plain import without_autocast
-from compacter_kernels.problem import adapter_problem, check_like, check_scale, check_weights
+from compacter_kernels.problem import adapter_problem, check_like, check_tensor, check_weights
 from compacter_kernels.weights import NormWeights, PHMWeights, kronecker_sum
 
 Activation = str | Callable[[Tensor], Tensor]
+Residual = Tensor | tuple[Tensor, Tensor] | None
 
 
 def phm_matrix(weights: PHMWeights) -> Tensor:
@@ -65,7 +66,7 @@ def compacter_adapter(
     up: PHMWeights,
     *,
     activation: Activation = "gelu_new",
-    residual: Tensor | tuple[Tensor, Tensor] | None = None,
+    residual: Residual = None,
     scale: float | Tensor = 1.0,
     norm: NormWeights | None = None,
     out: Tensor | None = None,
@@ -102,7 +103,7 @@ def explain(
     up: PHMWeights | None = None,
     *,
     activation: Activation = "gelu_new",
-    residual: Tensor | tuple[Tensor, Tensor] | None = None,
+    residual: Residual = None,
     scale: float | Tensor = 1.0,
     norm: NormWeights | None = None,
     out: Tensor | None = None,
@@ -118,12 +119,7 @@ def explain(
 
 
 def _adapter_call(
-    x: Tensor,
-    down: PHMWeights,
-    up: PHMWeights,
-    residual: Tensor | tuple[Tensor, Tensor] | None,
-    scale: float | Tensor,
-    norm: NormWeights | None,
+    x: Tensor, down: PHMWeights, up: PHMWeights, residual: Residual, scale: float | Tensor, norm: NormWeights | None
 ) -> AdapterCall:
     """The call as every kernel takes it: scale is a number, and at most one residual is not x."""
     add_x = residual is x
@@ -167,7 +163,11 @@ def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, floa
     """Return up and scale as a number. A tensor is multiplied into up, where autograd sees it."""
     if isinstance(scale, Tensor):
         check_weights(up, "up")
-        check_scale(scale, up)
+        check_tensor(scale, "scale")
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
+        if scale.device != up.device:
+            raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")
         named = [*up.named("up"), ("scale", scale)]
         check_for_torch(named)
         try:

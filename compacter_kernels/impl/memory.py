@@ -7,6 +7,8 @@ have no storage of its own. An address shows neither.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +100,12 @@ class Parameters:
 
     def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
         """Return what `readable` does for each parameter, and the addresses (0: absent)."""
-        known = self._addresses(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
+        known: Any = None
+        if self.has_all and TENSORS is not None:
+            known = TENSORS.addresses(tuple(tensors))  # None where one is not contiguous or has none
+        elif self.has_all:
+            with suppress(RuntimeError):
+                known = tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None  # type: ignore[arg-type]
         if known in self.checked:
             return tensors, known
         params = [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
@@ -108,15 +115,6 @@ class Parameters:
             self.checked.clear()
         self.checked.add(known)
         return params, known
-
-    def _addresses(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-        """Return the addresses of the tensors, or None where one is not contiguous or has none."""
-        if TENSORS is not None:
-            return TENSORS.addresses(tensors)  # type: ignore[no-any-return]
-        try:
-            return tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None
-        except RuntimeError:
-            return None
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

@@ -36,8 +36,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
-        self.kernel, self.warps, self.device = kernel, warps, device
-        self.constants = constants
+        self.kernel, self.constants, self.warps, self.device = kernel, constants, warps, device
         self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.compiled: dict[tuple[int | None, ...], Any] = {}
 
