@@ -6,6 +6,7 @@ impl; those of plain torch need no operator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _kernel_and_call(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[An
     return kernel, call
 
 
-def _define(name: str, options: str, parameters: int, with_residual: bool) -> Any:
+def _define(name: str, options: str, parameters: int, with_residual: bool) -> Callable[..., Tensor]:
     """Define an operator and its backward. parameters: how many of the options are tensors."""
     residual_type = "Tensor? residual, " if with_residual else ""
 
@@ -104,12 +105,8 @@ _adapter = _define("adapter", ADAPTER, parameters=8, with_residual=True)
 
 def forward(call: Call, problem: Problem, impl: str) -> Tensor:
     """Run the call through its operator."""
-    result: Tensor
-    if call.__class__ is LinearCall:
-        x, weights = call
-        result = _linear(x, *weights, impl)
-    else:
-        assert isinstance(call, AdapterCall) and problem.activation is not None
-        x, down, up, residual, add_x, scale, _ = call
-        result = _adapter(x, residual, *down, *up, add_x, problem.activation.name, scale, impl)
-    return result
+    if isinstance(call, LinearCall):
+        return _linear(call.x, *call.weights, impl)
+    assert problem.activation is not None
+    x, down, up, residual, add_x, scale, _ = call
+    return _adapter(x, residual, *down, *up, add_x, problem.activation.name, scale, impl)

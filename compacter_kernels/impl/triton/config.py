@@ -96,13 +96,10 @@ def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     if not bf16 and not s.FOLD and architecture in ("sm_90", "sm_100"):
         c = 16
     half, w = max(16, c // 2), _warps(architecture)
-    if bf16:
-        rows = 128 if architecture in ("sm_90", "sm_100") else 64
-        columns = Config(rows, _columns(s, 64), 4, 2, 8)
-    else:
-        columns = Config(32, _columns(s, 32), 4, 1, 8)
+    rows = 128 if architecture in ("sm_90", "sm_100") else 64
+    small = Config(32, _columns(s, 32), 4, 1, 8)
     return {
         "tokens": (Config(16, c, w, 3 if bf16 else 2, 2), Config(16, half, w, 1, 2)),
-        "columns": (columns, Config(32, _columns(s, 32), 4, 1, 8)),
+        "columns": (Config(rows, _columns(s, 64), 4, 2, 8) if bf16 else small, small),
         "sums": (Config(16, 0, w, 1, 1),),
     }

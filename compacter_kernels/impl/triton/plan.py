@@ -64,11 +64,11 @@ class Plan(Sizes):
     PRECISION: Precision
 
 
+@dataclass(frozen=True, repr=False)
 class Static:
     """A dataclass as a compile-time argument, with attributes that are compile-time values too."""
 
-    def __init__(self, values: Any) -> None:
-        self._values = values
+    _values: Any
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -77,12 +77,6 @@ class Static:
         if is_dataclass(value):
             value = Static(value)
         return value if INTERPRETED.value else tl.constexpr(value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._values == other._values
-
-    def __hash__(self) -> int:
-        return hash(self._values)
 
     def __repr__(self) -> str:
         return repr(self._values)

@@ -123,7 +123,8 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     A folded matrix is n^2 r wide. With float32 operands it takes too many registers beyond n = 8
     and rank 1. With bfloat16 operands beyond n = 8, only the forward of an adapter gains by it.
     """
-    columns = 4 if problem.dtype == torch.bfloat16 else 8
+    bf16 = problem.dtype == torch.bfloat16
+    columns = 4 if bf16 else 8
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
     assert first.rank is not None and last.rank is not None
@@ -134,10 +135,7 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
     small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
-    if problem.dtype == torch.bfloat16:
-        gains = n1 <= 8 or (adapter and not backward)
-    else:
-        gains = np1 * max(ni1, ni2) <= FOLD_INNER
+    gains = n1 <= 8 or (adapter and not backward) if bf16 else np1 * max(ni1, ni2) <= FOLD_INNER
     fold = n1 != n2 or (small and gains)
     e1, e2 = d1, d2
     if fold and n1 == n2:
