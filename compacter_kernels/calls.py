@@ -20,7 +20,7 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class LinearCall(NamedTuple):
-    """A call of phm_linear with x (..., in). `AdapterCall` explains the methods."""
+    """A call of phm_linear with x (..., in)."""
 
     x: Tensor
     weights: PHMWeights

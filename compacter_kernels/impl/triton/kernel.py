@@ -25,14 +25,8 @@ from compacter_kernels.problem import Problem
 REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
 Optionals = Sequence[Tensor | None]
 
-KERNELS = {
-    "forward": forward,
-    "forward_streamed": forward_streamed,
-    "backward": backward,
-    "tokens": two_phase.tokens,
-    "columns": two_phase.columns,
-    "sums": two_phase.sums,
-}
+_FUNCTIONS = (forward, forward_streamed, backward, two_phase.tokens, two_phase.columns, two_phase.sums)
+KERNELS = {function.__name__: function for function in _FUNCTIONS}
 
 
 def reduction(s: Sizes) -> dict[str, Any]:
