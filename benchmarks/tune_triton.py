@@ -74,10 +74,10 @@ def candidates(shape: Shape, dtype: str, direction: str) -> list[Candidate]:
 
 def bound(case: Inputs) -> Any:
     """The kernels of a case."""
-    from compacter_kernels.impl.triton.kernel import Adapter
+    from compacter_kernels.impl.triton.kernel import TritonKernel
 
     assert case.up is not None
-    return Adapter(adapter_problem(case.x, case.down, case.up, case.activation))
+    return TritonKernel(adapter_problem(case.x, case.down, case.up, case.activation))
 
 
 def bind(case: Inputs, candidate: Candidate) -> Callable[[Any, Any], Any]:

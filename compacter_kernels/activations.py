@@ -51,9 +51,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": _relu2,
     "quick_gelu": _quick_gelu,
 }
-FUSED: dict[str, Activation] = {
-    name: Activation(name, code, function) for code, (name, function) in enumerate(_FUNCTIONS.items())
-}
+FUSED = {name: Activation(name, code, function) for code, (name, function) in enumerate(_FUNCTIONS.items())}
 _ALIASES = {
     "swish": "silu",
     "leaky_relu": "leakyrelu",

@@ -5,7 +5,6 @@ Backward gets x and the parameters saved, and the input of the norm where a norm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from compacter_kernels.private import direct_apply, graph_is_kept, saved_tensors
 from compacter_kernels.weights import NormWeights, PHMWeights
 
 
-def forward(kernel: Kernel[Any], call: Call) -> Tensor:
+def forward(kernel: Kernel, call: Call) -> Tensor:
     """Run kernel.forward(call) and record it for backward."""
     result: Tensor
     if call.__class__ is LinearCall:
@@ -43,40 +42,24 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Guard gradients that are computed under create_graph=True.
+def _gradients(kernel: Kernel, call: Call, grad: Tensor, wanted: Any, inputs: Any, of_norm: Any = ()) -> Gradients:
+    """of_norm, which kernel.backward fills, and the result of kernel.backward.
 
-    The inputs connect the guard with the graph that the gradients come from.
+    Under create_graph=True both are guarded. The inputs connect the guard with their graph.
     """
-    if not torch.is_grad_enabled():
-        return grads
-    guarded: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(len(grads), *grads, *inputs)
+    if not torch.is_grad_enabled():  # mostly so; entering `no_grad` takes time
+        return (*of_norm, *kernel.backward(call, grad, wanted))
+    with torch.no_grad():
+        grads = (*of_norm, *kernel.backward(call, grad, wanted))
+    guarded: Gradients = _OnceDifferentiable.apply(len(grads), *grads, grad, *inputs)
     return guarded
 
 
-def _without_grad(function: Callable[..., Gradients], *args: Any) -> Gradients:
-    """Call function(*args) without recording.
-
-    A backward mostly runs without recording already, and entering `no_grad` takes time.
-    """
-    if not torch.is_grad_enabled():
-        return function(*args)
-    with torch.no_grad():
-        return function(*args)
-
-
-class _Function(torch.autograd.Function):
-    """The base of both Functions."""
-
-    def __init_subclass__(cls) -> None:
-        cls.apply = direct_apply(cls)  # type: ignore[method-assign]
-
-
-class LinearFunction(_Function):
+class LinearFunction(torch.autograd.Function):
     """phm_linear through a fused kernel. `call` holds the same tensors as the other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel[LinearCall], call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, *params)
         return kernel.forward(call)
@@ -85,11 +68,10 @@ class LinearFunction(_Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
         call = LinearCall(x, PHMWeights(*params))
-        grads = _without_grad(ctx.kernel.backward, call, grad, ctx.needs_input_grad[2:])
-        return (None, None, *_once(grads, grad, x, *params))
+        return (None, None, *_gradients(ctx.kernel, call, grad, ctx.needs_input_grad[2:], (x, *params)))
 
 
-class AdapterFunction(_Function):
+class AdapterFunction(torch.autograd.Function):
     """compacter_adapter through a fused kernel. `call` holds the tensors of the other arguments.
 
     A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises
@@ -98,16 +80,7 @@ class AdapterFunction(_Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: Kernel[AdapterCall],
-        call: AdapterCall,
-        residual: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *params: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, call: AdapterCall, _: Any, x: Tensor, *norm_and_params: Any) -> Tensor:
         norm, rows = call.norm, None
         if norm is None:
             ctx.rest = kernel, call.add_x, call.scale, 0.0, False
@@ -116,7 +89,7 @@ class AdapterFunction(_Function):
             rows = torch.empty_like(x, memory_format=torch.contiguous_format)
             call = call._replace(norm=norm._replace(rows=rows))
         out = kernel.forward(call)
-        ctx.save_for_backward(x, rows, weight, bias, *params)
+        ctx.save_for_backward(x, rows, *norm_and_params)
         return out
 
     @staticmethod
@@ -124,15 +97,16 @@ class AdapterFunction(_Function):
         x, rows, weight, bias, *params = ctx.saved_tensors
         kernel, add_x, scale, eps, own = ctx.rest
         _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
-        norm, of_residual = None, grad
+        norm: NormWeights | None = None
+        of_norm: tuple[Tensor, ...] = ()
         if rows is not None:
-            of_residual = rows if own and not graph_is_kept() else torch.empty_like(rows)
-            norm = NormWeights(weight, bias, eps, rows, of_residual)
+            of_norm = (rows if own and not graph_is_kept() else torch.empty_like(rows),)
+            norm = NormWeights(weight, bias, eps, rows, *of_norm)
         call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
-        grads = _without_grad(kernel.backward, call, grad, (x_wanted, *params_wanted))
-        if norm is None:
-            guarded = _once(grads, grad, x, *params)
-        else:
-            of_residual, *guarded = _once((of_residual, *grads), grad, x, *params)  # type: ignore[assignment]
-        of_x, *others = guarded
+        grads = _gradients(kernel, call, grad, (x_wanted, *params_wanted), (x, *params), of_norm)
+        of_residual, of_x, *others = (grad, *grads) if norm is None else grads
         return (None, None, of_residual if residual_wanted else None, of_x, None, None, *others)
+
+
+for function in (LinearFunction, AdapterFunction):
+    function.apply = direct_apply(function)  # type: ignore[method-assign]

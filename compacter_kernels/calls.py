@@ -9,7 +9,7 @@ The activation belongs to the problem (`compacter_kernels.problem`), which a ker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,6 @@ class LinearCall(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The tensors that get a gradient, in the order of `Kernel.backward`."""
         return (self.x, *self.weights)
-
-    def of(self, x: Tensor, *weights: Any) -> LinearCall:
-        """The same call with other tensors, in the order of `differentiable`."""
-        return LinearCall(x, PHMWeights(*weights))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LinearCall:
         """The same call with `change` applied to each tensor."""
@@ -69,10 +65,6 @@ class AdapterCall(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The tensors that get a gradient, in the order of `Kernel.backward`."""
         return (self.x, *self.down, *self.up)
-
-    def of(self, x: Tensor, *weights: Any) -> AdapterCall:
-        """The same call with other tensors, in the order of `differentiable`."""
-        return self._replace(x=x, down=PHMWeights(*weights[:4]), up=PHMWeights(*weights[4:]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AdapterCall:
         """The same call with `change` applied to each tensor, except those of the norm."""

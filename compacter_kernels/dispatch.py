@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from compacter_kernels import proof
 from compacter_kernels.impl import Impl, Kernel, architecture, cpu, cuda, dense, factored, triton
-from compacter_kernels.problem import Problem
+from compacter_kernels.problem import Problem, dtype_name
 
 IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
 PLAIN = ("dense", "factored")  # made of torch's operations, which autograd and torch.compile see
@@ -44,17 +44,16 @@ class Measured(NamedTuple):
 MEASURED = {
     Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Measured(("triton",), "benchmarks/results/h200"),
 }
-NOTHING = Measured((), "")
 
 
 def measured(problem: Problem) -> Measured:
-    """The measurement of calls like this one, or NOTHING."""
+    """The measurement of calls like this one, or one of no impls."""
     sizes = {(p.phm_dim, p.rank) for p in problem.projections}
     key = (problem.operation, architecture(problem.device), problem.dtype)
     for kind, measurement in MEASURED.items():
         if key == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
             return measurement
-    return NOTHING
+    return Measured((), "")
 
 
 class OnlyTorch(NamedTuple):
@@ -74,8 +73,7 @@ class Plan(NamedTuple):
 
     problem: Problem
     name: str
-    reason: str
-    kernel: Kernel[Any] | None
+    kernel: Kernel | None
     visible: bool
     foreign: bool
     final: bool
@@ -99,11 +97,6 @@ def available_impls() -> dict[str, str | None]:
     Example: {"dense": None, "factored": None, "cpu": "not built: ..."}
     """
     return {name: module.unavailable() for name, module in IMPLS.items()}
-
-
-def auto_impl() -> str:
-    """What impl="auto" stands for: the variable COMPACTER_KERNELS_IMPL, or else "auto"."""
-    return os.environ.get(ENVIRONMENT) or "auto"
 
 
 def _why_not(name: str, problem: Problem, only_torch: OnlyTorch | None) -> str | None:
@@ -136,17 +129,12 @@ def _automatic(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str
     if name in timed.impls:
         why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
     else:
-        why = "the first of auto's order that serves this call" + _unmeasured(problem)
+        why = "the first of auto's order that serves this call"
+        if problem.device.type == "cuda":
+            why += f", not measured on {architecture(problem.device)} in {dtype_name(problem.dtype)} at these sizes"
     if name not in PLAIN and proof.required(problem) and proof.earlier_failure(problem, name) == "":
         why += ", and right on this device when tried"
     return name, "; ".join([why, *passed_over])
-
-
-def _unmeasured(problem: Problem) -> str:
-    if problem.device.type != "cuda":
-        return ""
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return f", not measured on {architecture(problem.device)} in {dtype} at these sizes"
 
 
 def check_name(impl: object, source: str = "impl") -> str:
@@ -165,7 +153,7 @@ def choose(problem: Problem, impl: str, only_torch: OnlyTorch | None = None) -> 
     """
     source = "impl"
     if check_name(impl) == "auto":
-        impl, source = check_name(auto_impl(), ENVIRONMENT), ENVIRONMENT
+        impl, source = check_name(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT), ENVIRONMENT
     if impl == "auto":
         return _automatic(problem, only_torch)
     required = only_torch is not None and only_torch.required
@@ -184,18 +172,12 @@ def plan(
     """Choose the impl and prepare its kernel, except a fused one if torch must see the call."""
     name, reason = choose(problem, impl, only_torch)
     if visible and name not in PLAIN:
-        return Plan(problem, name, reason, None, visible, foreign, True)
-    if not torch.compiler.is_compiling():
-        _announce(problem.operation, name, reason)
+        return Plan(problem, name, None, visible, foreign, True)
+    if not torch.compiler.is_compiling() and (problem.operation, name) not in _announced:
+        _announced.add((problem.operation, name))
+        logger.info("%s runs through impl %r (%s)", problem.operation, name, reason)
     final = not proof.required(problem) or proof.comparable()
-    return Plan(problem, name, reason, IMPLS[name].prepare(problem), visible, foreign, final)
-
-
-def _announce(operation: str, name: str, reason: str) -> None:
-    """Log once which impl an operation runs through."""
-    if (operation, name) not in _announced:
-        _announced.add((operation, name))
-        logger.info("%s runs through impl %r (%s)", operation, name, reason)
+    return Plan(problem, name, IMPLS[name].prepare(problem), visible, foreign, final)
 
 
 def explain(problem: Problem, impl: str = "auto", only_torch: OnlyTorch | None = None) -> Explanation:

@@ -10,11 +10,12 @@ from torch import Tensor
 from compacter_kernels import dispatch, route
 from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure
 from compacter_kernels.impl.memory import check_for_torch
-from compacter_kernels.impl.precision import without_autocast
-from compacter_kernels.problem import adapter_problem, check_like, check_scale, check_weights
+from compacter_kernels.impl.plain import without_autocast
+from compacter_kernels.problem import adapter_problem, check_like, check_tensor, check_weights
 from compacter_kernels.weights import NormWeights, PHMWeights, kronecker_sum
 
 Activation = str | Callable[[Tensor], Tensor]
+Residual = Tensor | tuple[Tensor, Tensor] | None
 
 
 def phm_matrix(weights: PHMWeights) -> Tensor:
@@ -65,7 +66,7 @@ def compacter_adapter(
     up: PHMWeights,
     *,
     activation: Activation = "gelu_new",
-    residual: Tensor | tuple[Tensor, Tensor] | None = None,
+    residual: Residual = None,
     scale: float | Tensor = 1.0,
     norm: NormWeights | None = None,
     out: Tensor | None = None,
@@ -102,7 +103,7 @@ def explain(
     up: PHMWeights | None = None,
     *,
     activation: Activation = "gelu_new",
-    residual: Tensor | tuple[Tensor, Tensor] | None = None,
+    residual: Residual = None,
     scale: float | Tensor = 1.0,
     norm: NormWeights | None = None,
     out: Tensor | None = None,
@@ -118,12 +119,7 @@ def explain(
 
 
 def _adapter_call(
-    x: Tensor,
-    down: PHMWeights,
-    up: PHMWeights,
-    residual: Tensor | tuple[Tensor, Tensor] | None,
-    scale: float | Tensor,
-    norm: NormWeights | None,
+    x: Tensor, down: PHMWeights, up: PHMWeights, residual: Residual, scale: float | Tensor, norm: NormWeights | None
 ) -> AdapterCall:
     """The call as every kernel takes it: scale is a number, and at most one residual is not x."""
     add_x = residual is x
@@ -132,8 +128,8 @@ def _adapter_call(
     elif residual is not None:
         if isinstance(residual, tuple):
             residual, add_x = _split_residuals(x, down, up, residual)
-        elif not _is_like(residual, x):
-            _raise_for_residual(residual, x, down, up)
+        else:
+            _check_residual(residual, x, down, up)
     if not isinstance(scale, float):
         up, scale = _with_scale(up, scale)
     return AdapterCall(x, down, up, residual, add_x, scale, norm)
@@ -145,32 +141,33 @@ def _split_residuals(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Te
         raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
     first, second = pair if pair[1] is x else pair[::-1]
     for residual in (first, second):
-        if not _is_like(residual, x):
-            _raise_for_residual(residual, x, down, up)
+        _check_residual(residual, x, down, up)
     if second is x:
         return first, True
     check_for_torch([("residual", first), ("residual", second)])
     return first + second, False
 
 
-def _is_like(residual: Tensor, x: Tensor) -> bool:
+def _check_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
+    """Raise for a wrong residual, or for an error of x, down and up, which comes first."""
     try:
-        return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+        like = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
     except (AttributeError, RuntimeError):  # not a tensor, or a nested tensor
-        return False
-
-
-def _raise_for_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
-    """Raise for the first wrong argument: errors of x, down and up come before the residual's."""
-    adapter_problem(x, down, up, "identity")
-    check_like(residual, "residual", x, x.shape)
+        like = False
+    if not like:
+        adapter_problem(x, down, up, "identity")
+        check_like(residual, "residual", x, x.shape)
 
 
 def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
     """Return up and scale as a number. A tensor is multiplied into up, where autograd sees it."""
     if isinstance(scale, Tensor):
         check_weights(up, "up")
-        check_scale(scale, up)
+        check_tensor(scale, "scale")
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
+        if scale.device != up.device:
+            raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")
         named = [*up.named("up"), ("scale", scale)]
         check_for_torch(named)
         try:

@@ -107,10 +107,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:
-    """The tables of the hooks of this module alone, which `hooked` looks at.
-
-    None without the private names: the hooks are not known then.
-    """
+    """The tables of the hooks of this module alone, or None without the private names."""
     if PUBLIC:
         return None
     return module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -34,8 +34,9 @@ class Problem(NamedTuple):
     activation: Activation | None
 
 
-def _name(value: object) -> str:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else type(value).__name__
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def divisors(*widths: int) -> str:
@@ -56,11 +57,12 @@ def check_phm_dim(phm_dim: int, phm_rank: int, **widths: int) -> None:
         raise ValueError(f"phm_rank must be an integer >= 1, got {phm_rank!r}")
 
 
-def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
+def check_tensor(value: object, name: str, ndim: int | None = None) -> None:
+    """Raise unless `value` is a dense float tensor with that many dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(value.dtype)}")
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
@@ -69,17 +71,12 @@ def _check_tensor(value: object, name: str, ndim: int | None = None) -> None:
 
 
 def check_weights(weights: PHMWeights, name: str) -> Projection:
-    """The sizes of these weights.
-
-    Raises:
-        TypeError: weights is not a PHMWeights, or a field is not a float tensor.
-        ValueError: the shapes do not fit each other, or the tensors are on several devices.
-    """
+    """The sizes of these weights; a TypeError or ValueError names a field that does not fit."""
     if not isinstance(weights, PHMWeights):
         raise TypeError(f"{name} must be PHMWeights(rule, left, right, bias), got {type(weights).__name__}")
     rule, left, right, bias = weights
-    _check_tensor(rule, f"{name}.rule", 3)
-    _check_tensor(left, f"{name}.left", 3)
+    check_tensor(rule, f"{name}.rule", 3)
+    check_tensor(left, f"{name}.left", 3)
     n = rule.shape[0]
     if n == 0 or tuple(rule.shape) != (n, n, n):
         raise ValueError(f"{name}.rule must have shape (phm_dim, phm_dim, phm_dim), got {tuple(rule.shape)}")
@@ -87,12 +84,12 @@ def check_weights(weights: PHMWeights, name: str) -> Projection:
         raise ValueError(f"{name}.left must have shape ({n}, in/{n}, rank), got {tuple(left.shape)}")
     rank = None
     if right is not None:
-        _check_tensor(right, f"{name}.right", 3)
+        check_tensor(right, f"{name}.right", 3)
         rank = left.shape[2]
         if right.shape[0] != n or right.shape[1] != rank or right.shape[2] == 0:
             raise ValueError(f"{name}.right must have shape ({n}, {rank}, out/{n}), got {tuple(right.shape)}")
     if bias is not None:
-        _check_tensor(bias, f"{name}.bias", 1)
+        check_tensor(bias, f"{name}.bias", 1)
         if bias.shape[0] != weights.out_features:
             raise ValueError(f"{name}.bias must have shape ({weights.out_features},), got {tuple(bias.shape)}")
     for field, tensor in zip(weights._fields, weights, strict=True):
@@ -103,7 +100,7 @@ def check_weights(weights: PHMWeights, name: str) -> Projection:
 
 
 def _check_input(x: Tensor, projection: Projection, weights: PHMWeights, name: str) -> None:
-    _check_tensor(x, "x")
+    check_tensor(x, "x")
     width = projection.in_features
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(f"x must have shape (..., {width}), the input width of {name}, got {tuple(x.shape)}")
@@ -135,23 +132,14 @@ def adapter_problem(
 
 def check_like(value: object, name: str, x: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
     """Raise unless `value` has that shape and the dtype, device and layout of the checked x."""
-    _check_tensor(value, name)
+    check_tensor(value, name)
     assert isinstance(value, Tensor)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {_name(x.dtype)}, got {_name(value.dtype)}")
+        raise TypeError(f"{name} must have the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(value.dtype)}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, x on {x.device}; move one of them")
-
-
-def check_scale(scale: Tensor, up: PHMWeights) -> None:
-    """Raise unless `scale` is a tensor of one number on the device of up."""
-    _check_tensor(scale, "scale")
-    if scale.numel() != 1:
-        raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
-    if scale.device != up.device:
-        raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")
 
 
 def check_norm(norm: NormWeights, x: Tensor) -> None:
@@ -159,5 +147,5 @@ def check_norm(norm: NormWeights, x: Tensor) -> None:
     if not isinstance(norm, NormWeights):
         raise TypeError(f"norm must be NormWeights(weight, bias, eps), got {type(norm).__name__}")
     for field, tensor in zip(("weight", "bias"), norm, strict=False):
-        _check_tensor(tensor, f"norm.{field}", 1)
+        check_tensor(tensor, f"norm.{field}", 1)
         check_like(tensor, f"norm.{field}", x, x.shape[-1:])

@@ -57,10 +57,7 @@ def _earlier_failure(*key: Any) -> str | None:
 
 
 def failure(problem: Problem, name: str, impl: Impl) -> str:
-    """Compare an impl once on the device of this problem: its failure, or "" if it is right.
-
-    A failure is logged once, as a WARNING.
-    """
+    """Compare an impl once on the problem's device: its failure, logged as a WARNING, or ""."""
     key = _key(problem, name)
     if key not in _failures:
         try:
@@ -78,16 +75,12 @@ def failure(problem: Problem, name: str, impl: Impl) -> str:
 def _compare(problem: Problem, impl: Impl) -> str:
     """Name the tensors whose error is above the limit; empty if there are none."""
     call, grad = _case(problem)
-    exact_call = call.map(Tensor.double)
+    wanted, exact_call = tuple(t is not None for t in call.differentiable()), call.map(Tensor.double)
+    kernel, exact_kernel = impl.prepare(problem), factored.prepare(problem)
     names = ["the output", *(f"the gradient of {name}" for name, _ in call.named() if name != "residual")]
     with torch.no_grad():
-        results, exact = (
-            (kernel.forward(c), *kernel.backward(c, g, tuple(t is not None for t in c.differentiable())))
-            for kernel, c, g in (
-                (impl.prepare(problem), call, grad),
-                (factored.prepare(problem), exact_call, grad.double()),
-            )
-        )
+        results = (kernel.forward(call), *kernel.backward(call, grad, wanted))
+        exact = (exact_kernel.forward(exact_call), *exact_kernel.backward(exact_call, grad.double(), wanted))
     pairs = [(r, e) for r, e in zip(results, exact, strict=True) if r is not None and e is not None]
     wrong = []
     for name, (result, expected) in zip(names, pairs, strict=True):

@@ -2,9 +2,8 @@
 
 An ordinary call goes straight to the kernel, or through autograd where a gradient is recorded.
 Where a tracer, a mode or a transform takes part (`modes`), or a tensor has a class of its own,
-torch must
-see the call: a fused impl then runs as its operator, and "auto" takes an impl of plain torch where
-no operator can serve. The way is chosen once for all calls of one signature.
+torch must see the call: a fused impl then runs as its operator, and "auto" takes an impl of plain
+torch where no operator can serve. The way is chosen once for all calls of one signature.
 """
 
 from __future__ import annotations
@@ -98,16 +97,11 @@ def _signature(call: Call) -> tuple[Any, ...]:
     described = (_described and _described(params)) or _of_each(params)
     if norm is None:
         return (down.__class__, up.__class__, residual.__class__, described)
-    of_norm = (norm.__class__, _of(norm.weight), _of(norm.bias))
-    return (down.__class__, up.__class__, residual.__class__, described, of_norm)
+    return (down.__class__, up.__class__, residual.__class__, described, norm.__class__, _of_each(norm[:2]))
 
 
 def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    return tuple([_of(t) for t in tensors])
-
-
-def _of(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.__class__, _facts(tensor))
+    return tuple([None if t is None else (t.__class__, _facts(t)) for t in tensors])
 
 
 def _problem(call: Call, activation: Activation) -> Problem:

@@ -48,11 +48,7 @@ The scripts, to read and to copy: {folder}"""
 
 
 def folder() -> Path:
-    """The folder of the training scripts.
-
-    Raises:
-        FileNotFoundError: it is neither in the package nor beside it.
-    """
+    """The folder of the training scripts; FileNotFoundError unless in or beside the package."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "examples", package.parent / "examples"):
         if all((candidate / f"{name}.py").is_file() for name in SCRIPTS.values()):
@@ -84,11 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def use(args: argparse.Namespace) -> str:
-    """Which of the three uses the options ask for.
-
-    Raises:
-        ValueError: options of different uses together, or one that is missing.
-    """
+    """Which of the three uses the options ask for; ValueError if some do not go together."""
     if args.model is not None and args.demo is not None:
         raise ValueError("--demo brings its own model and data; give --demo or --model, not both")
     chosen = OWN if args.model is not None else TOPICS if args.demo == "topics" else DIGITS

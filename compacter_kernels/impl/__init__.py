@@ -7,7 +7,7 @@ The targets of csrc/ share `native`, dense and factored share `plain`, all share
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ from compacter_kernels.private import evaluated_when_compiled
 from compacter_kernels.problem import Problem
 
 Gradients = tuple[Tensor | None, ...]
-C = TypeVar("C", bound=Call, contravariant=True)
 
 
-class Kernel(Protocol[C]):
+class Kernel(Protocol):
     """One operation for one problem. Tensors may be strided; only `out` is changed.
 
     differentiable: whether autograd differentiates forward, so that backward is not called.
@@ -30,10 +29,10 @@ class Kernel(Protocol[C]):
     differentiable: bool
     norms: bool
 
-    def forward(self, call: C, out: Tensor | None = None) -> Tensor:
+    def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         """The result, in `out` if given, which is contiguous and overlaps no input."""
 
-    def backward(self, call: C, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+    def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         """The gradients of x and of rule, left, right, bias of each projection; None if unwanted.
 
         The gradient of a residual is grad itself. With a norm, it is norm.grad_rows after the call.
@@ -49,7 +48,7 @@ class Impl(Protocol):
     def refuses(self, problem: Problem) -> str | None:
         """Why the impl cannot serve this problem, or None."""
 
-    def prepare(self, problem: Problem) -> Kernel[Any]:
+    def prepare(self, problem: Problem) -> Kernel:
         """Make the kernel for this problem, with all work that depends on the problem alone."""
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.memory import addresses, readable
-from compacter_kernels.impl.module import MISSING, MODULE
+from compacter_kernels.impl.module import MISSING, MODULE as _C
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import NormWeights
 
-_C = MODULE
 _get_num_threads = torch.get_num_threads
 
 
@@ -29,32 +28,22 @@ def refuses(problem: Problem) -> str | None:
     return not_fused(problem)
 
 
-def prepare(problem: Problem) -> Kernel[Any]:
+def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    arguments = native.plan_arguments(problem)
-    if problem.operation == "linear":
-        return _Linear(problem, _C.Linear(*arguments))
-    return _Adapter(problem, _C.Adapter(*arguments))
+    plan = _C.Linear if problem.operation == "linear" else _C.Adapter
+    return _Kernel(problem, plan(*native.plan_arguments(problem)))
 
 
-class _OnThreads:
+class _Kernel(native.Kernel):
     """A kernel that runs on as many threads as torch uses."""
 
-    plan: Any
+    adds_both = norms = True
 
     def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
         self.plan.forward(*call, _get_num_threads(), params)
 
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         self.plan.backward(*call, _get_num_threads(), params)
-
-
-class _Linear(_OnThreads, native.Linear):
-    pass
-
-
-class _Adapter(_OnThreads, native.Adapter):
-    adds_both = norms = True
 
     def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
         """Write the input of the norm to norm.rows for backward, or to out, which then changes."""

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from compacter_kernels.impl import Kernel, native, not_fused
-from compacter_kernels.impl.module import BUILD, MISSING, MODULE
-from compacter_kernels.private import current_device, current_stream, evaluated_when_compiled
+from compacter_kernels.impl.module import BUILD as _BUILD, MISSING, MODULE as _C
+from compacter_kernels.private import (
+    current_device as _current_device,
+    current_stream as _current_stream,
+    evaluated_when_compiled,
+)
 from compacter_kernels.problem import Problem, Projection
 
 OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are pairs of bfloat16 numbers
@@ -16,10 +20,8 @@ PHM_DIMS = (1, 2, 4, 8, 12, 16)
 RANKS = (1, 2, 4)
 OLDEST = 80  # the least compute capability, 10 * major + minor
 
-# The native module and its device. Tests replace both by a build whose kernels the CPU executes.
-_C, _BUILD = MODULE, BUILD
+# Tests replace this, _C, _BUILD and the functions of the device, so that the CPU executes kernels.
 _DEVICE_TYPE = "cuda"
-_current_device, _current_stream = current_device, current_stream
 
 
 class Device(NamedTuple):
@@ -93,12 +95,12 @@ def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | No
     return _other_architecture(device.capability) or _plan(operation, arguments, device).refuses() or None
 
 
-def prepare(problem: Problem) -> Kernel[Any]:
+def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    return _Linear(problem) if problem.operation == "linear" else _Adapter(problem)
+    return _Kernel(problem)
 
 
-class _OnDevice(native.Kernel):
+class _Kernel(native.Kernel):
     """A kernel that runs on the current stream of the tensors' device, without waiting for it."""
 
     def __init__(self, problem: Problem) -> None:
@@ -121,11 +123,3 @@ class _OnDevice(native.Kernel):
         # The allocator gets it back on return, and gives it only to later work of the same stream.
         workspace = torch.empty(self.plan.workspace(tokens), dtype=torch.float32, device=self.device)
         self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), params)
-
-
-class _Linear(_OnDevice, native.Linear):
-    pass
-
-
-class _Adapter(_OnDevice, native.Adapter):
-    pass

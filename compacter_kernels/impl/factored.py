@@ -7,15 +7,10 @@ also run over the rank index.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from compacter_kernels.activations import Activation
-from compacter_kernels.calls import AdapterCall, LinearCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import plain_kernel, refuses as refuses, unavailable as unavailable
-from compacter_kernels.impl.precision import working_dtype
+from compacter_kernels.impl.plain import Plain, refuses as refuses, unavailable as unavailable, wide
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
@@ -48,28 +43,9 @@ def _project(x: Tensor, weights: PHMWeights) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.to(working_dtype(x)).reshape(x.numel() // x.shape[-1], x.shape[-1])
+    return wide(x).reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
-def linear(call: LinearCall) -> Tensor:
-    """y = x H + b, x (..., in) -> (..., out) in x's dtype, computed in `working_dtype(x)`."""
-    x, weights = call
-    return _project(_rows(x), weights).to(x.dtype).reshape(*x.shape[:-1], weights.out_features)
-
-
-def adapter(call: AdapterCall, activation: Activation) -> Tensor:
-    """scale * up(act(down(x))) [+ x] [+ residual], (..., k) -> (..., k) in x's dtype."""
-    x, rows = call.x, _rows(call.x)
-    y = _project(activation.function(_project(rows, call.down)), call.up)
-    if call.scale != 1.0:
-        y = y * call.scale
-    if call.add_x:
-        y = y + rows
-    if call.residual is not None:
-        y = y + _rows(call.residual)
-    return y.to(x.dtype).reshape(x.shape)
-
-
-def prepare(problem: Problem) -> Kernel[Any]:
+def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    return plain_kernel(problem, linear, adapter)
+    return Plain(problem, _rows, _project)

@@ -7,6 +7,8 @@ have no storage of its own. An address shows neither.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +33,7 @@ class NoStorageError(RuntimeError):
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Check that every element of a tensor with any strides lies in its storage.
-
-    Raises:
-        RuntimeError: an element does not; the message names the tensor. `NoStorageError` is a kind.
-    """
+    """Raise RuntimeError unless every element of a tensor with any strides lies in its storage."""
     if not tensor.numel():
         return
     try:
@@ -49,7 +47,8 @@ def check_memory(tensor: Tensor, name: str) -> None:
         why = f"its storage has {nbytes} of {needed} bytes, as freed storage has"
         raise RuntimeError(_NO_MEMORY.format(name=name, why=why))
     if not address or tensor.is_nested:
-        raise RuntimeError(_NO_MEMORY.format(name=name, why=f"it is a {_kind(tensor)}"))
+        kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} on {tensor.device}"
+        raise RuntimeError(_NO_MEMORY.format(name=name, why=f"it is a {kind}"))
 
 
 def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -59,10 +58,7 @@ def check_all(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_for_torch(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Check the memory of ordinary tensors that torch itself reads or writes.
-
-    Where a tracer, a mode or a transform takes part, nothing is checked.
-    """
+    """Check ordinary tensors that torch itself reads or writes, in a call that is eager alone."""
     if not torch.compiler.is_compiling() and modes.alone():
         check_all((name, tensor) for name, tensor in tensors if tensor.__class__ in ORDINARY)
 
@@ -71,10 +67,6 @@ def check_readable(tensor: Tensor, name: str) -> None:
     """Do what `check_memory` does, in less time. A tensor on meta has no memory and passes."""
     if (not tensor.is_contiguous() or _too_short(tensor)) and not tensor.is_meta:
         check_memory(tensor, name)
-
-
-def _kind(tensor: Tensor) -> str:
-    return "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} on {tensor.device}"
 
 
 def readable(tensor: Tensor, name: str) -> Tensor:
@@ -107,11 +99,13 @@ class Parameters:
         self.checked: set[tuple[int, ...]] = set()
 
     def readable(self, tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
-        """Return each parameter, or a contiguous copy of it, and the addresses (0: absent).
-
-        Raises as `check_memory`.
-        """
-        known = self._addresses(tuple(tensors)) if self.has_all else None  # type: ignore[arg-type]
+        """Return what `readable` does for each parameter, and the addresses (0: absent)."""
+        known: Any = None
+        if self.has_all and TENSORS is not None:
+            known = TENSORS.addresses(tuple(tensors))  # None where one is not contiguous or has none
+        elif self.has_all:
+            with suppress(RuntimeError):
+                known = tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None  # type: ignore[arg-type]
         if known in self.checked:
             return tensors, known
         params = [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
@@ -121,15 +115,6 @@ class Parameters:
             self.checked.clear()
         self.checked.add(known)
         return params, known
-
-    def _addresses(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-        """Return the addresses of the tensors, or None where one is not contiguous or has none."""
-        if TENSORS is not None:
-            return TENSORS.addresses(tensors)  # type: ignore[no-any-return]
-        try:
-            return tuple(map(_data_ptr, tensors)) if all(map(_is_contiguous, tensors)) else None
-        except RuntimeError:
-            return None
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

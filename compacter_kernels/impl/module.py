@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,10 @@ except ImportError as error:
 
 BUILD: dict[str, Any] = {} if MODULE is None else MODULE.build_info()
 
-
-def _tensors() -> Any:
-    """Return `_C.Tensors`, which asks torch through DLPack's C exchange API.
-
-    It is None without the native module, and with torch before 2.10, which lacks that API.
-    """
-    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if MODULE is None or api is None:
-        return None
-    try:
-        return MODULE.Tensors(Tensor, api)
-    except ValueError:  # a later major version of DLPack, with another table
-        return None
-
-
-TENSORS = _tensors()
+# `_C.Tensors`, which asks torch through DLPack's C exchange API. It is None without the native
+# module, and with torch before 2.10, which lacks that API.
+TENSORS: Any = None
+_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if MODULE is not None and _api is not None:
+    with suppress(ValueError):  # raised for a later major version of DLPack, with another table
+        TENSORS = MODULE.Tensors(Tensor, _api)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import NormWeights
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
 
@@ -34,86 +34,64 @@ def plan_arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 class Kernel:
-    """The base of each kernel: a target's plan, which a subclass launches.
+    """The base of each target's `Kernel`: a plan, which the subclass launches.
 
-    A launch takes call, the addresses and sizes of a call, and params, the addresses of the
-    parameters and, in backward, of their gradients; 0 if there is none.
+    launch_forward(call, params), launch_backward(call, tokens, params), and where norms is True
+    launch_normed(call, norm, out, params) and launch_normed_backward(call, norm, params) take call,
+    the addresses and sizes of a call, and params, the addresses of the parameters and, in backward,
+    of their gradients; 0 if there is none.
+    adds_both: whether the target can add both x and a residual.
     """
 
-    differentiable = norms = False
+    differentiable = norms = adds_both = False
+    launch_forward: Callable[..., None]
+    launch_backward: Callable[..., None]
+    launch_normed: Callable[..., None]
+    launch_normed_backward: Callable[..., None]
 
     def __init__(self, problem: Problem, plan: Any) -> None:
         self.plan, self.parameters = plan, Parameters(problem)
         self.width, self.out_features = problem.projections[0].in_features, problem.projections[-1].out_features
 
-    def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-
-class Linear(Kernel):
-    """The `Kernel` of phm_linear, without its launch."""
-
-    def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
-        x, weights = call
-        x, (_, params) = readable(x, "x"), self.parameters.readable(weights)
-        if out is None:
-            out = x.new_empty((*x.shape[:-1], self.out_features))
-        self.launch_forward((x.data_ptr(), out.data_ptr(), x.numel() // self.width), params)
-        return out
-
-    def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, given = self.parameters.readable(call.weights)
-        results = empty_gradients([x, *params], wanted)
-        grad_x, *grads = addresses(results)
-        tokens = x.numel() // self.width
-        self.launch_backward((x.data_ptr(), grad.data_ptr(), grad_x, tokens), tokens, (*given, *grads))
-        return tuple(results)
-
-
-class Adapter(Kernel):
-    """The `Kernel` of compacter_adapter, without its launch.
-
-    adds_both: whether the target can add both x and a residual.
-    """
-
-    adds_both = False
-
-    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, down, up, residual, add_x, scale, norm = call
-        x, (_, params) = readable(x, "x"), self.parameters.readable((*down, *up))
-        if residual is not None:
-            residual = readable(residual, "residual")
-            if add_x and not self.adds_both:
-                residual, add_x = residual + x, False
-        if out is None:
-            out = torch.empty_like(x)
-        added = 0 if residual is None else residual.data_ptr()
-        arguments = (x.data_ptr(), added, out.data_ptr(), add_x, x.numel() // self.width, scale)
+    def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
+        norm = None
+        if call.__class__ is LinearCall:
+            x, weights = call
+            x, (_, params) = readable(x, "x"), self.parameters.readable(weights)
+            if out is None:
+                out = x.new_empty((*x.shape[:-1], self.out_features))
+            arguments: tuple[Any, ...] = (x.data_ptr(), out.data_ptr(), x.numel() // self.width)
+        else:
+            x, down, up, residual, add_x, scale, norm = call  # type: ignore[misc]
+            x, (_, params) = readable(x, "x"), self.parameters.readable((*down, *up))
+            if residual is not None:
+                residual = readable(residual, "residual")
+                if add_x and not self.adds_both:
+                    residual, add_x = residual + x, False
+            if out is None:
+                out = torch.empty_like(x)
+            added = 0 if residual is None else residual.data_ptr()
+            arguments = (x.data_ptr(), added, out.data_ptr(), add_x, x.numel() // self.width, scale)
         if norm is None:
             self.launch_forward(arguments, params)
         else:
             self.launch_normed(arguments, norm, out, params)
         return out
 
-    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+    def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, given = self.parameters.readable((*call.down, *call.up))
+        tokens, norm = x.numel() // self.width, None
+        if isinstance(call, LinearCall):
+            params, given = self.parameters.readable(call.weights)
+            options: tuple[Any, ...] = (tokens,)
+        else:
+            params, given = self.parameters.readable((*call.down, *call.up))
+            options, norm = (call.add_x, tokens, call.scale), call.norm
         results = empty_gradients([x, *params], wanted)
         grad_x, *grads = addresses(results)
-        tokens = x.numel() // self.width
-        arguments = (x.data_ptr(), grad.data_ptr(), grad_x, call.add_x, tokens, call.scale)
-        if call.norm is None:
+        arguments = (x.data_ptr(), grad.data_ptr(), grad_x, *options)
+        if norm is None:
             self.launch_backward(arguments, tokens, (*given, *grads))
         else:
-            self.launch_normed_backward(arguments, call.norm, (*given, *grads))
+            self.launch_normed_backward(arguments, norm, (*given, *grads))
         return tuple(results)
-
-    def launch_normed(self, call: tuple[Any, ...], norm: NormWeights, out: Tensor, params: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def launch_normed_backward(self, call: tuple[Any, ...], norm: NormWeights, params: tuple[int, ...]) -> None:
-        raise NotImplementedError

@@ -1,55 +1,93 @@
-"""A kernel made of torch's own operations, which autograd and torch.compile can see."""
+"""Kernels made of torch's own operations, which autograd and torch.compile can see.
+
+They compute in float32, as the fused kernels do, with one final rounding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from compacter_kernels.activations import Activation
-from compacter_kernels.calls import AdapterCall, LinearCall
-from compacter_kernels.impl import Gradients, Kernel
+from compacter_kernels.calls import Call, LinearCall
+from compacter_kernels.impl import Gradients
 from compacter_kernels.impl.memory import Parameters, check_readable
-from compacter_kernels.impl.precision import autocasts, without_autocast
 from compacter_kernels.problem import Problem
+from compacter_kernels.weights import PHMWeights
 
-C = TypeVar("C", LinearCall, AdapterCall)
+
+def _autocasts(device: torch.device) -> bool:
+    kind = device.type
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
-class Plain(Generic[C]):
-    """A `Kernel` that applies a function to the call."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast for this type of device: matmuls keep their own dtype."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64 if it is float64, else in float32, so that H never has low precision."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+class Plain:
+    """A `Kernel` of plain torch.
+
+    rows: returns x, (..., in), as the wide tensor that project takes. project: x H + b.
+    """
 
     differentiable, norms = True, False
 
-    def __init__(self, problem: Problem, function: Callable[[C], Tensor]) -> None:
-        self.function: Callable[[C], Tensor] = function
+    def __init__(
+        self, problem: Problem, rows: Callable[[Tensor], Tensor], project: Callable[[Tensor, PHMWeights], Tensor]
+    ) -> None:
+        self.rows, self.project = rows, project
+        self.activation = None if problem.activation is None else problem.activation.function
         self.parameters = Parameters(problem)
 
-    def check(self, call: C) -> None:
+    def check(self, call: Call) -> None:
         """Raise for a tensor without memory, which torch's own operations do not check."""
         check_readable(call.x, "x")
-        if isinstance(call, AdapterCall) and call.residual is not None:
+        if not isinstance(call, LinearCall) and call.residual is not None:
             check_readable(call.residual, "residual")
         self.parameters.readable(call.differentiable()[1:])
 
-    def forward(self, call: C, out: Tensor | None = None) -> Tensor:
-        if autocasts(call.x.device):
+    def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
+        if _autocasts(call.x.device):
             with without_autocast(call.x.device):
-                result = self.function(call)
+                result = self._compute(call)
         else:  # avoids the time to enter a context
-            result = self.function(call)
+            result = self._compute(call)
         return result if out is None else out.copy_(result)
 
-    def backward(self, call: C, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+    def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         """The gradients by autograd, for leaves that share the memory of the call's tensors."""
-        leaves: list[Any] = [None if t is None else t.detach() for t in call.differentiable()]
+        call = call.map(Tensor.detach)
+        leaves = call.differentiable()
         needed = [leaf.requires_grad_() for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
         with torch.enable_grad(), without_autocast(call.x.device):
-            out = self.function(call.of(*leaves))
+            out = self._compute(call)
         grads = iter(torch.autograd.grad(out, needed, grad) if needed else ())
         return tuple(next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+
+    def _compute(self, call: Call) -> Tensor:
+        x, rows = call.x, self.rows(call.x)
+        if isinstance(call, LinearCall):
+            y = self.project(rows, call.weights)
+        else:
+            assert self.activation is not None
+            y = self.project(self.activation(self.project(rows, call.down)), call.up)
+            if call.scale != 1.0:
+                y = y * call.scale
+            if call.add_x:
+                y = y + rows
+            if call.residual is not None:
+                y = y + self.rows(call.residual)
+        y = y.to(x.dtype)
+        return y if y.ndim == x.ndim else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def unavailable() -> str | None:
@@ -60,13 +98,3 @@ def unavailable() -> str | None:
 def refuses(problem: Problem) -> str | None:
     """Why an impl of plain torch cannot serve the problem: None, since it serves every one."""
     return None
-
-
-def plain_kernel(
-    problem: Problem, linear: Callable[[LinearCall], Tensor], adapter: Callable[[AdapterCall, Activation], Tensor]
-) -> Kernel[Any]:
-    """The kernel for a problem, from the two functions of an impl of plain torch."""
-    activation = problem.activation
-    if activation is None:
-        return Plain(problem, linear)
-    return Plain(problem, lambda call: adapter(call, activation))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 
@@ -38,8 +37,8 @@ def refuses(problem: Problem) -> str | None:
     return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 
 
-def prepare(problem: Problem) -> Kernel[Any]:
+def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    from compacter_kernels.impl.triton.kernel import Adapter, Linear
+    from compacter_kernels.impl.triton.kernel import TritonKernel
 
-    return Linear(problem) if problem.operation == "linear" else Adapter(problem)
+    return TritonKernel(problem)

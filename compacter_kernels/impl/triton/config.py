@@ -42,12 +42,10 @@ def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str)
     bf16 = dtype == torch.bfloat16
     # Rows stay on chip if matrix instructions read shared memory; else they fill the registers.
     held = bf16 and architecture in ("sm_90", "sm_100", "interpreter")
-    forward = (
-        {"forward": _held_forward(s)}
-        if held and s.FOLD and s.K <= HELD_COLUMNS
-        else _streamed_forward(s, bf16, architecture)
-    )
-    if held and _held_sums(back) and back.row * dtype.itemsize <= HELD_BYTES:
+    hold_row = held and s.FOLD and s.K <= HELD_COLUMNS
+    forward = {"forward": _held_forward(s)} if hold_row else _streamed_forward(s, bf16, architecture)
+    row = max(back.IN.N * back.IN.K, back.OUT.N * back.OUT.K)
+    if held and _held_sums(back) and row * dtype.itemsize <= HELD_BYTES:
         c = _columns(back, 64)
         return {**forward, "backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
     return {**forward, **_two_phase(back, bf16, architecture)}
@@ -98,13 +96,10 @@ def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     if not bf16 and not s.FOLD and architecture in ("sm_90", "sm_100"):
         c = 16
     half, w = max(16, c // 2), _warps(architecture)
-    if bf16:
-        rows = 128 if architecture in ("sm_90", "sm_100") else 64
-        columns = Config(rows, _columns(s, 64), 4, 2, 8)
-    else:
-        columns = Config(32, _columns(s, 32), 4, 1, 8)
+    rows = 128 if architecture in ("sm_90", "sm_100") else 64
+    small = Config(32, _columns(s, 32), 4, 1, 8)
     return {
         "tokens": (Config(16, c, w, 3 if bf16 else 2, 2), Config(16, half, w, 1, 2)),
-        "columns": (columns, Config(32, _columns(s, 32), 4, 1, 8)),
+        "columns": (Config(rows, _columns(s, 64), 4, 2, 8) if bf16 else small, small),
         "sums": (Config(16, 0, w, 1, 1),),
     }

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import AdapterCall, LinearCall
+from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, architecture, empty_gradients
 from compacter_kernels.impl.memory import Parameters, readable
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
-from compacter_kernels.impl.triton.launch import Launch, Tiled, first_that_fits
-from compacter_kernels.impl.triton.plan import Options, served
+from compacter_kernels.impl.triton.launch import Launch, Tiled
+from compacter_kernels.impl.triton.plan import Options, plan, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.impl.triton.sizes import Sizes
 from compacter_kernels.private import tf32_allowed
@@ -25,14 +25,8 @@ from compacter_kernels.problem import Problem
 REDUCE, REDUCE_WARPS = {"BLOCK": 16, "BR": 512}, 8
 Optionals = Sequence[Tensor | None]
 
-KERNELS = {
-    "forward": forward,
-    "forward_streamed": forward_streamed,
-    "backward": backward,
-    "tokens": two_phase.tokens,
-    "columns": two_phase.columns,
-    "sums": two_phase.sums,
-}
+_FUNCTIONS = (forward, forward_streamed, backward, two_phase.tokens, two_phase.columns, two_phase.sums)
+KERNELS = {function.__name__: function for function in _FUNCTIONS}
 
 
 def reduction(s: Sizes) -> dict[str, Any]:
@@ -41,8 +35,8 @@ def reduction(s: Sizes) -> dict[str, Any]:
     return {"SIZES": sizes, "COPIES": copies, "ROW": s.offsets.ROW, **REDUCE}
 
 
-class _Kernel:
-    """The part that both operations share: sizes, configurations, launches."""
+class TritonKernel:
+    """The `Kernel` of both operations."""
 
     differentiable = norms = False
 
@@ -56,8 +50,77 @@ class _Kernel:
         self.served = served(problem, name)
         self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
         self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.square, problem.dtype == torch.float32
+        self.out_features = problem.projections[-1].out_features
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
+
+    def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
+        x, added, scale = readable(call.x, "x"), None, 1.0
+        if isinstance(call, LinearCall):
+            (rule, left, right, bias), _ = self.parameters.readable(call.weights)
+            params: Optionals = (rule, left, None, None, None, None, right, bias)
+            if out is None:
+                out = x.new_empty((*x.shape[:-1], self.out_features))
+        else:
+            (params, _), scale = self.parameters.readable((*call.down, *call.up)), call.scale
+            added = x if call.add_x else None
+            if call.residual is not None:
+                residual = readable(call.residual, "residual")
+                added = residual + x if call.add_x else residual
+            if out is None:
+                out = torch.empty_like(x)
+        if tokens := x.numel() // self.width:
+            tensors = [x, added, out, *params]
+            if "forward" in self.served:
+                launch = self._launch("forward", tensors, added is x and self.square)
+            else:
+                launch = self._launch("forward_streamed", tensors)
+            launch(launch.programs(tokens), 1, tensors, scale, tokens)
+        return out
+
+    def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
+        if isinstance(call, LinearCall):
+            (params, _), scale, add_x = self.parameters.readable(call.weights), 1.0, False
+            results = empty_gradients([x, *params], wanted)
+            dx, rule1, left1, right2, bias2 = results
+            grads: Optionals = (left1, right2, bias2, rule1, None, None, None, None)
+            params = (params[0], params[1], None, None, None, None, params[2])
+        else:
+            (params, _), scale, add_x = self.parameters.readable((*call.down, *call.up)), call.scale, call.add_x
+            results = empty_gradients([x, *params], wanted)
+            dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
+            grads, params = (left1, right2, bias2, rule1, right1, bias1, rule2, left2), params[:7]
+        tokens = x.numel() // self.width
+        if not tokens:
+            for gradient in grads:
+                if gradient is not None:
+                    gradient.zero_()
+            return tuple(results)
+        has_bias = bias2 is not None
+        if "backward" in self.served:
+            part = self._partials(x, "backward")
+            tensors = (x, grad, dx, part, *params)
+            launch = self._launch("backward", tensors, False, add_x, has_bias)
+            wide_rows = rows = launch.programs(tokens)
+            launch(rows, 1, tensors, scale, tokens)
+        else:
+            part, wide_rows, rows = self._two_phase(x, grad, dx, params, scale, add_x, has_bias, tokens)
+        self._reduce(part, grads, wide_rows, rows)
+        return tuple(results)
+
+    def _reduce(self, part: Tensor, grads: Optionals, wide_rows: int, rows: int) -> None:
+        """Add the rows of partials. grads are in the order of a row, unwanted ones None."""
+        wanted = tuple([grad is not None for grad in grads])
+        if True not in wanted:
+            return
+        if wanted not in self.reductions:
+            constants = reduction(self.sizes)
+            sizes = [size for size, want in zip(constants["SIZES"], wanted, strict=True) if want]
+            blocks = sum(-(-size // REDUCE["BLOCK"]) for size in sizes)
+            self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
+        launch, blocks = self.reductions[wanted]
+        launch(blocks, 1, (part, *grads), wide_rows, rows)
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
         """The kernel with the first configuration that fits, kept for each choice of `Options`."""
@@ -69,44 +132,15 @@ class _Kernel:
                 kernel = kernel._replace(
                     precision=replace(kernel.precision, WIDE="tf32", MIDDLE="tf32", SUMS="tf32", BEYOND="tf32")
                 )
-            device = (self.device, self.multiprocessors)
-            launch = first_that_fits(KERNELS[name], kernel, Options(*options), device, tensors)
+            for config in kernel.configs:
+                static = plan(kernel.sizes, config, kernel.precision, Options(*options))
+                launch = Tiled(KERNELS[name], static, config, self.device, self.multiprocessors)
+                if launch.fits(tensors):
+                    break
+            else:
+                raise RuntimeError(f"no configuration of {name} fits the shared memory of this device")
             self.launches[name, tf32, options] = launch
         return launch
-
-    def _forward(self, x: Tensor, residual: Tensor | None, out: Tensor, params: Optionals, scale: float) -> None:
-        tokens = x.numel() // self.width
-        if tokens:
-            tensors = [x, residual, out, *params]
-            if "forward" in self.served:
-                launch = self._launch("forward", tensors, residual is x and self.square)
-            else:
-                launch = self._launch("forward_streamed", tensors)
-            launch(launch.programs(tokens), 1, tensors, scale, tokens)
-
-    def _backward(
-        self, x: Tensor, g: Tensor, dx: Tensor | None, params: Optionals, scale: float, residual: bool, grads: Optionals
-    ) -> None:
-        """params in the order of the kernel's arguments, grads in that of a row of partials."""
-        tokens = x.numel() // self.width
-        if not tokens:
-            for grad in grads:
-                if grad is not None:
-                    grad.zero_()
-            return
-        has_bias = grads[2] is not None
-        if "backward" in self.served:
-            part = self._partials(x, "backward")
-            tensors = (x, g, dx, part, *params)
-            launch = self._launch("backward", tensors, False, residual, has_bias)
-            wide_rows = rows = launch.programs(tokens)
-            launch(rows, 1, tensors, scale, tokens)
-        else:
-            part, wide_rows, rows = self._two_phase(x, g, dx, params, scale, residual, has_bias, tokens)
-        wanted = tuple([grad is not None for grad in grads])
-        if True in wanted:
-            reduction, blocks = self.reductions.get(wanted) or self._reduction(wanted)
-            reduction(blocks, 1, (part, *grads), wide_rows, rows)
 
     def _two_phase(
         self, x: Tensor, g: Tensor, dx: Tensor | None, params: Optionals, scale: float, residual: bool, has_bias: bool,
@@ -141,60 +175,3 @@ class _Kernel:
         """Memory with a row for each program of these kernels in any of their configurations."""
         rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
         return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
-
-    def _reduction(self, wanted: tuple[bool, ...]) -> tuple[Launch, int]:
-        """The second stage for these gradients and its number of programs, made once."""
-        constants = reduction(self.sizes)
-        blocks = sum(-(-size // REDUCE["BLOCK"]) for size, want in zip(constants["SIZES"], wanted, strict=True) if want)
-        self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
-        return self.reductions[wanted]
-
-
-class Linear(_Kernel):
-    """The `Kernel` of phm_linear."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.out_features = problem.projections[0].out_features
-
-    def forward(self, call: LinearCall, out: Tensor | None = None) -> Tensor:
-        x = readable(call.x, "x")
-        (rule, left, right, bias), _ = self.parameters.readable(call.weights)
-        if out is None:
-            out = x.new_empty((*x.shape[:-1], self.out_features))
-        self._forward(x, None, out, (rule, left, None, None, None, None, right, bias), 1.0)
-        return out
-
-    def backward(self, call: LinearCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, _ = self.parameters.readable(call.weights)
-        results = empty_gradients([x, *params], wanted)
-        dx, d_rule, d_left, d_right, d_bias = results
-        rule, left, right, _ = params
-        grads = (d_left, d_right, d_bias, d_rule, None, None, None, None)
-        self._backward(x, grad, dx, (rule, left, None, None, None, None, right), 1.0, False, grads)
-        return tuple(results)
-
-
-class Adapter(_Kernel):
-    """The `Kernel` of compacter_adapter."""
-
-    def forward(self, call: AdapterCall, out: Tensor | None = None) -> Tensor:
-        x, (params, _) = readable(call.x, "x"), self.parameters.readable((*call.down, *call.up))
-        added = x if call.add_x else None
-        if call.residual is not None:
-            residual = readable(call.residual, "residual")
-            added = residual + x if call.add_x else residual
-        if out is None:
-            out = torch.empty_like(x)
-        self._forward(x, added, out, params, call.scale)
-        return out
-
-    def backward(self, call: AdapterCall, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
-        params, _ = self.parameters.readable((*call.down, *call.up))
-        results = empty_gradients([x, *params], wanted)
-        dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2 = results
-        grads = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)
-        self._backward(x, grad, dx, params[:7], call.scale, call.add_x, grads)
-        return tuple(results)

@@ -11,7 +11,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from compacter_kernels.impl.triton.config import Config
-from compacter_kernels.impl.triton.plan import Options, Served, Static, plan
+from compacter_kernels.impl.triton.plan import Static
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.private import current_device, current_stream
 
@@ -20,11 +20,8 @@ _interpreted, _runtime = INTERPRETED.value, knobs.runtime
 
 
 def compile_options(warps: int) -> dict[str, Any]:
-    """The options of the compiler, which override Triton's environment variables.
-
-    A loop that does not set its number of stages has one.
-    """
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    """The options of the compiler, which override Triton's environment variables."""
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}  # num_stages: of a loop without its own
 
 
 def fits(metadata: Any, shared: int) -> bool:
@@ -39,8 +36,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
-        self.kernel, self.warps, self.device = kernel, warps, device
-        self.constants = constants
+        self.kernel, self.constants, self.warps, self.device = kernel, constants, warps, device
         self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.compiled: dict[tuple[int | None, ...], Any] = {}
 
@@ -95,18 +91,3 @@ class Tiled(Launch):
         with torch.cuda.device(self.device):
             limit = driver.active.utils.get_device_properties(self.device)["max_shared_mem"]
             return fits(self.compile(tensors).metadata, limit)
-
-
-def first_that_fits(
-    kernel: Any, served: Served, options: Options, device: tuple[int, int], tensors: Sequence[Tensor | None]
-) -> Tiled:
-    """The launch with the first configuration that fits. device: its index and multiprocessors.
-
-    Raises:
-        RuntimeError: the device has too little shared memory for all of them.
-    """
-    for config in served.configs:
-        launch = Tiled(kernel, plan(served.sizes, config, served.precision, options), config, *device)
-        if launch.fits(tensors):
-            return launch
-    raise RuntimeError(f"no configuration of {kernel.__name__} fits the shared memory of this device")

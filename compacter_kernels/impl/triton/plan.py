@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
 from compacter_kernels.impl.triton.config import Config, configurations
-from compacter_kernels.impl.triton.sizes import Offsets, Side, Sizes, sizes
+from compacter_kernels.impl.triton.sizes import Offsets, Sizes, sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.problem import Problem
 
@@ -48,19 +48,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Sizes):
     """The problem and the configuration of a kernel (sizes.py, config.py).
 
     BT: tokens of a tile, or rows in a second phase. BK: wide columns that are computed at once.
     O: the offsets of the gradients in a row of partials. SQUARE: x and the output have equal rows.
     """
 
-    IN: Side
-    OUT: Side
-    DP: int
-    EB: int
-    ACTIVATION: int | None
-    FOLD: bool
     SQUARE: bool
     O: Offsets
     BT: int
@@ -70,11 +64,11 @@ class Plan:
     PRECISION: Precision
 
 
+@dataclass(frozen=True, repr=False)
 class Static:
     """A dataclass as a compile-time argument, with attributes that are compile-time values too."""
 
-    def __init__(self, values: Any) -> None:
-        self._values = values
+    _values: Any
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -84,30 +78,14 @@ class Static:
             value = Static(value)
         return value if INTERPRETED.value else tl.constexpr(value)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._values == other._values
-
-    def __hash__(self) -> int:
-        return hash(self._values)
-
     def __repr__(self) -> str:
         return repr(self._values)
 
 
 def plan(s: Sizes, config: Config, rounding: Precision, options: Options) -> Static:
     """The argument P of a kernel."""
-    return Static(
-        Plan(
-            **{field.name: getattr(s, field.name) for field in fields(s)},
-            SQUARE=s.square,
-            O=s.offsets,
-            BT=config.tokens,
-            BK=config.columns,
-            STAGES=config.stages,
-            OPTIONS=options,
-            PRECISION=rounding,
-        )
-    )
+    tiles: dict[str, Any] = {"BT": config.tokens, "BK": config.columns, "STAGES": config.stages}
+    return Static(Plan(**vars(s), SQUARE=s.square, O=s.offsets, **tiles, OPTIONS=options, PRECISION=rounding))
 
 
 class Served(NamedTuple):

@@ -88,11 +88,6 @@ class Sizes:
         return max(self.IN.K, self.OUT.K)
 
     @property
-    def row(self) -> int:
-        """The length of the longer wide row."""
-        return max(self.IN.N * self.IN.K, self.OUT.N * self.OUT.K)
-
-    @property
     def inner(self) -> int:
         """The padded numbers of a token between x and the bottleneck."""
         return self.IN.NP * self.IN.NI
@@ -108,21 +103,11 @@ class Sizes:
 
         A rule has a copy for each rank index, a factor of the bottleneck one for each block.
         """
-        a, b = self.IN, self.OUT
-        middle = (0, 0, 0, 0)
-        if self.ACTIVATION is not None:
-            middle = (a.C * a.D, a.N * a.D, b.N**3, b.C * b.D)
-        right1, bias1, rule2, left2 = middle
-        return (
-            (a.C * a.K, 1),
-            (b.C * b.K, 1),
-            (b.N * b.K, 1),
-            (a.N**3, a.R),
-            (right1, self.blocks),
-            (bias1, 1),
-            (rule2, b.R),
-            (left2, self.blocks),
-        )
+        a, b, blocks = self.IN, self.OUT, self.blocks
+        wide_and_rule = ((a.C * a.K, 1), (b.C * b.K, 1), (b.N * b.K, 1), (a.N**3, a.R))
+        if self.ACTIVATION is None:
+            return (*wide_and_rule, (0, blocks), (0, 1), (0, b.R), (0, blocks))
+        return (*wide_and_rule, (a.C * a.D, blocks), (a.N * a.D, 1), (b.N**3, b.R), (b.C * b.D, blocks))
 
     @property
     def offsets(self) -> Offsets:
@@ -138,11 +123,11 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     A folded matrix is n^2 r wide. With float32 operands it takes too many registers beyond n = 8
     and rank 1. With bfloat16 operands beyond n = 8, only the forward of an adapter gains by it.
     """
-    columns = 4 if problem.dtype == torch.bfloat16 else 8
+    bf16 = problem.dtype == torch.bfloat16
+    columns = 4 if bf16 else 8
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
-    assert first.rank is not None
-    assert last.rank is not None
+    assert first.rank is not None and last.rank is not None
     adapter = problem.activation is not None
     d1, d2 = (first.out_features // n1, last.in_features // n2) if adapter else (1, 1)
     np1, np2 = power_of_two(n1), power_of_two(n2)
@@ -150,10 +135,7 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     ni2 = power_of_two(max(n2 * last.rank, n2), max(columns, 16 // np2))
     width = np1 * power_of_two(d1, 16 // np1) if adapter else np1 * ni1
     small = np1 * max(ni1, ni2) * width <= FOLD_LIMIT
-    if problem.dtype == torch.bfloat16:
-        gains = n1 <= 8 or (adapter and not backward)
-    else:
-        gains = np1 * max(ni1, ni2) <= FOLD_INNER
+    gains = n1 <= 8 or (adapter and not backward) if bf16 else np1 * max(ni1, ni2) <= FOLD_INNER
     fold = n1 != n2 or (small and gains)
     e1, e2 = d1, d2
     if fold and n1 == n2:
