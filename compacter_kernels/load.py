@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from compacter_kernels.checkpoints import files
 from compacter_kernels.checkpoints.files import CONFIG, TENSORS
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.inject.checks import check_name
 from compacter_kernels.inject.injection import add_adapters, injection_of
 from compacter_kernels.inject.keys import is_head
-from compacter_kernels.inject.prepare import Prepared, prepare
+from compacter_kernels.inject.prepare import Prepared, check_name, prepare
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.wrappers import check_fillable, check_gathered, check_injectable, unwrapped

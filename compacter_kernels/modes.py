@@ -8,6 +8,7 @@ operator. Under a transform an impl of plain torch is needed. Every eager call a
 from __future__ import annotations
 
 import torch
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from compacter_kernels.private import FORWARD_AD, dispatch_modes, transforms
 
@@ -19,9 +20,9 @@ def transformed() -> bool:
 
 def alone() -> bool:
     """Whether none of these takes part. `torch.compiler.is_compiling` answers for torch.compile."""
-    return not (dispatch_modes() or transforms() or FORWARD_AD._current_level >= 0 or torch.jit.is_tracing())
+    return not (dispatch_modes() or transforms() or FORWARD_AD._current_level >= 0 or is_tracing())
 
 
 def only_torch_operators() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records, which take torch's operators alone."""
-    return bool(torch.jit.is_tracing()) or torch.onnx.is_in_onnx_export()
+    return bool(is_tracing()) or torch.onnx.is_in_onnx_export()

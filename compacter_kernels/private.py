@@ -52,8 +52,7 @@ current_stream: Callable[[int], int] = _name(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 
-# os.environ raises and catches two exceptions for a variable that is not set; its raw dict does
-# not.
+# os.environ raises and catches two exceptions for a variable that is not set, its raw dict none.
 ENVIRON: Any = _name(os.environ, "_data", os.environ)
 
 
@@ -63,10 +62,7 @@ def environment_key(name: str) -> Any:
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without the treatment of tensors under a transform of torch.func.
-
-    A transform never reaches a Function of this package (`route`).
-    """
+    """function.apply without the treatment of transforms, which never get that far (`route`)."""
     return function.apply if PUBLIC else super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
@@ -81,10 +77,7 @@ def tf32_allowed() -> bool:
 
 
 def evaluated_when_compiled(function: F) -> F:
-    """Let torch.compile evaluate the function and look no further.
-
-    torch.compiler.assume_constant_result does the same, but imports all of dynamo.
-    """
+    """Make torch.compile evaluate it, as assume_constant_result does, which imports dynamo."""
     if PUBLIC:
         return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -107,7 +100,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:
-    """The tables of the hooks of this module alone, or None without the private names."""
+    """The tables of the hooks of this module alone; None without the private names."""
     if PUBLIC:
         return None
     return module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -19,9 +19,9 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
 from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.dispatch import IMPLS, PLAIN
-from compacter_kernels.impl import factored
+from compacter_kernels.impl import dense, factored
 from compacter_kernels.problem import adapter_problem
-from compacter_kernels.weights import PHMWeights, kronecker_sum
+from compacter_kernels.weights import PHMWeights
 
 Call = Callable[[], Tensor]
 Adapter = Callable[[Tensor, PHMWeights, PHMWeights, str], Tensor]  # x, down, up, activation; the residual is x
@@ -62,11 +62,6 @@ def _lowp(project: Callable[[Tensor, PHMWeights], Tensor]) -> Adapter:
         return x + project(resolve(activation).function(project(x, down)), up)
 
     return adapter
-
-
-def _dense_project(x: Tensor, weights: PHMWeights) -> Tensor:
-    y = x @ kronecker_sum(weights, x.dtype)
-    return y if weights.bias is None else y + weights.bias.to(x.dtype)
 
 
 def eager(adapter: Adapter) -> Callable[[Inputs], Call]:
@@ -129,7 +124,7 @@ def providers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[s
     """Return all providers of the device by name; those in low precision if x has 16 bits."""
     plain = {name: through(name) for name in ("dense", "factored")}
     fused = {name: through(name) for name, reason in _fused(device).items() if reason is None}
-    lowp = {"dense-lowp": _lowp(_dense_project), "factored-lowp": _lowp(factored._project)}
+    lowp = {"dense-lowp": _lowp(dense._project), "factored-lowp": _lowp(factored._project)}
     table = [
         Provider("copy", lambda case: case.x.clone, checked=False),
         Provider("dense", eager(plain["dense"])),

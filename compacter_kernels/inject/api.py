@@ -9,9 +9,8 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.checks import check_name
 from compacter_kernels.inject.injection import add_adapters, injection_of
-from compacter_kernels.inject.prepare import prepare
+from compacter_kernels.inject.prepare import check_name, prepare
 from compacter_kernels.nn.partitioned import full_shape
 from compacter_kernels.targets.added import Added, adapters_of
 from compacter_kernels.targets.wrappers import check_injectable, unwrapped
