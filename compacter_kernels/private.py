@@ -29,12 +29,9 @@ def _name(owner: Any, name: str, without: Any) -> Any:
 # Who takes part in a call (`modes`). torch has no public name for the first three questions.
 # Without one of these names every call runs as if a dispatch mode were active: as an operator,
 # which torch's own machinery treats in the right way or refuses.
-_WHO = (
-    (torch._C, "_len_torch_dispatch_stack"),
-    (torch._C, "_are_functorch_transforms_active"),
-    (forward_ad, "_current_level"),
+_all_known = (not PUBLIC and hasattr(forward_ad, "_current_level")) and all(
+    hasattr(torch._C, name) for name in ("_len_torch_dispatch_stack", "_are_functorch_transforms_active")
 )
-_all_known = not PUBLIC and all(hasattr(owner, name) for owner, name in _WHO)
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if _all_known else lambda: 1
 transforms: Callable[[], bool] = _name(torch._C, "_are_functorch_transforms_active", lambda: False)
 FORWARD_AD: Any = forward_ad if _all_known else SimpleNamespace(_current_level=-1)
