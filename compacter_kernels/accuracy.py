@@ -38,10 +38,7 @@ def evaluate(inputs: Inputs, function: Function, gradients: bool = True) -> Tens
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Return the largest difference, relative to the largest number of `exact`.
-
-    It is infinite where the shapes differ or a difference is not finite.
-    """
+    """The largest difference over the largest number of `exact`; infinite if shapes or NaNs differ."""
     if got.shape != exact.shape:
         return math.inf
     if exact.numel() == 0:

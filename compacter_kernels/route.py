@@ -182,10 +182,7 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
 
 
 def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
-    """Whether the kernel computes the norm too.
-
-    The norm must be frozen, and a second derivative of the call must raise as it does without it.
-    """
+    """Whether the kernel computes the norm: it is frozen, and a second derivative still raises."""
     norm = call.norm
     if plan.kernel is None or not plan.kernel.norms or norm is None:
         return False

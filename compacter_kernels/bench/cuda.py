@@ -59,10 +59,7 @@ def allowance(settings: Settings, left: tuple[Shape, ...], seconds: float) -> fl
 
 
 def tables(settings: Settings) -> Iterator[list[dict[str, Any]]]:
-    """Yield the table so far after each shape.
-
-    Each shape has its own process, so that a kernel that faults or hangs costs one shape.
-    """
+    """Yield the table after each shape. A shape has its own process, so a fault costs it alone."""
     deadline = time.monotonic() + settings.limit
     merged: dict[str, Any] = {"rows": [], "absent": []}
     tokens = tuple(sorted(settings.tokens, reverse=True))  # the largest first, while there is time

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compacter_kernels.compress.dense_source import Dense, read_adapters
 from compacter_kernels.kronecker_fit import fit, least_error, relative_error
 from compacter_kernels.nn.adapter import CompacterAdapter
-from compacter_kernels.nn.dense import Dense, DenseProjection, random_state_kept, read_adapters, rounded
+from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, rounded
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights
 
@@ -130,8 +131,8 @@ def from_dense(
     best, weights, candidates = _search(forms, groups, fitted, before, tolerance)
     adapters = _adapters(sources, best.phm_dim, best.phm_rank, chosen, device)
     for adapter, dense, first, second in zip(adapters, sources, weights[::2], weights[1::2], strict=True):
-        adapter.down.load_weights(first._replace(bias=dense.down_bias), phm_rule is None)
-        adapter.up.load_weights(second._replace(bias=dense.up_bias), phm_rule is None)
+        load_weights(adapter.down, first._replace(bias=dense.down_bias), phm_rule is None)
+        load_weights(adapter.up, second._replace(bias=dense.up_bias), phm_rule is None)
     errors = [relative_error(h, w) for h, w in zip(matrices, weights, strict=True)]
     by_adapter = tuple(zip(errors[::2], errors[1::2], strict=True))
     form = best.phm_dim, best.phm_rank

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compacter_kernels.dispatch import check_name
 from compacter_kernels.functional import phm_linear, phm_matrix
 from compacter_kernels.kronecker_fit import fit, relative_error
-from compacter_kernels.nn.dense import DenseProjection, random_state_kept, read_projection, rounded
+from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, read_projection, rounded
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.private import parameter
@@ -131,18 +131,8 @@ class PHMLinear(nn.Module):
         weights = rounded(weights, weight.dtype)
         with random_state_kept(weight.device):
             layer = cls(in_features, out_features, device=weight.device, **options)
-        layer.load_weights(weights._replace(bias=bias))
+        load_weights(layer, weights._replace(bias=bias))
         return layer, relative_error(matrix, weights)
-
-    @torch.no_grad()
-    def load_weights(self, weights: PHMWeights, with_rule: bool = True) -> None:
-        """Copy these weights into the parameters; the bias only if both have one."""
-        if with_rule:
-            self.phm_rule.copy_(weights.rule)
-        for name, factor in zip(self.factor_names(), (weights.left, weights.right), strict=False):
-            getattr(self, name).copy_(factor)
-        if weights.bias is not None and self.b is not None:
-            self.b.copy_(weights.bias)
 
     def borrow(self, owner: nn.Module, **names: str) -> None:
         """Use the parameters of another module instead of this layer's own, which are deleted.

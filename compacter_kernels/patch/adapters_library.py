@@ -17,11 +17,10 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
-from compacter_kernels.patch import adapters_forward, phm_modules
+from compacter_kernels.patch import Entry, adapters_forward, phm_modules
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.adapters_forward import is_phm_layer, original, originals
 from compacter_kernels.patch.methods import put, replaced_by_others
-from compacter_kernels.patch.report import Entry
 from compacter_kernels.private import children
 
 _OF_CLASSES: dict[tuple[type, str], Any] = {

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from compacter_kernels.patch import phm_modules
+from compacter_kernels.patch import Entry, Report, phm_modules
 from compacter_kernels.patch.methods import is_ours, restore
-from compacter_kernels.patch.report import Entry, Report
 
 SUPPORTED = ("1.2.", "1.3.")  # versions of `adapters` in which the replaced methods are the same
 LIBRARY = "compacter_kernels.patch.adapters_library"  # imports `adapters`, so it is imported only where that is needed
