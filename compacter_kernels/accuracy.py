@@ -38,7 +38,7 @@ def evaluate(inputs: Inputs, function: Function, gradients: bool = True) -> Tens
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """The largest difference over the largest number of `exact`; infinite if shapes or NaNs differ."""
+    """The largest difference over the largest number of `exact`; infinite if that is no number."""
     if got.shape != exact.shape:
         return math.inf
     if exact.numel() == 0:
