@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,21 @@ def hooked(*modules: nn.Module) -> bool:
         if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return _any_global_hook()
+
+
+def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
+    """Whether a call of each module runs `forward`, a function of its class, and nothing else.
+
+    accelerate may leave the forward of the class on a module itself, which changes nothing.
+    """
+    for module in modules:
+        if (
+            (type(module).forward is not forward or module._forward_pre_hooks or module._forward_hooks)
+            or (module._backward_hooks or module._backward_pre_hooks)
+            or ("forward" in module.__dict__ and module.__dict__["forward"] != MethodType(forward, module))
+        ):
+            return False
+    return not _any_global_hook()
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...] | None:

@@ -19,7 +19,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import compacter_kernels as ck
-from compacter_kernels.nn.adapter import runs
+from compacter_kernels.private import runs
 
 LISTENERS: dict[str, Callable[[nn.Module], Any]] = {
     "forward hook": lambda part: part.register_forward_hook(lambda m, i, out: 2 * out),

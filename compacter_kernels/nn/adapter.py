@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
-from compacter_kernels.private import children, hooked, parameter
+from compacter_kernels.private import children, parameter, runs
 from compacter_kernels.problem import check_phm_dim
 
 
@@ -196,21 +195,6 @@ class CompacterAdapter(nn.Module):
     def _as_built(self) -> bool:
         """Whether both projections are still PHMLinear, which arguments can describe."""
         return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
-
-
-def runs(forward: Callable[..., Any], *modules: nn.Module) -> bool:
-    """Whether a call of each module runs `forward`, a function of its class, and nothing else.
-
-    It does not with hooks, of a module or of all modules (`register_module_forward_hook`), with
-    another class, or if accelerate has set a forward on the module. It may leave the class's own
-    forward there, which is allowed. Every call runs this check, which only reads attributes.
-    """
-    for module in modules:
-        if type(module).forward is not forward or (
-            "forward" in module.__dict__ and module.__dict__["forward"] != MethodType(forward, module)
-        ):
-            return False
-    return not hooked(*modules)
 
 
 def _bottleneck(hidden_size: int, reduction_factor: float) -> int:
