@@ -180,7 +180,7 @@ def _holder(target: str, model_type: str | None) -> str:
     block = names.block_of(target, family) if family else None
     if block is None or (model_type == "gpt2" and block.kind == "cross_attention"):
         raise ValueError(f"`adapters` cannot put an adapter after {target} of a model of type {model_type!r}")
-    holders = _IN_BERT if family is ARCHITECTURES["bert"] else _IN_VIT if model_type == "vit" else _IN_OTHERS
+    holders = _IN_BERT if family == ARCHITECTURES["bert"] else _IN_VIT if model_type == "vit" else _IN_OTHERS
     return f"{block.stack}.{block.layer}.{holders[block.kind]}"
 
 
