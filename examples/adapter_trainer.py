@@ -66,6 +66,8 @@ class Recipe:
         """The same in the words of transformers."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         on_gpu = torch.cuda.is_available()
+        # transformers leaves the dtype of an earlier run of this process in the environment
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
         return Arguments(
             output_dir=str(folder),
             max_steps=self.steps,
