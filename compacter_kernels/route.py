@@ -139,7 +139,10 @@ def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
 def _requires_grad(call: Call) -> bool:
     linear = call.__class__ is LinearCall
     tensors: Any = (call[0], *call[1]) if linear else (call[0], *call[1], *call[2], call[3])  # type: ignore[misc]
-    return any([tensor is not None and tensor.requires_grad for tensor in tensors])
+    for tensor in tensors:  # half the time of any() with a list
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:
