@@ -68,12 +68,14 @@ struct Backward {
     int64_t row;                                                   // floats of a row
     int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
+    bool folded;                                                   // the kernel in backward.cu, whose layout is in shapes.h
+    int stages;
 
     SharedFactors shared;
     int left_factor, right2_factor;            // the wide factors (fragments.h)
     int left_sums, right_sums;                 // accumulators of the wide gradients, in the matrix instructions' layout
     int rule_sums, rule2_sums, right_inner_sums, left2_sums, bias_sums;
-    int stages, tile, tile_bytes;              // a tile is rows of x, then rows of g
+    int tile, tile_bytes;                      // a tile is rows of x, then rows of g
     int x_stride, g_stride;                    // bytes of a row
     int splits, z, dv2, v, dz2, z2, dv, h, dy; // numbers of a tile; z and dv2 for each of `splits` shares of columns
     int v_parts, dz_parts, part_stride;        // [part][c][row] in bf16, part_stride numbers for each c
@@ -94,6 +96,7 @@ template <class T>
 void forward_kernel(const Forward& forward, const Launch& launch);
 template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
+void folded_backward_kernel(const Backward& backward, const Launch& launch);  // bf16, the sizes of shapes.h
 void reduce_kernel(const Reduce& reduce, const Launch& launch);
 
 constexpr int reduce_columns = 32, reduce_threads = 512;  // of a block

@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <algorithm>
+
 #include "plan.h"
 
 namespace compacter::cuda {
@@ -20,7 +22,7 @@ std::string refuses(const Problem& p, const Device& device) {
     if (rank != 1 && rank != 2 && rank != 4) return "the rank is " + text(rank) + "; the kernels have 1, 2 and 4";
     constexpr int64_t widest = 1 << 20;
     if (down.in > widest || down.out > widest || up.out > widest) return "a width is above " + text(widest);
-    const int forward = plan_forward(p, device).launch.shared_bytes, backward = plan_backward(p, device).launch.shared_bytes;
+    const int forward = plan_forward(p, device).launch.shared_bytes, backward = plan_backward(p, device, false).launch.shared_bytes;
     for (const auto& [name, bytes] : {std::pair("forward", forward), std::pair("backward", backward)})
         if (bytes > device.shared_limit)
             return std::string(name) + " takes " + text(bytes) + " bytes of shared memory, the device has " +
@@ -56,7 +58,7 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
             }
     for (int j = 0; j <= row.count; ++j) reduce.begin[j] = row.begin[j];
     if (p.tokens) {
-        PlannedBackward plan = plan_backward(p, device);
+        PlannedBackward plan = plan_backward(p, device, aligned(x) && aligned(grad_out) && aligned(grad_x));
         Backward& b = plan.arguments;
         Launch& l = plan.launch;
         b.x = x;
@@ -68,7 +70,10 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
         b.sizes.out_vectors &= aligned(grad_out);
         l.stream = stream;
         reduce.rows = l.blocks;
-        with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
+        if (b.folded)
+            folded_backward_kernel(b, l);
+        else
+            with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
     }
     if (!wanted) return;
     const int blocks = (row.begin[row.count] + reduce_columns - 1) / reduce_columns;
@@ -77,7 +82,9 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
 }
 
 int64_t workspace(const Problem& p, const Device& device) {
-    return p.tokens ? plan_backward(p, device).launch.blocks * row_of(p).floats : 0;
+    if (!p.tokens) return 0;
+    const int blocks = std::max(plan_backward(p, device, false).launch.blocks, plan_backward(p, device, true).launch.blocks);
+    return blocks * row_of(p).floats;
 }
 
 }  // namespace

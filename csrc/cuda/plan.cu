@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gradients.h"
+#include "shapes.h"
 #include "tile.h"
 
 namespace compacter::cuda {
@@ -163,9 +164,25 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
     return room.bytes;
 }
 
+// The plan of the kernel in backward.cu: as many groups as fit, with two tiles in flight for each if there is room.
+bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
+    Backward& b = plan.arguments;
+    b.sizes = sizes_of(problem, 8);
+    return with_shape(b.sizes, [&](auto shape) {
+        using S = decltype(shape);
+        const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
+        int groups = max_warps / S::group;
+        while (groups > 1 && S::bytes(groups, 1) > device.shared_limit) --groups;
+        b.stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1;
+        b.folded = S::bytes(groups, b.stages) <= device.shared_limit;
+        plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), groups * S::group * 32,
+                       S::bytes(groups, b.stages), nullptr, false};
+    }) && b.folded;
+}
+
 }  // namespace
 
-PlannedBackward plan_backward(const Problem& problem, const Device& device) {
+PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned) {
     PlannedBackward plan{};
     Backward& b = plan.arguments;
     b.factors = factors_of(problem);
@@ -182,6 +199,7 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device) {
     b.left2 = row.begin[last + 1];
     b.right2 = row.begin[last + 2];
     b.bias2 = row.begin[last + 3];
+    if (aligned && problem.dtype == DType::bf16 && problem.up && plan_folded(plan, problem, device)) return plan;
 
     // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
     // 16 rows (48 for n = 12), with or without the next tile in flight.

@@ -47,6 +47,7 @@ struct PlannedBackward {
 };
 
 PlannedForward plan_forward(const Problem& problem, const Device& device);
-PlannedBackward plan_backward(const Problem& problem, const Device& device);
+// aligned: x, the incoming gradient and the gradient of x begin at multiples of 16 bytes.
+PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned);
 
 }  // namespace compacter::cuda

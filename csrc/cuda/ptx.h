@@ -75,6 +75,34 @@ COMPACTER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
                  : "memory");
 }
 
+// The inverse of load_matrices: r[j] is written to row g, columns 2t and 2t+1 of matrix j.
+COMPACTER_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#else
+    const uint32_t lane = threadIdx.x % 32, address = shared_address(row);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const uint32_t to = __shfl_sync(0xffffffffu, address, 8 * j + lane / 4) + lane % 4 * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(r[j]) : "memory");
+    }
+#endif
+}
+
+// A fragment of an 8 x 8 matrix, row g, columns 2t and 2t+1, transposed: rows 2t and 2t+1 of column g.
+COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
+// A barrier of `threads` threads of the block, whole warps that name the same 0 < id < 16.
+COMPACTER_DEVICE void sync_warps(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.
 COMPACTER_DEVICE void copy_async(void* shared, const void* global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

@@ -65,6 +65,7 @@ struct Block {
     std::vector<Warp> warps;
     int threads = 0, live = 0, at_barrier = 0;
     unsigned barriers = 0;                       // how many it has passed
+    std::vector<int> named[16];                  // who waits at a barrier of this id (sync_warps)
     bool waited = false;                         // some thread has waited for the previous kernel, a barrier ago
 };
 
@@ -153,6 +154,7 @@ inline void start_block(int threads) {
     block.at_barrier = 0;
     block.barriers = 0;
     block.waited = false;
+    for (auto& waiting : block.named) waiting.clear();
     for (int i = 0; i < threads; ++i) {
         Fibre& f = *block.fibres[i];
         f.copies.clear();

@@ -90,6 +90,31 @@ void ldmatrix(const Place& at, uint32_t (&r)[4], const void* row) {
     });
 }
 
+inline void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
+    struct Part {
+        const uint32_t* r;
+        unsigned char* row;
+    } part{r, in_shared(at, row)};
+    collective(at, whole_warp, true, part, [&at](Part* const (&parts)[warp_size]) {
+        for (int to = 0; to < warp_size; ++to) {
+            touch(*block.fibres[self->index - self->lane + to], at, parts[to]->row, 16, true);
+            for (int t = 0; t < 4; ++t) memcpy(parts[to]->row + 4 * t, parts[to % 8 * 4 + t]->r + to / 8, 4);
+        }
+    });
+}
+
+inline uint32_t movmatrix(const Place& at, uint32_t pair) {
+    struct Part {
+        uint32_t in, out;
+    } part{pair, 0};
+    collective(at, whole_warp, true, part, [](Part* const (&parts)[warp_size]) {
+        const auto number = [&](int row, int column) { return parts[row * 4 + column / 2]->in >> column % 2 * 16 & 0xffff; };
+        for (int lane = 0; lane < warp_size; ++lane)
+            parts[lane]->out = number(lane % 4 * 2, lane / 4) | number(lane % 4 * 2 + 1, lane / 4) << 16;
+    });
+    return part.out;
+}
+
 }  // namespace cuda_on_cpu
 
 namespace compacter::cuda {
@@ -125,6 +150,10 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, Place at = here("ld
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Place at = here("ldmatrix.trans")) {
     cuda_on_cpu::ldmatrix<true>(at, r, row);
 }
+
+inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("stmatrix")) { cuda_on_cpu::stmatrix(at, row, r); }
+inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
+inline void sync_warps(int id, int threads, Place at = here("bar.sync")) { cuda_on_cpu::named_barrier(at, id, threads); }
 
 // The hardware reads and writes at any time between here and the wait: nobody may look, nobody may write.
 inline void copy_async(void* shared, const void* global, bool real, Place at = here("cp.async")) {
