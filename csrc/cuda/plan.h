@@ -48,6 +48,6 @@ struct PlannedBackward {
 
 PlannedForward plan_forward(const Problem& problem, const Device& device);
 // aligned: x, the incoming gradient and the gradient of x begin at multiples of 16 bytes.
-PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned);
+PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned = true);
 
 }  // namespace compacter::cuda
