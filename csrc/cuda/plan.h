@@ -46,7 +46,16 @@ struct PlannedBackward {
     Launch launch;
 };
 
+struct PlannedPairForward {
+    PairForward arguments;
+    Launch launch;
+};
+
 PlannedForward plan_forward(const Problem& problem, const Device& device);
 PlannedBackward plan_backward(const Problem& problem, const Device& device);
+
+// Whether the kernels for pairs of chunks have these sizes; addresses must be multiples of 16 too.
+bool pairs_serve(const Problem& problem);
+PlannedPairForward plan_pair_forward(const Problem& problem, const Device& device);
 
 }  // namespace compacter::cuda

@@ -52,6 +52,8 @@ struct Fibre {
     std::vector<Copy> copies;
     unsigned group = 0;                 // the number of the group of copies that is open
     bool waited = false;                // for the previous kernel
+    int barrier = 0;                    // the named barrier that it uses; a thread uses one at most
+    unsigned passes = 0;                // how often it has passed that one
     uint32_t seen[warp_size] = {};      // race_check.h: for each lane, how many of its epochs came before now
 };
 
@@ -122,6 +124,27 @@ inline void open_barrier() {
     ++block.barriers;
 }
 
+// Parks until `threads` threads are at the barrier of that name. All of a warp must come.
+inline void named_barrier(const Place& at, int name, int threads) {
+    Machinery guard;
+    if (name < 1 || name > 15) fail(at.text() + ": there is no such barrier");
+    if (threads % warp_size || threads > block.threads) fail(at.text() + ": the number of threads is not that of warps");
+    if (self->barrier && self->barrier != name) fail(at.text() + ": the thread has used another barrier");
+    self->barrier = name;
+    self->at = at;
+    self->mask = 0;
+    ++self->passes;
+    int there = 0;
+    for (int i = 0; i < block.threads; ++i) {
+        const Fibre& f = *block.fibres[i];
+        there += f.barrier == name && f.passes == self->passes;
+    }
+    if (there == threads)
+        for (int i = 0; i < block.threads; ++i)
+            if (block.fibres[i]->barrier == name) warp_of(*block.fibres[i]).ready |= bit_of(*block.fibres[i]);
+    park();
+}
+
 inline void fibre_main() {
     entered_from(scheduler);
     for (;;) {
@@ -158,6 +181,8 @@ inline void start_block(int threads) {
         f.copies.clear();
         f.group = 0;
         f.waited = false;
+        f.barrier = 0;
+        f.passes = 0;
         std::fill(std::begin(f.seen), std::end(f.seen), 0);
         warp_of(f).lanes |= bit_of(f);
     }

@@ -90,6 +90,21 @@ void ldmatrix(const Place& at, uint32_t (&r)[4], const void* row) {
     });
 }
 
+inline void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
+    struct Part {
+        const uint32_t* r;
+        unsigned char* row;
+    } part{r, in_shared(at, row)};
+    collective(at, whole_warp, true, part, [&at](Part* const (&parts)[warp_size]) {
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < 8; ++i) {
+                unsigned char* row = parts[8 * j + i]->row;
+                touch(*block.fibres[self->index - self->lane + 8 * j + i], at, row, 16, true);
+                for (int t = 0; t < 4; ++t) memcpy(row + 4 * t, parts[i * 4 + t]->r + j, 4);
+            }
+    });
+}
+
 }  // namespace cuda_on_cpu
 
 namespace compacter::cuda {
@@ -124,6 +139,13 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, Place at = here("ld
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Place at = here("ldmatrix.trans")) {
     cuda_on_cpu::ldmatrix<true>(at, r, row);
+}
+
+inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("stmatrix")) {
+    cuda_on_cpu::stmatrix(at, row, r);
+}
+inline void sync_threads(int barrier, int threads, Place at = here("bar.sync")) {
+    cuda_on_cpu::named_barrier(at, barrier, threads);
 }
 
 // The hardware reads and writes at any time between here and the wait: nobody may look, nobody may write.
