@@ -16,6 +16,7 @@
 // Rows 8 to 15 of the next product thus carry what rounding took, and its result is the sum of both halves of the rows.
 // Tensor cores truncate, so each tile has fresh accumulators, which are then added to the sums.
 #include "activations.h"
+#include "ring.h"
 #include "sums.h"
 
 namespace compacter::cuda {
@@ -23,53 +24,50 @@ namespace {
 
 using Four = uint32_t[4];
 
-// An accumulator of a pair of chunks as left operand of the next product.
-COMPACTER_DEVICE void to_operand(const float (&sum)[4], Four& a) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        a[2 * h] = pack_bf16(sum[2 * h], sum[2 * h + 1]);
-        a[2 * h + 1] = rest_of_pair(sum[2 * h], sum[2 * h + 1], a[2 * h]);
-    }
-}
-
 COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
+}
+
+COMPACTER_DEVICE void clear(float (&sum)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] = 0.f;
 }
 
 template <class S>
 struct Pass {
     static constexpr int own = S::own, share = S::share, eights = S::eights;
     const Backward& b;
-    Lane lane;
-    int groups = blockDim.x / 32 / S::group, warp = threadIdx.x / 32, group = warp / S::group, rank = warp % S::group;
-    int first_column = rank * own * 2 * S::chunk * 2;  // of the warp's chunks, in bytes
+    PairLane lane;
+    Group group{S::group};
+    int warp = threadIdx.x / 32;
+    int first_column = group.rank * own * 2 * S::chunk * 2;  // of the warp's chunks, in bytes
 
-    // Where this lane's row begins for ldmatrix and stmatrix: chunks 2j and 2j+1 in columns u to u + 7, then u + 8 to 15.
-    int in_tile = lane.index % 8 * S::row + lane.index / 8 % 2 * S::chunk * 2 + lane.index / 16 * 16 + first_column;
+    // Where a lane points for ldmatrix and stmatrix.
+    int in_tile = block_offset(lane.index, S::row, S::chunk * 2) + first_column;
     int i = lane.index % (S::n == 4 ? 4 : 8);
-    int in_fold = (lane.index / 8 * S::n + i) * S::folded_row;
-    int in_unfold = (lane.index / 16 * S::n + i) * S::folded_row + lane.index / 8 % 2 * 16;
+    int in_fold = (lane.index / 8 * S::n + i) * S::folded_row + group.rank * share * 16;
+    int in_unfold = ((group.rank * own * 2 + lane.index / 16) * S::n + i) * S::folded_row + lane.index / 8 % 2 * 16;
 
     COMPACTER_DEVICE explicit Pass(const Backward& b) : b(b) {}
 
     COMPACTER_DEVICE unsigned char* tile_at(int stage) const {
-        return shared_memory() + S::ring(groups) + group * S::of_group(b.stages) + stage * S::tile;
+        return shared_memory() + S::ring(group.count) + group.index * S::of_group(b.stages) + stage * S::tile;
     }
     COMPACTER_DEVICE void sync() const {
         if constexpr (S::group == 1) __syncwarp();
-        else sync_warps(1 + group, 32 * S::group);
+        else group.sync();
     }
 
-    // body(offset in the tile, offset in the rows of the tensor, row) for the vectors of this lane.
+    // body(token, bytes from its start) for the vectors of this lane in the warp's chunks.
     template <class Body>
     COMPACTER_DEVICE void for_each_vector(const Body& body) const {
-        constexpr int per_row = own * 2 * S::chunk / 8, all = S::tokens * per_row;
+        constexpr int vectors = own * 2 * S::chunk / 8;
 #pragma unroll
-        for (int first = 0; first < all; first += 32) {
-            const int e = first + lane.index, row = e / per_row, column = first_column + e % per_row * 16;
-            if (all % 32 == 0 || e < all) body(row * S::row + column, row * S::width * 2 + column, row);
-        }
+        for (int token = 0; token < S::tokens; ++token)
+#pragma unroll
+            for (int first = 0; first < vectors; first += 32)
+                if (first + 32 <= vectors || first + lane.index < vectors) body(token, first_column + (first + lane.index) * 16);
     }
 
     COMPACTER_DEVICE int valid(int64_t tile) const {
@@ -79,11 +77,13 @@ struct Pass {
 
     COMPACTER_DEVICE void load(int64_t tile, int stage) const {
         unsigned char* to = tile_at(stage);
-        const int rows = valid(tile);
+        const int count = valid(tile);
+#pragma unroll
         for (int of_g = 0; of_g < 2; ++of_g) {
             const auto* from = static_cast<const unsigned char*>(of_g ? b.grad_out : b.x) + tile * S::tokens * S::width * 2;
-            for_each_vector([&](int at, int offset, int row) {
-                copy_async(to + of_g * S::tokens * S::row + at, from + (row < rows ? offset : 0), row < rows);
+            for_each_vector([&](int token, int at) {
+                const bool real = token < count;
+                copy_async(to + (of_g * S::tokens + token) * S::row + at, from + (real ? token * S::width * 2 : 0) + at, real);
             });
         }
     }
@@ -91,10 +91,44 @@ struct Pass {
     COMPACTER_DEVICE void store(const unsigned char* rows, int64_t tile) const {
         auto* to = static_cast<unsigned char*>(b.grad_x) + tile * S::tokens * S::width * 2;
         const int count = valid(tile);
-        for_each_vector([&](int at, int offset, int row) {
-            if (row < count)
-                store_streaming(reinterpret_cast<uint4*>(to + offset), *reinterpret_cast<const uint4*>(rows + at));
+        for_each_vector([&](int token, int at) {
+            if (token < count)
+                store_streaming(reinterpret_cast<uint4*>(to + token * S::width * 2 + at),
+                                *reinterpret_cast<const uint4*>(rows + token * S::row + at));
         });
+    }
+
+    // Z = x s1 and dV2 = g t2^T of the warp's pairs, as left operands. n = 4: columns 0-3 have the rounded factor, 4-7 its rest.
+    COMPACTER_DEVICE void project(Four (&z)[own], Four (&v)[own], const unsigned char* x, const unsigned char* g) const {
+        const int lane_row = S::n == 4 ? lane.index % 8 : lane.index % 8 + lane.index / 16 * 8;
+        const int column = S::n == 4 ? lane.index / 8 * 16 : lane.index / 8 % 2 * 16;
+        const unsigned char* right = shared_memory() + lane_row * S::factor_row + column;
+        constexpr int step = S::n == 4 ? 2 : 1;
+        float sum[2][own][2][4] = {};
+#pragma unroll 2
+        for (int block = 0; block < S::blocks; block += step)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                Four f, a;
+                load_matrices(f, right + (side ? S::right2 : S::left) + block * 32);
+#pragma unroll
+                for (int j = 0; j < step; ++j) {
+                    if (block + j >= S::blocks) break;
+#pragma unroll
+                    for (int s = 0; s < own; ++s) {
+                        load_matrices(a, (side ? g : x) + in_tile + s * 4 * S::chunk + (block + j) * 32);
+                        mma_16x8x16(sum[side][s][j], a, {f[2 * j], f[2 * j + 1]});
+                        if (step == 1) mma_16x8x16(sum[side][s][1], a, {f[2], f[3]});
+                    }
+                }
+            }
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int s = 0; s < own; ++s) {
+                float(&d)[2][4] = sum[side][s];
+                both_parts(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3], side ? v[s] : z[s]);
+            }
     }
 
     // Z = x s1 of the warp's pairs, or dV2 = g t2^T. n = 4: columns 0-3 have the rounded factor, 4-7 its rest.
@@ -128,7 +162,7 @@ struct Pass {
     // y += Z C of the warp's eights of the bottleneck, over all pairs of chunks.
     template <class Operand>
     COMPACTER_DEVICE void fold(float (&y)[share][4], const Operand& z, int folded) const {
-        const unsigned char* right = shared_memory() + folded + in_fold + rank * share * 16;
+        const unsigned char* right = shared_memory() + folded + in_fold;
 #pragma unroll
         for (int j = 0; j < S::pairs; j += 2) {
             Four first, second;
@@ -146,7 +180,7 @@ struct Pass {
 
     // dZ += dy C^T of the warp's chunks, for 16 numbers of the bottleneck.
     COMPACTER_DEVICE void unfold(float (&dz)[own][2][4], const Four& dy, int step, int folded) const {
-        const unsigned char* right = shared_memory() + folded + in_unfold + rank * own * 2 * S::n * S::folded_row;
+        const unsigned char* right = shared_memory() + folded + in_unfold;
 #pragma unroll
         for (int s = 0; s < own; ++s) {
             Four f;
@@ -182,33 +216,25 @@ struct Pass {
     COMPACTER_DEVICE void tile(const unsigned char* x, const unsigned char* g, Sums<S>& sums) const {
         Four z[own], v[own];
         float y[share][4], dh[share][4] = {};
-        const float* bias = floats_at(S::bias) + rank * share * 8 + lane.t * 2;
+        const float* bias = floats_at(S::bias) + group.rank * share * 8 + lane.t * 2;
 #pragma unroll
         for (int e = 0; e < share; ++e) {
             y[e][0] = bias[e * 8];
             y[e][1] = bias[e * 8 + 1];
             y[e][2] = y[e][3] = 0.f;
         }
-        unsigned char* exchange = shared_memory() + S::exchange + group * S::exchange_bytes + lane.index * 16;
+        unsigned char* exchange = shared_memory() + S::exchange + group.index * S::exchange_bytes + lane.index * 16;
         const auto put = [&](int at, const Four& a) { *reinterpret_cast<uint4*>(exchange + at * 512) = make_uint4(a[0], a[1], a[2], a[3]); };
         const auto get = [&](int at, Four& a) {
             const uint4 from = *reinterpret_cast<const uint4*>(exchange + at * 512);
             a[0] = from.x; a[1] = from.y; a[2] = from.z; a[3] = from.w;
         };
-        {
-            float sum[own][4];
-            project(sum, x, S::left);
-#pragma unroll
-            for (int s = 0; s < own; ++s) to_operand(sum[s], z[s]);
-            project(sum, g, S::right2);
-#pragma unroll
-            for (int s = 0; s < own; ++s) to_operand(sum[s], v[s]);
-        }
+        project(z, v, x, g);
         if constexpr (S::group > 1) {
 #pragma unroll
             for (int s = 0; s < own; ++s) {
-                put(rank * own + s, z[s]);
-                put(S::pairs + rank * own + s, v[s]);
+                put(group.rank * own + s, z[s]);
+                put(S::pairs + group.rank * own + s, v[s]);
             }
             sync();
             fold(y, [&](int j, Four& a) { get(j, a); }, S::folded);
@@ -229,16 +255,14 @@ struct Pass {
         uint32_t h[S::group == 1 ? 2 * S::steps : share][2] = {}, dy[S::group == 1 ? 2 * S::steps : share][2] = {};
 #pragma unroll
         for (int e = 0; e < share; ++e) {
-            h[e][0] = pack_bf16(y[e][0], y[e][1]);
-            h[e][1] = rest_of_pair(y[e][0], y[e][1], h[e][0]);
-            dy[e][0] = pack_bf16(dh[e][0], dh[e][1]);
-            dy[e][1] = rest_of_pair(dh[e][0], dh[e][1], dy[e][0]);
+            split(y[e][0], y[e][1], h[e]);
+            split(dh[e][0], dh[e][1], dy[e]);
         }
         unsigned char* steps = exchange + 2 * S::pairs * 512;
         if constexpr (S::group > 1) {
 #pragma unroll
             for (int e = 0; e < share; ++e) {
-                const int at = rank * share + e, offset = at / 2 * 512 + at % 2 * 8;
+                const int at = group.rank * share + e, offset = at / 2 * 512 + at % 2 * 8;
                 *reinterpret_cast<uint2*>(steps + offset) = make_uint2(h[e][0], h[e][1]);
                 *reinterpret_cast<uint2*>(steps + S::steps * 512 + offset) = make_uint2(dy[e][0], dy[e][1]);
             }
@@ -295,24 +319,23 @@ struct Pass {
         for (int s = 0; s < own; ++s)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float z0 = dz[s][h][0] + dz[s][h][2], z1 = dz[s][h][1] + dz[s][h][3];
-                const float u0 = v2[s][h][0] + v2[s][h][2], u1 = v2[s][h][1] + v2[s][h][3];
-                const uint32_t z = pack_bf16(z0, z1), z_rest = rest_of_pair(z0, z1, z);
-                const uint32_t v = pack_bf16(u0, u1), v_rest = rest_of_pair(u0, u1, v);
+                uint32_t z[2], v[2];
+                split(dz[s][h][0] + dz[s][h][2], dz[s][h][1] + dz[s][h][3], z);
+                split(v2[s][h][0] + v2[s][h][2], v2[s][h][1] + v2[s][h][3], v);
                 if (S::n == 4) {
-                    const int q = (rank * own + s) * 2 + h, c = lane.t * 2 - 4;
+                    const int q = (group.rank * own + s) * 2 + h, c = lane.t * 2 - 4;
                     const uint32_t one_of_q = (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u);
-                    operand[s][h] = operand[s][2 + h] = upper ? z_rest : z;
+                    operand[s][h] = operand[s][2 + h] = upper ? z[1] : z[0];
                     dzt[s][0][h] = transpose_matrix(operand[s][h]);
-                    v2t[s][0][h] = transpose_matrix(upper ? one_of_q : v);
-                    v2t[s][1][h] = transpose_matrix(upper ? 0u : v_rest);
+                    v2t[s][0][h] = transpose_matrix(upper ? one_of_q : v[0]);
+                    v2t[s][1][h] = transpose_matrix(upper ? 0u : v[1]);
                 } else {
-                    operand[s][h] = z;
-                    operand[s][2 + h] = z_rest;
-                    dzt[s][0][h] = transpose_matrix(z);
-                    dzt[s][1][h] = transpose_matrix(z_rest);
-                    v2t[s][0][h] = transpose_matrix(v);
-                    v2t[s][1][h] = transpose_matrix(v_rest);
+#pragma unroll
+                    for (int part = 0; part < 2; ++part) {
+                        operand[s][2 * part + h] = z[part];
+                        dzt[s][part][h] = transpose_matrix(z[part]);
+                        v2t[s][part][h] = transpose_matrix(v[part]);
+                    }
                 }
             }
         const uint32_t one = !b.residual_is_x ? 0u : lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
@@ -320,76 +343,90 @@ struct Pass {
                                           : lane.index % 8 * S::factor_row + lane.index / 8 % 2 * 16;
         const unsigned char* factor = shared_memory() + S::left + factor_lane;
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
-        float fresh_bias[4] = {};
+        struct Fragments {
+            Four x, g, residual;
+        };
+        const auto load_at = [&](int at, Fragments& to) {
+            const int offset = in_tile + at % own * 4 * S::chunk + at / own * 32;
+            load_matrices_transposed(to.x, x + offset);
+            load_matrices_transposed(to.g, g + offset);
+            load_matrices(to.residual, g + offset);
+        };
+        Fragments next;
+        Four f, next_f;
+        load_at(0, next);
+        load_matrices_transposed(next_f, factor);
+        float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
-        for (int block = 0; block < S::blocks; ++block) {
-            Four f;
-            load_matrices_transposed(f, factor + block * 32);
-            float left[4] = {}, right[4] = {};
+        for (int at = 0; at < S::blocks * own; ++at) {
+            const int block = at / own, s = at % own;
+            const Fragments now = next;
+            if (s == 0) {
 #pragma unroll
-            for (int s = 0; s < own; ++s) {
-                const int at = in_tile + s * 4 * S::chunk + block * 32;
-                Four xt, gt, residual;
-                load_matrices_transposed(xt, x + at);
-                load_matrices_transposed(gt, g + at);
-                load_matrices(residual, g + at);
-                float out[2][4] = {};
-                const Four x_left = {xt[0], xt[2], xt[1], xt[3]}, g_left = {gt[0], gt[2], gt[1], gt[3]};
-                mma_16x8x8(out[0], {residual[0], residual[1]}, one);
-                mma_16x8x8(out[1], {residual[2], residual[3]}, one);
-                mma_16x8x16(left, x_left, dzt[s][0]);
-                mma_16x8x16(right, g_left, v2t[s][0]);
-                mma_16x8x16(right, g_left, v2t[s][1]);
-                if (S::n == 4) {
-                    mma_16x8x16(out[0], operand[s], {f[0], f[1]});
-                    mma_16x8x16(out[1], operand[s], {f[2], f[3]});
-                } else {
-                    mma_16x8x16(left, x_left, dzt[s][1]);
-                    const int c = block % per * 2 * own + s * 2;
-                    mma_16x8x16(fresh_bias, g_left, {lane.g == c ? 0x3f803f80u : 0u, lane.g == c + 1 ? 0x3f803f80u : 0u});
-                    mma_16x8x16(out[0], operand[s], {f[0], f[0]});
-                    mma_16x8x16(out[1], operand[s], {f[1], f[1]});
-                }
-                store_matrices(const_cast<unsigned char*>(x) + at,
-                               {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
-                                pack_bf16(out[1][2], out[1][3])});
+                for (int j = 0; j < 4; ++j) f[j] = next_f[j];
+                if (block + 1 < S::blocks) load_matrices_transposed(next_f, factor + (block + 1) * 32);
             }
-            add(sums.left[block], left);
-            add(sums.right2[block], right);
-            if (S::n == 8 && (block % per == per - 1 || block == S::blocks - 1)) {
-                add(sums.bias2[S::n == 8 ? block / per : 0], fresh_bias);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) fresh_bias[e] = 0.f;
+            if (at + 1 < S::blocks * own) load_at(at + 1, next);
+            float out[2][4] = {};
+            const Four xt = {now.x[0], now.x[2], now.x[1], now.x[3]}, gt = {now.g[0], now.g[2], now.g[1], now.g[3]};
+            mma_16x8x8(out[0], {now.residual[0], now.residual[1]}, one);
+            mma_16x8x8(out[1], {now.residual[2], now.residual[3]}, one);
+            mma_16x8x16(out[0], operand[s], {f[0], f[S::n == 4 ? 1 : 0]});
+            mma_16x8x16(out[1], operand[s], {f[S::n == 4 ? 2 : 1], f[S::n == 4 ? 3 : 1]});
+            mma_16x8x16(left, xt, dzt[s][0]);
+            mma_16x8x16(right, gt, v2t[s][0]);
+            mma_16x8x16(right, gt, v2t[s][1]);
+            if (S::n == 8) {
+                mma_16x8x16(left, xt, dzt[s][1]);
+                const int c = block % per * 2 * own + s * 2;
+                mma_16x8x16(fresh_bias, gt, {lane.g == c ? 0x3f803f80u : 0u, lane.g == c + 1 ? 0x3f803f80u : 0u});
+            }
+            store_matrices(const_cast<unsigned char*>(x) + in_tile + s * 4 * S::chunk + block * 32,
+                           {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
+                            pack_bf16(out[1][2], out[1][3])});
+            if (s == own - 1) {
+                add(sums.left[block], left);
+                add(sums.right2[block], right);
+                if (S::n == 8 && (block % per == per - 1 || block == S::blocks - 1)) {
+                    add(sums.bias2[S::n == 8 ? block / per : 0], fresh_bias);
+                    clear(fresh_bias);
+                }
+                clear(left);
+                clear(right);
             }
         }
     }
 
-    // The warps add their sums one after another, in this order, and all write the block's row of partials.
+    // Lets the warps of the block do something one after another: a warp waits for the one before it.
+    template <class Body>
+    COMPACTER_DEVICE void in_turn(const Body& body) const {
+        constexpr int names = 8;  // from this one on, two warps each
+        if (warp > 0) sync_threads(names + warp - 1, 64);
+        body();
+        if (warp + 1 < static_cast<int>(blockDim.x) / 32) sync_threads(names + warp, 64);
+    }
+
+    // The sums of the block, in the place of the first group's tiles, and from them its row of partials.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
+        auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(group.count));
         sync();
-        auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(groups));
-        if (warp > 0) sync_warps(8 + warp, 64);
-        sums.add_to(first + lane.index, rank, warp == 0, group == 0);
-        if (warp + 1 < groups * S::group) sync_warps(9 + warp, 64);
+        in_turn([&] { sums.add_to(first + lane.index, group.rank, warp == 0, group.index == 0); });
         __syncthreads();
-        const Totals<S> totals{first};
-        float* row = b.partials + blockIdx.x * b.row;
-        const int warps = blockDim.x / 32, thread = threadIdx.x, threads = blockDim.x;
-        store_wide(totals, b, row, warp, warps);
-        if (S::n == 8) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
-        store_folded<S, false>(totals, row + b.rule, row + b.right, S::rule, S::right, thread, threads);
-        store_folded<S, true>(totals, row + b.rule2, row + b.left2, S::rule2, S::left2, thread, threads);
-        for (int c = thread; c < S::d; c += threads) row[b.bias + c] = totals.bias(c);
+        store_row(Totals<S>{first}, b, b.partials + blockIdx.x * b.row);
     }
 };
 
 template <class S>
 __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
     const Pass<S> pass(b);
-    const int64_t tiles = (b.tokens + S::tokens - 1) / S::tokens, step = static_cast<int64_t>(gridDim.x) * pass.groups;
-    int64_t tile = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group;
-    for (int stage = 0; stage < b.stages; ++stage) {
-        if (tile + stage * step < tiles) pass.load(tile + stage * step, stage);
+    const int64_t tiles = (b.tokens + S::tokens - 1) / S::tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;
+    int64_t tile = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group.index;
+    pass.in_turn([&] {  // so that the tile of the first warp is there first
+        if (tile < tiles) pass.load(tile, 0);
+        commit_copies();
+    });
+    if (b.stages == 2) {
+        if (tile + step < tiles) pass.load(tile + step, 1);
         commit_copies();
     }
     prepare<S>(b.factors);

@@ -1,86 +1,78 @@
-// The factors of one side of an adapter, and its rule folded with its narrow factor, in shared memory.
+// The middle of an adapter of rank 1, between Z and V2, as two matrix products. The mix with a rule
+// and the small factor beside it are one matrix:
 //
-//     x:  Z = x s1          y  = Z C1,    C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v]      dZ = dy C1^T
-//     g:  dV2 = g t2^T      dh = dV2 C2,  C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]      V2 = h C2^T
+//     y[q,v]  = sum_{p,i} Z[p,i] C1[(p,i),(q,v)] + b1[q,v]    C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v]
+//     V2[q,i] = sum_{p,v} h[p,v] C2[(p,v),(q,i)]              C2[(p,v),(q,i)] = A2_i[p,q] s2_i[v]
 //
-// All are plain matrices of bf16, row by row. ldmatrix reads them as right operands of a product, transposed or not,
-// so that each serves both directions. A wide factor has two parts: its n rows i rounded, then what rounding took.
+// C1 and C2 are formed once for each block, from factors that are first copied to shared memory.
 #pragma once
 
 #include "kernels.h"
-#include "numbers.h"
-#include "shapes.h"
-#include "stage.h"
+#include "pairs.h"
 
 namespace compacter::cuda {
 
-COMPACTER_DEVICE uint32_t& word_at(int offset) { return *reinterpret_cast<uint32_t*>(shared_memory() + offset); }
+// The small factors in shared memory, in fp32, in the layouts of the parameters.
+struct RawFactors {
+    float *rule, *right, *rule2, *left2;
 
-// What rounding a pair to bf16 took from it. An Inf leaves a NaN.
-COMPACTER_DEVICE uint32_t rest_of_pair(float low, float high, uint32_t rounded) {
-    return pack_bf16(low - low_of(rounded), high - high_of(rounded));
-}
+    COMPACTER_DEVICE RawFactors(void* at, const PairSizes& s)
+        : rule(static_cast<float*>(at)), right(rule + s.n * s.n * s.n), rule2(right + s.bottleneck),
+          left2(rule2 + s.n * s.n * s.n) {}
+    static int floats(const PairSizes& s) { return 2 * (s.n * s.n * s.n + s.bottleneck); }
+};
 
-// `count` parameters as fp32.
-template <int Count>
-COMPACTER_DEVICE void stage_floats(int to, const Array& from) {
-    for (int e = threadIdx.x; e < Count; e += blockDim.x) floats_at(to)[e] = from.data ? read(from, e) : 0.f;
-}
-
-// s_i[u] in two parts.
-template <class S>
-COMPACTER_DEVICE void stage_wide(int to, const Array& factor, float scale) {
-    constexpr int ahead = 4;
-    for (int first = threadIdx.x; first < S::width / 2; first += ahead * blockDim.x) {
-        Asked asked[ahead][2];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * blockDim.x, there = e < S::width / 2 ? e * 2 : 0;
-            asked[j][0] = Asked(factor, there);
-            asked[j][1] = Asked(factor, there + 1);
+// Copies them, and b1 padded with zeros to whole steps. All five loads of a thread are in flight at once.
+COMPACTER_DEVICE void stage_raw(const RawFactors& to, float* bias, const Factors& f, const PairSizes& s) {
+    const int matrix = s.n * s.n * s.n, padded = s.steps() * 16, most = matrix > padded ? matrix : padded;
+    for (int e = threadIdx.x; e < most; e += blockDim.x) {
+        const int of_rule = e < matrix ? e : 0, of_factor = e < s.bottleneck ? e : 0;
+        const Asked rule(f.rule, of_rule), rule2(f.rule2, of_rule), right(f.right, of_factor), left2(f.left2, of_factor);
+        const Asked of_bias(f.bias.data ? f.bias : f.right, of_factor);
+        if (e < matrix) {
+            to.rule[e] = rule.value();
+            to.rule2[e] = rule2.value();
         }
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * blockDim.x;
-            if (e >= S::width / 2) break;
-            const int i = e / (S::chunk / 2), at = to + i * S::factor_row + e % (S::chunk / 2) * 4;
-            const float low = asked[j][0].value() * scale, high = asked[j][1].value() * scale;
-            const uint32_t rounded = pack_bf16(low, high);
-            word_at(at) = rounded;
-            word_at(at + S::n * S::factor_row) = rest_of_pair(low, high, rounded);
+        if (e < s.bottleneck) {
+            to.right[e] = right.value();
+            to.left2[e] = left2.value();
         }
+        if (e < padded) bias[e] = e < s.bottleneck && f.bias.data ? of_bias.value() : 0.f;
     }
 }
 
-// C[(p,i),(q,v)] = A_i[p,q] t_i[v], or with Transposed rules A_i[q,p]
-template <class S, bool Transposed>
-COMPACTER_DEVICE void fold(int to, int rule, int factor) {
-    for (int e = threadIdx.x; e < S::n * S::n * S::d / 2; e += blockDim.x) {
-        const int c = e % (S::d / 2) * 2, row = e / (S::d / 2), p = row / S::n, i = row % S::n;
-        float product[2];
+// Number e < 4 of a lane in a right operand is k = 2t + e % 2 + 8 (e / 2). body(fragment, number) gives
+// the value; the warps of the block write `count` fragments.
+template <class Number>
+COMPACTER_DEVICE void form_fragments(uint2* to, int count, const Number& number) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll 2
+    for (int at = warp; at < count; at += warps) {
+        float v[4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int q = (c + j) / S::inner, v = (c + j) % S::inner;
-            product[j] = floats_at(rule)[(i * S::n + (Transposed ? q : p)) * S::n + (Transposed ? p : q)] *
-                         floats_at(factor)[i * S::inner + v];
-        }
-        word_at(to + row * S::folded_row + c * 2) = pack_bf16(product[0], product[1]);
+        for (int e = 0; e < 4; ++e) v[e] = number(at, e);
+        to[at * 32 + lane] = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
     }
 }
 
-template <class S>
-COMPACTER_DEVICE void prepare(const Factors& f) {
-    stage_floats<S::n * S::n * S::n>(S::rule, f.rule);
-    stage_floats<S::n * S::n * S::n>(S::rule2, f.rule2);
-    stage_floats<S::d>(S::right, f.right);
-    stage_floats<S::d>(S::left2, f.left2);
-    stage_floats<S::d>(S::bias, f.bias);
-    stage_wide<S>(S::left, f.left, 1.f);
-    stage_wide<S>(S::right2, f.right2, f.scale);
-    __syncthreads();
-    fold<S, false>(S::folded, S::rule, S::right);
-    fold<S, true>(S::folded2, S::rule2, S::left2);
-    __syncthreads();
+// C1 as right operands [eight columns of y][step of Z][lane], C2 as [pair][step of h][fragment of V2][lane].
+template <int N>
+COMPACTER_DEVICE void form_middle(uint2* c1, uint2* c2, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    form_fragments(c1, 2 * s.steps() * P::steps, [&](int at, int e) {
+        const int column = at / P::steps * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
+        const int step = at % P::steps, p = step / P::z_tiles * 2 + e / 2;
+        const int i = P::z_index(step % P::z_tiles, lane.t * 2 + e % 2);
+        return column < s.bottleneck ? raw.rule[(i * N + p) * N + q] * raw.right[i * s.inner + v] : 0.f;
+    });
+    form_fragments(c2, P::count * s.steps() * P::v_fragments, [&](int at, int e) {
+        const int f = at % P::v_fragments, rest = at / P::v_fragments, pair = s.by_steps.quotient(rest);
+        const int k = (rest - pair * s.steps()) * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
+        const int p = s.by_inner.quotient(k), v = k - p * s.inner;
+        const int q = pair * 2 + P::v_chunk(f, lane.g), i = P::v_index(f, lane.g);
+        return k < s.bottleneck ? raw.rule2[(i * N + p) * N + q] * raw.left2[i * s.inner + v] : 0.f;
+    });
 }
 
 }  // namespace compacter::cuda

@@ -1,110 +1,286 @@
-// Forward reads x once and writes the output once. Each warp has a tile of 16 rows (48 for n = 12).
+// The forward of an adapter of rank 1 on bf16 (the others: forward_general.cu). It reads x once and
+// writes the output once. A group of warps has a tile of 8 tokens, and each of its warps some chunks.
 //
-//     Z[p,i] = sum_u x[p,u] s1_i[u]           contract, with x from memory straight to registers
-//     V[q,i] = sum_p A1_i[p,q] Z[p,i]         mix
-//     h[q,v] = act(sum_i V[q,i] t1_i[v] + b1[q,v])
-//     Z2[p,i] = sum_v h[p,v] s2_i[v]
-//     V2[q,i] = sum_p A2_i[p,q] Z2[p,i]       mix
-//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]         expand
+//     Z[p,i]  = sum_u x[p,u] s1_i[u]                      contract     pairs of chunks are the rows
+//     h[q,v]  = act(sum_{p,i} Z[p,i] C1 + b1[q,v])        bottleneck   tokens are the rows
+//     V2[q,i] = sum_{p,v} h[p,v] C2                       mix          tokens are the rows
+//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]       expand, pairs are the rows
 //
-// `scale` multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 if c - m is q.
+// All sums are those of matrix instructions, and pairs.h shows how the sums of one product become the
+// operand of the next. C1 and C2 are in folded.h. Between the products the warps of a group exchange Z
+// and h, since each warp has the chunks of its part but y needs all chunks:
+//
+//     part of a warp   x --contract--> Z =exchange=> y --act--> h =exchange=> V2 --expand--> out   part of a warp
+//
+// The output replaces x in shared memory, from where it is stored in rows of 128 bytes. `scale`
+// multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 in the row of chunk q.
 #include "activations.h"
-#include "columns.h"
-#include "middle.h"
+#include "folded.h"
+#include "ring.h"
 #include "stage.h"
 
 namespace compacter::cuda {
 namespace {
 
-// The small products of an adapter, from V of `down` to V of `up`, which overwrites it.
-template <class K>
-COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, float* z, float* v, float* h) {
-    constexpr int Q = K::quad;
-    const Sizes& s = f.sizes;
-    const int n = K::n(s), m = K::m(s);
-    const float *right = floats_at(f.shared.right), *left2 = floats_at(f.shared.left2), *bias = floats_at(f.shared.bias);
-    for_each_quad<K>(warp, s, s.inner, s.by_inner, [&](int token, int block, int at) {
-        Quad<Q> y = load_quad<Q>(bias + at * n + block * Q);
-        add_product<K>(y, right + at, s.inner_stride, v + token * m * n + block * Q, m, n);
+// act of four numbers, with one branch for all of them.
+template <int Which = 0>
+COMPACTER_DEVICE void activate_all(Activation activation, float (&y)[4]) {
+    if (activation == static_cast<Activation>(Which)) {
 #pragma unroll
-        for (int j = 0; j < Q; ++j) y.at[j] = activate(f.factors.activation, y.at[j]).value;
-        store_quad<Q>(h + (token * s.inner + at) * n + block * Q, y);
-    });
-    warp.sync();
-    for_each_quad<K>(warp, s, m, s.by_m, [&](int token, int block, int c) {
-        Quad<Q> sum{};
-        add_product<K>(sum, left2 + c * s.inner_stride, 1, h + token * s.inner * n + block * Q, s.inner, n);
-        store_quad<Q>(z + (token * m + c) * n + block * Q, sum);
-    });
-    warp.sync();
-    mix<K>(warp, s, floats_at(f.shared.rule2), z, [&](int token, int block, int c, const Quad<Q>& sum) {
-        store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
-    });
-    warp.sync();
+        for (int e = 0; e < 4; ++e) y[e] = activate(static_cast<Activation>(Which), y[e]).value;
+    } else if constexpr (Which < static_cast<int>(Activation::quick_gelu)) {
+        activate_all<Which + 1>(activation, y);
+    }
 }
 
-// Prefetches the first tile of a warp while the block stages the factors.
-template <class T>
-COMPACTER_DEVICE void prefetch_rows(const T* first, int64_t numbers) {
-    for (int64_t at = threadIdx.x % 32 * (128 / sizeof(T)); at < numbers; at += 32 * (128 / sizeof(T))) prefetch(first + at);
-}
+// A pair of bf16 with a 1 where c or c + 1 is q.
+COMPACTER_DEVICE uint32_t one_at(int q, int c) { return (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u); }
 
-template <class T, class K>
-__global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward f) {
-    constexpr int Q = K::quad;
-    const Sizes& s = f.sizes;
-    const int n = K::n(s), m = K::m(s), terms = m + (f.factors.bias2.data ? n : 0), steps = eights(terms);
-    const Warp warp;
-    const int index = threadIdx.x / 32, warps = blockDim.x / 32, rows = s.rows();
-    const int64_t all_rows = f.tokens * n, begin = (static_cast<int64_t>(blockIdx.x) * warps + index) * rows;
-    prefetch_rows(static_cast<const T*>(f.x) + begin * s.in, (all_rows - begin < rows ? all_rows - begin : rows) * s.in);
+template <int N>
+struct Pass {
+    using P = Pairs<N>;
+    static constexpr int pairs = P::of_warp;
+    const PairForward& f;
+    const PairSizes& s;
+    PairLane lane;
+    Group group;
+    TilePart<N> part;
+    float4* z;           // exchanged: [step of Z][share][lane]
+    uint4* h;            // exchanged: [step of h][lane]
 
-    const Parts left = factor_parts(shared_memory() + f.left, s.in, m), right2 = factor_parts(shared_memory() + f.right2, s.out, terms);
-    stage_factor<T>(left, s.in, m, 1.f, [&](int c, int u) { return ask_left(f.factors.left, s, s.in, c, u); });
-    stage_factor<T>(right2, s.out, terms, f.factors.scale, [&](int c, int u) {
-        return ask_right(c < m ? f.factors.right2 : f.factors.bias2, s.out, c < m ? c : c - m, u);
-    });
-    stage_factors(f.shared, f.factors, s);
-    __syncthreads();
+    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(s.group), part(s, group.rank) {
+        z = reinterpret_cast<float4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
+        h = reinterpret_cast<uint4*>(z) + P::steps * s.shares * 32;
+    }
+    COMPACTER_DEVICE uint2* fragments(int offset) const { return reinterpret_cast<uint2*>(shared_memory() + offset); }
 
-    unsigned char* scratch = shared_memory() + f.scratch + index * f.scratch_bytes;
-    float *z = reinterpret_cast<float*>(scratch + f.z), *v = reinterpret_cast<float*>(scratch + f.v);
-    float* h = reinterpret_cast<float*>(scratch + f.h);
-    for (int64_t first = begin; first < all_rows; first += static_cast<int64_t>(gridDim.x) * warps * rows) {
-        const int valid = all_rows - first < rows ? static_cast<int>(all_rows - first) : rows;
-        const GlobalRows<T> x{static_cast<const T*>(f.x) + first * s.in, valid, s.in, s.in_vectors};
-        for (int row = 0; row < rows; row += 16) contract<T, K>(x, row, left, 0, segments(s.in), s, z);
-        warp.sync();
-        mix<K>(warp, s, floats_at(f.shared.rule), z, [&](int token, int block, int c, const Quad<Q>& sum) {
-            store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
+    // Brings the weights into the form of right operands.
+    COMPACTER_DEVICE void prepare() const {
+        const RawFactors raw(shared_memory() + f.exchange, s);
+        const Factors& w = f.factors;
+        stage_raw(raw, floats_at(f.bias), w, s);
+        stage_fragments(fragments(f.left), s.in / 16 * P::left_fragments, [&](int at, int e) {
+            const int block = at / P::left_fragments, fragment = at - block * P::left_fragments;
+            const bool whole = fragment < 2 * P::whole;
+            const int i = whole ? fragment / 2 * 8 + lane.g : P::whole * 8 + lane.g % 4;
+            const int u = block * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
+            return Wanted{Asked(w.left, i * s.in + u), 1.f, whole ? fragment % 2 : lane.g / 4, true};
         });
-        warp.sync();
-        if (s.inner) through_bottleneck<K>(warp, f, z, v, h);
+        stage_fragments(fragments(f.right2), s.in / 16 * P::words, [&](int at, int e) {
+            const int block = at / P::words, word = at - block * P::words, u = block * 16 + e / 2 * 8 + lane.g;
+            const int r = lane.t * 2 + e % 2, begin = N == 12 ? 2 : 1;  // the first word of the bias
+            const bool of_bias = word >= begin;
+            const int i = of_bias ? (N == 4 ? r % 4 : N == 8 ? r : (word - 2) * 8 + r) : N == 4 ? r % 4 : P::z_index(word, r);
+            const int low = of_bias ? (N == 4 ? r / 4 : N == 8 ? word - 1 : 0) : 0;
+            const bool exists = i < N && (!of_bias || w.bias2.data);
+            return Wanted{Asked(of_bias && exists ? w.bias2 : w.right2, (exists ? i : 0) * s.in + u), w.scale, low, exists};
+        });
+        __syncthreads();
+        form_middle<N>(fragments(f.c1), fragments(f.c2), raw, s);
+        __syncthreads();
+    }
 
-        T* out = static_cast<T*>(f.out) + first * s.out;
-        const GlobalRows<T> residual{static_cast<const T*>(f.residual) + first * s.out, valid, s.out, s.out_vectors};
-        for (int row = 0; row < rows; row += 16) {
-            const auto number = [&](int at, int c) {
-                const int token = K::by_n(s, at), q = at - token * n;
-                return c < m ? v[(token * m + c) * n + q] : c < terms && c - m == q ? 1.f : 0.f;
-            };
-            const Operand<T, K::most_steps> operand(number, row, steps);
-#pragma unroll(K::most_steps == 1 ? 2 : 1)
-            for (int at = 0; at < segments(s.out); ++at) {
-                if (f.residual)
-                    expand(operand, steps, row, at, right2, terms, residual, out, valid, s.out, s.out_vectors);
-                else
-                    expand(operand, steps, row, at, right2, terms, NoRows{}, out, valid, s.out, s.out_vectors);
+    // Z of this warp's chunks over its columns.
+    COMPACTER_DEVICE void contract(const unsigned char* x) const {
+        constexpr int chains = P::left_fragments == 1 ? 2 : P::left_fragments;
+        float sum[pairs][chains][4] = {};
+        const uint2* factor = fragments(f.left) + part.first_block() * P::left_fragments * 32 + lane.index;
+        const unsigned char* at = x + part.first + block_offset(lane.index, s.row, s.in * 2);
+#pragma unroll 4
+        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::left_fragments * 32) {
+#pragma unroll
+            for (int pair = 0; pair < pairs; ++pair) {
+                uint32_t a[4];
+                load_matrices(a, at + pair * 4 * s.in);
+#pragma unroll
+                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][chains > P::left_fragments ? block % 2 : j], a, factor[j * 32]);
             }
         }
+#pragma unroll
+        for (int pair = 0; pair < pairs; ++pair)
+#pragma unroll
+            for (int tile = 0; tile < P::z_tiles; ++tile) {
+                float(&d)[4] = sum[pair][tile * 2];
+                if (tile * 2 + 1 < chains)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) d[e] += sum[pair][tile * 2 + 1 < chains ? tile * 2 + 1 : 0][e];
+                const int step = (part.owner * pairs + pair) * P::z_tiles + tile;
+                z[(step * s.shares + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
+            }
+    }
+
+    // h, in steps of 16 numbers of the bottleneck.
+    COMPACTER_DEVICE void bottleneck() const {
+        uint32_t a[P::steps][4];
+#pragma unroll
+        for (int step = 0; step < P::steps; ++step) {
+            float4 sum = z[step * s.shares * 32];
+            for (int share = 1; share < s.shares; ++share) {
+                const float4 other = z[(step * s.shares + share) * 32];
+                sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+            }
+            both_parts(sum.x, sum.y, sum.z, sum.w, a[step]);
+        }
+        for (int at = group.rank; at < s.steps(); at += group.warps) {
+            float y[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 bias = reinterpret_cast<const float2*>(floats_at(f.bias))[at * 8 + half * 4 + lane.t];
+                y[half][0] = bias.x;
+                y[half][1] = bias.y;
+                y[half][2] = y[half][3] = 0.f;
+            }
+            const uint2* c1 = fragments(f.c1) + at * 2 * P::steps * 32 + lane.index;
+#pragma unroll
+            for (int step = 0; step < P::steps; ++step)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) multiply(y[half], a[step], c1[(half * P::steps + step) * 32]);
+            float sum[4] = {y[0][0] + y[0][2], y[0][1] + y[0][3], y[1][0] + y[1][2], y[1][1] + y[1][3]};
+            activate_all(f.factors.activation, sum);
+            if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;
+            uint32_t operand[4];
+            both_parts(sum[0], sum[1], sum[2], sum[3], operand);
+            h[at * 32] = make_uint4(operand[0], operand[1], operand[2], operand[3]);
+        }
+    }
+
+    // The left operands of the expansion: V2 of the warp's chunks, and the ones that pick the bias.
+    struct Expanded {
+        uint32_t a[pairs][P::terms][4];
+    };
+    COMPACTER_DEVICE Expanded mix() const {
+        constexpr int count = P::v_fragments;
+        float v[pairs][count][4] = {};
+        const int pair_stride = s.steps() * count * 32;
+        const uint2* c2 = fragments(f.c2) + part.owner * pairs * pair_stride + lane.index;
+#pragma unroll 2
+        for (int step = 0; step < s.steps(); ++step, c2 += count * 32) {
+            const uint4 four = h[step * 32];
+#pragma unroll
+            for (int pair = 0; pair < pairs; ++pair)
+#pragma unroll
+                for (int j = 0; j < count; ++j) multiply(v[pair][j], {four.x, four.y, four.z, four.w}, c2[pair * pair_stride + j * 32]);
+        }
+        Expanded found;
+#pragma unroll
+        for (int pair = 0; pair < pairs; ++pair) {
+            uint32_t part_of[count][2];
+#pragma unroll
+            for (int j = 0; j < count; ++j) split(v[pair][j][0] + v[pair][j][2], v[pair][j][1] + v[pair][j][3], part_of[j]);
+            uint32_t(&a)[P::terms][4] = found.a[pair];
+            const bool upper = lane.t >= 2;  // lanes of the columns 4 to 7
+#pragma unroll
+            for (int chunk = 0; chunk < 2; ++chunk) {
+                const int q = (part.owner * pairs + pair) * 2 + chunk;
+                if constexpr (N == 4) {
+                    a[0][chunk] = upper ? part_of[chunk][1] : part_of[chunk][0];
+                    a[0][2 + chunk] = one_at(q, lane.t * 2 % 4);
+                } else if constexpr (N == 8) {
+                    a[0][chunk] = part_of[chunk][0];
+                    a[0][2 + chunk] = part_of[chunk][1];
+                    a[1][chunk] = a[1][2 + chunk] = one_at(q, lane.t * 2);
+                } else {
+#pragma unroll
+                    for (int low = 0; low < 2; ++low) {
+                        a[low][chunk] = part_of[chunk][low];
+                        a[low][2 + chunk] = upper == (chunk == 1) ? part_of[2][low] : 0u;
+                    }
+                    a[2][chunk] = one_at(q, lane.t * 2);
+                    a[2][2 + chunk] = one_at(q, 8 + lane.t * 2);
+                }
+            }
+        }
+        return found;
+    }
+
+    // The output of the warp's part, in the place of the residual.
+    COMPACTER_DEVICE void expand(unsigned char* tile, const Expanded& v) const {
+        const uint2* factor = fragments(f.right2) + part.first_block() * P::words * 32 + lane.index;
+        unsigned char* at = tile + part.first + block_offset(lane.index, s.row, s.in * 2);
+        uint32_t next[pairs][4];
+#pragma unroll
+        for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + pair * 4 * s.in);
+#pragma unroll 2
+        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::words * 32) {
+            uint2 words[P::words];
+#pragma unroll
+            for (int j = 0; j < P::words; ++j) words[j] = factor[j * 32];
+            float sum[pairs][2][4];
+#pragma unroll
+            for (int pair = 0; pair < pairs; ++pair)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) widen(bf16{}, next[pair][j], sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
+            if (block + 1 < part.blocks)
+#pragma unroll
+                for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
+#pragma unroll
+            for (int pair = 0; pair < pairs; ++pair) {
+#pragma unroll
+                for (int term = 0; term < P::terms; ++term) {
+                    const uint2 low = words[P::word(term, 0)], high = words[P::word(term, 1)];
+                    multiply(sum[pair][0], v.a[pair][term], {low.x, high.x});
+                    multiply(sum[pair][1], v.a[pair][term], {low.y, high.y});
+                }
+                uint32_t out[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) out[j] = pack_bf16(sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
+                store_matrices(at + pair * 4 * s.in, out);
+            }
+        }
+    }
+};
+
+template <int N>
+__global__ void __launch_bounds__(512, 1) forward(const PairForward f) {
+    const Pass<N> pass(f);
+    const PairSizes& s = f.sizes;
+    const int64_t tiles = (f.tokens + tile_tokens - 1) / tile_tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;
+    const int64_t begin = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group.index;
+    unsigned char* const ring = shared_memory() + f.ring + pass.group.index * s.stages * s.tile_bytes();
+    const auto valid = [&](int64_t tile) { return static_cast<int>(min(f.tokens - tile * tile_tokens, int64_t{tile_tokens})); };
+    const auto rows = [&](const void* tensor, int64_t tile) {
+        return static_cast<const unsigned char*>(tensor) + tile * tile_tokens * s.width * 2;
+    };
+    const auto load = [&](int64_t tile, int stage) {
+        if (tile < tiles) pass.part.load(ring + stage * s.tile_bytes(), rows(f.x, tile), valid(tile));
+        commit_copies();
+    };
+    for (int stage = 0; stage < s.stages; ++stage) load(begin + stage * step, stage);
+    pass.prepare();
+
+    int stage = 0;
+    for (int64_t tile = begin; tile < tiles; tile += step) {
+        unsigned char* const at = ring + stage * s.tile_bytes();
+        if (s.stages == 1) wait_copies<0>();
+        else wait_copies<1>();
+        __syncwarp();
+        pass.contract(at);
+        pass.group.sync();
+        pass.bottleneck();
+        pass.group.sync();
+        const auto v = pass.mix();
+        if (f.residual != f.x) {  // takes the place of x; without one, zeros do
+            __syncwarp();
+            pass.part.load(at, rows(f.residual ? f.residual : f.x, tile), f.residual ? valid(tile) : 0);
+            commit_copies();
+            wait_copies<0>();
+            __syncwarp();
+        }
+        pass.expand(at, v);
+        __syncwarp();
+        pass.part.store(at, const_cast<unsigned char*>(rows(f.out, tile)), valid(tile));
+        __syncwarp();
+        load(tile + s.stages * step, stage);
+        stage = stage + 1 == s.stages ? 0 : stage + 1;
     }
 }
 
 }  // namespace
 
-template <>
-void forward_kernel<COMPACTER_ELEMENT>(const Forward& f, const Launch& l) {
-    with_instance(f.sizes, [&](auto known) { launch(forward<COMPACTER_ELEMENT, decltype(known)>, l, f); });
+void pair_forward_kernel(const PairForward& f, const Launch& l) {
+    if (f.sizes.n == 4) launch(forward<4>, l, f);
+    else if (f.sizes.n == 8) launch(forward<8>, l, f);
+    else launch(forward<12>, l, f);
 }
 
 }  // namespace compacter::cuda

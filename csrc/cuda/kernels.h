@@ -1,6 +1,7 @@
-// The arguments of the three kernels, and the layout of their shared memory.
+// The arguments of the kernels, and the layout of their shared memory.
 #pragma once
 
+#include "element.h"
 #include "runtime.h"
 #include "sizes.h"
 
@@ -91,9 +92,40 @@ struct Reduce {
     int begin[9];  // the starts of the segments; begin[count] is the end of the row
 };
 
+// The sizes of an adapter of rank 1 whose tiles are pairs of chunks (pairs.h), for x in bf16.
+struct PairSizes {
+    int n, width, in;       // phm_dim, k, k / n
+    int bottleneck, inner;  // d, d / n
+    int group, shares;      // warps of a group, and how many of them share the columns of the same chunks
+    int stages;             // tiles of a group's ring
+    int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
+    Divisor by_inner, by_steps;
+
+    COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
+    COMPACTER_BOTH int tile_bytes() const { return 8 * row; }
+};
+
+struct PairForward {
+    PairSizes sizes;
+    Factors factors;
+    const void *x, *residual;
+    void* out;
+    int64_t tokens;
+
+    int left, right2, c1, c2;      // the weights as right operands of matrix products
+    int bias;                      // b1 in fp32
+    int exchange, exchange_bytes;  // what the warps of a group exchange; before that, the raw factors
+    int ring;
+};
+
+// forward.cu has the sizes that occur most in bf16, so the general forward needs no instances for them.
+template <class T>
+constexpr bool known_forward = !std::is_same_v<T, bf16>;
+
 // T is the dtype of x: f32, bf16 or f16. The sizes select the instance.
 template <class T>
 void forward_kernel(const Forward& forward, const Launch& launch);
+void pair_forward_kernel(const PairForward& forward, const Launch& launch);
 template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
 void folded_backward_kernel(const Backward& backward, const Launch& launch);  // bf16, the sizes of shapes.h

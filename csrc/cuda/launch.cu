@@ -32,6 +32,14 @@ std::string refuses(const Problem& p, const Device& device) {
 
 void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
     if (!p.tokens) return;
+    if (pairs_serve(p) && aligned(x) && aligned(residual) && aligned(out)) {
+        PlannedPairForward plan = plan_pair_forward(p, device);
+        plan.arguments.x = x;
+        plan.arguments.residual = residual;
+        plan.arguments.out = out;
+        plan.launch.stream = stream;
+        if (plan.launch.shared_bytes <= device.shared_limit) return pair_forward_kernel(plan.arguments, plan.launch);
+    }
     PlannedForward plan = plan_forward(p, device);
     Forward& f = plan.arguments;
     Launch& l = plan.launch;

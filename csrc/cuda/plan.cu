@@ -45,8 +45,9 @@ int blocks_per_multiprocessor(const Device& device, int bytes, int most) {
 }
 
 // The blocks that the registers of an instance allow: see __launch_bounds__ of the kernels.
+template <bool WithKnown = true>
 int blocks_by_registers(const Sizes& s) {
-    return with_instance(s, [](auto known) { return decltype(known)::general ? 1 : 2; });
+    return with_instance<WithKnown>(s, [](auto known) { return decltype(known)::general ? 1 : 2; });
 }
 
 int grid(const Device& device, int bytes, int most, int64_t wanted) {
@@ -101,8 +102,10 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
     const int terms = s.m + (f.factors.bias2.data ? s.n : 0);
 
     Room room, warp;
+    int most_blocks = 1;
     with_element(problem.dtype, [&](auto element) {
         using T = decltype(element);
+        most_blocks = blocks_by_registers<known_forward<T>>(s);
         f.left = room.take(factor_bytes(s.in, s.m, T::factor_parts));
         f.right2 = room.take(factor_bytes(s.out, terms, T::factor_parts));
     });
@@ -120,7 +123,7 @@ PlannedForward plan_forward(const Problem& problem, const Device& device) {
     while (warps > 1 && room.bytes + static_cast<int64_t>(warps) * warp.bytes > device.shared_limit) --warps;
     Room all = room;
     all.take(static_cast<int64_t>(warps) * warp.bytes);
-    plan.launch = {grid(device, all.bytes, blocks_by_registers(s), (tiles + warps - 1) / warps), warps * 32, all.bytes, nullptr, false};
+    plan.launch = {grid(device, all.bytes, most_blocks, (tiles + warps - 1) / warps), warps * 32, all.bytes, nullptr, false};
     return plan;
 }
 

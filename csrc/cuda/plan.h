@@ -46,8 +46,17 @@ struct PlannedBackward {
     Launch launch;
 };
 
+struct PlannedPairForward {
+    PairForward arguments;
+    Launch launch;
+};
+
 PlannedForward plan_forward(const Problem& problem, const Device& device);
 // aligned: x, the incoming gradient and the gradient of x begin at multiples of 16 bytes.
 PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned = true);
+
+// Whether the kernels for pairs of chunks have these sizes; addresses must be multiples of 16 too.
+bool pairs_serve(const Problem& problem);
+PlannedPairForward plan_pair_forward(const Problem& problem, const Device& device);
 
 }  // namespace compacter::cuda

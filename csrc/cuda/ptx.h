@@ -75,32 +75,27 @@ COMPACTER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
                  : "memory");
 }
 
-// The inverse of load_matrices: r[j] is written to row g, columns 2t and 2t+1 of matrix j.
+// The inverse of load_matrices: lane 8j+i points to where row i of matrix j goes.
 COMPACTER_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
                  : "memory");
 #else
-    const uint32_t lane = threadIdx.x % 32, address = shared_address(row);
+    const uint32_t address = shared_address(row), lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const uint32_t to = __shfl_sync(0xffffffffu, address, 8 * j + lane / 4) + lane % 4 * 4;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(r[j]) : "memory");
+    for (uint32_t j = 0; j < 4; ++j) {
+        const uint32_t at = __shfl_sync(0xffffffff, address, 8 * j + lane / 4) + lane % 4 * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(r[j]) : "memory");
     }
 #endif
 }
 
-// A fragment of an 8 x 8 matrix, row g, columns 2t and 2t+1, transposed: rows 2t and 2t+1 of column g.
+// A fragment of an 8 x 8 matrix, row g, columns 2t and 2t+1, becomes rows 2t and 2t+1 of column g.
 COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
     uint32_t transposed;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
     return transposed;
-}
-
-// A barrier of `threads` threads of the block, whole warps that name the same 0 < id < 16.
-COMPACTER_DEVICE void sync_warps(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.
@@ -114,6 +109,11 @@ COMPACTER_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::
 template <int Left>
 COMPACTER_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+}
+
+// A barrier of `threads` threads, whole warps, which name the same barrier 1 to 15.
+COMPACTER_DEVICE void sync_threads(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Prefetches the line of global memory at p into the L2.

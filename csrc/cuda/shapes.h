@@ -24,9 +24,8 @@ struct Shape {
 
     static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
     static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + n * n * folded_row;
-    static constexpr int rule = folded2 + n * n * folded_row, rule2 = rule + n * n * n * 4;
-    static constexpr int right = rule2 + n * n * n * 4, left2 = right + d * 4, bias = left2 + d * 4;
-    static constexpr int exchange = bias + d * 4, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
+    static constexpr int raw = folded2 + n * n * folded_row, bias = raw + 2 * (n * n * n + d) * 4;  // in fp32
+    static constexpr int exchange = bias + steps * 64, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
 
     // The places of the sums, 512 bytes each, which take the place of the first group's tiles at the end: those of all
     // warps, then those of each rank in a group (sums.h).

@@ -67,12 +67,14 @@ struct Known {
     }
 };
 
-// Calls body with the compiled instance for these sizes.
-template <class Body>
+// Calls body with the compiled instance for these sizes. WithKnown: there are instances that know n.
+template <bool WithKnown = true, class Body>
 auto with_instance(const Sizes& s, const Body& body) {
-    if (s.n == 4 && s.m == 4) return body(Known<4, 4, 4>{});
-    if (s.n == 8 && s.m == 8) return body(Known<8, 8, 4>{});
-    if (s.n == 12 && s.m == 12) return body(Known<12, 12, 4>{});
+    if constexpr (WithKnown) {
+        if (s.n == 4 && s.m == 4) return body(Known<4, 4, 4>{});
+        if (s.n == 8 && s.m == 8) return body(Known<8, 8, 4>{});
+        if (s.n == 12 && s.m == 12) return body(Known<12, 12, 4>{});
+    }
     if (s.n % 4 == 0) return body(Known<0, 0, 4>{});
     return body(Known<0, 0, 1>{});
 }

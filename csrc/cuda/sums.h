@@ -11,8 +11,7 @@
 // which are added at the end. In right2, the second four are q of bias2.
 #pragma once
 
-#include "columns.h"
-#include "folded.h"
+#include "matrices.h"
 
 namespace compacter::cuda {
 
@@ -53,6 +52,7 @@ template <class S>
 struct Totals {
     const float4* first;
 
+    COMPACTER_DEVICE float4 vector(int place, int lane) const { return first[place * 32 + lane]; }
     COMPACTER_DEVICE float number(int place, int lane, int e) const {
         return reinterpret_cast<const float*>(first + place * 32 + lane)[e];
     }
@@ -75,72 +75,90 @@ struct Totals {
     }
 };
 
-// The gradients of the wide factors: a warp writes 16 columns u of all i at once, eight neighbours of each.
+// The gradients of the wide factors: a warp writes 16 columns u of all c at once, eight neighbours of each.
 template <class S>
 COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, float* row, int warp, int warps) {
-    const Lane lane;
+    const PairLane lane;
     const float scale = b.factors.scale;
     for (int job = warp; job < 2 * S::blocks; job += warps) {
         const bool right = job >= S::blocks;
-        const int u = job % S::blocks * 16 + lane.g;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int c = lane.t * 2 + e % 2, column = u + e / 2 * 8;
-            float sum = totals.number(job, lane.index, e);
-            if (S::n == 4 && !right) {
-                sum += totals.number(job, lane.index ^ 2, e);
-                if (lane.t >= 2) continue;
-            }
-            if (!right)
-                row[b.left + c * S::chunk + column] = sum;
-            else if (c < S::n)
-                row[b.right2 + c * S::chunk + column] = sum * scale;
-            else
-                row[b.bias2 + (c - S::n) * S::chunk + column] = sum * scale;
+        const float4 four = totals.vector(job, lane.index);
+        float sum[4] = {four.x, four.y, four.z, four.w};
+        const float4 other = totals.vector(job, lane.index ^ (S::n == 4 ? 2 : 0));
+        if (S::n == 4 && !right) {
+            sum[0] += other.x;
+            sum[1] += other.y;
+            sum[2] += other.z;
+            sum[3] += other.w;
         }
+        const int c = lane.t * 2, u = job % S::blocks * 16 + lane.g;
+        float* to = row + (!right ? b.left : c < S::n ? b.right2 : b.bias2 - S::n * S::chunk) + c * S::chunk + u;
+        if (!right && c >= S::n) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) to[e % 2 * S::chunk + e / 2 * 8] = right ? sum[e] * scale : sum[e];
     }
 }
 
 // A place of bias2 is 16 columns u of 4 / own blocks; its column c is chunk c % (2 own) of the rank.
 template <class S>
 COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, float scale, int warp, int warps) {
-    const Lane lane;
+    const PairLane lane;
     for (int job = warp; job < S::group * S::bias_blocks; job += warps) {
         const int rank = job % S::group, at = job / S::group;
+        const float4 four = totals.vector(S::common + rank * S::of_rank + S::at_bias2 + at, lane.index);
+        const float sum[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int c = lane.t * 2 + e % 2, block = at * (4 / S::own) + c / (2 * S::own);
             const int q = rank * 2 * S::own + c % (2 * S::own), u = block * 16 + lane.g + e / 2 * 8;
-            const float sum = totals.number(S::common + rank * S::of_rank + S::at_bias2 + at, lane.index, e);
-            if (block < S::blocks) gradient[q * S::chunk + u] = sum * scale;
+            if (block < S::blocks) gradient[q * S::chunk + u] = sum[e] * scale;
         }
     }
 }
 
+// dA_i[p,q] of one side. Second: the rows of dC are (q,i).
 template <class S, bool Second>
-COMPACTER_DEVICE void store_folded(const Totals<S>& totals, float* rule_gradient, float* factor_gradient, int rule, int factor,
-                                   int thread, int threads) {
-    constexpr int n = S::n, inner = S::inner;
-    for (int e = thread; e < n * n * n; e += threads) {  // dA_i[p,q]
-        const int i = e / (n * n), p = e / n % n, q = e % n;
+COMPACTER_DEVICE void store_rule(const Totals<S>& totals, float* gradient, const float* factor, int begin) {
+    for (int e = begin; e < S::n * S::n * S::n; e += blockDim.x) {
+        const int i = e / (S::n * S::n), p = e / S::n % S::n, q = e % S::n;
         float sum = 0.f;
 #pragma unroll
-        for (int v = 0; v < inner; ++v)
-            sum = fmaf(totals.folded(Second, Second ? q : p, i, (Second ? p : q) * inner + v),
-                       floats_at(factor)[i * inner + v], sum);
-        rule_gradient[e] = sum;
+        for (int v = 0; v < S::inner; ++v)
+            sum = fmaf(totals.folded(Second, Second ? q : p, i, (Second ? p : q) * S::inner + v), factor[i * S::inner + v], sum);
+        gradient[e] = sum;
     }
-    for (int e = thread; e < S::d; e += threads) {
-        const int i = e / inner, v = e % inner;
+}
+
+// dt_i[v] of one side: n lanes have a row of dC each, and add their sums.
+template <class S, bool Second>
+COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, const float* rule, int begin) {
+    for (int e = begin; e < S::n * S::d; e += blockDim.x) {
+        const int row = e % S::n, at = e / S::n, i = at / S::inner, v = at % S::inner;
         float sum = 0.f;
-#pragma unroll 4
-        for (int pq = 0; pq < n * n; ++pq) {
-            const int p = pq / n, q = pq % n;
-            sum = fmaf(totals.folded(Second, Second ? q : p, i, (Second ? p : q) * inner + v),
-                       floats_at(rule)[i * n * n + pq], sum);
-        }
-        factor_gradient[e] = sum;
+#pragma unroll
+        for (int other = 0; other < S::n; ++other)
+            sum = fmaf(totals.folded(Second, row, i, other * S::inner + v),
+                       rule[(i * S::n + (Second ? other : row)) * S::n + (Second ? row : other)], sum);
+#pragma unroll
+        for (int step = 1; step < S::n; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+        if (row == 0) gradient[at] = sum;
     }
+}
+
+// The block's row of partials. The small jobs begin at different warps.
+template <class S>
+COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, float* row) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, thread = threadIdx.x;
+    const RawFactors raw = raw_factors<S>();
+    const auto from = [&](int first) { return (thread + blockDim.x - first % blockDim.x) % blockDim.x; };
+    constexpr int rule = S::n * S::n * S::n, narrow = S::n * S::d;
+    store_narrow<S, false>(totals, row + b.right, raw.rule, from(0));
+    store_narrow<S, true>(totals, row + b.left2, raw.rule2, from(narrow));
+    store_rule<S, false>(totals, row + b.rule, raw.right, from(2 * narrow));
+    store_rule<S, true>(totals, row + b.rule2, raw.left2, from(2 * narrow + rule));
+    for (int c = from(2 * narrow + 2 * rule); c < S::d; c += blockDim.x) row[b.bias + c] = totals.bias(c);
+    store_wide(totals, b, row, warp, warps);
+    if (S::bias_blocks) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
 }
 
 }  // namespace compacter::cuda

@@ -63,24 +63,6 @@ T shuffle(const Place& at, uint32_t mask, const T& value, const From& from) {
 
 }  // namespace cuda_on_cpu
 
-namespace cuda_on_cpu {
-
-// bar.sync of whole warps that name the same id: the last of `threads` releases all.
-inline void named_barrier(const Place& at, int id, int threads) {
-    Machinery guard;
-    auto& waiting = block.named[id];
-    self->at = at;
-    self->mask = 0;
-    waiting.push_back(self->index);
-    if (static_cast<int>(waiting.size()) == threads) {
-        for (int index : waiting) warp_of(*block.fibres[index]).ready |= bit_of(*block.fibres[index]);
-        waiting.clear();
-    }
-    park();
-}
-
-}  // namespace cuda_on_cpu
-
 inline void __syncthreads(cuda_on_cpu::Place at = cuda_on_cpu::here("__syncthreads")) {
     using namespace cuda_on_cpu;
     Machinery guard;

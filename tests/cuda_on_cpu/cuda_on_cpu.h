@@ -17,7 +17,7 @@
 // shared memory is poisoned; and -fsanitize=thread when compiling but not when linking, which finds races on shared and
 // global memory whatever the order (race_check.h). -ftrivial-auto-var-init=pattern spoils registers nobody has set.
 //
-// Not modelled: clusters, TMA, wgmma, named barriers, votes, atomics, blocks that run at once, the limit of
+// Not modelled: clusters, TMA, wgmma, votes, atomics, blocks that run at once, the limit of
 // __launch_bounds__, registers, time.
 #pragma once
 

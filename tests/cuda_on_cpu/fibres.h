@@ -13,7 +13,7 @@
 
 namespace cuda_on_cpu {
 
-constexpr int warp_size = 32, most_threads = 1024;
+constexpr int warp_size = 32, most_threads = 1024, most_warps = most_threads / warp_size;
 constexpr uint32_t whole_warp = 0xffffffff;
 constexpr size_t most_shared_bytes = 227 << 10;  // that a block of sm_90 may have
 constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4 << 10;
@@ -57,6 +57,7 @@ struct Fibre {
 
 struct Warp {
     uint32_t lanes = 0, live = 0;       // all; those that have not left the kernel
+    unsigned seen[most_warps] = {};     // race_check.h: for each warp, how many named barriers of its own came before now
     uint32_t ready = 0, waiting = 0;    // of the live ones: able to run; parked at a collective (neither: at a barrier)
 };
 
@@ -65,7 +66,7 @@ struct Block {
     std::vector<Warp> warps;
     int threads = 0, live = 0, at_barrier = 0;
     unsigned barriers = 0;                       // how many it has passed
-    std::vector<int> named[16];                  // who waits at a barrier of this id (sync_warps)
+    std::vector<int> named[16];                  // who waits at the barrier of this name
     bool waited = false;                         // some thread has waited for the previous kernel, a barrier ago
 };
 
@@ -121,6 +122,32 @@ inline void open_barrier() {
     for (Warp& warp : block.warps) warp.ready = warp.live;
     block.at_barrier = 0;
     ++block.barriers;
+}
+
+// Parks until `threads` threads are at the barrier of that name. All of a warp must come.
+inline void named_barrier(const Place& at, int name, int threads) {
+    Machinery guard;
+    if (name < 1 || name > 15) fail(at.text() + ": there is no such barrier");
+    if (threads % warp_size || threads > block.threads) fail(at.text() + ": the number of threads is not that of warps");
+    std::vector<int>& there = block.named[name];
+    self->at = at;
+    self->mask = 0;
+    there.push_back(self->index);
+    if (static_cast<int>(there.size()) == threads) {
+        unsigned joint[most_warps] = {};
+        for (int index : there) {
+            Warp& warp = warp_of(*block.fibres[index]);
+            if (index % warp_size == 0) ++warp.seen[index / warp_size];
+            for (int w = 0; w < most_warps; ++w) joint[w] = std::max(joint[w], warp.seen[w]);
+        }
+        for (int index : there) {
+            Warp& warp = warp_of(*block.fibres[index]);
+            std::copy(std::begin(joint), std::end(joint), warp.seen);
+            warp.ready |= bit_of(*block.fibres[index]);
+        }
+        there.clear();
+    }
+    park();
 }
 
 inline void fibre_main() {

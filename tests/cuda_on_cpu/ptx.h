@@ -96,10 +96,12 @@ inline void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
         unsigned char* row;
     } part{r, in_shared(at, row)};
     collective(at, whole_warp, true, part, [&at](Part* const (&parts)[warp_size]) {
-        for (int to = 0; to < warp_size; ++to) {
-            touch(*block.fibres[self->index - self->lane + to], at, parts[to]->row, 16, true);
-            for (int t = 0; t < 4; ++t) memcpy(parts[to]->row + 4 * t, parts[to % 8 * 4 + t]->r + to / 8, 4);
-        }
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < 8; ++i) {
+                unsigned char* row = parts[8 * j + i]->row;
+                touch(*block.fibres[self->index - self->lane + 8 * j + i], at, row, 16, true);
+                for (int t = 0; t < 4; ++t) memcpy(row + 4 * t, parts[i * 4 + t]->r + j, 4);
+            }
     });
 }
 
@@ -151,9 +153,13 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Place at
     cuda_on_cpu::ldmatrix<true>(at, r, row);
 }
 
-inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("stmatrix")) { cuda_on_cpu::stmatrix(at, row, r); }
+inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("stmatrix")) {
+    cuda_on_cpu::stmatrix(at, row, r);
+}
 inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
-inline void sync_warps(int id, int threads, Place at = here("bar.sync")) { cuda_on_cpu::named_barrier(at, id, threads); }
+inline void sync_threads(int barrier, int threads, Place at = here("bar.sync")) {
+    cuda_on_cpu::named_barrier(at, barrier, threads);
+}
 
 // The hardware reads and writes at any time between here and the wait: nobody may look, nobody may write.
 inline void copy_async(void* shared, const void* global, bool real, Place at = here("cp.async")) {

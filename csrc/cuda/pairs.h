@@ -1,0 +1,115 @@
+// Matrix products of pairs of chunks. A group of warps owns a tile of 8 tokens, in bf16. The 16 rows of
+// a product are the chunks 2j and 2j + 1 of these tokens. Lane (g, t) = (lane / 4, lane % 4) holds
+//
+//     a block of x, 16 x 16, as the left operand        the sums of a product with 8 columns
+//                           k  2t 2t+1 | 2t+8 2t+9          column  2t   2t+1
+//     row g      token g, chunk 2j      a[0]  |  a[2]                d[0] d[1]
+//     row g + 8  token g, chunk 2j + 1  a[1]  |  a[3]                d[2] d[3]
+//
+// Sums become the left operand of the next product without an exchange between lanes: the pair of
+// columns 2t, 2t + 1 of the sums is the pair 2t, 2t + 1 along k. Between the projections a row is a
+// whole token, so 8 of the 16 rows are free. They hold what rounding to bf16 takes from the others:
+//
+//     row g      token g, rounded               a[0] = d[0..1] of chunk 2j   a[2] = d[2..3] of chunk 2j + 1
+//     row g + 8  token g, what rounding took    a[1] = a rest                a[3] = a rest
+//
+// The result of such a product is the sum of rows g and g + 8.
+#pragma once
+
+#include "element.h"
+#include "numbers.h"
+#include "sizes.h"
+
+namespace compacter::cuda {
+
+constexpr int tile_tokens = 8;
+
+// How n = 4, 8 and 12 fill fragments of eight rows or columns. Where only four of the eight are
+// needed, the other four hold a second part of the same numbers, or the numbers of the other chunk.
+template <int N>
+struct Pairs {
+    static constexpr int n = N, count = N / 2;
+    static constexpr int of_warp = N == 4 ? 1 : 2, owners = count / of_warp;  // pairs of a warp; warps for all pairs
+    static constexpr int chunks = 2 * of_warp;                                // of a warp
+
+    // Z: the columns i of the contraction. Whole eights have a fragment for each part of s_i; a half
+    // eight has both parts in one. z_tiles eights remain, `steps` steps of 16 (two chunks, eight columns).
+    static constexpr int whole = N / 8, left_fragments = 2 * whole + (N % 8 ? 1 : 0);
+    static constexpr int z_tiles = (N + 7) / 8, steps = count * z_tiles;
+
+    // V2 of a pair: one fragment for each chunk, and for n = 12 one for the last four i of both.
+    static constexpr int v_fragments = N == 12 ? 3 : 2;
+
+    // The expansion: `terms` products of 16 x 16 x 8, made of `words` different halves (eight k).
+    static constexpr int terms = N / 4, words = N / 4 + 1;
+    COMPACTER_BOTH static constexpr int word(int term, int half) {
+        return N == 4 ? half : N == 8 ? term * (1 + half) : term / 2 * 2 + half;
+    }
+
+    // The index i of column c < 8 in eight `tile` of Z.
+    COMPACTER_BOTH static int z_index(int tile, int c) { return tile < whole ? tile * 8 + c : whole * 8 + c % 4; }
+    // The chunk (0 or 1) of column c in fragment f of V2, and its index i.
+    COMPACTER_BOTH static int v_chunk(int f, int c) { return f < 2 ? f : c / 4; }
+    COMPACTER_BOTH static int v_index(int f, int c) { return f == 2 ? 8 + c % 4 : N == 4 ? c % 4 : c; }
+};
+
+struct PairLane {
+    int index = threadIdx.x % 32, g = index / 4, t = index % 4;
+};
+
+// Two pairs of numbers as a left operand: rounded in rows g, what rounding took in rows g + 8.
+COMPACTER_DEVICE void both_parts(float low, float high, float next_low, float next_high, uint32_t (&a)[4]) {
+    uint32_t first[2], second[2];
+    split(low, high, first);
+    split(next_low, next_high, second);
+    a[0] = first[0];
+    a[1] = first[1];
+    a[2] = second[0];
+    a[3] = second[1];
+}
+
+// A right operand, 16 x 8, is two words of each lane: k 2t, 2t + 1 and k 2t + 8, 2t + 9 of column g.
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint2& b) { mma_16x8x16(d, a, {b.x, b.y}); }
+
+// Where a lane points in a tile for ldmatrix and stmatrix of a block: lanes 0-7 to the tokens of chunk
+// 2j, lanes 8-15 to those of chunk 2j + 1, lanes 16-31 to the same, eight columns later. Bytes.
+COMPACTER_DEVICE int block_offset(int lane, int row, int chunk) {
+    return lane % 8 * row + lane / 8 % 2 * chunk + lane / 16 * 16;
+}
+
+// One number of a fragment while its load is in flight: part 0 is the rounded number, part 1 what
+// rounding took; nothing if it does not exist.
+struct Wanted {
+    Asked asked;
+    float scale;
+    int part;
+    bool exists;
+
+    COMPACTER_DEVICE float value() const {
+        const float whole = exists ? asked.value() * scale : 0.f, rounded = low_of(pack_bf16(whole, 0.f));
+        return part ? rest_of(whole, rounded) : whole;
+    }
+};
+
+// The warps of the block write `count` fragments; want(fragment, e) is number e < 4 of a lane.
+template <class Want>
+COMPACTER_DEVICE void stage_fragments(uint2* to, int count, const Want& want) {
+    constexpr int ahead = 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    for (int first = warp; first < count; first += ahead * warps) {
+        Wanted wanted[ahead][4];
+#pragma unroll
+        for (int j = 0; j < ahead; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) wanted[j][e] = want(first + j * warps < count ? first + j * warps : first, e);
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+            const Wanted(&w)[4] = wanted[j];
+            if (first + j * warps < count)
+                to[(first + j * warps) * 32 + lane] =
+                    make_uint2(pack_bf16(w[0].value(), w[1].value()), pack_bf16(w[2].value(), w[3].value()));
+        }
+    }
+}
+
+}  // namespace compacter::cuda

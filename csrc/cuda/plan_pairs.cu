@@ -1,0 +1,88 @@
+// The plan of the kernels whose tiles are pairs of chunks.
+#include <algorithm>
+
+#include "folded.h"
+#include "plan.h"
+
+namespace compacter::cuda {
+namespace {
+
+constexpr int most_warps = 16;
+
+// The layout of forward with these groups of warps. Returns the bytes of shared memory.
+template <class P>
+int lay_out(PairForward& f, int groups) {
+    PairSizes& s = f.sizes;
+    const auto fragments = [](int64_t count) { return count * 256; };
+    const int blocks = s.in / 16, steps = s.steps();
+    s.group = P::owners * s.shares;
+    Room room;
+    f.left = room.take(fragments(int64_t{blocks} * P::left_fragments));
+    f.right2 = room.take(fragments(int64_t{blocks} * P::words));
+    f.c1 = room.take(fragments(int64_t{2} * steps * P::steps));
+    f.c2 = room.take(fragments(int64_t{P::count} * steps * P::v_fragments));
+    f.bias = room.floats(int64_t{16} * steps);
+    f.exchange_bytes = 512 * (P::steps * s.shares + steps);
+    f.exchange = room.take(std::max(int64_t{groups} * f.exchange_bytes, int64_t{4} * RawFactors::floats(s)));
+    f.ring = room.take(int64_t{groups} * s.stages * s.tile_bytes());
+    return room.bytes;
+}
+
+// As many groups as memory and warps allow, rather with the next tile in flight than without. If warps
+// are left, they share the columns. This does not depend on the number of tokens, and so the order of a
+// sum does not. Fewer groups serve few tokens.
+template <class P>
+PlannedPairForward plan(const Problem& problem, const Device& device) {
+    PlannedPairForward plan{};
+    PairForward& f = plan.arguments;
+    PairSizes& s = f.sizes;
+    f.factors = factors_of(problem);
+    f.tokens = problem.tokens;
+    s.n = P::n;
+    s.width = static_cast<int>(problem.down->in);
+    s.in = s.width / s.n;
+    s.bottleneck = static_cast<int>(problem.down->out);
+    s.inner = s.bottleneck / s.n;
+    s.row = s.width * 2 + 16;
+    s.by_inner = Divisor(s.inner);
+    s.by_steps = Divisor(s.steps());
+    s.shares = 1;
+    int groups = 0;
+    for (const int stages : {1, 2}) {
+        s.stages = stages;
+        for (int more = 1; more * P::owners <= most_warps && lay_out<P>(f, more) <= device.shared_limit; ++more) groups = more;
+        if (!groups) break;
+        if (lay_out<P>(f, 1) > device.shared_limit) s.stages = 1;
+    }
+    groups = std::max(groups, 1);
+    const auto fits = [&](int shares) {
+        s.shares = shares;
+        return shares * 2 <= s.in / 16 && groups * P::owners * shares <= most_warps && lay_out<P>(f, groups) <= device.shared_limit;
+    };
+    int shares = 1;
+    while (fits(2 * shares)) shares *= 2;
+    s.shares = shares;
+
+    const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+    groups = static_cast<int>(std::clamp<int64_t>(spread, 1, groups));
+    const int bytes = lay_out<P>(f, groups);
+    const int64_t blocks = std::clamp<int64_t>((tiles + groups - 1) / groups, 1, device.multiprocessors);
+    plan.launch = {static_cast<int>(blocks), groups * s.group * 32, bytes, nullptr, false};
+    return plan;
+}
+
+}  // namespace
+
+bool pairs_serve(const Problem& p) {
+    if (!p.up || p.dtype != DType::bf16 || p.down->rank != 1 || p.up->rank != 1 || p.down->n != p.up->n) return false;
+    const int64_t n = p.down->n;
+    return (n == 4 || n == 8 || n == 12) && p.down->in / n % 16 == 0 && p.down->out % 8 == 0;
+}
+
+PlannedPairForward plan_pair_forward(const Problem& problem, const Device& device) {
+    if (problem.down->n == 4) return plan<Pairs<4>>(problem, device);
+    if (problem.down->n == 8) return plan<Pairs<8>>(problem, device);
+    return plan<Pairs<12>>(problem, device);
+}
+
+}  // namespace compacter::cuda
