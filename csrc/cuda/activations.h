@@ -12,7 +12,7 @@ struct ValueAndSlope {
 
 // sigma(y) = 1 / (1 + e^-y), slope = e / (1 + e)^2, e = exp(-|y|); sigma (1 - sigma) would cancel
 COMPACTER_DEVICE ValueAndSlope sigmoid(float y) {
-    const float e = expf(-fabsf(y)), below = 1.f / (1.f + e);
+    const float e = expf(-fabsf(y)), below = reciprocal(1.f + e);
     return {y < 0.f ? e * below : below, e * below * below};
 }
 
@@ -44,7 +44,7 @@ COMPACTER_DEVICE ValueAndSlope mish(float y) {
 }
 
 COMPACTER_DEVICE ValueAndSlope tanh_and_slope(float y) {
-    const float e = expf(-2.f * fabsf(y)), below = 1.f / (1.f + e);
+    const float e = expf(-2.f * fabsf(y)), below = reciprocal(1.f + e);
     return {tanhf(y), 4.f * e * below * below};
 }
 

@@ -70,26 +70,30 @@ struct Pass {
                 if (first + 32 <= vectors || first + lane.index < vectors) body(token, first_column + (first + lane.index) * 16);
     }
 
-    COMPACTER_DEVICE int valid(int64_t tile) const {
-        const int64_t remaining = b.tokens - tile * S::tokens;
+    COMPACTER_DEVICE int valid(int tile) const {
+        const int64_t remaining = b.tokens - int64_t{tile} * S::tokens;
         return remaining < S::tokens ? static_cast<int>(remaining) : S::tokens;
     }
 
-    COMPACTER_DEVICE void load(int64_t tile, int stage) const {
+    COMPACTER_DEVICE void load(int tile, int stage) const {
+        const int64_t first = int64_t{tile} * S::tokens * S::width * 2;
+        const auto *x = static_cast<const unsigned char*>(b.x) + first, *g = static_cast<const unsigned char*>(b.grad_out) + first;
         unsigned char* to = tile_at(stage);
         const int count = valid(tile);
-#pragma unroll
-        for (int of_g = 0; of_g < 2; ++of_g) {
-            const auto* from = static_cast<const unsigned char*>(of_g ? b.grad_out : b.x) + tile * S::tokens * S::width * 2;
+        const auto copy = [&](auto all) {  // all: no token is missing
             for_each_vector([&](int token, int at) {
-                const bool real = token < count;
-                copy_async(to + (of_g * S::tokens + token) * S::row + at, from + (real ? token * S::width * 2 : 0) + at, real);
+                const bool real = decltype(all)::value || token < count;
+                const int from = (real ? token * S::width * 2 : 0) + at;
+                copy_async(to + token * S::row + at, x + from, real);
+                copy_async(to + (S::tokens + token) * S::row + at, g + from, real);
             });
-        }
+        };
+        if (count == S::tokens) copy(std::true_type{});
+        else copy(std::false_type{});
     }
 
-    COMPACTER_DEVICE void store(const unsigned char* rows, int64_t tile) const {
-        auto* to = static_cast<unsigned char*>(b.grad_x) + tile * S::tokens * S::width * 2;
+    COMPACTER_DEVICE void store(const unsigned char* rows, int tile) const {
+        auto* to = static_cast<unsigned char*>(b.grad_x) + int64_t{tile} * S::tokens * S::width * 2;
         const int count = valid(tile);
         for_each_vector([&](int token, int at) {
             if (token < count)
@@ -353,19 +357,14 @@ struct Pass {
             load_matrices(to.residual, g + offset);
         };
         Fragments next;
-        Four f, next_f;
+        Four f;
         load_at(0, next);
-        load_matrices_transposed(next_f, factor);
         float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
         for (int at = 0; at < S::blocks * own; ++at) {
             const int block = at / own, s = at % own;
             const Fragments now = next;
-            if (s == 0) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) f[j] = next_f[j];
-                if (block + 1 < S::blocks) load_matrices_transposed(next_f, factor + (block + 1) * 32);
-            }
+            if (s == 0) load_matrices_transposed(f, factor + block * 32);
             if (at + 1 < S::blocks * own) load_at(at + 1, next);
             float out[2][4] = {};
             const Four xt = {now.x[0], now.x[2], now.x[1], now.x[3]}, gt = {now.g[0], now.g[2], now.g[1], now.g[3]};
@@ -397,20 +396,20 @@ struct Pass {
         }
     }
 
-    // Lets the warps of the block do something one after another: a warp waits for the one before it.
+    // Lets the groups do something one after another: a warp waits for that of its rank in the group before.
     template <class Body>
     COMPACTER_DEVICE void in_turn(const Body& body) const {
         constexpr int names = 8;  // from this one on, two warps each
-        if (warp > 0) sync_threads(names + warp - 1, 64);
+        if (group.index > 0) sync_threads(names + warp - S::group, 64);
         body();
-        if (warp + 1 < static_cast<int>(blockDim.x) / 32) sync_threads(names + warp, 64);
+        if (group.index + 1 < group.count) sync_threads(names + warp, 64);
     }
 
     // The sums of the block, in the place of the first group's tiles, and from them its row of partials.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
         auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(group.count));
         sync();
-        in_turn([&] { sums.add_to(first + lane.index, group.rank, warp == 0, group.index == 0); });
+        in_turn([&] { sums.add_to(first + group.rank * S::places * 32 + lane.index, group.index == 0); });
         __syncthreads();
         store_row(Totals<S>{first}, b, b.partials + blockIdx.x * b.row);
     }
@@ -419,16 +418,16 @@ struct Pass {
 template <class S>
 __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
     const Pass<S> pass(b);
-    const int64_t tiles = (b.tokens + S::tokens - 1) / S::tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;
-    int64_t tile = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group.index;
-    pass.in_turn([&] {  // so that the tile of the first warp is there first
-        if (tile < tiles) pass.load(tile, 0);
-        commit_copies();
-    });
-    if (b.stages == 2) {
-        if (tile + step < tiles) pass.load(tile + step, 1);
-        commit_copies();
-    }
+    const int tiles = static_cast<int>((b.tokens + S::tokens - 1) / S::tokens), step = gridDim.x * pass.group.count;
+    int tile = blockIdx.x + gridDim.x * pass.group.index;
+    const auto load_first = [&] {
+        for (int stage = 0; stage < b.stages; ++stage) {
+            if (tile + stage * step < tiles) pass.load(tile + stage * step, stage);
+            commit_copies();
+        }
+    };
+    if (S::group > 1) load_first();
+    else pass.in_turn(load_first);  // so that the tile of the first warp is there first
     prepare<S>(b.factors);
     Sums<S> sums = {};
     int stage = 0;

@@ -15,43 +15,54 @@ namespace compacter::cuda {
 
 COMPACTER_DEVICE uint32_t& word_at(int offset) { return *reinterpret_cast<uint32_t*>(shared_memory() + offset); }
 
-// s_i[u] in two parts.
+// s1_i[u] and scale t2_i[u], in two parts each.
 template <class S>
-COMPACTER_DEVICE void stage_wide(int to, const Array& factor, float scale) {
+COMPACTER_DEVICE void stage_wide(const Factors& f) {
     constexpr int ahead = 2;
     for (int first = threadIdx.x; first < S::width / 2; first += ahead * blockDim.x) {
-        Asked asked[ahead][2];
+        Asked asked[ahead][4];
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
             const int e = first + j * blockDim.x, there = e < S::width / 2 ? e * 2 : 0;
-            asked[j][0] = Asked(factor, there);
-            asked[j][1] = Asked(factor, there + 1);
+            asked[j][0] = Asked(f.left, there);
+            asked[j][1] = Asked(f.left, there + 1);
+            asked[j][2] = Asked(f.right2, there);
+            asked[j][3] = Asked(f.right2, there + 1);
         }
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
             const int e = first + j * blockDim.x;
             if (e >= S::width / 2) break;
-            const int i = e / (S::chunk / 2), at = to + i * S::factor_row + e % (S::chunk / 2) * 4;
-            uint32_t part[2];
-            split(asked[j][0].value() * scale, asked[j][1].value() * scale, part);
-            word_at(at) = part[0];
-            word_at(at + S::n * S::factor_row) = part[1];
+            const int i = e / (S::chunk / 2), at = i * S::factor_row + e % (S::chunk / 2) * 4;
+            uint32_t left[2], right2[2];
+            split(asked[j][0].value(), asked[j][1].value(), left);
+            split(asked[j][2].value() * f.scale, asked[j][3].value() * f.scale, right2);
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                word_at(S::left + at + part * S::n * S::factor_row) = left[part];
+                word_at(S::right2 + at + part * S::n * S::factor_row) = right2[part];
+            }
         }
     }
 }
 
-// C[(p,i),(q,v)] = A_i[p,q] t_i[v]; with Transposed, A_i[q,p] takes the place of A_i[p,q].
-template <class S, bool Transposed>
-COMPACTER_DEVICE void fold(int to, const float* rule, const float* factor) {
-    for (int e = threadIdx.x; e < S::n * S::n * S::d / 2; e += blockDim.x) {
-        const int c = e % (S::d / 2) * 2, row = e / (S::d / 2), p = row / S::n, i = row % S::n;
-        float product[2];
+// C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp writes a row at once.
+template <class S>
+COMPACTER_DEVICE void fold(const RawFactors& raw) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int q = (c + j) / S::inner, v = (c + j) % S::inner;
-            product[j] = rule[(i * S::n + (Transposed ? q : p)) * S::n + (Transposed ? p : q)] * factor[i * S::inner + v];
+    for (int c = threadIdx.x % 32 * 2; c < S::d; c += 64) {
+        const int q[2] = {c / S::inner, (c + 1) / S::inner}, v[2] = {c % S::inner, (c + 1) % S::inner};
+#pragma unroll 4
+        for (int row = warp; row < S::n * S::n; row += warps) {
+            const int p = row / S::n, i = row % S::n;
+            const float *rule = raw.rule + i * S::n * S::n, *rule2 = raw.rule2 + i * S::n * S::n;
+            const float *right = raw.right + i * S::inner, *left2 = raw.left2 + i * S::inner;
+            word_at(S::folded + row * S::folded_row + c * 2) =
+                pack_bf16(rule[p * S::n + q[0]] * right[v[0]], rule[p * S::n + q[1]] * right[v[1]]);
+            word_at(S::folded2 + row * S::folded_row + c * 2) =
+                pack_bf16(rule2[q[0] * S::n + p] * left2[v[0]], rule2[q[1] * S::n + p] * left2[v[1]]);
         }
-        word_at(to + row * S::folded_row + c * 2) = pack_bf16(product[0], product[1]);
     }
 }
 
@@ -71,11 +82,9 @@ COMPACTER_DEVICE void prepare(const Factors& f) {
     sizes.bottleneck = S::d;
     const RawFactors raw = raw_factors<S>();
     stage_raw(raw, floats_at(S::bias), f, sizes);
-    stage_wide<S>(S::left, f.left, 1.f);
-    stage_wide<S>(S::right2, f.right2, f.scale);
+    stage_wide<S>(f);
     __syncthreads();
-    fold<S, false>(S::folded, raw.rule, raw.right);
-    fold<S, true>(S::folded2, raw.rule2, raw.left2);
+    fold<S>(raw);
     __syncthreads();
 }
 

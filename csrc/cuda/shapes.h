@@ -27,14 +27,17 @@ struct Shape {
     static constexpr int raw = folded2 + n * n * folded_row, bias = raw + 2 * (n * n * n + d) * 4;  // in fp32
     static constexpr int exchange = bias + steps * 64, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
 
-    // The places of the sums, 512 bytes each, which take the place of the first group's tiles at the end: those of all
-    // warps, then those of each rank in a group (sums.h).
-    static constexpr int at_right2 = blocks, common = 2 * blocks;
-    static constexpr int at_folded2 = own * eights, at_bias = 2 * at_folded2, at_bias2 = at_bias + share;
-    static constexpr int of_rank = at_bias2 + bias_blocks, sums_bytes = (common + group * of_rank) * 512;
+    // The places of the sums of a rank, 512 bytes each, which take the place of the first group's tiles (sums.h).
+    static constexpr int at_right2 = blocks, at_folded = 2 * blocks, at_folded2 = at_folded + own * eights;
+    static constexpr int at_bias = at_folded2 + own * eights, at_bias2 = at_bias + share, places = at_bias2 + bias_blocks;
+    static constexpr int sums_bytes = group * places * 512;
+    // Behind them dC1 and dC2, [chunk][eight places of i][c] in fp32; rows of an odd number of words.
+    static constexpr int plain_row = d | 1, plain = n * 8 * plain_row, all_bytes = sums_bytes + (2 * plain * 4 + 15) / 16 * 16;
 
     COMPACTER_BOTH static constexpr int ring(int groups) { return exchange + groups * exchange_bytes; }
-    COMPACTER_BOTH static constexpr int bytes(int groups, int stages) { return ring(groups) + groups * of_group(stages); }
+    COMPACTER_BOTH static constexpr int bytes(int groups, int stages) { 
+        return ring(groups) + (groups * of_group(stages) < all_bytes ? all_bytes : groups * of_group(stages));
+    }
     COMPACTER_BOTH static constexpr int of_group(int stages) { return stages * tile < sums_bytes ? sums_bytes : stages * tile; }
 };
 
