@@ -24,11 +24,6 @@ namespace {
 
 using Four = uint32_t[4];
 
-COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
-}
-
 COMPACTER_DEVICE void clear(float (&sum)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum[e] = 0.f;
@@ -45,9 +40,9 @@ struct Pass {
 
     // Where a lane points for ldmatrix and stmatrix.
     int in_tile = block_offset(lane.index, S::row, S::chunk * 2) + first_column;
-    int i = lane.index % (S::n == 4 ? 4 : 8);
-    int in_fold = (lane.index / 8 * S::n + i) * S::folded_row + group.rank * share * 16;
-    int in_unfold = ((group.rank * own * 2 + lane.index / 16) * S::n + i) * S::folded_row + lane.index / 8 % 2 * 16;
+    int row_i = S::n == 4 ? lane.index % 8 / 4 * 16 + lane.index % 4 : lane.index % 8;  // n = 4: of both parts
+    int in_fold = (lane.index / 8 * S::n + row_i) * S::folded_row + group.rank * share * 16;
+    int in_unfold = ((group.rank * own * 2 + lane.index / 16) * S::n + row_i) * S::folded_row + lane.index / 8 % 2 * 16;
 
     COMPACTER_DEVICE explicit Pass(const Backward& b) : b(b) {}
 
@@ -102,7 +97,12 @@ struct Pass {
         });
     }
 
-    // Z = x s1 and dV2 = g t2^T of the warp's pairs, as left operands. n = 4: columns 0-3 have the rounded factor, 4-7 its rest.
+    // For n = 4, columns c and c + 4 of a product have the two parts of a number. Their sum is in both columns.
+    COMPACTER_DEVICE static float whole(float part) {
+        return S::n == 4 ? part + __shfl_xor_sync(0xffffffff, part, 2) : part;
+    }
+
+    // Z = x s1 and dV2 = g t2^T of the warp's pairs, as left operands.
     COMPACTER_DEVICE void project(Four (&z)[own], Four (&v)[own], const unsigned char* x, const unsigned char* g) const {
         const int lane_row = S::n == 4 ? lane.index % 8 : lane.index % 8 + lane.index / 16 * 8;
         const int column = S::n == 4 ? lane.index / 8 * 16 : lane.index / 8 % 2 * 16;
@@ -130,12 +130,14 @@ struct Pass {
         for (int side = 0; side < 2; ++side)
 #pragma unroll
             for (int s = 0; s < own; ++s) {
-                float(&d)[2][4] = sum[side][s];
-                both_parts(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3], side ? v[s] : z[s]);
+                float d[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) d[e] = whole(sum[side][s][0][e] + sum[side][s][1][e]);
+                both_parts(d[0], d[1], d[2], d[3], side ? v[s] : z[s]);
             }
     }
 
-    // Z = x s1 of the warp's pairs, or dV2 = g t2^T. n = 4: columns 0-3 have the rounded factor, 4-7 its rest.
+    // Z = x s1 of the warp's pairs, or dV2 = g t2^T.
     COMPACTER_DEVICE void project(float (&z)[own][4], const unsigned char* rows, int factor) const {
         const int lane_row = S::n == 4 ? lane.index % 8 : lane.index % 8 + lane.index / 16 * 8;
         const int column = S::n == 4 ? lane.index / 8 * 16 : lane.index / 8 % 2 * 16;
@@ -212,8 +214,8 @@ struct Pass {
         });
 #pragma unroll
         for (int e = 0; e < share; ++e) {
-            sums.bias[e][0] += dh[e][0];
-            sums.bias[e][1] += dh[e][1];
+            sums.at[S::at_bias + e][0] += dh[e][0];
+            sums.at[S::at_bias + e][1] += dh[e][1];
         }
     }
 
@@ -272,14 +274,12 @@ struct Pass {
             }
             sync();
         }
-        Four zt[own], vt[own];
+        Four zt[S::row_tiles], vt[S::row_tiles];
 #pragma unroll
-        for (int s = 0; s < own; ++s)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {  // rows 0-7: chunk 2j, rows 8-15: chunk 2j+1; k 0-7 rounded, k 8-15 the rest
-                zt[s][e % 2 * 2 + e / 2] = transpose_matrix(z[s][e]);
-                vt[s][e % 2 * 2 + e / 2] = transpose_matrix(v[s][e]);
-            }
+        for (int tile = 0; tile < S::row_tiles; ++tile) {
+            transpose(z, tile, zt[tile]);
+            transpose(v, tile, vt[tile]);
+        }
         float dz[own][2][4] = {}, v2[own][2][4] = {};
 #pragma unroll
         for (int step = 0; step < S::steps; ++step) {
@@ -301,45 +301,53 @@ struct Pass {
                 if (step * 2 + e >= eights) break;
                 const uint32_t ht = transpose_matrix(of_h[e * 2]), dyt = transpose_matrix(of_dy[e * 2]);
 #pragma unroll
-                for (int s = 0; s < own; ++s) {
+                for (int tile = 0; tile < S::row_tiles; ++tile) {
                     float fresh[4] = {}, fresh2[4] = {};
-                    mma_16x8x16(fresh, zt[s], {dyt, dyt});
-                    mma_16x8x16(fresh2, vt[s], {ht, ht});
-                    add(sums.folded[s][step * 2 + e], fresh);
-                    add(sums.folded2[s][step * 2 + e], fresh2);
+                    mma_16x8x16(fresh, zt[tile], {dyt, dyt});
+                    mma_16x8x16(fresh2, vt[tile], {ht, ht});
+                    sums.add(S::at_folded + tile * eights + step * 2 + e, fresh);
+                    sums.add(S::at_folded2 + tile * eights + step * 2 + e, fresh2);
                 }
             }
         }
         wide(x, g, dz, v2, sums);
     }
 
+    // Z as left operand transposed: 16 rows (p,i), k 0-7 rounded, k 8-15 the rest.
+    COMPACTER_DEVICE void transpose(const Four (&z)[own], int tile, Four& a) const {
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if constexpr (S::n == 4) {
+                    const Four& pair = z[tile * 2 + half];  // four columns of each of its chunks
+                    a[part * 2 + half] = transpose_matrix(lane.t < 2 ? pair[part] : pair[2 + part]);
+                } else {
+                    a[part * 2 + half] = transpose_matrix(z[tile][half * 2 + part]);
+                }
+    }
+
     // dx, and the sums of the wide gradients.
     COMPACTER_DEVICE void wide(const unsigned char* x, const unsigned char* g, const float (&dz)[own][2][4],
                                const float (&v2)[own][2][4], Sums<S>& sums) const {
-        Four operand[own];                        // dZ as left operand: k 0-7 rounded, k 8-15 the rest
-        uint32_t dzt[own][2][2], v2t[own][2][2];  // transposed: [rounded, rest][chunk]
+        Four operand[own];                        // dZ as left operand, against the parts of s1
+        uint32_t dzt[own][2][2], v2t[own][2][2];  // dZ and V2 transposed, as right operands: [rounded, rest][chunk]
         const bool upper = S::n == 4 && lane.t >= 2;
 #pragma unroll
         for (int s = 0; s < own; ++s)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 uint32_t z[2], v[2];
-                split(dz[s][h][0] + dz[s][h][2], dz[s][h][1] + dz[s][h][3], z);
-                split(v2[s][h][0] + v2[s][h][2], v2[s][h][1] + v2[s][h][3], v);
-                if (S::n == 4) {
-                    const int q = (group.rank * own + s) * 2 + h, c = lane.t * 2 - 4;
-                    const uint32_t one_of_q = (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u);
-                    operand[s][h] = operand[s][2 + h] = upper ? z[1] : z[0];
-                    dzt[s][0][h] = transpose_matrix(operand[s][h]);
-                    v2t[s][0][h] = transpose_matrix(upper ? one_of_q : v[0]);
-                    v2t[s][1][h] = transpose_matrix(upper ? 0u : v[1]);
-                } else {
+                split(whole(dz[s][h][0] + dz[s][h][2]), whole(dz[s][h][1] + dz[s][h][3]), z);
+                split(whole(v2[s][h][0] + v2[s][h][2]), whole(v2[s][h][1] + v2[s][h][3]), v);
+                const int q = (group.rank * own + s) * 2 + h, c = lane.t * 2 - 4;
+                const uint32_t one_of_q = (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u);
+                operand[s][h] = upper ? z[1] : z[0];
+                operand[s][2 + h] = S::n == 4 ? operand[s][h] : z[1];
 #pragma unroll
-                    for (int part = 0; part < 2; ++part) {
-                        operand[s][2 * part + h] = z[part];
-                        dzt[s][part][h] = transpose_matrix(z[part]);
-                        v2t[s][part][h] = transpose_matrix(v[part]);
-                    }
+                for (int part = 0; part < 2; ++part) {
+                    dzt[s][part][h] = transpose_matrix(z[part]);
+                    v2t[s][part][h] = transpose_matrix(!upper ? v[part] : part == 0 ? one_of_q : 0u);
                 }
             }
         const uint32_t one = !b.residual_is_x ? 0u : lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
@@ -357,14 +365,19 @@ struct Pass {
             load_matrices(to.residual, g + offset);
         };
         Fragments next;
-        Four f;
+        Four f, next_f;
         load_at(0, next);
+        load_matrices_transposed(next_f, factor);
         float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
         for (int at = 0; at < S::blocks * own; ++at) {
             const int block = at / own, s = at % own;
             const Fragments now = next;
-            if (s == 0) load_matrices_transposed(f, factor + block * 32);
+            if (s == 0) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) f[j] = next_f[j];
+                if (block + 1 < S::blocks) load_matrices_transposed(next_f, factor + (block + 1) * 32);
+            }
             if (at + 1 < S::blocks * own) load_at(at + 1, next);
             float out[2][4] = {};
             const Four xt = {now.x[0], now.x[2], now.x[1], now.x[3]}, gt = {now.g[0], now.g[2], now.g[1], now.g[3]};
@@ -372,26 +385,31 @@ struct Pass {
             mma_16x8x8(out[1], {now.residual[2], now.residual[3]}, one);
             mma_16x8x16(out[0], operand[s], {f[0], f[S::n == 4 ? 1 : 0]});
             mma_16x8x16(out[1], operand[s], {f[S::n == 4 ? 2 : 1], f[S::n == 4 ? 3 : 1]});
-            mma_16x8x16(left, xt, dzt[s][0]);
-            mma_16x8x16(right, gt, v2t[s][0]);
-            mma_16x8x16(right, gt, v2t[s][1]);
+            const bool mine = S::n == 8 || (lane.g < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                mma_16x8x16(left, xt, {mine ? dzt[s][part][0] : 0u, mine ? dzt[s][part][1] : 0u});
+                mma_16x8x16(right, gt, v2t[s][part]);
+            }
             if (S::n == 8) {
-                mma_16x8x16(left, xt, dzt[s][1]);
                 const int c = block % per * 2 * own + s * 2;
                 mma_16x8x16(fresh_bias, gt, {lane.g == c ? 0x3f803f80u : 0u, lane.g == c + 1 ? 0x3f803f80u : 0u});
             }
             store_matrices(const_cast<unsigned char*>(x) + in_tile + s * 4 * S::chunk + block * 32,
                            {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
                             pack_bf16(out[1][2], out[1][3])});
-            if (s == own - 1) {
-                add(sums.left[block], left);
-                add(sums.right2[block], right);
-                if (S::n == 8 && (block % per == per - 1 || block == S::blocks - 1)) {
-                    add(sums.bias2[S::n == 8 ? block / per : 0], fresh_bias);
-                    clear(fresh_bias);
-                }
+            end_run(b.stages);
+            if (s < own - 1) continue;
+            const bool last = block == S::blocks - 1;
+            if (block % S::parts == S::parts - 1 || last) {
+                sums.add(block / S::parts, left);
                 clear(left);
-                clear(right);
+            }
+            sums.add(S::at_right2 + block, right);
+            clear(right);
+            if (S::n == 8 && (block % per == per - 1 || last)) {
+                sums.add(S::at_bias2 + block / per, fresh_bias);
+                clear(fresh_bias);
             }
         }
     }

@@ -4,7 +4,7 @@
 //     g:  dV2 = g t2^T      dh = dV2 C2,  C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]      V2 = h C2^T
 //
 // ldmatrix reads them as right operands of a product, transposed or not, so that each serves both directions. A wide
-// factor has two parts: its n rows i rounded, then what rounding took.
+// factor has two parts: its n rows i rounded, then what rounding took. So have C1 and C2 for n = 4.
 #pragma once
 
 #include "folded.h"
@@ -58,10 +58,15 @@ COMPACTER_DEVICE void fold(const RawFactors& raw) {
             const int p = row / S::n, i = row % S::n;
             const float *rule = raw.rule + i * S::n * S::n, *rule2 = raw.rule2 + i * S::n * S::n;
             const float *right = raw.right + i * S::inner, *left2 = raw.left2 + i * S::inner;
-            word_at(S::folded + row * S::folded_row + c * 2) =
-                pack_bf16(rule[p * S::n + q[0]] * right[v[0]], rule[p * S::n + q[1]] * right[v[1]]);
-            word_at(S::folded2 + row * S::folded_row + c * 2) =
-                pack_bf16(rule2[q[0] * S::n + p] * left2[v[0]], rule2[q[1] * S::n + p] * left2[v[1]]);
+            uint32_t one[S::parts], two[S::parts];
+            split(rule[p * S::n + q[0]] * right[v[0]], rule[p * S::n + q[1]] * right[v[1]], one);
+            split(rule2[q[0] * S::n + p] * left2[v[0]], rule2[q[1] * S::n + p] * left2[v[1]], two);
+#pragma unroll
+            for (int part = 0; part < S::parts; ++part) {
+                const int at = (part * S::n * S::n + row) * S::folded_row + c * 2;
+                word_at(S::folded + at) = one[part];
+                word_at(S::folded2 + at) = two[part];
+            }
         }
     }
 }

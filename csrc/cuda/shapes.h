@@ -15,7 +15,11 @@ struct Shape {
     static constexpr int eights = d / 8, share = eights / group;   // eights of the bottleneck: of a token, of a warp
     static constexpr int steps = (eights + 1) / 2;                 // of 16 numbers of the bottleneck
     static constexpr int blocks = chunk / 16;                      // of 16 columns of a chunk
-    static constexpr int bias_blocks = n == 4 ? 0 : (blocks * own + 3) / 4;
+
+    // Four of the eight columns of a product are free for n = 4: they have a second part, or another block.
+    static constexpr int parts = n == 4 ? 2 : 1;                   // of C1 and C2
+    static constexpr int row_tiles = own * n / 8;                  // of 16 rows (p,i) of the warp in dC1
+    static constexpr int left_tiles = (blocks + parts - 1) / parts, bias_tiles = n == 4 ? 0 : (blocks * own + 3) / 4;
     static_assert((n == 4 || n == 8) && chunk % 16 == 0 && d % 8 == 0 && pairs % group == 0 && eights % group == 0);
 
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
@@ -23,16 +27,16 @@ struct Shape {
     static constexpr int tile = 2 * tokens * row;  // rows of x, then rows of g
 
     static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
-    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + n * n * folded_row;
-    static constexpr int raw = folded2 + n * n * folded_row, bias = raw + 2 * (n * n * n + d) * 4;  // in fp32
+    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + parts * n * n * folded_row;
+    static constexpr int raw = folded2 + parts * n * n * folded_row, bias = raw + 2 * (n * n * n + d) * 4;  // in fp32
     static constexpr int exchange = bias + steps * 64, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
 
-    // The places of the sums of a rank, 512 bytes each, which take the place of the first group's tiles (sums.h).
-    static constexpr int at_right2 = blocks, at_folded = 2 * blocks, at_folded2 = at_folded + own * eights;
-    static constexpr int at_bias = at_folded2 + own * eights, at_bias2 = at_bias + share, places = at_bias2 + bias_blocks;
+    // The places of the sums of a rank, a vector for each lane, which take the place of the first group's tiles (sums.h).
+    static constexpr int at_right2 = left_tiles, at_folded = at_right2 + blocks, at_folded2 = at_folded + row_tiles * eights;
+    static constexpr int at_bias = at_folded2 + row_tiles * eights, at_bias2 = at_bias + share, places = at_bias2 + bias_tiles;
     static constexpr int sums_bytes = group * places * 512;
-    // Behind them dC1 and dC2, [chunk][eight places of i][c] in fp32; rows of an odd number of words.
-    static constexpr int plain_row = d | 1, plain = n * 8 * plain_row, all_bytes = sums_bytes + (2 * plain * 4 + 15) / 16 * 16;
+    // Behind them dC1 and dC2, [(p,i)][c] in fp32; rows of an odd number of words.
+    static constexpr int plain_row = d | 1, plain = n * n * plain_row, all_bytes = sums_bytes + (2 * plain * 4 + 15) / 16 * 16;
 
     COMPACTER_BOTH static constexpr int ring(int groups) { return exchange + groups * exchange_bytes; }
     COMPACTER_BOTH static constexpr int bytes(int groups, int stages) { 

@@ -7,8 +7,9 @@
 //     dA1_i[p,q] = sum_v dC1[(p,i),(q,v)] t1_i[v]     dt1_i[v] = sum_{p,q} dC1[(p,i),(q,v)] A1_i[p,q]
 //     dA2_i[p,q] = sum_v dC2[(q,i),(p,v)] s2_i[v]     ds2_i[v] = sum_{p,q} dC2[(q,i),(p,v)] A2_i[p,q]
 //
-// For n = 4, c and the rows (p,i) are eight places of a chunk: i of the rounded parts, then i of what rounding took,
-// which are added at the end. In right2, the second four are q of bias2.
+// They are accumulators, 16 rows by 8 columns. The rows are 16 columns u, or 16 rows (p,i). For n = 4, left has two
+// blocks of u side by side, and the second four columns of right2 are bias2. For n = 8, bias2 has 4 / own blocks side
+// by side, each with the chunks of the warp.
 #pragma once
 
 #include "matrices.h"
@@ -21,28 +22,29 @@ COMPACTER_DEVICE float4 operator+(const float4& a, const float4& b) {
 
 template <class S>
 struct Sums {
-    float left[S::blocks][4], right2[S::blocks][4], bias2[S::n == 4 ? 1 : S::bias_blocks][4];
-    float folded[S::own][S::eights][4], folded2[S::own][S::eights][4], bias[S::share][4];
+    float at[S::places][4];
+
+    COMPACTER_DEVICE void add(int place, const float (&fresh)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) at[place][e] += fresh[e];
+    }
 
     // Adds them to what is there, unless they are the first.
-    COMPACTER_DEVICE void add_to(float4* place, bool first) const {
-        const auto add = [&](const float (&sum)[4], int at) {
-            float4 total = make_float4(sum[0], sum[1], sum[2], sum[3]);
-            if (!first) total = total + place[at * 32];
-            place[at * 32] = total;
-        };
+    COMPACTER_DEVICE void add_to(float4* there, bool first) const {
+        constexpr int ahead = 8;
 #pragma unroll
-        for (int e = 0; e < S::blocks; ++e) add(left[e], e);
+        for (int begin = 0; begin < S::places; begin += ahead) {
+            float4 before[ahead];
 #pragma unroll
-        for (int e = 0; e < S::blocks; ++e) add(right2[e], S::at_right2 + e);
+            for (int j = 0; j < ahead; ++j)
+                before[j] = first || begin + j >= S::places ? make_float4(0.f, 0.f, 0.f, 0.f) : there[(begin + j) * 32];
 #pragma unroll
-        for (int e = 0; e < S::own * S::eights; ++e) add(folded[e / S::eights][e % S::eights], S::at_folded + e);
-#pragma unroll
-        for (int e = 0; e < S::own * S::eights; ++e) add(folded2[e / S::eights][e % S::eights], S::at_folded2 + e);
-#pragma unroll
-        for (int e = 0; e < S::share; ++e) add(bias[e], S::at_bias + e);
-#pragma unroll
-        for (int e = 0; e < S::bias_blocks; ++e) add(bias2[e], S::at_bias2 + e);
+            for (int j = 0; j < ahead; ++j)
+                if (begin + j < S::places) {
+                    const float(&sum)[4] = at[begin + j];
+                    there[(begin + j) * 32] = before[j] + make_float4(sum[0], sum[1], sum[2], sum[3]);
+                }
+        }
     }
 };
 
@@ -59,23 +61,16 @@ struct Totals {
     // dC1 and dC2 as plain matrices.
     COMPACTER_DEVICE void unpack() const {
         const PairLane lane;
-        constexpr int each = S::own * S::eights;
+        constexpr int each = S::row_tiles * S::eights;
         for (int job = threadIdx.x / 32; job < S::group * 2 * each; job += blockDim.x / 32) {
-            const int rank = job % S::group, at = job / S::group, second = at / each;
-            const int pair = rank * S::own + at % each / S::eights, c = at % S::eights * 8 + lane.t * 2;
+            const int rank = job % S::group, at = job / S::group, row = (rank * S::row_tiles + at % each / S::eights) * 16 + lane.g;
             const float4 four = vector(rank, S::at_folded + at, lane.index);
-            float* to = plain(second) + (pair * 16 + lane.g) * S::plain_row + c;
+            float* to = plain(at / each) + row * S::plain_row + at % S::eights * 8 + lane.t * 2;
             to[0] = four.x;
             to[1] = four.y;
             to[8 * S::plain_row] = four.z;
             to[8 * S::plain_row + 1] = four.w;
         }
-    }
-
-    // Row (p,i) and column c of dC1, or of dC2.
-    COMPACTER_DEVICE float folded(int second, int p, int i, int c) const {
-        const float* row = plain(second) + (p * 8 + i) * S::plain_row + c;
-        return S::n == 4 ? row[0] + row[4 * S::plain_row] : row[0];
     }
 
     COMPACTER_DEVICE float bias(int c) const {
@@ -94,21 +89,20 @@ struct Totals {
 template <class S>
 COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, float* row, int warp, int warps) {
     const PairLane lane;
-    const float scale = b.factors.scale;
-    for (int job = warp; job < 2 * S::blocks; job += warps) {
-        const bool right = job >= S::blocks;
+    for (int job = warp; job < S::left_tiles + S::blocks; job += warps) {
         float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int rank = 0; rank < S::group; ++rank) {
-            four = four + totals.vector(rank, job, lane.index);
-            if (S::n == 4 && !right) four = four + totals.vector(rank, job, lane.index ^ 2);
-        }
-        const float sum[4] = {four.x, four.y, four.z, four.w};
-        const int c = lane.t * 2, u = job % S::blocks * 16 + lane.g;
-        float* to = row + (!right ? b.left : c < S::n ? b.right2 : b.bias2 - S::n * S::chunk) + c * S::chunk + u;
-        if (!right && c >= S::n) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) to[e % 2 * S::chunk + e / 2 * 8] = right ? sum[e] * scale : sum[e];
+        for (int rank = 0; rank < S::group; ++rank) four = four + totals.vector(rank, job, lane.index);
+        const bool right = job >= S::left_tiles;
+        const int c = lane.t * 2, second = S::n == 4 && c >= 4, i = second ? c - 4 : c;
+        const int block = right ? job - S::left_tiles : job * S::parts + second, u = block * 16 + lane.g;
+        float* to = row + (!right ? b.left : second ? b.bias2 : b.right2) + i * S::chunk + u;
+        const float scale = right ? b.factors.scale : 1.f;
+        if (block >= S::blocks) continue;
+        to[0] = four.x * scale;
+        to[S::chunk] = four.y * scale;
+        to[8] = four.z * scale;
+        to[S::chunk + 8] = four.w * scale;
     }
 }
 
@@ -116,7 +110,7 @@ COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, flo
 template <class S>
 COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, float scale, int warp, int warps) {
     const PairLane lane;
-    for (int job = warp; job < S::group * S::bias_blocks; job += warps) {
+    for (int job = warp; job < S::group * S::bias_tiles; job += warps) {
         const int rank = job % S::group, at = job / S::group;
         const float4 four = totals.vector(rank, S::at_bias2 + at, lane.index);
         const float sum[4] = {four.x, four.y, four.z, four.w};
@@ -129,29 +123,34 @@ COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, floa
     }
 }
 
-// dA_i[p,q] of one side. Neighbouring lanes have different rows of dC. Second: its rows are (q,i).
+// dA_i[p,q] of one side, by one thread. Neighbouring lanes have different rows of dC. Second: its rows are (q,i).
 template <class S, bool Second>
 COMPACTER_DEVICE void store_rule(const Totals<S>& totals, float* gradient, const float* factor, int e) {
     const int i = e % S::n, row = e / S::n % S::n, other = e / (S::n * S::n);
+    const float* from = totals.plain(Second) + (row * S::n + i) * S::plain_row + other * S::inner;
     float sum = 0.f;
 #pragma unroll
-    for (int v = 0; v < S::inner; ++v)
-        sum = fmaf(totals.folded(Second, row, i, other * S::inner + v), factor[i * S::inner + v], sum);
+    for (int v = 0; v < S::inner; ++v) sum = fmaf(from[v], factor[i * S::inner + v], sum);
     gradient[(i * S::n + (Second ? other : row)) * S::n + (Second ? row : other)] = sum;
 }
 
-// dt_i[v] of one side: n lanes have a row of dC each, and add their sums.
+// dt_i[v] of one side for one i, by a warp. Lane v + inner k has the columns (q,v) of every fourth q.
 template <class S, bool Second>
-COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, const float* rule, int e) {
-    const int row = e % S::n, i = e / S::n % S::n, v = e / (S::n * S::n);
+COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, const float* rule, int i) {
+    static_assert(S::inner <= 8, "four numbers of a row (p,i) with the same v are in a warp");
+    const int lane = threadIdx.x % 32, k = lane / S::inner, v = lane % S::inner;
+    const float* from = totals.plain(Second) + i * S::plain_row + k * S::inner + v;
     float sum = 0.f;
+    if (k < 4)
 #pragma unroll
-    for (int other = 0; other < S::n; ++other)
-        sum = fmaf(totals.folded(Second, row, i, other * S::inner + v),
-                   rule[(i * S::n + (Second ? other : row)) * S::n + (Second ? row : other)], sum);
+        for (int row = 0; row < S::n; ++row)
 #pragma unroll
-    for (int step = 1; step < S::n; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-    if (row == 0) gradient[i * S::inner + v] = sum;
+            for (int four = 0; four < S::n; four += 4)
+                sum = fmaf(from[row * S::n * S::plain_row + four * S::inner],
+                           rule[(i * S::n + (Second ? four + k : row)) * S::n + (Second ? row : four + k)], sum);
+    sum += __shfl_down_sync(0xffffffff, sum, 2 * S::inner);
+    sum += __shfl_down_sync(0xffffffff, sum, S::inner);
+    if (k == 0) gradient[i * S::inner + v] = sum;
 }
 
 // The block's row of partials.
@@ -161,15 +160,17 @@ COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, floa
     const RawFactors raw = raw_factors<S>();
     totals.unpack();
     store_wide(totals, b, row, warp, warps);
-    if (S::bias_blocks) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
+    if (S::bias_tiles) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
     __syncthreads();
-    constexpr int rule = S::n * S::n * S::n, narrow = S::n * S::d;  // whole warps
-    for (int e = threadIdx.x; e < 2 * (rule + narrow) + S::d; e += blockDim.x) {
-        if (e < narrow) store_narrow<S, false>(totals, row + b.right, raw.rule, e);
-        else if (e < 2 * narrow) store_narrow<S, true>(totals, row + b.left2, raw.rule2, e - narrow);
-        else if (e < 2 * narrow + rule) store_rule<S, false>(totals, row + b.rule, raw.right, e - 2 * narrow);
-        else if (e < 2 * narrow + 2 * rule) store_rule<S, true>(totals, row + b.rule2, raw.left2, e - 2 * narrow - rule);
-        else row[b.bias + e - 2 * narrow - 2 * rule] = totals.bias(e - 2 * narrow - 2 * rule);
+    constexpr int rules = S::n * S::n * S::n / 32;  // jobs of a warp: those of a rule, of the narrow factors, of the bias
+    for (int job = warp; job < 2 * (rules + S::n) + 1; job += warps) {
+        const int thread = job % rules * 32 + threadIdx.x % 32, i = job - 2 * rules;
+        if (job < rules) store_rule<S, false>(totals, row + b.rule, raw.right, thread);
+        else if (job < 2 * rules) store_rule<S, true>(totals, row + b.rule2, raw.left2, thread);
+        else if (i < S::n) store_narrow<S, false>(totals, row + b.right, raw.rule, i);
+        else if (i < 2 * S::n) store_narrow<S, true>(totals, row + b.left2, raw.rule2, i - S::n);
+        else
+            for (int c = threadIdx.x % 32; c < S::d; c += 32) row[b.bias + c] = totals.bias(c);
     }
 }
 
