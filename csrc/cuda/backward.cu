@@ -355,36 +355,22 @@ struct Pass {
                                           : lane.index % 8 * S::factor_row + lane.index / 8 % 2 * 16;
         const unsigned char* factor = shared_memory() + S::left + factor_lane;
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
-        struct Fragments {
-            Four x, g, residual;
-        };
-        const auto load_at = [&](int at, Fragments& to) {
-            const int offset = in_tile + at % own * 4 * S::chunk + at / own * 32;
-            load_matrices_transposed(to.x, x + offset);
-            load_matrices_transposed(to.g, g + offset);
-            load_matrices(to.residual, g + offset);
-        };
-        Fragments next;
-        Four f, next_f;
-        load_at(0, next);
-        load_matrices_transposed(next_f, factor);
+        const auto offset = [&](int at) { return in_tile + at % own * 4 * S::chunk + at / own * 32; };
+        Four next_x, next_g, f;
+        load_matrices_transposed(next_x, x + offset(0));
+        load_matrices_transposed(next_g, g + offset(0));
         float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
         for (int at = 0; at < S::blocks * own; ++at) {
             const int block = at / own, s = at % own;
-            const Fragments now = next;
-            if (s == 0) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) f[j] = next_f[j];
-                if (block + 1 < S::blocks) load_matrices_transposed(next_f, factor + (block + 1) * 32);
+            const Four xt = {next_x[0], next_x[2], next_x[1], next_x[3]}, gt = {next_g[0], next_g[2], next_g[1], next_g[3]};
+            Four residual;
+            load_matrices(residual, g + offset(at));
+            if (s == 0) load_matrices_transposed(f, factor + block * 32);
+            if (at + 1 < S::blocks * own) {
+                load_matrices_transposed(next_x, x + offset(at + 1));
+                load_matrices_transposed(next_g, g + offset(at + 1));
             }
-            if (at + 1 < S::blocks * own) load_at(at + 1, next);
-            float out[2][4] = {};
-            const Four xt = {now.x[0], now.x[2], now.x[1], now.x[3]}, gt = {now.g[0], now.g[2], now.g[1], now.g[3]};
-            mma_16x8x8(out[0], {now.residual[0], now.residual[1]}, one);
-            mma_16x8x8(out[1], {now.residual[2], now.residual[3]}, one);
-            mma_16x8x16(out[0], operand[s], {f[0], f[S::n == 4 ? 1 : 0]});
-            mma_16x8x16(out[1], operand[s], {f[S::n == 4 ? 2 : 1], f[S::n == 4 ? 3 : 1]});
             const bool mine = S::n == 8 || (lane.g < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
@@ -395,10 +381,15 @@ struct Pass {
                 const int c = block % per * 2 * own + s * 2;
                 mma_16x8x16(fresh_bias, gt, {lane.g == c ? 0x3f803f80u : 0u, lane.g == c + 1 ? 0x3f803f80u : 0u});
             }
+            float out[2][4] = {};
+            mma_16x8x8(out[0], {residual[0], residual[1]}, one);
+            mma_16x8x8(out[1], {residual[2], residual[3]}, one);
+            mma_16x8x16(out[0], operand[s], {f[0], f[S::n == 4 ? 1 : 0]});
+            mma_16x8x16(out[1], operand[s], {f[S::n == 4 ? 2 : 1], f[S::n == 4 ? 3 : 1]});
             store_matrices(const_cast<unsigned char*>(x) + in_tile + s * 4 * S::chunk + block * 32,
                            {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
                             pack_bf16(out[1][2], out[1][3])});
-            end_run(b.stages);
+            if (S::n == 4) end_run(b.stages);
             if (s < own - 1) continue;
             const bool last = block == S::blocks - 1;
             if (block % S::parts == S::parts - 1 || last) {
