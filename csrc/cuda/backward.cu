@@ -33,16 +33,19 @@ template <class S>
 struct Pass {
     static constexpr int own = S::own, share = S::share, eights = S::eights;
     const Backward& b;
-    PairLane lane;
     Group group{S::group};
-    int warp = threadIdx.x / 32;
-    int first_column = group.rank * own * 2 * S::chunk * 2;  // of the warp's chunks, in bytes
 
-    // Where a lane points for ldmatrix and stmatrix.
-    int in_tile = block_offset(lane.index, S::row, S::chunk * 2) + first_column;
-    int row_i = S::n == 4 ? lane.index % 8 / 4 * 16 + lane.index % 4 : lane.index % 8;  // n = 4: of both parts
-    int in_fold = (lane.index / 8 * S::n + row_i) * S::folded_row + group.rank * share * 16;
-    int in_unfold = ((group.rank * own * 2 + lane.index / 16) * S::n + row_i) * S::folded_row + lane.index / 8 % 2 * 16;
+    COMPACTER_DEVICE int first_column() const { return group.rank * own * 2 * S::chunk * 2; }  // of the warp's chunks, in bytes
+
+    // Where a lane points for ldmatrix and stmatrix: in a tile, in C1 as it is, and in C1 transposed.
+    COMPACTER_DEVICE int in_tile(int lane) const { return block_offset(lane, S::row, S::chunk * 2) + first_column(); }
+    COMPACTER_DEVICE int row_i(int lane) const { return S::n == 4 ? lane % 8 / 4 * 16 + lane % 4 : lane % 8; }  // n = 4: both parts
+    COMPACTER_DEVICE int in_fold(int lane) const {
+        return (lane / 8 * S::n + row_i(lane)) * S::folded_row + group.rank * share * 16;
+    }
+    COMPACTER_DEVICE int in_unfold(int lane) const {
+        return ((group.rank * own * 2 + lane / 16) * S::n + row_i(lane)) * S::folded_row + lane / 8 % 2 * 16;
+    }
 
     COMPACTER_DEVICE explicit Pass(const Backward& b) : b(b) {}
 
@@ -58,11 +61,12 @@ struct Pass {
     template <class Body>
     COMPACTER_DEVICE void for_each_vector(const Body& body) const {
         constexpr int vectors = own * 2 * S::chunk / 8;
+        const int lane = lane_anew();
 #pragma unroll
         for (int token = 0; token < S::tokens; ++token)
 #pragma unroll
             for (int first = 0; first < vectors; first += 32)
-                if (first + 32 <= vectors || first + lane.index < vectors) body(token, first_column + (first + lane.index) * 16);
+                if (first + 32 <= vectors || first + lane < vectors) body(token, first_column() + (first + lane) * 16);
     }
 
     COMPACTER_DEVICE int valid(int tile) const {
@@ -104,8 +108,8 @@ struct Pass {
 
     // Z = x s1 and dV2 = g t2^T of the warp's pairs, as left operands.
     COMPACTER_DEVICE void project(Four (&z)[own], Four (&v)[own], const unsigned char* x, const unsigned char* g) const {
-        const int lane_row = S::n == 4 ? lane.index % 8 : lane.index % 8 + lane.index / 16 * 8;
-        const int column = S::n == 4 ? lane.index / 8 * 16 : lane.index / 8 % 2 * 16;
+        const int lane = lane_anew(), in_tile = this->in_tile(lane);
+        const int lane_row = S::n == 4 ? lane % 8 : lane % 8 + lane / 16 * 8, column = S::n == 4 ? lane / 8 * 16 : lane / 8 % 2 * 16;
         const unsigned char* right = shared_memory() + lane_row * S::factor_row + column;
         constexpr int step = S::n == 4 ? 2 : 1;
         float sum[2][own][2][4] = {};
@@ -139,8 +143,8 @@ struct Pass {
 
     // Z = x s1 of the warp's pairs, or dV2 = g t2^T.
     COMPACTER_DEVICE void project(float (&z)[own][4], const unsigned char* rows, int factor) const {
-        const int lane_row = S::n == 4 ? lane.index % 8 : lane.index % 8 + lane.index / 16 * 8;
-        const int column = S::n == 4 ? lane.index / 8 * 16 : lane.index / 8 % 2 * 16;
+        const int lane = lane_anew(), in_tile = this->in_tile(lane);
+        const int lane_row = S::n == 4 ? lane % 8 : lane % 8 + lane / 16 * 8, column = S::n == 4 ? lane / 8 * 16 : lane / 8 % 2 * 16;
         const unsigned char* right = shared_memory() + factor + lane_row * S::factor_row + column;
         constexpr int step = S::n == 4 ? 2 : 1;
         float part[own][2][4] = {};
@@ -168,7 +172,7 @@ struct Pass {
     // y += Z C of the warp's eights of the bottleneck, over all pairs of chunks.
     template <class Operand>
     COMPACTER_DEVICE void fold(float (&y)[share][4], const Operand& z, int folded) const {
-        const unsigned char* right = shared_memory() + folded + in_fold;
+        const unsigned char* right = shared_memory() + folded + in_fold(lane_anew());
 #pragma unroll
         for (int j = 0; j < S::pairs; j += 2) {
             Four first, second;
@@ -186,7 +190,7 @@ struct Pass {
 
     // dZ += dy C^T of the warp's chunks, for 16 numbers of the bottleneck.
     COMPACTER_DEVICE void unfold(float (&dz)[own][2][4], const Four& dy, int step, int folded) const {
-        const unsigned char* right = shared_memory() + folded + in_unfold;
+        const unsigned char* right = shared_memory() + folded + in_unfold(lane_anew());
 #pragma unroll
         for (int s = 0; s < own; ++s) {
             Four f;
@@ -220,6 +224,7 @@ struct Pass {
     }
 
     COMPACTER_DEVICE void tile(const unsigned char* x, const unsigned char* g, Sums<S>& sums) const {
+        const PairLane lane{lane_anew()};
         Four z[own], v[own];
         float y[share][4], dh[share][4] = {};
         const float* bias = floats_at(S::bias) + group.rank * share * 8 + lane.t * 2;
@@ -315,13 +320,14 @@ struct Pass {
 
     // Z as left operand transposed: 16 rows (p,i), k 0-7 rounded, k 8-15 the rest.
     COMPACTER_DEVICE void transpose(const Four (&z)[own], int tile, Four& a) const {
+        const bool upper = lane_anew() % 4 >= 2;
 #pragma unroll
         for (int part = 0; part < 2; ++part)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 if constexpr (S::n == 4) {
                     const Four& pair = z[tile * 2 + half];  // four columns of each of its chunks
-                    a[part * 2 + half] = transpose_matrix(lane.t < 2 ? pair[part] : pair[2 + part]);
+                    a[part * 2 + half] = transpose_matrix(upper ? pair[2 + part] : pair[part]);
                 } else {
                     a[part * 2 + half] = transpose_matrix(z[tile][half * 2 + part]);
                 }
@@ -330,6 +336,8 @@ struct Pass {
     // dx, and the sums of the wide gradients.
     COMPACTER_DEVICE void wide(const unsigned char* x, const unsigned char* g, const float (&dz)[own][2][4],
                                const float (&v2)[own][2][4], Sums<S>& sums) const {
+        const PairLane lane{lane_anew()};
+        const int in_tile = this->in_tile(lane.index);
         Four operand[own];                        // dZ as left operand, against the parts of s1
         uint32_t dzt[own][2][2], v2t[own][2][2];  // dZ and V2 transposed, as right operands: [rounded, rest][chunk]
         const bool upper = S::n == 4 && lane.t >= 2;
@@ -389,7 +397,7 @@ struct Pass {
             store_matrices(const_cast<unsigned char*>(x) + in_tile + s * 4 * S::chunk + block * 32,
                            {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
                             pack_bf16(out[1][2], out[1][3])});
-            if (S::n == 4) end_run(b.stages);
+
             if (s < own - 1) continue;
             const bool last = block == S::blocks - 1;
             if (block % S::parts == S::parts - 1 || last) {
@@ -408,6 +416,7 @@ struct Pass {
     // Lets the groups do something one after another: a warp waits for that of its rank in the group before.
     template <class Body>
     COMPACTER_DEVICE void in_turn(const Body& body) const {
+        const int warp = threadIdx.x / 32;
         constexpr int names = 8;  // from this one on, two warps each
         if (group.index > 0) sync_threads(names + warp - S::group, 64);
         body();
@@ -418,7 +427,7 @@ struct Pass {
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
         auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(group.count));
         sync();
-        in_turn([&] { sums.add_to(first + group.rank * S::places * 32 + lane.index, group.index == 0); });
+        in_turn([&] { sums.add_to(first + group.rank * S::places * 32 + threadIdx.x % 32, group.index == 0); });
         __syncthreads();
         store_row(Totals<S>{first}, b, b.partials + blockIdx.x * b.row);
     }

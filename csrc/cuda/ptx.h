@@ -105,6 +105,14 @@ COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
     return transposed;
 }
 
+// The lane of this thread, read anew: the compiler computes what follows from it there, instead of keeping it in
+// registers from an earlier place on.
+COMPACTER_DEVICE int lane_anew() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // Ends a run of instructions within which the compiler may delay what nothing needs soon, such as the addition to a
 // sum, until it lacks registers. never: a number that is not negative.
 COMPACTER_DEVICE void end_run(int never) {
