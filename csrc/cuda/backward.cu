@@ -379,7 +379,8 @@ struct Pass {
                 load_matrices_transposed(next_x, x + offset(at + 1));
                 load_matrices_transposed(next_g, g + offset(at + 1));
             }
-            const bool mine = S::n == 8 || (lane.g < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
+            const int g_lane = lane_anew() / 4;
+            const bool mine = S::n == 8 || (g_lane < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
                 mma_16x8x16(left, xt, {mine ? dzt[s][part][0] : 0u, mine ? dzt[s][part][1] : 0u});
@@ -387,7 +388,7 @@ struct Pass {
             }
             if (S::n == 8) {
                 const int c = block % per * 2 * own + s * 2;
-                mma_16x8x16(fresh_bias, gt, {lane.g == c ? 0x3f803f80u : 0u, lane.g == c + 1 ? 0x3f803f80u : 0u});
+                mma_16x8x16(fresh_bias, gt, {g_lane == c ? 0x3f803f80u : 0u, g_lane == c + 1 ? 0x3f803f80u : 0u});
             }
             float out[2][4] = {};
             mma_16x8x8(out[0], {residual[0], residual[1]}, one);

@@ -113,12 +113,6 @@ COMPACTER_DEVICE int lane_anew() {
     return lane;
 }
 
-// Ends a run of instructions within which the compiler may delay what nothing needs soon, such as the addition to a
-// sum, until it lacks registers. never: a number that is not negative.
-COMPACTER_DEVICE void end_run(int never) {
-    asm volatile("{ .reg .pred p; setp.lt.s32 p, %0, 0; @p exit; }" ::"r"(never) : "memory");
-}
-
 // Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.
 COMPACTER_DEVICE void copy_async(void* shared, const void* global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

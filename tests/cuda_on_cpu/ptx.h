@@ -158,7 +158,6 @@ inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("s
     cuda_on_cpu::stmatrix(at, row, r);
 }
 inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
-inline void end_run(int) {}
 inline int lane_anew() { return static_cast<int>(threadIdx.x % 32); }
 inline void sync_threads(int barrier, int threads, Place at = here("bar.sync")) {
     cuda_on_cpu::named_barrier(at, barrier, threads);
