@@ -315,6 +315,7 @@ struct Pass {
                 }
             }
         }
+        __syncwarp();  // x has been read by all lanes, before dx takes its place
         wide(x, g, dz, v2, sums);
     }
 
@@ -360,24 +361,26 @@ struct Pass {
             }
         const uint32_t one = !b.residual_is_x ? 0u : lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
         const int factor_lane = S::n == 4 ? (lane.index % 4 + lane.index / 8 % 2 * 4) * S::factor_row + lane.index / 16 * 16
-                                          : lane.index % 8 * S::factor_row + lane.index / 8 % 2 * 16;
+                                          : lane.index % 8 * S::factor_row + lane.index / 16 * 16;
         const unsigned char* factor = shared_memory() + S::left + factor_lane;
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
-        const auto offset = [&](int at) { return in_tile + at % own * 4 * S::chunk + at / own * 32; };
+        // Transposed, as left operands: columns u to u + 7, then u + 8 to 15, of chunk 2j, then of chunk 2j + 1.
+        const int transposed = lane.index % 8 * S::row + lane.index / 16 * S::chunk * 2 + lane.index / 8 % 2 * 16 + first_column();
+        const auto offset = [&](int at) { return at % own * 4 * S::chunk + at / own * 32; };
         Four next_x, next_g, f;
-        load_matrices_transposed(next_x, x + offset(0));
-        load_matrices_transposed(next_g, g + offset(0));
+        load_matrices_transposed(next_x, x + transposed + offset(0));
+        load_matrices_transposed(next_g, g + transposed + offset(0));
         float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
         for (int at = 0; at < S::blocks * own; ++at) {
             const int block = at / own, s = at % own;
-            const Four xt = {next_x[0], next_x[2], next_x[1], next_x[3]}, gt = {next_g[0], next_g[2], next_g[1], next_g[3]};
+            const Four xt = {next_x[0], next_x[1], next_x[2], next_x[3]}, gt = {next_g[0], next_g[1], next_g[2], next_g[3]};
             Four residual;
-            load_matrices(residual, g + offset(at));
+            load_matrices(residual, g + in_tile + offset(at));
             if (s == 0) load_matrices_transposed(f, factor + block * 32);
             if (at + 1 < S::blocks * own) {
-                load_matrices_transposed(next_x, x + offset(at + 1));
-                load_matrices_transposed(next_g, g + offset(at + 1));
+                load_matrices_transposed(next_x, x + transposed + offset(at + 1));
+                load_matrices_transposed(next_g, g + transposed + offset(at + 1));
             }
             const int g_lane = lane_anew() / 4;
             const bool mine = S::n == 8 || (g_lane < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
@@ -393,12 +396,11 @@ struct Pass {
             float out[2][4] = {};
             mma_16x8x8(out[0], {residual[0], residual[1]}, one);
             mma_16x8x8(out[1], {residual[2], residual[3]}, one);
-            mma_16x8x16(out[0], operand[s], {f[0], f[S::n == 4 ? 1 : 0]});
-            mma_16x8x16(out[1], operand[s], {f[S::n == 4 ? 2 : 1], f[S::n == 4 ? 3 : 1]});
-            store_matrices(const_cast<unsigned char*>(x) + in_tile + s * 4 * S::chunk + block * 32,
-                           {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
+            mma_16x8x16(out[0], operand[s], {f[0], f[1]});
+            mma_16x8x16(out[1], operand[s], {f[2], f[3]});
+            store_matrices(const_cast<unsigned char*>(x) + transposed + offset(at),
+                           {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[1][0], out[1][1]), pack_bf16(out[0][2], out[0][3]),
                             pack_bf16(out[1][2], out[1][3])});
-
             if (s < own - 1) continue;
             const bool last = block == S::blocks - 1;
             if (block % S::parts == S::parts - 1 || last) {
