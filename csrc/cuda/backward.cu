@@ -315,7 +315,6 @@ struct Pass {
                 }
             }
         }
-        __syncwarp();  // x has been read by all lanes, before dx takes its place
         wide(x, g, dz, v2, sums);
     }
 
@@ -340,24 +339,22 @@ struct Pass {
         const PairLane lane{lane_anew()};
         const int in_tile = this->in_tile(lane.index);
         Four operand[own];                        // dZ as left operand, against the parts of s1
-        uint32_t dzt[own][2][2], v2t[own][2][2];  // dZ and V2 transposed, as right operands: [rounded, rest][chunk]
+        uint32_t dzt[own][2][2], v2t[own][2];     // transposed, as right operands: dZ [rounded, rest][chunk], V2 [chunk]
         const bool upper = S::n == 4 && lane.t >= 2;
 #pragma unroll
         for (int s = 0; s < own; ++s)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                uint32_t z[2], v[2];
+                uint32_t z[2];
                 split(whole(dz[s][h][0] + dz[s][h][2]), whole(dz[s][h][1] + dz[s][h][3]), z);
-                split(whole(v2[s][h][0] + v2[s][h][2]), whole(v2[s][h][1] + v2[s][h][3]), v);
+                const uint32_t v = pack_bf16(whole(v2[s][h][0] + v2[s][h][2]), whole(v2[s][h][1] + v2[s][h][3]));
                 const int q = (group.rank * own + s) * 2 + h, c = lane.t * 2 - 4;
                 const uint32_t one_of_q = (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u);
                 operand[s][h] = upper ? z[1] : z[0];
                 operand[s][2 + h] = S::n == 4 ? operand[s][h] : z[1];
+                v2t[s][h] = transpose_matrix(upper ? one_of_q : v);
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    dzt[s][part][h] = transpose_matrix(z[part]);
-                    v2t[s][part][h] = transpose_matrix(!upper ? v[part] : part == 0 ? one_of_q : 0u);
-                }
+                for (int part = 0; part < 2; ++part) dzt[s][part][h] = transpose_matrix(z[part]);
             }
         const uint32_t one = !b.residual_is_x ? 0u : lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
         const int factor_lane = S::n == 4 ? (lane.index % 4 + lane.index / 8 % 2 * 4) * S::factor_row + lane.index / 16 * 16
@@ -367,40 +364,23 @@ struct Pass {
         // Transposed, as left operands: columns u to u + 7, then u + 8 to 15, of chunk 2j, then of chunk 2j + 1.
         const int transposed = lane.index % 8 * S::row + lane.index / 16 * S::chunk * 2 + lane.index / 8 % 2 * 16 + first_column();
         const auto offset = [&](int at) { return at % own * 4 * S::chunk + at / own * 32; };
-        Four next_x, next_g, f;
-        load_matrices_transposed(next_x, x + transposed + offset(0));
-        load_matrices_transposed(next_g, g + transposed + offset(0));
         float left[4] = {}, right[4] = {}, fresh_bias[4] = {};
 #pragma unroll
         for (int at = 0; at < S::blocks * own; ++at) {
             const int block = at / own, s = at % own;
-            const Four xt = {next_x[0], next_x[1], next_x[2], next_x[3]}, gt = {next_g[0], next_g[1], next_g[2], next_g[3]};
-            Four residual;
-            load_matrices(residual, g + in_tile + offset(at));
-            if (s == 0) load_matrices_transposed(f, factor + block * 32);
-            if (at + 1 < S::blocks * own) {
-                load_matrices_transposed(next_x, x + transposed + offset(at + 1));
-                load_matrices_transposed(next_g, g + transposed + offset(at + 1));
-            }
+            Four xt, gt;
+            load_matrices_transposed(xt, x + transposed + offset(at));
+            load_matrices_transposed(gt, g + transposed + offset(at));
             const int g_lane = lane_anew() / 4;
             const bool mine = S::n == 8 || (g_lane < 4) == (block % 2 == 0);  // two blocks are side by side for n = 4
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int part = 0; part < 2; ++part)
                 mma_16x8x16(left, xt, {mine ? dzt[s][part][0] : 0u, mine ? dzt[s][part][1] : 0u});
-                mma_16x8x16(right, gt, v2t[s][part]);
-            }
+            mma_16x8x16(right, gt, v2t[s]);
             if (S::n == 8) {
                 const int c = block % per * 2 * own + s * 2;
                 mma_16x8x16(fresh_bias, gt, {g_lane == c ? 0x3f803f80u : 0u, g_lane == c + 1 ? 0x3f803f80u : 0u});
             }
-            float out[2][4] = {};
-            mma_16x8x8(out[0], {residual[0], residual[1]}, one);
-            mma_16x8x8(out[1], {residual[2], residual[3]}, one);
-            mma_16x8x16(out[0], operand[s], {f[0], f[1]});
-            mma_16x8x16(out[1], operand[s], {f[2], f[3]});
-            store_matrices(const_cast<unsigned char*>(x) + transposed + offset(at),
-                           {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[1][0], out[1][1]), pack_bf16(out[0][2], out[0][3]),
-                            pack_bf16(out[1][2], out[1][3])});
             if (s < own - 1) continue;
             const bool last = block == S::blocks - 1;
             if (block % S::parts == S::parts - 1 || last) {
@@ -412,6 +392,26 @@ struct Pass {
             if (S::n == 8 && (block % per == per - 1 || last)) {
                 sums.add(S::at_bias2 + block / per, fresh_bias);
                 clear(fresh_bias);
+            }
+        }
+        __syncwarp();  // all lanes have read x, before dx takes its place
+#pragma unroll 2
+        for (int block = 0; block < S::blocks; ++block) {
+            Four f;
+            load_matrices_transposed(f, factor + block * 32);
+#pragma unroll
+            for (int s = 0; s < own; ++s) {
+                Four residual;
+                const int at = in_tile + s * 4 * S::chunk + block * 32;
+                load_matrices(residual, g + at);
+                float out[2][4] = {};
+                mma_16x8x8(out[0], {residual[0], residual[1]}, one);
+                mma_16x8x8(out[1], {residual[2], residual[3]}, one);
+                mma_16x8x16(out[0], operand[s], {f[0], f[1]});
+                mma_16x8x16(out[1], operand[s], {f[2], f[3]});
+                store_matrices(const_cast<unsigned char*>(x) + at,
+                               {pack_bf16(out[0][0], out[0][1]), pack_bf16(out[0][2], out[0][3]), pack_bf16(out[1][0], out[1][1]),
+                                pack_bf16(out[1][2], out[1][3])});
             }
         }
     }
