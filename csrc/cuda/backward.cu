@@ -418,19 +418,19 @@ struct Pass {
 
     // Lets the groups do something one after another: a warp waits for that of its rank in the group before.
     template <class Body>
-    COMPACTER_DEVICE void in_turn(const Body& body) const {
+    COMPACTER_DEVICE void in_turn(int at_once, const Body& body) const {
         const int warp = threadIdx.x / 32;
         constexpr int names = 8;  // from this one on, two warps each
-        if (group.index > 0) sync_threads(names + warp - S::group, 64);
+        if (group.index >= at_once) sync_threads(names + warp - at_once * S::group, 64);
         body();
-        if (group.index + 1 < group.count) sync_threads(names + warp, 64);
+        if (group.index + at_once < group.count) sync_threads(names + warp, 64);
     }
 
     // The sums of the block, in the place of the first group's tiles, and from them its row of partials.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
         auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(group.count));
         sync();
-        in_turn([&] { sums.add_to(first + group.rank * S::places * 32 + threadIdx.x % 32, group.index == 0); });
+        in_turn(1, [&] { sums.add_to(first + group.rank * S::places * 32 + threadIdx.x % 32, group.index == 0); });
         __syncthreads();
         store_row(Totals<S>{first}, b, b.partials + blockIdx.x * b.row);
     }
@@ -448,7 +448,7 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
         }
     };
     if (S::group > 1) load_first();
-    else pass.in_turn(load_first);  // so that the tile of the first warp is there first
+    else pass.in_turn(2, load_first);  // so that the tile of the first warp is there first
     prepare<S>(b.factors);
     Sums<S> sums = {};
     int stage = 0;
