@@ -113,7 +113,7 @@ struct Pass {
         const unsigned char* right = shared_memory() + lane_row * S::factor_row + column;
         constexpr int step = S::n == 4 ? 2 : 1;
         float sum[2][own][2][4] = {};
-#pragma unroll 2
+#pragma unroll 4
         for (int block = 0; block < S::blocks; block += step)
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
@@ -148,7 +148,7 @@ struct Pass {
         const unsigned char* right = shared_memory() + factor + lane_row * S::factor_row + column;
         constexpr int step = S::n == 4 ? 2 : 1;
         float part[own][2][4] = {};
-#pragma unroll 2
+#pragma unroll 4
         for (int block = 0; block < S::blocks; block += step) {
             Four f, x;
             load_matrices(f, right + block * 32);
@@ -395,7 +395,7 @@ struct Pass {
             }
         }
         __syncwarp();  // all lanes have read x, before dx takes its place
-#pragma unroll 2
+#pragma unroll 4
         for (int block = 0; block < S::blocks; ++block) {
             Four f;
             load_matrices_transposed(f, factor + block * 32);
