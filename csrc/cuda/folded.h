@@ -43,7 +43,7 @@ COMPACTER_DEVICE void stage_raw(const RawFactors& to, float* bias, const Factors
 
 // Number e < 4 of a lane in a right operand is k = 2t + e % 2 + 8 (e / 2). body(fragment, number) gives
 // the value; the warps of the block write `count` fragments.
-template <class Number>
+template <bool Together, class Number>
 COMPACTER_DEVICE void form_fragments(uint2* to, int count, const Number& number) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll 2
@@ -51,22 +51,22 @@ COMPACTER_DEVICE void form_fragments(uint2* to, int count, const Number& number)
         float v[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[e] = number(at, e);
-        to[at * 32 + lane] = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+        to[fragment_place<Together>(at, lane)] = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
     }
 }
 
-// C1 as right operands [eight columns of y][step of Z][lane], C2 as [pair][step of h][fragment of V2][lane].
+// C1 as right operands [step of h][step of Z][lane][two eights of y], C2 as [pair][step of h][fragment of V2][lane].
 template <int N>
 COMPACTER_DEVICE void form_middle(uint2* c1, uint2* c2, const RawFactors& raw, const PairSizes& s) {
     using P = Pairs<N>;
     const PairLane lane;
-    form_fragments(c1, 2 * s.steps() * P::steps, [&](int at, int e) {
-        const int column = at / P::steps * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
-        const int step = at % P::steps, p = step / P::z_tiles * 2 + e / 2;
+    form_fragments<true>(c1, 2 * s.steps() * P::steps, [&](int at, int e) {
+        const int pair = at / 2, column = pair / P::steps * 16 + at % 2 * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
+        const int step = pair % P::steps, p = step / P::z_tiles * 2 + e / 2;
         const int i = P::z_index(step % P::z_tiles, lane.t * 2 + e % 2);
         return column < s.bottleneck ? raw.rule[(i * N + p) * N + q] * raw.right[i * s.inner + v] : 0.f;
     });
-    form_fragments(c2, P::count * s.steps() * P::v_fragments, [&](int at, int e) {
+    form_fragments<false>(c2, P::count * s.steps() * P::v_fragments, [&](int at, int e) {
         const int f = at % P::v_fragments, rest = at / P::v_fragments, pair = s.by_steps.quotient(rest);
         const int k = (rest - pair * s.steps()) * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
         const int p = s.by_inner.quotient(k), v = k - p * s.inner;

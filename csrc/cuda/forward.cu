@@ -59,21 +59,20 @@ struct Pass {
         const RawFactors raw(shared_memory() + f.exchange, s);
         const Factors& w = f.factors;
         stage_raw(raw, floats_at(f.bias), w, s);
-        stage_fragments(fragments(f.left), s.in / 16 * P::left_fragments, [&](int at, int e) {
+        stage_fragments<false>(fragments(f.left), s.in / 16 * P::left_fragments, [&](int at, int e) {
             const int block = at / P::left_fragments, fragment = at - block * P::left_fragments;
             const bool whole = fragment < 2 * P::whole;
             const int i = whole ? fragment / 2 * 8 + lane.g : P::whole * 8 + lane.g % 4;
             const int u = block * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
             return Wanted{Asked(w.left, i * s.in + u), 1.f, whole ? fragment % 2 : lane.g / 4, true};
         });
-        stage_fragments(fragments(f.right2), s.in / 16 * P::words, [&](int at, int e) {
-            const int block = at / P::words, word = at - block * P::words, u = block * 16 + e / 2 * 8 + lane.g;
-            const int r = lane.t * 2 + e % 2, begin = N == 12 ? 2 : 1;  // the first word of the bias
-            const bool of_bias = word >= begin;
-            const int i = of_bias ? (N == 4 ? r % 4 : N == 8 ? r : (word - 2) * 8 + r) : N == 4 ? r % 4 : P::z_index(word, r);
-            const int low = of_bias ? (N == 4 ? r / 4 : N == 8 ? word - 1 : 0) : 0;
-            const bool exists = i < N && (!of_bias || w.bias2.data);
-            return Wanted{Asked(of_bias && exists ? w.bias2 : w.right2, (exists ? i : 0) * s.in + u), w.scale, low, exists};
+        stage_fragments<true>(fragments(f.right2), s.in / 16 * 2 * P::operands, [&](int at, int e) {
+            const int operand = at / 2 % P::operands, u = at / 2 / P::operands * 16 + at % 2 * 8 + lane.g, half = e / 2;
+            const int r = lane.t * 2 + e % 2, last = 8 + r % 4;  // row r of this half
+            const bool of_bias = N == 12 ? operand == 1 : half == 1;
+            const int i = N == 4 ? r % 4 : N == 8 || !half ? r : last, rest = N == 4 && of_bias ? r / 4 : 0;
+            const bool exists = !of_bias || (w.bias2.data && (N != 12 || !half || r < 4));
+            return Wanted{Asked(of_bias && exists ? w.bias2 : w.right2, i * s.in + u), w.scale, rest, exists};
         });
         __syncthreads();
         form_middle<N>(fragments(f.c1), fragments(f.c2), raw, s);
@@ -82,7 +81,7 @@ struct Pass {
 
     // Z of this warp's chunks over its columns.
     COMPACTER_DEVICE void contract(const unsigned char* x) const {
-        constexpr int chains = P::left_fragments == 1 ? 2 : P::left_fragments;
+        constexpr int chains = P::left_fragments;
         float sum[pairs][chains][4] = {};
         const uint2* factor = fragments(f.left) + part.first_block() * P::left_fragments * 32 + lane.index;
         const unsigned char* at = x + part.first + block_offset(lane.index, s.row, s.in * 2);
@@ -93,7 +92,7 @@ struct Pass {
                 uint32_t a[4];
                 load_matrices(a, at + pair * 4 * s.in);
 #pragma unroll
-                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][chains > P::left_fragments ? block % 2 : j], a, factor[j * 32]);
+                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][j], a, factor[j * 32]);
             }
         }
 #pragma unroll
@@ -130,11 +129,13 @@ struct Pass {
                 y[half][1] = bias.y;
                 y[half][2] = y[half][3] = 0.f;
             }
-            const uint2* c1 = fragments(f.c1) + at * 2 * P::steps * 32 + lane.index;
+            const auto* c1 = reinterpret_cast<const uint4*>(fragments(f.c1)) + at * P::steps * 32 + lane.index;
 #pragma unroll
-            for (int step = 0; step < P::steps; ++step)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) multiply(y[half], a[step], c1[(half * P::steps + step) * 32]);
+            for (int step = 0; step < P::steps; ++step) {
+                const uint4 b = c1[step * 32];
+                multiply(y[0], a[step], {b.x, b.y});
+                multiply(y[1], a[step], {b.z, b.w});
+            }
             float sum[4] = {y[0][0] + y[0][2], y[0][1] + y[0][3], y[1][0] + y[1][2], y[1][1] + y[1][3]};
             activate_all(f.factors.activation, sum);
             if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;
@@ -144,9 +145,10 @@ struct Pass {
         }
     }
 
-    // The left operands of the expansion: V2 of the warp's chunks, and the ones that pick the bias.
+    // The left operands of the expansion: V2 of the warp's chunks, its rest, and the ones that pick the bias.
     struct Expanded {
-        uint32_t a[pairs][P::terms][4];
+        static constexpr int rests = N == 4 ? 0 : 1;
+        uint32_t a[pairs][1 + rests + (N == 12)][4];
     };
     COMPACTER_DEVICE Expanded mix() const {
         constexpr int count = P::v_fragments;
@@ -167,7 +169,7 @@ struct Pass {
             uint32_t part_of[count][2];
 #pragma unroll
             for (int j = 0; j < count; ++j) split(v[pair][j][0] + v[pair][j][2], v[pair][j][1] + v[pair][j][3], part_of[j]);
-            uint32_t(&a)[P::terms][4] = found.a[pair];
+            auto& a = found.a[pair];
             const bool upper = lane.t >= 2;  // lanes of the columns 4 to 7
 #pragma unroll
             for (int chunk = 0; chunk < 2; ++chunk) {
@@ -177,8 +179,8 @@ struct Pass {
                     a[0][2 + chunk] = one_at(q, lane.t * 2 % 4);
                 } else if constexpr (N == 8) {
                     a[0][chunk] = part_of[chunk][0];
-                    a[0][2 + chunk] = part_of[chunk][1];
-                    a[1][chunk] = a[1][2 + chunk] = one_at(q, lane.t * 2);
+                    a[0][2 + chunk] = one_at(q, lane.t * 2);
+                    a[1][chunk] = part_of[chunk][1];
                 } else {
 #pragma unroll
                     for (int low = 0; low < 2; ++low) {
@@ -195,36 +197,36 @@ struct Pass {
 
     // The output of the warp's part, in the place of the residual.
     COMPACTER_DEVICE void expand(unsigned char* tile, const Expanded& v) const {
-        const uint2* factor = fragments(f.right2) + part.first_block() * P::words * 32 + lane.index;
+        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + part.first_block() * P::operands * 32 + lane.index;
         unsigned char* at = tile + part.first + block_offset(lane.index, s.row, s.in * 2);
         uint32_t next[pairs][4];
 #pragma unroll
         for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + pair * 4 * s.in);
 #pragma unroll 2
-        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::words * 32) {
-            uint2 words[P::words];
+        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::operands * 32) {
+            uint4 b[P::operands];  // of two products, eight columns each
 #pragma unroll
-            for (int j = 0; j < P::words; ++j) words[j] = factor[j * 32];
-            float sum[pairs][2][4];
-#pragma unroll
-            for (int pair = 0; pair < pairs; ++pair)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) widen(bf16{}, next[pair][j], sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
-            if (block + 1 < part.blocks)
-#pragma unroll
-                for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
+            for (int j = 0; j < P::operands; ++j) b[j] = factor[j * 32];
 #pragma unroll
             for (int pair = 0; pair < pairs; ++pair) {
-#pragma unroll
-                for (int term = 0; term < P::terms; ++term) {
-                    const uint2 low = words[P::word(term, 0)], high = words[P::word(term, 1)];
-                    multiply(sum[pair][0], v.a[pair][term], {low.x, high.x});
-                    multiply(sum[pair][1], v.a[pair][term], {low.y, high.y});
+                const uint32_t(&x)[4] = next[pair];
+                float left[4] = {low_of(x[0]), high_of(x[0]), low_of(x[1]), high_of(x[1])};
+                float right[4] = {low_of(x[2]), high_of(x[2]), low_of(x[3]), high_of(x[3])};
+                const auto& a = v.a[pair];
+                multiply(left, a[0], {b[0].x, b[0].y});
+                multiply(right, a[0], {b[0].z, b[0].w});
+                if constexpr (N == 8) {
+                    mma_16x8x8(left, {a[1][0], a[1][1]}, b[0].x);
+                    mma_16x8x8(right, {a[1][0], a[1][1]}, b[0].z);
+                } else if constexpr (N == 12) {
+                    multiply(left, a[1], {b[0].x, b[0].y});
+                    multiply(right, a[1], {b[0].z, b[0].w});
+                    multiply(left, a[2], {b[1].x, b[1].y});
+                    multiply(right, a[2], {b[1].z, b[1].w});
                 }
-                uint32_t out[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] = pack_bf16(sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
-                store_matrices(at + pair * 4 * s.in, out);
+                if (block + 1 < part.blocks) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
+                store_matrices(at + pair * 4 * s.in, {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
+                                                      pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])});
             }
         }
     }

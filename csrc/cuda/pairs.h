@@ -40,11 +40,12 @@ struct Pairs {
     // V2 of a pair: one fragment for each chunk, and for n = 12 one for the last four i of both.
     static constexpr int v_fragments = N == 12 ? 3 : 2;
 
-    // The expansion: `terms` products of 16 x 16 x 8, made of `words` different halves (eight k).
-    static constexpr int terms = N / 4, words = N / 4 + 1;
-    COMPACTER_BOTH static constexpr int word(int term, int half) {
-        return N == 4 ? half : N == 8 ? term * (1 + half) : term / 2 * 2 + half;
-    }
+    // The right operands of an expansion, 16 x 8 each. k 0-7 and k 8-15 are
+    //     n = 4     t2, t2 again (meets the rest of V2)    b2, the rest of b2
+    //     n = 8     t2                                     b2
+    //     n = 12    t2, i < 8                              t2, i = 8 to 11, twice (each meets the rows of one chunk)
+    //     and       b2, q < 8                              b2, q = 8 to 11, then zeros
+    static constexpr int operands = N == 12 ? 2 : 1;
 
     // The index i of column c < 8 in eight `tile` of Z.
     COMPACTER_BOTH static int z_index(int tile, int c) { return tile < whole ? tile * 8 + c : whole * 8 + c % 4; }
@@ -91,8 +92,14 @@ struct Wanted {
     }
 };
 
+// Where lane `lane` of fragment `at` is. Together: the fragments 2j and 2j + 1 are loaded at once.
+template <bool Together>
+COMPACTER_DEVICE int fragment_place(int at, int lane) {
+    return Together ? (at / 2 * 32 + lane) * 2 + at % 2 : at * 32 + lane;
+}
+
 // The warps of the block write `count` fragments; want(fragment, e) is number e < 4 of a lane.
-template <class Want>
+template <bool Together, class Want>
 COMPACTER_DEVICE void stage_fragments(uint2* to, int count, const Want& want) {
     constexpr int ahead = 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -106,7 +113,7 @@ COMPACTER_DEVICE void stage_fragments(uint2* to, int count, const Want& want) {
         for (int j = 0; j < ahead; ++j) {
             const Wanted(&w)[4] = wanted[j];
             if (first + j * warps < count)
-                to[(first + j * warps) * 32 + lane] =
+                to[fragment_place<Together>(first + j * warps, lane)] =
                     make_uint2(pack_bf16(w[0].value(), w[1].value()), pack_bf16(w[2].value(), w[3].value()));
         }
     }

@@ -18,7 +18,7 @@ int lay_out(PairForward& f, int groups) {
     s.group = P::owners * s.shares;
     Room room;
     f.left = room.take(fragments(int64_t{blocks} * P::left_fragments));
-    f.right2 = room.take(fragments(int64_t{blocks} * P::words));
+    f.right2 = room.take(fragments(int64_t{2} * blocks * P::operands));
     f.c1 = room.take(fragments(int64_t{2} * steps * P::steps));
     f.c2 = room.take(fragments(int64_t{P::count} * steps * P::v_fragments));
     f.bias = room.floats(int64_t{16} * steps);
