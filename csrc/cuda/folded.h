@@ -41,38 +41,61 @@ COMPACTER_DEVICE void stage_raw(const RawFactors& to, float* bias, const Factors
     }
 }
 
-// Number e < 4 of a lane in a right operand is k = 2t + e % 2 + 8 (e / 2). body(fragment, number) gives
-// the value; the warps of the block write `count` fragments.
-template <bool Together, class Number>
-COMPACTER_DEVICE void form_fragments(uint2* to, int count, const Number& number) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll 2
-    for (int at = warp; at < count; at += warps) {
-        float v[4];
+// C1 as right operands [step of h][step of Z][lane][two eights of y]: a warp forms eight columns of y.
+template <int N>
+COMPACTER_DEVICE void form_columns(uint2* c1, int eight, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const int column = eight * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
+    const bool exists = column < s.bottleneck;
+    uint2* to = c1 + (eight / 2 * P::steps * 32 + lane.index) * 2 + eight % 2;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] = number(at, e);
-        to[fragment_place<Together>(at, lane)] = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+    for (int tile = 0; tile < P::z_tiles; ++tile) {
+        const int i = P::z_index(tile, lane.t * 2);
+        const float t0 = exists ? raw.right[i * s.inner + v] : 0.f, t1 = exists ? raw.right[(i + 1) * s.inner + v] : 0.f;
+        const float* rule = raw.rule + i * N * N + (exists ? q : 0);  // A_i[p,q] is rule[p * N]
+#pragma unroll
+        for (int pair = 0; pair < P::count; ++pair) {
+            const float *even = rule + 2 * pair * N, *odd = even + N;
+            to[(pair * P::z_tiles + tile) * 64] =
+                make_uint2(pack_bf16(even[0] * t0, even[N * N] * t1), pack_bf16(odd[0] * t0, odd[N * N] * t1));
+        }
     }
 }
 
-// C1 as right operands [step of h][step of Z][lane][two eights of y], C2 as [pair][step of h][fragment of V2][lane].
+// C2 as right operands [pair][step of h][fragment of V2][lane]: a warp forms one fragment of all pairs.
+template <int N>
+COMPACTER_DEVICE void form_rows(uint2* c2, int step, int f, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const int i = P::v_index(f, lane.g);
+    float factor[4];
+    const float* rule[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const int k = step * 16 + lane.t * 2 + e % 2 + e / 2 * 8, p = s.by_inner.quotient(k);
+        const bool exists = k < s.bottleneck;
+        factor[e] = exists ? raw.left2[i * s.inner + k - p * s.inner] : 0.f;
+        rule[e] = raw.rule2 + (i * N + (exists ? p : 0)) * N + P::v_chunk(f, lane.g);
+    }
+#pragma unroll
+    for (int pair = 0; pair < P::count; ++pair)
+        c2[((pair * s.steps() + step) * P::v_fragments + f) * 32 + lane.index] =
+            make_uint2(pack_bf16(rule[0][2 * pair] * factor[0], rule[1][2 * pair] * factor[1]),
+                       pack_bf16(rule[2][2 * pair] * factor[2], rule[3][2 * pair] * factor[3]));
+}
+
+// Both, by all warps of the block.
 template <int N>
 COMPACTER_DEVICE void form_middle(uint2* c1, uint2* c2, const RawFactors& raw, const PairSizes& s) {
     using P = Pairs<N>;
-    const PairLane lane;
-    form_fragments<true>(c1, 2 * s.steps() * P::steps, [&](int at, int e) {
-        const int pair = at / 2, column = pair / P::steps * 16 + at % 2 * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
-        const int step = pair % P::steps, p = step / P::z_tiles * 2 + e / 2;
-        const int i = P::z_index(step % P::z_tiles, lane.t * 2 + e % 2);
-        return column < s.bottleneck ? raw.rule[(i * N + p) * N + q] * raw.right[i * s.inner + v] : 0.f;
-    });
-    form_fragments<false>(c2, P::count * s.steps() * P::v_fragments, [&](int at, int e) {
-        const int f = at % P::v_fragments, rest = at / P::v_fragments, pair = s.by_steps.quotient(rest);
-        const int k = (rest - pair * s.steps()) * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
-        const int p = s.by_inner.quotient(k), v = k - p * s.inner;
-        const int q = pair * 2 + P::v_chunk(f, lane.g), i = P::v_index(f, lane.g);
-        return k < s.bottleneck ? raw.rule2[(i * N + p) * N + q] * raw.left2[i * s.inner + v] : 0.f;
-    });
+    const int warps = blockDim.x / 32, columns = 2 * s.steps();
+    for (int job = threadIdx.x / 32; job < columns + s.steps() * P::v_fragments; job += warps) {
+        if (job < columns)
+            form_columns<N>(c1, job, raw, s);
+        else
+            form_rows<N>(c2, (job - columns) / P::v_fragments, (job - columns) % P::v_fragments, raw, s);
+    }
 }
 
 }  // namespace compacter::cuda

@@ -45,12 +45,14 @@ struct Pass {
     PairLane lane;
     Group group;
     TilePart<N> part;
-    float4* z;           // exchanged: [step of Z][share][lane]
-    uint4* h;            // exchanged: [step of h][lane]
+    uint4* z;     // exchanged: Z as left operands, [step][lane]
+    uint4* h;     // exchanged: h as left operands, [step][lane]
+    float4* sums; // exchanged if the columns are shared: [step of Z][share][lane]
 
-    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(s.group), part(s, group.rank) {
-        z = reinterpret_cast<float4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
-        h = reinterpret_cast<uint4*>(z) + P::steps * s.shares * 32;
+    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(s), part(s, group.rank) {
+        z = reinterpret_cast<uint4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
+        h = z + P::steps * 32;
+        sums = reinterpret_cast<float4*>(h + s.steps() * 32);
     }
     COMPACTER_DEVICE uint2* fragments(int offset) const { return reinterpret_cast<uint2*>(shared_memory() + offset); }
 
@@ -83,7 +85,7 @@ struct Pass {
     COMPACTER_DEVICE void contract(const unsigned char* x) const {
         constexpr int chains = P::left_fragments;
         float sum[pairs][chains][4] = {};
-        const uint2* factor = fragments(f.left) + part.first_block() * P::left_fragments * 32 + lane.index;
+        const uint2* factor = fragments(f.left) + part.first_block * P::left_fragments * 32 + lane.index;
         const unsigned char* at = x + part.first + block_offset(lane.index, s.row, s.in * 2);
 #pragma unroll 4
         for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::left_fragments * 32) {
@@ -92,7 +94,7 @@ struct Pass {
                 uint32_t a[4];
                 load_matrices(a, at + pair * 4 * s.in);
 #pragma unroll
-                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][j], a, factor[j * 32]);
+                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][j], a, factor[j * 32].x, factor[j * 32].y);
             }
         }
 #pragma unroll
@@ -104,22 +106,26 @@ struct Pass {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) d[e] += sum[pair][tile * 2 + 1 < chains ? tile * 2 + 1 : 0][e];
                 const int step = (part.owner * pairs + pair) * P::z_tiles + tile;
-                z[(step * s.shares + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
+                if (s.shares == 1)
+                    z[step * 32] = both_parts(d[0], d[1], d[2], d[3]);
+                else
+                    sums[(step * s.shares + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
             }
+        group.sync();
+        if (s.shares == 1) return;
+        for (int step = group.rank; step < P::steps; step += group.warps) {
+            float4 sum = sums[step * s.shares * 32];
+            for (int share = 1; share < s.shares; ++share) {
+                const float4 other = sums[(step * s.shares + share) * 32];
+                sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+            }
+            z[step * 32] = both_parts(sum.x, sum.y, sum.z, sum.w);
+        }
+        group.sync();
     }
 
     // h, in steps of 16 numbers of the bottleneck.
     COMPACTER_DEVICE void bottleneck() const {
-        uint32_t a[P::steps][4];
-#pragma unroll
-        for (int step = 0; step < P::steps; ++step) {
-            float4 sum = z[step * s.shares * 32];
-            for (int share = 1; share < s.shares; ++share) {
-                const float4 other = z[(step * s.shares + share) * 32];
-                sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
-            }
-            both_parts(sum.x, sum.y, sum.z, sum.w, a[step]);
-        }
         for (int at = group.rank; at < s.steps(); at += group.warps) {
             float y[2][4];
 #pragma unroll
@@ -132,17 +138,16 @@ struct Pass {
             const auto* c1 = reinterpret_cast<const uint4*>(fragments(f.c1)) + at * P::steps * 32 + lane.index;
 #pragma unroll
             for (int step = 0; step < P::steps; ++step) {
-                const uint4 b = c1[step * 32];
-                multiply(y[0], a[step], {b.x, b.y});
-                multiply(y[1], a[step], {b.z, b.w});
+                const uint4 a = z[step * 32], b = c1[step * 32];
+                multiply(y[0], a, b.x, b.y);
+                multiply(y[1], a, b.z, b.w);
             }
             float sum[4] = {y[0][0] + y[0][2], y[0][1] + y[0][3], y[1][0] + y[1][2], y[1][1] + y[1][3]};
             activate_all(f.factors.activation, sum);
             if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;
-            uint32_t operand[4];
-            both_parts(sum[0], sum[1], sum[2], sum[3], operand);
-            h[at * 32] = make_uint4(operand[0], operand[1], operand[2], operand[3]);
+            h[at * 32] = both_parts(sum[0], sum[1], sum[2], sum[3]);
         }
+        group.sync();
     }
 
     // The left operands of the expansion: V2 of the warp's chunks, its rest, and the ones that pick the bias.
@@ -161,14 +166,17 @@ struct Pass {
 #pragma unroll
             for (int pair = 0; pair < pairs; ++pair)
 #pragma unroll
-                for (int j = 0; j < count; ++j) multiply(v[pair][j], {four.x, four.y, four.z, four.w}, c2[pair * pair_stride + j * 32]);
+                for (int j = 0; j < count; ++j) {
+                    const uint2 b = c2[pair * pair_stride + j * 32];
+                    multiply(v[pair][j], four, b.x, b.y);
+                }
         }
         Expanded found;
 #pragma unroll
         for (int pair = 0; pair < pairs; ++pair) {
-            uint32_t part_of[count][2];
-#pragma unroll
-            for (int j = 0; j < count; ++j) split(v[pair][j][0] + v[pair][j][2], v[pair][j][1] + v[pair][j][3], part_of[j]);
+            const auto sum = [&](int j, int e) { return v[pair][j][e] + v[pair][j][e + 2]; };
+            const uint4 both = both_parts(sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1));
+            const uint32_t part_of[2][2] = {{both.x, both.y}, {both.z, both.w}};
             auto& a = found.a[pair];
             const bool upper = lane.t >= 2;  // lanes of the columns 4 to 7
 #pragma unroll
@@ -182,10 +190,11 @@ struct Pass {
                     a[0][2 + chunk] = one_at(q, lane.t * 2);
                     a[1][chunk] = part_of[chunk][1];
                 } else {
+                    const uint4 last = both_parts(sum(count - 1, 0), sum(count - 1, 1), 0.f, 0.f);
 #pragma unroll
                     for (int low = 0; low < 2; ++low) {
                         a[low][chunk] = part_of[chunk][low];
-                        a[low][2 + chunk] = upper == (chunk == 1) ? part_of[2][low] : 0u;
+                        a[low][2 + chunk] = upper == (chunk == 1) ? (low ? last.y : last.x) : 0u;
                     }
                     a[2][chunk] = one_at(q, lane.t * 2);
                     a[2][2 + chunk] = one_at(q, 8 + lane.t * 2);
@@ -197,7 +206,7 @@ struct Pass {
 
     // The output of the warp's part, in the place of the residual.
     COMPACTER_DEVICE void expand(unsigned char* tile, const Expanded& v) const {
-        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + part.first_block() * P::operands * 32 + lane.index;
+        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + part.first_block * P::operands * 32 + lane.index;
         unsigned char* at = tile + part.first + block_offset(lane.index, s.row, s.in * 2);
         uint32_t next[pairs][4];
 #pragma unroll
@@ -213,16 +222,16 @@ struct Pass {
                 float left[4] = {low_of(x[0]), high_of(x[0]), low_of(x[1]), high_of(x[1])};
                 float right[4] = {low_of(x[2]), high_of(x[2]), low_of(x[3]), high_of(x[3])};
                 const auto& a = v.a[pair];
-                multiply(left, a[0], {b[0].x, b[0].y});
-                multiply(right, a[0], {b[0].z, b[0].w});
+                multiply(left, a[0], b[0].x, b[0].y);
+                multiply(right, a[0], b[0].z, b[0].w);
                 if constexpr (N == 8) {
                     mma_16x8x8(left, {a[1][0], a[1][1]}, b[0].x);
                     mma_16x8x8(right, {a[1][0], a[1][1]}, b[0].z);
                 } else if constexpr (N == 12) {
-                    multiply(left, a[1], {b[0].x, b[0].y});
-                    multiply(right, a[1], {b[0].z, b[0].w});
-                    multiply(left, a[2], {b[1].x, b[1].y});
-                    multiply(right, a[2], {b[1].z, b[1].w});
+                    multiply(left, a[1], b[0].x, b[0].y);
+                    multiply(right, a[1], b[0].z, b[0].w);
+                    multiply(left, a[2], b[1].x, b[1].y);
+                    multiply(right, a[2], b[1].z, b[1].w);
                 }
                 if (block + 1 < part.blocks) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
                 store_matrices(at + pair * 4 * s.in, {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
@@ -257,9 +266,7 @@ __global__ void __launch_bounds__(512, 1) forward(const PairForward f) {
         else wait_copies<1>();
         __syncwarp();
         pass.contract(at);
-        pass.group.sync();
         pass.bottleneck();
-        pass.group.sync();
         const auto v = pass.mix();
         if (f.residual != f.x) {  // takes the place of x; without one, zeros do
             __syncwarp();

@@ -97,7 +97,7 @@ struct PairSizes {
     int group, shares;      // warps of a group, and how many of them share the columns of the same chunks
     int stages;             // tiles of a group's ring
     int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
-    Divisor by_inner, by_steps;
+    Divisor by_inner, by_group, by_shares;
 
     COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
     COMPACTER_BOTH int tile_bytes() const { return 8 * row; }

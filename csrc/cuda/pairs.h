@@ -58,19 +58,20 @@ struct PairLane {
     int index = threadIdx.x % 32, g = index / 4, t = index % 4;
 };
 
-// Two pairs of numbers as a left operand: rounded in rows g, what rounding took in rows g + 8.
-COMPACTER_DEVICE void both_parts(float low, float high, float next_low, float next_high, uint32_t (&a)[4]) {
-    uint32_t first[2], second[2];
-    split(low, high, first);
-    split(next_low, next_high, second);
-    a[0] = first[0];
-    a[1] = first[1];
-    a[2] = second[0];
-    a[3] = second[1];
+// Four numbers as a left operand: rounded in rows g, what rounding took in rows g + 8. Nothing is taken
+// if one of them is Inf, so that it does not become a NaN.
+COMPACTER_DEVICE uint4 both_parts(float a, float b, float c, float d) {
+    const uint32_t first = pack_bf16(a, b), second = pack_bf16(c, d);
+    const uint32_t rest = pack_bf16(a - low_of(first), b - high_of(first)), rest2 = pack_bf16(c - low_of(second), d - high_of(second));
+    const bool finite = fmaxf(fmaxf(fabsf(a), fabsf(b)), fmaxf(fabsf(c), fabsf(d))) < 3.38e38f;
+    return make_uint4(first, finite ? rest : 0u, second, finite ? rest2 : 0u);
 }
 
 // A right operand, 16 x 8, is two words of each lane: k 2t, 2t + 1 and k 2t + 8, 2t + 9 of column g.
-COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint2& b) { mma_16x8x16(d, a, {b.x, b.y}); }
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next) { mma_16x8x16(d, a, {b, next}); }
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint4& a, uint32_t b, uint32_t next) {
+    mma_16x8x16(d, {a.x, a.y, a.z, a.w}, {b, next});
+}
 
 // Where a lane points in a tile for ldmatrix and stmatrix of a block: lanes 0-7 to the tokens of chunk
 // 2j, lanes 8-15 to those of chunk 2j + 1, lanes 16-31 to the same, eight columns later. Bytes.

@@ -16,13 +16,15 @@ int lay_out(PairForward& f, int groups) {
     const auto fragments = [](int64_t count) { return count * 256; };
     const int blocks = s.in / 16, steps = s.steps();
     s.group = P::owners * s.shares;
+    s.by_group = Divisor(s.group);
+    s.by_shares = Divisor(s.shares);
     Room room;
     f.left = room.take(fragments(int64_t{blocks} * P::left_fragments));
     f.right2 = room.take(fragments(int64_t{2} * blocks * P::operands));
     f.c1 = room.take(fragments(int64_t{2} * steps * P::steps));
     f.c2 = room.take(fragments(int64_t{P::count} * steps * P::v_fragments));
     f.bias = room.floats(int64_t{16} * steps);
-    f.exchange_bytes = 512 * (P::steps * s.shares + steps);
+    f.exchange_bytes = 512 * (P::steps + steps + (s.shares > 1 ? P::steps * s.shares : 0));
     f.exchange = room.take(std::max(int64_t{groups} * f.exchange_bytes, int64_t{4} * RawFactors::floats(s)));
     f.ring = room.take(int64_t{groups} * s.stages * s.tile_bytes());
     return room.bytes;
@@ -45,7 +47,6 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.inner = s.bottleneck / s.n;
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
-    s.by_steps = Divisor(s.steps());
     s.shares = 1;
     int groups = 0;
     for (const int stages : {1, 2}) {
