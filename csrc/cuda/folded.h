@@ -4,40 +4,110 @@
 //     y[q,v]  = sum_{p,i} Z[p,i] C1[(p,i),(q,v)] + b1[q,v]    C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v]
 //     V2[q,i] = sum_{p,v} h[p,v] C2[(p,v),(q,i)]              C2[(p,v),(q,i)] = A2_i[p,q] s2_i[v]
 //
-// C1 and C2 are formed once for each block, from factors that are first copied to shared memory.
+// A block copies all parameters to shared memory, in fp32, and forms right operands of matrix products
+// from there: C1, C2, s1, and t2 with b2. This needs no load that waits for another one.
 #pragma once
 
 #include "kernels.h"
+#include "numbers.h"
 #include "pairs.h"
 
 namespace compacter::cuda {
 
-// The small factors in shared memory, in fp32, in the layouts of the parameters.
+// All parameters in fp32, in their own layouts, one after the other. The lengths are multiples of eight.
 struct RawFactors {
-    float *rule, *right, *rule2, *left2;
+    const float *rule, *left, *right, *bias, *rule2, *left2, *right2, *bias2;
 
-    COMPACTER_DEVICE RawFactors(void* at, const PairSizes& s)
-        : rule(static_cast<float*>(at)), right(rule + s.n * s.n * s.n), rule2(right + s.bottleneck),
-          left2(rule2 + s.n * s.n * s.n) {}
-    static int floats(const PairSizes& s) { return 2 * (s.n * s.n * s.n + s.bottleneck); }
+    COMPACTER_DEVICE RawFactors(const float* at, const PairSizes& s) : rule(at) {
+        left = rule + s.cube();
+        right = left + s.width;
+        bias = right + s.bottleneck;
+        rule2 = bias + s.bottleneck;
+        left2 = rule2 + s.cube();
+        right2 = left2 + s.bottleneck;
+        bias2 = right2 + s.width;
+    }
+    static int floats(const PairSizes& s) { return 2 * s.cube() + 3 * (s.width + s.bottleneck); }
 };
 
-// Copies them, and b1 padded with zeros to whole steps. All five loads of a thread are in flight at once.
-COMPACTER_DEVICE void stage_raw(const RawFactors& to, float* bias, const Factors& f, const PairSizes& s) {
-    const int matrix = s.n * s.n * s.n, padded = s.steps() * 16, most = matrix > padded ? matrix : padded;
-    for (int e = threadIdx.x; e < most; e += blockDim.x) {
-        const int of_rule = e < matrix ? e : 0, of_factor = e < s.bottleneck ? e : 0;
-        const Asked rule(f.rule, of_rule), rule2(f.rule2, of_rule), right(f.right, of_factor), left2(f.left2, of_factor);
-        const Asked of_bias(f.bias.data ? f.bias : f.right, of_factor);
-        if (e < matrix) {
-            to.rule[e] = rule.value();
-            to.rule2[e] = rule2.value();
-        }
-        if (e < s.bottleneck) {
-            to.right[e] = right.value();
-            to.left2[e] = left2.value();
-        }
-        if (e < padded) bias[e] = e < s.bottleneck && f.bias.data ? of_bias.value() : 0.f;
+// Eight numbers of an aligned array of any dtype.
+COMPACTER_DEVICE void read_eight(const Array& array, int at, float (&v)[8]) {
+    if (!array.data) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = 0.f;
+    } else if (array.dtype == DType::f32) {
+        to_floats(load_eight(static_cast<const f32*>(array.data) + at, 8, true), v);
+    } else if (array.dtype == DType::bf16) {
+        to_floats(load_eight(static_cast<const bf16*>(array.data) + at, 8, true), v);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = read(array, at + j);
+    }
+}
+
+// The threads of the block copy all parameters; an absent bias is 0.
+COMPACTER_DEVICE void stage_raw(float* to, const Factors& f, const PairSizes& s) {
+    const int all = 2 * s.cube() + 3 * (s.width + s.bottleneck);
+    for (int e = threadIdx.x * 8; e < all; e += blockDim.x * 8) {
+        Array from = f.rule;
+        int at = e, begin = s.cube();
+        const auto follows = [&](const Array& array, int count) {
+            if (e >= begin) {
+                from = array;
+                at = e - begin;
+            }
+            begin += count;
+        };
+        follows(f.left, s.width);
+        follows(f.right, s.bottleneck);
+        follows(f.bias, s.bottleneck);
+        follows(f.rule2, s.cube());
+        follows(f.left2, s.bottleneck);
+        follows(f.right2, s.width);
+        follows(f.bias2, s.width);
+        float v[8];
+        read_eight(from, at, v);
+        reinterpret_cast<float4*>(to + e)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        reinterpret_cast<float4*>(to + e)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+}
+
+// s1 as right operands [block of 16 columns][fragment][lane]: a warp forms one eight of i.
+template <int N>
+COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const auto* from = reinterpret_cast<const float2*>(raw.left + P::z_index(tile, lane.g) * s.in + block * 16) + lane.t;
+    const PairParts first(from[0].x, from[0].y), second(from[4].x, from[4].y);
+    to += (block * P::left_fragments + tile * 2) * 32 + lane.index;
+    const uint2 rounded = make_uint2(first.rounded, second.rounded), rest = make_uint2(first.rest, second.rest);
+    if (tile < P::whole) {
+        to[0] = rounded;
+        to[32] = rest;
+    } else {
+        to[0] = lane.g < 4 ? rounded : rest;
+    }
+}
+
+// t2 and b2 as right operands [block of 16 columns][operand][lane][two eights of columns]: a warp forms
+// one eight of columns.
+template <int N>
+COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const int r = lane.t * 2, u = block * 16 + eight * 8 + lane.g;
+    const auto parts = [&](const float* array, int row) {
+        return PairParts(array[row * s.in + u] * scale, array[(row + 1) * s.in + u] * scale);
+    };
+    to += (block * P::operands * 32 + lane.index) * 2 + eight;
+    if constexpr (N == 4) {
+        const PairParts bias = parts(raw.bias2, r % 4);
+        to[0] = make_uint2(parts(raw.right2, r % 4).rounded, lane.t < 2 ? bias.rounded : bias.rest);
+    } else if constexpr (N == 8) {
+        to[0] = make_uint2(parts(raw.right2, r).rounded, parts(raw.bias2, r).rounded);
+    } else {
+        to[0] = make_uint2(parts(raw.right2, r).rounded, parts(raw.right2, 8 + r % 4).rounded);
+        to[64] = make_uint2(parts(raw.bias2, r).rounded, lane.t < 2 ? parts(raw.bias2, 8 + r % 4).rounded : 0u);
     }
 }
 
@@ -83,19 +153,6 @@ COMPACTER_DEVICE void form_rows(uint2* c2, int step, int f, const RawFactors& ra
         c2[((pair * s.steps() + step) * P::v_fragments + f) * 32 + lane.index] =
             make_uint2(pack_bf16(rule[0][2 * pair] * factor[0], rule[1][2 * pair] * factor[1]),
                        pack_bf16(rule[2][2 * pair] * factor[2], rule[3][2 * pair] * factor[3]));
-}
-
-// Both, by all warps of the block.
-template <int N>
-COMPACTER_DEVICE void form_middle(uint2* c1, uint2* c2, const RawFactors& raw, const PairSizes& s) {
-    using P = Pairs<N>;
-    const int warps = blockDim.x / 32, columns = 2 * s.steps();
-    for (int job = threadIdx.x / 32; job < columns + s.steps() * P::v_fragments; job += warps) {
-        if (job < columns)
-            form_columns<N>(c1, job, raw, s);
-        else
-            form_rows<N>(c2, (job - columns) / P::v_fragments, (job - columns) % P::v_fragments, raw, s);
-    }
 }
 
 }  // namespace compacter::cuda

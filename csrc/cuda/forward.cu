@@ -49,7 +49,7 @@ struct Pass {
     uint4* h;     // exchanged: h as left operands, [step][lane]
     float4* sums; // exchanged if the columns are shared: [step of Z][share][lane]
 
-    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(s), part(s, group.rank) {
+    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(P::owners, s.log_shares), part(s, group.rank) {
         z = reinterpret_cast<uint4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
         h = z + P::steps * 32;
         sums = reinterpret_cast<float4*>(h + s.steps() * 32);
@@ -58,26 +58,18 @@ struct Pass {
 
     // Brings the weights into the form of right operands.
     COMPACTER_DEVICE void prepare() const {
-        const RawFactors raw(shared_memory() + f.exchange, s);
-        const Factors& w = f.factors;
-        stage_raw(raw, floats_at(f.bias), w, s);
-        stage_fragments<false>(fragments(f.left), s.in / 16 * P::left_fragments, [&](int at, int e) {
-            const int block = at / P::left_fragments, fragment = at - block * P::left_fragments;
-            const bool whole = fragment < 2 * P::whole;
-            const int i = whole ? fragment / 2 * 8 + lane.g : P::whole * 8 + lane.g % 4;
-            const int u = block * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
-            return Wanted{Asked(w.left, i * s.in + u), 1.f, whole ? fragment % 2 : lane.g / 4, true};
-        });
-        stage_fragments<true>(fragments(f.right2), s.in / 16 * 2 * P::operands, [&](int at, int e) {
-            const int operand = at / 2 % P::operands, u = at / 2 / P::operands * 16 + at % 2 * 8 + lane.g, half = e / 2;
-            const int r = lane.t * 2 + e % 2, last = 8 + r % 4;  // row r of this half
-            const bool of_bias = N == 12 ? operand == 1 : half == 1;
-            const int i = N == 4 ? r % 4 : N == 8 || !half ? r : last, rest = N == 4 && of_bias ? r / 4 : 0;
-            const bool exists = !of_bias || (w.bias2.data && (N != 12 || !half || r < 4));
-            return Wanted{Asked(of_bias && exists ? w.bias2 : w.right2, i * s.in + u), w.scale, rest, exists};
-        });
+        stage_raw(floats_at(f.raw), f.factors, s);
         __syncthreads();
-        form_middle<N>(fragments(f.c1), fragments(f.c2), raw, s);
+        const RawFactors raw(floats_at(f.raw), s);
+        for (int e = threadIdx.x; e < s.steps() * 16; e += blockDim.x) floats_at(f.bias)[e] = e < s.bottleneck ? raw.bias[e] : 0.f;
+        const int blocks = s.in / 16, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+        for (int job = warp; job < 2 * s.steps(); job += warps) form_columns<N>(fragments(f.c1), job, raw, s);
+        for (int job = warp; job < P::v_fragments * s.steps(); job += warps)
+            form_rows<N>(fragments(f.c2), job / P::v_fragments, job % P::v_fragments, raw, s);
+        for (int job = warp; job < P::z_tiles * blocks; job += warps)
+            form_left<N>(fragments(f.left), job / P::z_tiles, job % P::z_tiles, raw, s);
+        for (int job = warp; job < 2 * blocks; job += warps)
+            form_right2<N>(fragments(f.right2), job / 2, job % 2, f.factors.scale, raw, s);
         __syncthreads();
     }
 
@@ -106,17 +98,17 @@ struct Pass {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) d[e] += sum[pair][tile * 2 + 1 < chains ? tile * 2 + 1 : 0][e];
                 const int step = (part.owner * pairs + pair) * P::z_tiles + tile;
-                if (s.shares == 1)
+                if (s.shares() == 1)
                     z[step * 32] = both_parts(d[0], d[1], d[2], d[3]);
                 else
-                    sums[(step * s.shares + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
+                    sums[(step * s.shares() + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
             }
         group.sync();
-        if (s.shares == 1) return;
+        if (s.shares() == 1) return;
         for (int step = group.rank; step < P::steps; step += group.warps) {
-            float4 sum = sums[step * s.shares * 32];
-            for (int share = 1; share < s.shares; ++share) {
-                const float4 other = sums[(step * s.shares + share) * 32];
+            float4 sum = sums[step * s.shares() * 32];
+            for (int share = 1; share < s.shares(); ++share) {
+                const float4 other = sums[(step * s.shares() + share) * 32];
                 sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
             }
             z[step * 32] = both_parts(sum.x, sum.y, sum.z, sum.w);
@@ -247,21 +239,23 @@ __global__ void __launch_bounds__(512, 1) forward(const PairForward f) {
     const PairSizes& s = f.sizes;
     const int64_t tiles = (f.tokens + tile_tokens - 1) / tile_tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;
     const int64_t begin = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group.index;
-    unsigned char* const ring = shared_memory() + f.ring + pass.group.index * s.stages * s.tile_bytes();
+    unsigned char* const ring = shared_memory() + f.ring + pass.group.index * s.tile_bytes();
+    const int stage_bytes = pass.group.count * s.tile_bytes();
     const auto valid = [&](int64_t tile) { return static_cast<int>(min(f.tokens - tile * tile_tokens, int64_t{tile_tokens})); };
     const auto rows = [&](const void* tensor, int64_t tile) {
         return static_cast<const unsigned char*>(tensor) + tile * tile_tokens * s.width * 2;
     };
     const auto load = [&](int64_t tile, int stage) {
-        if (tile < tiles) pass.part.load(ring + stage * s.tile_bytes(), rows(f.x, tile), valid(tile));
+        if (tile < tiles) pass.part.load(ring + stage * stage_bytes, rows(f.x, tile), valid(tile));
         commit_copies();
     };
-    for (int stage = 0; stage < s.stages; ++stage) load(begin + stage * step, stage);
+    load(begin, 0);
     pass.prepare();
+    if (s.stages == 2) load(begin + step, 1);
 
     int stage = 0;
     for (int64_t tile = begin; tile < tiles; tile += step) {
-        unsigned char* const at = ring + stage * s.tile_bytes();
+        unsigned char* const at = ring + stage * stage_bytes;
         if (s.stages == 1) wait_copies<0>();
         else wait_copies<1>();
         __syncwarp();

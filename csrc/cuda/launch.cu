@@ -7,6 +7,9 @@ namespace {
 
 // A row begins a multiple of its width after its tensor, so the tensor's alignment decides.
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const Parameters& p) {
+    return aligned(p.rule.data) && aligned(p.left.data) && aligned(p.right.data) && aligned(p.bias.data);
+}
 
 std::string refuses(const Problem& p, const Device& device) {
     const Projection &down = *p.down, &up = p.up ? *p.up : down;
@@ -30,7 +33,7 @@ std::string refuses(const Problem& p, const Device& device) {
 
 void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
     if (!p.tokens) return;
-    if (pairs_serve(p) && aligned(x) && aligned(residual) && aligned(out)) {
+    if (pairs_serve(p) && aligned(p.down->weights) && aligned(p.up->weights) && aligned(x) && aligned(residual) && aligned(out)) {
         PlannedPairForward plan = plan_pair_forward(p, device);
         plan.arguments.x = x;
         plan.arguments.residual = residual;

@@ -17,7 +17,6 @@
 #pragma once
 
 #include "element.h"
-#include "numbers.h"
 #include "sizes.h"
 
 namespace compacter::cuda {
@@ -67,6 +66,15 @@ COMPACTER_DEVICE uint4 both_parts(float a, float b, float c, float d) {
     return make_uint4(first, finite ? rest : 0u, second, finite ? rest2 : 0u);
 }
 
+// A pair of numbers, rounded, and what rounding took.
+struct PairParts {
+    uint32_t rounded, rest;
+
+    COMPACTER_DEVICE PairParts(float low, float high) : rounded(pack_bf16(low, high)) {
+        rest = pack_bf16(rest_of(low, low_of(rounded)), rest_of(high, high_of(rounded)));
+    }
+};
+
 // A right operand, 16 x 8, is two words of each lane: k 2t, 2t + 1 and k 2t + 8, 2t + 9 of column g.
 COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next) { mma_16x8x16(d, a, {b, next}); }
 COMPACTER_DEVICE void multiply(float (&d)[4], const uint4& a, uint32_t b, uint32_t next) {
@@ -77,47 +85,6 @@ COMPACTER_DEVICE void multiply(float (&d)[4], const uint4& a, uint32_t b, uint32
 // 2j, lanes 8-15 to those of chunk 2j + 1, lanes 16-31 to the same, eight columns later. Bytes.
 COMPACTER_DEVICE int block_offset(int lane, int row, int chunk) {
     return lane % 8 * row + lane / 8 % 2 * chunk + lane / 16 * 16;
-}
-
-// One number of a fragment while its load is in flight: part 0 is the rounded number, part 1 what
-// rounding took; nothing if it does not exist.
-struct Wanted {
-    Asked asked;
-    float scale;
-    int part;
-    bool exists;
-
-    COMPACTER_DEVICE float value() const {
-        const float whole = exists ? asked.value() * scale : 0.f, rounded = low_of(pack_bf16(whole, 0.f));
-        return part ? rest_of(whole, rounded) : whole;
-    }
-};
-
-// Where lane `lane` of fragment `at` is. Together: the fragments 2j and 2j + 1 are loaded at once.
-template <bool Together>
-COMPACTER_DEVICE int fragment_place(int at, int lane) {
-    return Together ? (at / 2 * 32 + lane) * 2 + at % 2 : at * 32 + lane;
-}
-
-// The warps of the block write `count` fragments; want(fragment, e) is number e < 4 of a lane.
-template <bool Together, class Want>
-COMPACTER_DEVICE void stage_fragments(uint2* to, int count, const Want& want) {
-    constexpr int ahead = 2;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    for (int first = warp; first < count; first += ahead * warps) {
-        Wanted wanted[ahead][4];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) wanted[j][e] = want(first + j * warps < count ? first + j * warps : first, e);
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const Wanted(&w)[4] = wanted[j];
-            if (first + j * warps < count)
-                to[fragment_place<Together>(first + j * warps, lane)] =
-                    make_uint2(pack_bf16(w[0].value(), w[1].value()), pack_bf16(w[2].value(), w[3].value()));
-        }
-    }
 }
 
 }  // namespace compacter::cuda

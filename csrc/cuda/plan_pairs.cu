@@ -15,18 +15,18 @@ int lay_out(PairForward& f, int groups) {
     PairSizes& s = f.sizes;
     const auto fragments = [](int64_t count) { return count * 256; };
     const int blocks = s.in / 16, steps = s.steps();
-    s.group = P::owners * s.shares;
-    s.by_group = Divisor(s.group);
-    s.by_shares = Divisor(s.shares);
+    s.group = P::owners * s.shares();
     Room room;
     f.left = room.take(fragments(int64_t{blocks} * P::left_fragments));
     f.right2 = room.take(fragments(int64_t{2} * blocks * P::operands));
     f.c1 = room.take(fragments(int64_t{2} * steps * P::steps));
     f.c2 = room.take(fragments(int64_t{P::count} * steps * P::v_fragments));
     f.bias = room.floats(int64_t{16} * steps);
-    f.exchange_bytes = 512 * (P::steps + steps + (s.shares > 1 ? P::steps * s.shares : 0));
-    f.exchange = room.take(std::max(int64_t{groups} * f.exchange_bytes, int64_t{4} * RawFactors::floats(s)));
-    f.ring = room.take(int64_t{groups} * s.stages * s.tile_bytes());
+    f.exchange_bytes = 512 * (P::steps + steps + (s.log_shares ? P::steps * s.shares() : 0));
+    f.exchange = room.take(int64_t{groups} * f.exchange_bytes);
+    const int64_t tiles = int64_t{groups} * s.tile_bytes(), raw = int64_t{4} * RawFactors::floats(s);
+    f.ring = room.take(tiles);
+    f.raw = room.take(s.stages == 2 ? std::max(tiles, raw) : raw);
     return room.bytes;
 }
 
@@ -47,7 +47,7 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.inner = s.bottleneck / s.n;
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
-    s.shares = 1;
+    s.log_shares = 0;
     int groups = 0;
     for (const int stages : {1, 2}) {
         s.stages = stages;
@@ -56,13 +56,14 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
         if (lay_out<P>(f, 1) > device.shared_limit) s.stages = 1;
     }
     groups = std::max(groups, 1);
-    const auto fits = [&](int shares) {
-        s.shares = shares;
-        return shares * 2 <= s.in / 16 && groups * P::owners * shares <= most_warps && lay_out<P>(f, groups) <= device.shared_limit;
+    const auto fits = [&](int log_shares) {
+        s.log_shares = log_shares;
+        return 2 << log_shares <= s.in / 16 && groups * P::owners << log_shares <= most_warps &&
+               lay_out<P>(f, groups) <= device.shared_limit;
     };
-    int shares = 1;
-    while (fits(2 * shares)) shares *= 2;
-    s.shares = shares;
+    int log_shares = 0;
+    while (fits(log_shares + 1)) ++log_shares;
+    s.log_shares = log_shares;
 
     const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;
     groups = static_cast<int>(std::clamp<int64_t>(spread, 1, groups));

@@ -7,13 +7,13 @@
 
 namespace compacter::cuda {
 
-// The warps that share a tile.
+// The warps that share a tile: `owners` for its chunks, and 2^log_shares for the columns of each.
 struct Group {
     int warps, index, rank, count;
 
-    COMPACTER_DEVICE explicit Group(const PairSizes& s)
-        : warps(s.group), index(s.by_group.quotient(threadIdx.x / 32)), rank(threadIdx.x / 32 - index * warps),
-          count(s.by_group.quotient(blockDim.x / 32)) {}
+    COMPACTER_DEVICE Group(int owners, int log_shares)
+        : warps(owners << log_shares), index((threadIdx.x / 32 >> log_shares) / owners), rank(threadIdx.x / 32 - index * warps),
+          count((blockDim.x / 32 >> log_shares) / owners) {}
     COMPACTER_DEVICE void sync() const { sync_threads(index + 1, warps * 32); }
 };
 
@@ -31,10 +31,10 @@ struct TilePart {
     int blocks, vectors;   // columns of a chunk in it, in 16s and in eights
     int token, line;       // what a lane moves: its first token, and the bytes in the part of a token
 
-    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank) : s(s), owner(s.by_shares.quotient(rank)), share(rank - owner * s.shares) {
+    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank) : s(s), owner(rank >> s.log_shares), share(rank & (s.shares() - 1)) {
         const int all = s.in / 16, lane = threadIdx.x % 32;
-        first_block = s.by_shares.quotient(all * share);
-        blocks = s.by_shares.quotient(all * (share + 1)) - first_block;
+        first_block = all * share >> s.log_shares;
+        blocks = (all * (share + 1) >> s.log_shares) - first_block;
         vectors = blocks * 2;
         first = owner * P::chunks * s.in * 2 + first_block * 32;
         token = lane / 8 / P::chunks;
