@@ -15,19 +15,19 @@
 namespace compacter::cuda {
 
 // All parameters in fp32, in their own layouts, one after the other. The lengths are multiples of eight.
+// Rows of s1, t2 and b2 and matrices of a rule are padded, so that the lanes read from different banks.
 struct RawFactors {
+    static constexpr int pad = 4, left_pad = 8;
+    int matrix, in, out;  // floats from one matrix of a rule, row of s1, row of t2 or b2 to the next
     const float *rule, *left, *right, *bias, *rule2, *left2, *right2, *bias2;
 
-    COMPACTER_DEVICE RawFactors(const float* at, const PairSizes& s) : rule(at) {
-        left = rule + s.cube();
-        right = left + s.width;
-        bias = right + s.bottleneck;
-        rule2 = bias + s.bottleneck;
-        left2 = rule2 + s.cube();
-        right2 = left2 + s.bottleneck;
-        bias2 = right2 + s.width;
+    COMPACTER_BOTH RawFactors(const float* at, const PairSizes& s)
+        : matrix(s.n * s.n + pad), in(s.in + left_pad), out(s.in + pad), rule(at), left(rule + s.n * matrix),
+          right(left + s.n * in), bias(right + s.bottleneck), rule2(bias + s.bottleneck), left2(rule2 + s.n * matrix),
+          right2(left2 + s.bottleneck), bias2(right2 + s.n * out) {}
+    static int floats(const PairSizes& s) {
+        return 2 * s.n * (s.n * s.n + pad) + s.n * (s.in + left_pad) + 2 * s.n * (s.in + pad) + 3 * s.bottleneck;
     }
-    static int floats(const PairSizes& s) { return 2 * s.cube() + 3 * (s.width + s.bottleneck); }
 };
 
 // Eight numbers of an aligned array of any dtype.
@@ -46,29 +46,38 @@ COMPACTER_DEVICE void read_eight(const Array& array, int at, float (&v)[8]) {
 }
 
 // The threads of the block copy all parameters; an absent bias is 0.
+template <int N>
 COMPACTER_DEVICE void stage_raw(float* to, const Factors& f, const PairSizes& s) {
-    const int all = 2 * s.cube() + 3 * (s.width + s.bottleneck);
+    constexpr int matrix = N * N, pad = RawFactors::pad;
+    const int all = 2 * N * matrix + 3 * (s.width + s.bottleneck);
     for (int e = threadIdx.x * 8; e < all; e += blockDim.x * 8) {
         Array from = f.rule;
-        int at = e, begin = s.cube();
-        const auto follows = [&](const Array& array, int count) {
+        int at = e, first = 0, padding = pad;  // in the array; where it begins in shared memory; after each row
+        bool of_rule = true;
+        int begin = N * matrix, begin_there = N * (matrix + pad);
+        const auto follows = [&](const Array& array, int count, int rows, int its_padding) {
             if (e >= begin) {
                 from = array;
                 at = e - begin;
+                first = begin_there;
+                padding = its_padding;
+                of_rule = count == N * matrix;
             }
             begin += count;
+            begin_there += count + rows * its_padding;
         };
-        follows(f.left, s.width);
-        follows(f.right, s.bottleneck);
-        follows(f.bias, s.bottleneck);
-        follows(f.rule2, s.cube());
-        follows(f.left2, s.bottleneck);
-        follows(f.right2, s.width);
-        follows(f.bias2, s.width);
+        follows(f.left, s.width, N, RawFactors::left_pad);
+        follows(f.right, s.bottleneck, 0, 0);
+        follows(f.bias, s.bottleneck, 0, 0);
+        follows(f.rule2, N * matrix, N, pad);
+        follows(f.left2, s.bottleneck, 0, 0);
+        follows(f.right2, s.width, N, pad);
+        follows(f.bias2, s.width, N, pad);
         float v[8];
         read_eight(from, at, v);
-        reinterpret_cast<float4*>(to + e)[0] = make_float4(v[0], v[1], v[2], v[3]);
-        reinterpret_cast<float4*>(to + e)[1] = make_float4(v[4], v[5], v[6], v[7]);
+        float* there = to + first + at + (of_rule ? at / matrix : s.by_in.quotient(at)) * padding;
+        reinterpret_cast<float4*>(there)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        reinterpret_cast<float4*>(there)[1] = make_float4(v[4], v[5], v[6], v[7]);
     }
 }
 
@@ -77,7 +86,7 @@ template <int N>
 COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors& raw, const PairSizes& s) {
     using P = Pairs<N>;
     const PairLane lane;
-    const auto* from = reinterpret_cast<const float2*>(raw.left + P::z_index(tile, lane.g) * s.in + block * 16) + lane.t;
+    const auto* from = reinterpret_cast<const float2*>(raw.left + P::z_index(tile, lane.g) * raw.in + block * 16) + lane.t;
     const PairParts first(from[0].x, from[0].y), second(from[4].x, from[4].y);
     to += (block * P::left_fragments + tile * 2) * 32 + lane.index;
     const uint2 rounded = make_uint2(first.rounded, second.rounded), rest = make_uint2(first.rest, second.rest);
@@ -97,7 +106,7 @@ COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, 
     const PairLane lane;
     const int r = lane.t * 2, u = block * 16 + eight * 8 + lane.g;
     const auto parts = [&](const float* array, int row) {
-        return PairParts(array[row * s.in + u] * scale, array[(row + 1) * s.in + u] * scale);
+        return PairParts(array[row * raw.out + u] * scale, array[(row + 1) * raw.out + u] * scale);
     };
     to += (block * P::operands * 32 + lane.index) * 2 + eight;
     if constexpr (N == 4) {
@@ -115,6 +124,7 @@ COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, 
 template <int N>
 COMPACTER_DEVICE void form_columns(uint2* c1, int eight, const RawFactors& raw, const PairSizes& s) {
     using P = Pairs<N>;
+    constexpr int next = N * N + RawFactors::pad;  // from A_i to the next one
     const PairLane lane;
     const int column = eight * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
     const bool exists = column < s.bottleneck;
@@ -123,12 +133,12 @@ COMPACTER_DEVICE void form_columns(uint2* c1, int eight, const RawFactors& raw, 
     for (int tile = 0; tile < P::z_tiles; ++tile) {
         const int i = P::z_index(tile, lane.t * 2);
         const float t0 = exists ? raw.right[i * s.inner + v] : 0.f, t1 = exists ? raw.right[(i + 1) * s.inner + v] : 0.f;
-        const float* rule = raw.rule + i * N * N + (exists ? q : 0);  // A_i[p,q] is rule[p * N]
+        const float* rule = raw.rule + i * next + (exists ? q : 0);  // A_i[p,q] is rule[p * N]
 #pragma unroll
         for (int pair = 0; pair < P::count; ++pair) {
             const float *even = rule + 2 * pair * N, *odd = even + N;
             to[(pair * P::z_tiles + tile) * 64] =
-                make_uint2(pack_bf16(even[0] * t0, even[N * N] * t1), pack_bf16(odd[0] * t0, odd[N * N] * t1));
+                make_uint2(pack_bf16(even[0] * t0, even[next] * t1), pack_bf16(odd[0] * t0, odd[next] * t1));
         }
     }
 }
@@ -146,7 +156,7 @@ COMPACTER_DEVICE void form_rows(uint2* c2, int step, int f, const RawFactors& ra
         const int k = step * 16 + lane.t * 2 + e % 2 + e / 2 * 8, p = s.by_inner.quotient(k);
         const bool exists = k < s.bottleneck;
         factor[e] = exists ? raw.left2[i * s.inner + k - p * s.inner] : 0.f;
-        rule[e] = raw.rule2 + (i * N + (exists ? p : 0)) * N + P::v_chunk(f, lane.g);
+        rule[e] = raw.rule2 + i * raw.matrix + (exists ? p : 0) * N + P::v_chunk(f, lane.g);
     }
 #pragma unroll
     for (int pair = 0; pair < P::count; ++pair)

@@ -58,17 +58,18 @@ struct Pass {
 
     // Brings the weights into the form of right operands.
     COMPACTER_DEVICE void prepare() const {
-        stage_raw(floats_at(f.raw), f.factors, s);
+        stage_raw<N>(floats_at(f.raw), f.factors, s);
         __syncthreads();
         const RawFactors raw(floats_at(f.raw), s);
         for (int e = threadIdx.x; e < s.steps() * 16; e += blockDim.x) floats_at(f.bias)[e] = e < s.bottleneck ? raw.bias[e] : 0.f;
-        const int blocks = s.in / 16, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+        // Every second kind of job begins with the last warp, so that few jobs spread over the warps.
+        const int blocks = s.in / 16, warps = blockDim.x / 32, warp = threadIdx.x / 32, from_last = warps - 1 - warp;
         for (int job = warp; job < 2 * s.steps(); job += warps) form_columns<N>(fragments(f.c1), job, raw, s);
-        for (int job = warp; job < P::v_fragments * s.steps(); job += warps)
+        for (int job = from_last; job < P::v_fragments * s.steps(); job += warps)
             form_rows<N>(fragments(f.c2), job / P::v_fragments, job % P::v_fragments, raw, s);
         for (int job = warp; job < P::z_tiles * blocks; job += warps)
             form_left<N>(fragments(f.left), job / P::z_tiles, job % P::z_tiles, raw, s);
-        for (int job = warp; job < 2 * blocks; job += warps)
+        for (int job = from_last; job < 2 * blocks; job += warps)
             form_right2<N>(fragments(f.right2), job / 2, job % 2, f.factors.scale, raw, s);
         __syncthreads();
     }

@@ -97,7 +97,7 @@ struct PairSizes {
     int group, log_shares;  // warps of a group, of which 2^log_shares share the columns of the same chunks
     int stages;             // tiles of a group's ring
     int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
-    Divisor by_inner;
+    Divisor by_inner, by_in;
 
     COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
     COMPACTER_BOTH int cube() const { return n * n * n; }

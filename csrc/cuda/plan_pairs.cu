@@ -47,6 +47,7 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.inner = s.bottleneck / s.n;
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
+    s.by_in = Divisor(s.in);
     s.log_shares = 0;
     int groups = 0;
     for (const int stages : {1, 2}) {
