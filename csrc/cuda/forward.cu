@@ -145,8 +145,7 @@ struct Pass {
 
     // The left operands of the expansion: V2 of the warp's chunks, its rest, and the ones that pick the bias.
     struct Expanded {
-        static constexpr int rests = N == 4 ? 0 : 1;
-        uint32_t a[pairs][1 + rests + (N == 12)][4];
+        uint32_t a[pairs][N / 4][4];
     };
     COMPACTER_DEVICE Expanded mix() const {
         constexpr int count = P::v_fragments;
@@ -209,26 +208,37 @@ struct Pass {
             uint4 b[P::operands];  // of two products, eight columns each
 #pragma unroll
             for (int j = 0; j < P::operands; ++j) b[j] = factor[j * 32];
+            float left[pairs][4], right[pairs][4];  // the first eight columns, the next eight
 #pragma unroll
             for (int pair = 0; pair < pairs; ++pair) {
                 const uint32_t(&x)[4] = next[pair];
-                float left[4] = {low_of(x[0]), high_of(x[0]), low_of(x[1]), high_of(x[1])};
-                float right[4] = {low_of(x[2]), high_of(x[2]), low_of(x[3]), high_of(x[3])};
-                const auto& a = v.a[pair];
-                multiply(left, a[0], b[0].x, b[0].y);
-                multiply(right, a[0], b[0].z, b[0].w);
-                if constexpr (N == 8) {
-                    mma_16x8x8(left, {a[1][0], a[1][1]}, b[0].x);
-                    mma_16x8x8(right, {a[1][0], a[1][1]}, b[0].z);
-                } else if constexpr (N == 12) {
-                    multiply(left, a[1], b[0].x, b[0].y);
-                    multiply(right, a[1], b[0].z, b[0].w);
-                    multiply(left, a[2], b[1].x, b[1].y);
-                    multiply(right, a[2], b[1].z, b[1].w);
+                widen(bf16{}, x[0], left[pair][0], left[pair][1]);
+                widen(bf16{}, x[1], left[pair][2], left[pair][3]);
+                widen(bf16{}, x[2], right[pair][0], right[pair][1]);
+                widen(bf16{}, x[3], right[pair][2], right[pair][3]);
+            }
+#pragma unroll
+            for (int term = 0; term < N / 4; ++term)
+#pragma unroll
+                for (int pair = 0; pair < pairs; ++pair) {
+                    const uint32_t(&a)[4] = v.a[pair][term];
+                    const uint4& of_term = b[term / 2];
+                    if (N == 8 && term == 1) {  // the rest of V2 has no bias beside it
+                        mma_16x8x8(left[pair], {a[0], a[1]}, of_term.x);
+                        mma_16x8x8(right[pair], {a[0], a[1]}, of_term.z);
+                    } else {
+                        multiply(left[pair], a, of_term.x, of_term.y);
+                        multiply(right[pair], a, of_term.z, of_term.w);
+                    }
                 }
-                if (block + 1 < part.blocks) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
-                store_matrices(at + pair * 4 * s.in, {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
-                                                      pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])});
+            if (block + 1 < part.blocks)
+#pragma unroll
+                for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
+#pragma unroll
+            for (int pair = 0; pair < pairs; ++pair) {
+                const float(&l)[4] = left[pair], (&r)[4] = right[pair];
+                store_matrices(at + pair * 4 * s.in,
+                               {pack_bf16(l[0], l[1]), pack_bf16(l[2], l[3]), pack_bf16(r[0], r[1]), pack_bf16(r[2], r[3])});
             }
         }
     }
