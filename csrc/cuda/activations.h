@@ -12,7 +12,7 @@ struct ValueAndSlope {
 
 // sigma(y) = 1 / (1 + e^-y), slope = e / (1 + e)^2, e = exp(-|y|); sigma (1 - sigma) would cancel
 COMPACTER_DEVICE ValueAndSlope sigmoid(float y) {
-    const float e = expf(-fabsf(y)), below = 1.f / (1.f + e);
+    const float e = expf(-fabsf(y)), below = reciprocal(1.f + e);
     return {y < 0.f ? e * below : below, e * below * below};
 }
 
@@ -44,24 +44,33 @@ COMPACTER_DEVICE ValueAndSlope mish(float y) {
 }
 
 COMPACTER_DEVICE ValueAndSlope tanh_and_slope(float y) {
-    const float e = expf(-2.f * fabsf(y)), below = 1.f / (1.f + e);
+    const float e = expf(-2.f * fabsf(y)), below = reciprocal(1.f + e);
     return {tanhf(y), 4.f * e * below * below};
 }
 
-COMPACTER_DEVICE ValueAndSlope activate(Activation activation, float y) {
+// Calls body(function) with the function of an activation, so that a loop over many numbers chooses once.
+template <class Body>
+COMPACTER_DEVICE void with_activation(Activation activation, const Body& body) {
     switch (activation) {
-        case Activation::relu: return {y < 0.f ? 0.f : y, y <= 0.f ? 0.f : 1.f};
-        case Activation::gelu: return gelu(y);
-        case Activation::gelu_new: return gelu_new(y);
-        case Activation::silu: return swish(y, 1.f);
-        case Activation::tanh: return tanh_and_slope(y);
-        case Activation::sigmoid: return sigmoid(y);
-        case Activation::leaky_relu: return {y > 0.f ? y : 0.01f * y, y > 0.f ? 1.f : 0.01f};
-        case Activation::mish: return mish(y);
-        case Activation::relu2: return {y < 0.f ? 0.f : y * y, y < 0.f ? 0.f : 2.f * y};
-        case Activation::quick_gelu: return swish(y, 1.702f);
-        default: return {y, 1.f};
+        case Activation::relu: return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y, y <= 0.f ? 0.f : 1.f}; });
+        case Activation::gelu: return body([](float y) { return gelu(y); });
+        case Activation::gelu_new: return body([](float y) { return gelu_new(y); });
+        case Activation::silu: return body([](float y) { return swish(y, 1.f); });
+        case Activation::tanh: return body([](float y) { return tanh_and_slope(y); });
+        case Activation::sigmoid: return body([](float y) { return sigmoid(y); });
+        case Activation::leaky_relu:
+            return body([](float y) { return ValueAndSlope{y > 0.f ? y : 0.01f * y, y > 0.f ? 1.f : 0.01f}; });
+        case Activation::mish: return body([](float y) { return mish(y); });
+        case Activation::relu2: return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y * y, y < 0.f ? 0.f : 2.f * y}; });
+        case Activation::quick_gelu: return body([](float y) { return swish(y, 1.702f); });
+        default: return body([](float y) { return ValueAndSlope{y, 1.f}; });
     }
+}
+
+COMPACTER_DEVICE ValueAndSlope activate(Activation activation, float y) {
+    ValueAndSlope result;
+    with_activation(activation, [&](auto function) { result = function(y); });
+    return result;
 }
 
 }  // namespace compacter::cuda

@@ -22,17 +22,6 @@
 namespace compacter::cuda {
 namespace {
 
-// act of four numbers, with one branch for all of them.
-template <int Which = 0>
-COMPACTER_DEVICE void activate_all(Activation activation, float (&y)[4]) {
-    if (activation == static_cast<Activation>(Which)) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[e] = activate(static_cast<Activation>(Which), y[e]).value;
-    } else if constexpr (Which < static_cast<int>(Activation::quick_gelu)) {
-        activate_all<Which + 1>(activation, y);
-    }
-}
-
 // A pair of bf16 with a 1 where c or c + 1 is q.
 COMPACTER_DEVICE uint32_t one_at(int q, int c) { return (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u); }
 
@@ -136,7 +125,10 @@ struct Pass {
                 multiply(y[1], a, b.z, b.w);
             }
             float sum[4] = {y[0][0] + y[0][2], y[0][1] + y[0][3], y[1][0] + y[1][2], y[1][1] + y[1][3]};
-            activate_all(f.factors.activation, sum);
+            with_activation(f.factors.activation, [&](auto function) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[e] = function(sum[e]).value;
+            });
             if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;
             h[at * 32] = both_parts(sum[0], sum[1], sum[2], sum[3]);
         }

@@ -38,6 +38,13 @@ COMPACTER_DEVICE float from_f16(uint16_t bits) {
     return value;
 }
 
+// 1 / x but for the last bit, for x from 1 to 2.
+COMPACTER_DEVICE float reciprocal(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 // A double from the halves of its bits.
 COMPACTER_DEVICE double double_of(uint32_t high, uint32_t low) {
     return __hiloint2double(static_cast<int>(high), static_cast<int>(low));

@@ -13,7 +13,7 @@
 
 namespace cuda_on_cpu {
 
-constexpr int warp_size = 32, most_threads = 1024;
+constexpr int warp_size = 32, most_threads = 1024, most_warps = most_threads / warp_size;
 constexpr uint32_t whole_warp = 0xffffffff;
 constexpr size_t most_shared_bytes = 227 << 10;  // that a block of sm_90 may have
 constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4 << 10;
@@ -52,13 +52,12 @@ struct Fibre {
     std::vector<Copy> copies;
     unsigned group = 0;                 // the number of the group of copies that is open
     bool waited = false;                // for the previous kernel
-    int barrier = 0;                    // the named barrier that it uses; a thread uses one at most
-    unsigned passes = 0;                // how often it has passed that one
     uint32_t seen[warp_size] = {};      // race_check.h: for each lane, how many of its epochs came before now
 };
 
 struct Warp {
     uint32_t lanes = 0, live = 0;       // all; those that have not left the kernel
+    unsigned seen[most_warps] = {};     // race_check.h: for each warp, how many named barriers of its own came before now
     uint32_t ready = 0, waiting = 0;    // of the live ones: able to run; parked at a collective (neither: at a barrier)
 };
 
@@ -67,6 +66,7 @@ struct Block {
     std::vector<Warp> warps;
     int threads = 0, live = 0, at_barrier = 0;
     unsigned barriers = 0;                       // how many it has passed
+    std::vector<int> named[16];                  // who waits at the barrier of this name
     bool waited = false;                         // some thread has waited for the previous kernel, a barrier ago
 };
 
@@ -129,19 +129,24 @@ inline void named_barrier(const Place& at, int name, int threads) {
     Machinery guard;
     if (name < 1 || name > 15) fail(at.text() + ": there is no such barrier");
     if (threads % warp_size || threads > block.threads) fail(at.text() + ": the number of threads is not that of warps");
-    if (self->barrier && self->barrier != name) fail(at.text() + ": the thread has used another barrier");
-    self->barrier = name;
+    std::vector<int>& there = block.named[name];
     self->at = at;
     self->mask = 0;
-    ++self->passes;
-    int there = 0;
-    for (int i = 0; i < block.threads; ++i) {
-        const Fibre& f = *block.fibres[i];
-        there += f.barrier == name && f.passes == self->passes;
+    there.push_back(self->index);
+    if (static_cast<int>(there.size()) == threads) {
+        unsigned joint[most_warps] = {};
+        for (int index : there) {
+            Warp& warp = warp_of(*block.fibres[index]);
+            if (index % warp_size == 0) ++warp.seen[index / warp_size];
+            for (int w = 0; w < most_warps; ++w) joint[w] = std::max(joint[w], warp.seen[w]);
+        }
+        for (int index : there) {
+            Warp& warp = warp_of(*block.fibres[index]);
+            std::copy(std::begin(joint), std::end(joint), warp.seen);
+            warp.ready |= bit_of(*block.fibres[index]);
+        }
+        there.clear();
     }
-    if (there == threads)
-        for (int i = 0; i < block.threads; ++i)
-            if (block.fibres[i]->barrier == name) warp_of(*block.fibres[i]).ready |= bit_of(*block.fibres[i]);
     park();
 }
 
@@ -176,13 +181,12 @@ inline void start_block(int threads) {
     block.at_barrier = 0;
     block.barriers = 0;
     block.waited = false;
+    for (auto& waiting : block.named) waiting.clear();
     for (int i = 0; i < threads; ++i) {
         Fibre& f = *block.fibres[i];
         f.copies.clear();
         f.group = 0;
         f.waited = false;
-        f.barrier = 0;
-        f.passes = 0;
         std::fill(std::begin(f.seen), std::end(f.seen), 0);
         warp_of(f).lanes |= bit_of(f);
     }

@@ -122,6 +122,7 @@ inline uint32_t pack_bf16(float low, float high) {
     return cuda_on_cpu::to_bf16(low) | cuda_on_cpu::to_bf16(high) << 16;
 }
 inline uint32_t pack_f16(float low, float high) { return cuda_on_cpu::to_f16(low) | cuda_on_cpu::to_f16(high) << 16; }
+inline float reciprocal(float x) { return 1.f / x; }
 inline float from_f16(uint16_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16, size = (bits & 0x7fffu) << 13;
     if ((bits & 0x7c00) == 0x7c00) return __uint_as_float(sign | 0x7f800000 | size);

@@ -1,9 +1,9 @@
 // Races on shared and global memory, whatever the order of the threads. Compiled with -fsanitize=thread and linked
 // without, the library brings the compiler's calls before every load and store here instead of to ThreadSanitizer.
 //
-// Two threads may touch the same two bytes, one of them writing, only if a __syncthreads or a named barrier of both
-// comes between, or a __syncwarp that names both lanes (shuffles, mma and ldmatrix order no memory); threads of different blocks never; and a kernel
-// that overlaps its predecessor only after wait_for_previous_kernel. Copies by memcpy() are not seen.
+// Two threads may touch the same two bytes, one of them writing, only if a __syncthreads or named barriers come
+// between, or a __syncwarp that names both lanes (shuffles, mma and ldmatrix order no memory); threads of different blocks
+// never; and a kernel that overlaps its predecessor only after wait_for_previous_kernel. Copies by memcpy() are not seen.
 #pragma once
 
 #include "fibres.h"
@@ -30,7 +30,7 @@ namespace cuda_on_cpu {
 struct Access {
     unsigned launch = 0, block = 0;  // launch 0: no access yet
     int thread = 0;
-    unsigned barriers = 0, passes = 0, epoch = 0;
+    unsigned barriers = 0, passes = 0, epoch = 0;  // the block's, the warp's named ones, the lane's
     Place at;                        // or, of a plain load or store,
     const void* code = nullptr;
 };
@@ -71,7 +71,7 @@ inline bool ordered(const Access& before, const Fibre& now) {
     if (before.launch != launches) return now.waited || block.waited;
     if (before.block != blockIdx.x) return false;
     if (before.thread == now.index || before.barriers < block.barriers) return true;
-    if (now.barrier && block.fibres[before.thread]->barrier == now.barrier && before.passes < now.passes) return true;
+    if (warp_of(now).seen[before.thread / warp_size] > before.passes) return true;
     return before.thread / warp_size == now.index / warp_size && now.seen[before.thread % warp_size] > before.epoch;
 }
 
@@ -118,7 +118,7 @@ inline void touch(const Fibre& fibre, const Place& at, const void* p, size_t byt
                   const void* code = nullptr) {
     const auto* first = static_cast<const unsigned char*>(p);
     if (first >= stacks && first < stacks + most_threads * stack_bytes) return;
-    const Access now{launches, blockIdx.x, fibre.index, block.barriers, fibre.passes, fibre.seen[fibre.lane], at, code};
+    const Access now{launches, blockIdx.x, fibre.index, block.barriers, warp_of(fibre).seen[fibre.index / warp_size], fibre.seen[fibre.lane], at, code};
     if (first >= shared && first < shared + shared_bytes) {
         const auto begin = static_cast<size_t>(first - shared), end = std::min(begin + bytes, shared_bytes);
         for (size_t i = begin / 2; i < (end + 1) / 2; ++i) record(shared_cells[i], now, write, fibre);
