@@ -237,7 +237,7 @@ struct Pass {
 };
 
 template <int N>
-__global__ void __launch_bounds__(512, 1) forward(const PairForward f) {
+__global__ void __launch_bounds__(32 * Pairs<N>::most_warps, 1) forward(const PairForward f) {
     const Pass<N> pass(f);
     const PairSizes& s = f.sizes;
     const int64_t tiles = (f.tokens + tile_tokens - 1) / tile_tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;

@@ -30,6 +30,7 @@ struct Pairs {
     static constexpr int n = N, count = N / 2;
     static constexpr int of_warp = N == 4 ? 1 : 2, owners = count / of_warp;  // pairs of a warp; warps for all pairs
     static constexpr int chunks = 2 * of_warp;                                // of a warp
+    static constexpr int most_warps = 16 / owners * owners;                   // of a block: the registers of 128 a thread
 
     // Z: the columns i of the contraction. Whole eights have a fragment for each part of s_i; a half
     // eight has both parts in one. z_tiles eights remain, `steps` steps of 16 (two chunks, eight columns).

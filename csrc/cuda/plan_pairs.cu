@@ -7,8 +7,6 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int most_warps = 16;
-
 // The layout of forward with these groups of warps. Returns the bytes of shared memory.
 template <class P>
 int lay_out(PairForward& f, int groups) {
@@ -52,14 +50,14 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     int groups = 0;
     for (const int stages : {1, 2}) {
         s.stages = stages;
-        for (int more = 1; more * P::owners <= most_warps && lay_out<P>(f, more) <= device.shared_limit; ++more) groups = more;
+        for (int more = 1; more * P::owners <= P::most_warps && lay_out<P>(f, more) <= device.shared_limit; ++more) groups = more;
         if (!groups) break;
         if (lay_out<P>(f, 1) > device.shared_limit) s.stages = 1;
     }
     groups = std::max(groups, 1);
     const auto fits = [&](int log_shares) {
         s.log_shares = log_shares;
-        return 2 << log_shares <= s.in / 16 && groups * P::owners << log_shares <= most_warps &&
+        return 2 << log_shares <= s.in / 16 && groups * P::owners << log_shares <= P::most_warps &&
                lay_out<P>(f, groups) <= device.shared_limit;
     };
     int log_shares = 0;
