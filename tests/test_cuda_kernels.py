@@ -52,8 +52,7 @@ OPTIONS = [
     Case(shape=(37,), n=n, width=n * 48, bottleneck=n * 4, residual=residual, bias=bias, scale=-0.5, dtype=BF16)
     for n, residual, bias in itertools.product((4, 8, 12), ("none", "x", "other"), (True, False))
 ]
-# The forward for pairs of chunks (forward.cu): every number of blocks, of bottleneck steps and of chunks. 300 tokens
-# turn the ring of every group.
+# The forward for pairs of chunks (forward.cu). 300 tokens turn the ring of every group.
 PAIRS = [
     Case(width=n * chunk, bottleneck=d, n=n, shape=(300,), residual=residual, dtype=BF16)
     for n, chunk, d, residual in (

@@ -95,10 +95,9 @@ def test_inf_in_x(dtype: torch.dtype, activation: str, value: float, impl: str) 
 
     The order of the sums decides whether they get Inf or Inf - Inf.
     """
-    for case in (
-        Case(shape=SHAPE, activation=activation, dtype=dtype),
-        *(Case(shape=SHAPE, n=n, width=16 * n, bottleneck=2 * n, activation=activation, dtype=dtype) for n in (4, 8, 12)),
-    ):
+    options = {"shape": SHAPE, "activation": activation, "dtype": dtype}
+    wide = [Case(n=n, width=16 * n, bottleneck=2 * n, **options) for n in (4, 8, 12)]
+    for case in (Case(**options), *wide):
         tensors = _spoiled(case, "x", value)
         out = case.call(tensors, impl)
         assert _masks({"out": out}, True) == _masks({"out": case.call(tensors, "dense")}, True)

@@ -1,19 +1,22 @@
-// The forward of an adapter of rank 1 on bf16 (the others: forward_general.cu). It reads x once and
-// writes the output once. A group of warps has a tile of 8 tokens, and each of its warps some chunks.
+// The forward of an adapter of rank 1 on bf16; forward_general.cu serves everything else. It reads x once
+// and writes the output once. A group of warps has a tile of 8 tokens, and each warp some of its chunks.
 //
-//     Z[p,i]  = sum_u x[p,u] s1_i[u]                      contract     pairs of chunks are the rows
-//     h[q,v]  = act(sum_{p,i} Z[p,i] C1 + b1[q,v])        bottleneck   tokens are the rows
-//     V2[q,i] = sum_{p,v} h[p,v] C2                       mix          tokens are the rows
-//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]       expand, pairs are the rows
+//     Z[p,i]   = sum_u x[p,u] s1_i[u]                              contract
+//     h[q,v]   = act(sum_{p,i} Z[p,i] C1[(p,i),(q,v)] + b1[q,v])   bottleneck
+//     V2[q,i]  = sum_{p,v} h[p,v] C2[(p,v),(q,i)]                  mix
+//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]   expand
 //
-// All sums are those of matrix instructions, and pairs.h shows how the sums of one product become the
-// operand of the next. C1 and C2 are in folded.h. Between the products the warps of a group exchange Z
-// and h, since each warp has the chunks of its part but y needs all chunks:
+// Each sum is a matrix product, and the sums of one are the left operand of the next (pairs.h):
 //
-//     part of a warp   x --contract--> Z =exchange=> y --act--> h =exchange=> V2 --expand--> out   part of a warp
+//                 left operand           right operand     sums
+//     contract    x, pairs of chunks     s1                Z, pairs of chunks
+//     bottleneck  Z, tokens              C1                y, tokens
+//     mix         h, tokens              C2                V2, tokens
+//     expand      V2, pairs of chunks    t2 and b2         out, pairs of chunks, where the residual was
 //
-// The output replaces x in shared memory, from where it is stored in rows of 128 bytes. `scale`
-// multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 in the row of chunk q.
+// A warp has all columns of its own chunks, but y needs Z of all chunks and V2 needs all h. So the warps
+// of a group exchange Z and h through shared memory. `scale` multiplies t2 and b2. The rows of b2 follow
+// those of t2 in the right operand: they meet a 1 in the rows of chunk q. C1 and C2 are in folded.h.
 #include "activations.h"
 #include "folded.h"
 #include "ring.h"
@@ -34,11 +37,11 @@ struct Pass {
     PairLane lane;
     Group group;
     TilePart<N> part;
-    uint4* z;     // exchanged: Z as left operands, [step][lane]
-    uint4* h;     // exchanged: h as left operands, [step][lane]
-    float4* sums; // exchanged if the columns are shared: [step of Z][share][lane]
+    uint4 *z, *h;  // exchanged as left operands: [step][lane]
+    float4* sums;  // exchanged if warps share the columns of a chunk: [step of Z][share][lane]
 
-    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(P::owners, s.log_shares), part(s, group.rank) {
+    COMPACTER_DEVICE explicit Pass(const PairForward& f)
+        : f(f), s(f.sizes), group(P::owners, s.log_shares), part(s, group.rank) {
         z = reinterpret_cast<uint4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
         h = z + P::steps * 32;
         sums = reinterpret_cast<float4*>(h + s.steps() * 32);
@@ -50,7 +53,8 @@ struct Pass {
         stage_raw<N>(floats_at(f.raw), f.factors, s);
         __syncthreads();
         const RawFactors raw(floats_at(f.raw), s);
-        for (int e = threadIdx.x; e < s.steps() * 16; e += blockDim.x) floats_at(f.bias)[e] = e < s.bottleneck ? raw.bias[e] : 0.f;
+        for (int e = threadIdx.x; e < s.steps() * 16; e += blockDim.x)
+            floats_at(f.bias)[e] = e < s.bottleneck ? raw.bias[e] : 0.f;
         // Every second kind of job begins with the last warp, so that few jobs spread over the warps.
         const int blocks = s.in / 16, warps = blockDim.x / 32, warp = threadIdx.x / 32, from_last = warps - 1 - warp;
         for (int job = warp; job < 2 * s.steps(); job += warps) form_columns<N>(fragments(f.c1), job, raw, s);
@@ -190,7 +194,8 @@ struct Pass {
 
     // The output of the warp's part, in the place of the residual.
     COMPACTER_DEVICE void expand(unsigned char* tile, const Expanded& v) const {
-        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + part.first_block * P::operands * 32 + lane.index;
+        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + lane.index;
+        factor += part.first_block * P::operands * 32;
         unsigned char* at = tile + part.first + block_offset(lane.index, s.row, s.in * 2);
         uint32_t next[pairs][4];
 #pragma unroll

@@ -33,7 +33,8 @@ std::string refuses(const Problem& p, const Device& device) {
 
 void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
     if (!p.tokens) return;
-    if (pairs_serve(p) && aligned(p.down->weights) && aligned(p.up->weights) && aligned(x) && aligned(residual) && aligned(out)) {
+    const bool all_aligned = aligned(x) && aligned(residual) && aligned(out) && aligned(p.down->weights);
+    if (all_aligned && pairs_serve(p) && aligned(p.up->weights)) {
         PlannedPairForward plan = plan_pair_forward(p, device);
         plan.arguments.x = x;
         plan.arguments.residual = residual;

@@ -62,7 +62,8 @@ struct PairLane {
 // if one of them is Inf, so that it does not become a NaN.
 COMPACTER_DEVICE uint4 both_parts(float a, float b, float c, float d) {
     const uint32_t first = pack_bf16(a, b), second = pack_bf16(c, d);
-    const uint32_t rest = pack_bf16(a - low_of(first), b - high_of(first)), rest2 = pack_bf16(c - low_of(second), d - high_of(second));
+    const uint32_t rest = pack_bf16(a - low_of(first), b - high_of(first));
+    const uint32_t rest2 = pack_bf16(c - low_of(second), d - high_of(second));
     const bool finite = fmaxf(fmaxf(fabsf(a), fabsf(b)), fmaxf(fabsf(c), fabsf(d))) < 3.38e38f;
     return make_uint4(first, finite ? rest : 0u, second, finite ? rest2 : 0u);
 }
@@ -77,7 +78,9 @@ struct PairParts {
 };
 
 // A right operand, 16 x 8, is two words of each lane: k 2t, 2t + 1 and k 2t + 8, 2t + 9 of column g.
-COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next) { mma_16x8x16(d, a, {b, next}); }
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next) {
+    mma_16x8x16(d, a, {b, next});
+}
 COMPACTER_DEVICE void multiply(float (&d)[4], const uint4& a, uint32_t b, uint32_t next) {
     mma_16x8x16(d, {a.x, a.y, a.z, a.w}, {b, next});
 }

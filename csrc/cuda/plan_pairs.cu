@@ -46,22 +46,15 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
     s.by_in = Divisor(s.in);
-    s.log_shares = 0;
-    int groups = 0;
-    for (const int stages : {1, 2}) {
+    const auto fit = [&](int groups, int stages, int log_shares) {
         s.stages = stages;
-        for (int more = 1; more * P::owners <= P::most_warps && lay_out<P>(f, more) <= device.shared_limit; ++more) groups = more;
-        if (!groups) break;
-        if (lay_out<P>(f, 1) > device.shared_limit) s.stages = 1;
-    }
-    groups = std::max(groups, 1);
-    const auto fits = [&](int log_shares) {
         s.log_shares = log_shares;
-        return 2 << log_shares <= s.in / 16 && groups * P::owners << log_shares <= P::most_warps &&
-               lay_out<P>(f, groups) <= device.shared_limit;
+        return groups * P::owners << log_shares <= P::most_warps && lay_out<P>(f, groups) <= device.shared_limit;
     };
-    int log_shares = 0;
-    while (fits(log_shares + 1)) ++log_shares;
+    const int stages = fit(1, 2, 0) ? 2 : 1;
+    int groups = 1, log_shares = 0;
+    while (fit(groups + 1, stages, 0)) ++groups;
+    while (2 << log_shares < s.in / 16 && fit(groups, stages, log_shares + 1)) ++log_shares;
     s.log_shares = log_shares;
 
     const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;

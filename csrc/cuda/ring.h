@@ -31,7 +31,8 @@ struct TilePart {
     int blocks, vectors;   // columns of a chunk in it, in 16s and in eights
     int token, line;       // what a lane moves: its first token, and the bytes in the part of a token
 
-    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank) : s(s), owner(rank >> s.log_shares), share(rank & (s.shares() - 1)) {
+    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank)
+        : s(s), owner(rank >> s.log_shares), share(rank & (s.shares() - 1)) {
         const int all = s.in / 16, lane = threadIdx.x % 32;
         first_block = all * share >> s.log_shares;
         blocks = (all * (share + 1) >> s.log_shares) - first_block;
