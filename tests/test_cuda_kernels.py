@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from executed_cuda import DEVICE, VARIABLE, load, serve
-from oracle import BF16, FP16, FP32, Case, assert_same_bits, problem, reference, run
+from oracle import BF16, FP16, FP32, FP64, Case, assert_same_bits, problem, reference, run
 
 from compacter_kernels.impl import cuda
 
@@ -51,6 +52,20 @@ OPTIONS = [
     Case(shape=(37,), n=n, width=n * 48, bottleneck=n * 4, residual=residual, bias=bias, scale=-0.5, dtype=BF16)
     for n, residual, bias in itertools.product((4, 8, 12), ("none", "x", "other"), (True, False))
 ]
+# The forward for pairs of chunks (forward.cu). 300 tokens turn the ring of every group.
+PAIRS = [
+    Case(width=n * chunk, bottleneck=d, n=n, shape=(300,), residual=residual, dtype=BF16)
+    for n, chunk, d, residual in (
+        (4, 16, 8, "x"),
+        (4, 48, 24, "other"),
+        (4, 112, 48, "none"),
+        (8, 16, 8, "other"),
+        (8, 80, 40, "x"),
+        (12, 16, 24, "none"),
+        (12, 48, 72, "x"),
+        (12, 32, 48, "other"),
+    )
+]
 
 
 @pytest.fixture
@@ -83,7 +98,29 @@ def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.Monke
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
-@pytest.mark.parametrize("case", [*STANDARD, OPTIONS[4], INSTANCES[-1]], ids=str)
+@pytest.mark.parametrize("device", [DEVICE, BLACKWELL], ids=lambda d: f"sm_{d.capability}")
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs_of_chunks(case: Case, device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(device, monkeypatch)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("params", [FP64, FP16, BF16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_pairs_of_chunks_with_any_parameters(params: torch.dtype, bias: bool) -> None:
+    case = Case(width=192, bottleneck=24, shape=(37,), dtype=BF16, params=params, bias=bias)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("case", [*PAIRS, STANDARD[-1]], ids=str)
+def test_a_token_has_the_same_bits_among_few_and_many(case: Case) -> None:
+    tensors = case.tensors()
+    many = case.call(tensors, "cuda").detach()
+    some = {name: t[:13] if name in ("x", "residual") else t for name, t in tensors.items()}
+    assert torch.equal(case.call(some, "cuda").detach(), many[:13])
+
+
+@pytest.mark.parametrize("case", [*STANDARD, *PAIRS[1::3], OPTIONS[4], INSTANCES[-1]], ids=str)
 def test_the_same_bits_in_every_order(case: Case, library: ctypes.CDLL) -> None:
     found = []
     for order in ORDERS:
@@ -93,13 +130,13 @@ def test_the_same_bits_in_every_order(case: Case, library: ctypes.CDLL) -> None:
         assert_same_bits(other, found[0])
 
 
-@pytest.mark.parametrize("case", STANDARD, ids=str)
+@pytest.mark.parametrize("case", STANDARD + PAIRS, ids=str)
 def test_no_bank_conflicts_of_ldmatrix(case: Case, library: ctypes.CDLL) -> None:
     run(case, case.tensors(), "cuda")
     assert library.cuda_on_cpu_conflicts() == 0
 
 
-@pytest.mark.parametrize("moved", ["x", "residual", "grad"])
+@pytest.mark.parametrize("moved", ["x", "residual", "grad", "down.rule", "up.right"])
 def test_unaligned_addresses(moved: str) -> None:
     """A tensor whose address is no multiple of 16 bytes moves one number at a time.
 

@@ -30,6 +30,7 @@ CASES = [
     LINEAR,
     Case(shape=SHAPE, residual="other"),
     Case(shape=SHAPE, n=12, bottleneck=12, residual="x", dtype=BF16),
+    *(Case(shape=SHAPE, n=n, width=16 * n, bottleneck=2 * n, residual="other", dtype=BF16) for n in (4, 8, 12)),
     *(Case(shape=SHAPE, activation=name, residual="none") for name in ACTIVATIONS),
 ]
 
@@ -44,7 +45,7 @@ def test_nan_in_x(case: Case, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", NOT_DENSE)
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
 def test_other_tokens_are_untouched(case: Case, impl: str) -> None:
     clean, spoiled = (run(case, tensors, impl) for tensors in (case.tensors(), _spoiled(case, "x", NAN)))
     others = torch.arange(SHAPE[0]) != TOKEN
@@ -94,10 +95,12 @@ def test_inf_in_x(dtype: torch.dtype, activation: str, value: float, impl: str) 
 
     The order of the sums decides whether they get Inf or Inf - Inf.
     """
-    case = Case(shape=SHAPE, activation=activation, dtype=dtype)
-    tensors = _spoiled(case, "x", value)
-    out = case.call(tensors, impl)
-    assert _masks({"out": out}, True) == _masks({"out": case.call(tensors, "dense")}, True)
+    options = {"shape": SHAPE, "activation": activation, "dtype": dtype}
+    wide = [Case(n=n, width=16 * n, bottleneck=2 * n, **options) for n in (4, 8, 12)]
+    for case in (Case(**options), *wide):
+        tensors = _spoiled(case, "x", value)
+        out = case.call(tensors, impl)
+        assert _masks({"out": out}, True) == _masks({"out": case.call(tensors, "dense")}, True)
 
 
 @pytest.mark.parametrize("impl", NOT_DENSE)
@@ -110,8 +113,8 @@ def test_inf_in_x_of_a_projection(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=["nan", "inf", "-inf"])
-def test_nonfinite_residual_passes_as_it_is(value: float, impl: str) -> None:
-    case = Case(shape=SHAPE, residual="other")
+@pytest.mark.parametrize("case", [CASES[1], *CASES[3:6]], ids=str)
+def test_nonfinite_residual_passes_as_it_is(case: Case, value: float, impl: str) -> None:
     tensors = _spoiled(case, "residual", value)
     out = case.call(tensors, impl)
     expected = (~tensors["residual"].isfinite()).flatten().tolist()

@@ -4,75 +4,165 @@
 //     y[q,v]  = sum_{p,i} Z[p,i] C1[(p,i),(q,v)] + b1[q,v]    C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v]
 //     V2[q,i] = sum_{p,v} h[p,v] C2[(p,v),(q,i)]              C2[(p,v),(q,i)] = A2_i[p,q] s2_i[v]
 //
-// C1 and C2 are formed once for each block, from factors that are first copied to shared memory.
+// A block copies all parameters to shared memory, in fp32, and forms right operands of matrix products
+// from there: C1, C2, s1, and t2 with b2. This needs no load that waits for another one.
 #pragma once
 
 #include "kernels.h"
+#include "numbers.h"
 #include "pairs.h"
 
 namespace compacter::cuda {
 
-// The small factors in shared memory, in fp32, in the layouts of the parameters.
+// All parameters in fp32, in their own layouts, one after the other. The lengths are multiples of eight.
+// Rows of s1, t2 and b2 and matrices of a rule are padded, so that the lanes read from different banks.
 struct RawFactors {
-    float *rule, *right, *rule2, *left2;
+    static constexpr int pad = 4, left_pad = 8;
+    int matrix, in, out;  // floats from one matrix of a rule, row of s1, row of t2 or b2 to the next
+    const float *rule, *left, *right, *bias, *rule2, *left2, *right2, *bias2;
 
-    COMPACTER_DEVICE RawFactors(void* at, const PairSizes& s)
-        : rule(static_cast<float*>(at)), right(rule + s.n * s.n * s.n), rule2(right + s.bottleneck),
-          left2(rule2 + s.n * s.n * s.n) {}
-    static int floats(const PairSizes& s) { return 2 * (s.n * s.n * s.n + s.bottleneck); }
+    COMPACTER_BOTH RawFactors(const float* at, const PairSizes& s)
+        : matrix(s.n * s.n + pad), in(s.in + left_pad), out(s.in + pad), rule(at), left(rule + s.n * matrix),
+          right(left + s.n * in), bias(right + s.bottleneck), rule2(bias + s.bottleneck), left2(rule2 + s.n * matrix),
+          right2(left2 + s.bottleneck), bias2(right2 + s.n * out) {}
+    static int floats(const PairSizes& s) {
+        return 2 * s.n * (s.n * s.n + pad) + s.n * (s.in + left_pad) + 2 * s.n * (s.in + pad) + 3 * s.bottleneck;
+    }
 };
 
-// Copies them, and b1 padded with zeros to whole steps. All five loads of a thread are in flight at once.
-COMPACTER_DEVICE void stage_raw(const RawFactors& to, float* bias, const Factors& f, const PairSizes& s) {
-    const int matrix = s.n * s.n * s.n, padded = s.steps() * 16, most = matrix > padded ? matrix : padded;
-    for (int e = threadIdx.x; e < most; e += blockDim.x) {
-        const int of_rule = e < matrix ? e : 0, of_factor = e < s.bottleneck ? e : 0;
-        const Asked rule(f.rule, of_rule), rule2(f.rule2, of_rule), right(f.right, of_factor), left2(f.left2, of_factor);
-        const Asked of_bias(f.bias.data ? f.bias : f.right, of_factor);
-        if (e < matrix) {
-            to.rule[e] = rule.value();
-            to.rule2[e] = rule2.value();
-        }
-        if (e < s.bottleneck) {
-            to.right[e] = right.value();
-            to.left2[e] = left2.value();
-        }
-        if (e < padded) bias[e] = e < s.bottleneck && f.bias.data ? of_bias.value() : 0.f;
-    }
-}
-
-// Number e < 4 of a lane in a right operand is k = 2t + e % 2 + 8 (e / 2). body(fragment, number) gives
-// the value; the warps of the block write `count` fragments.
-template <class Number>
-COMPACTER_DEVICE void form_fragments(uint2* to, int count, const Number& number) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll 2
-    for (int at = warp; at < count; at += warps) {
-        float v[4];
+// Eight numbers of an aligned array of any dtype.
+COMPACTER_DEVICE void read_eight(const Array& array, int at, float (&v)[8]) {
+    if (!array.data) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] = number(at, e);
-        to[at * 32 + lane] = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+        for (int j = 0; j < 8; ++j) v[j] = 0.f;
+    } else if (array.dtype == DType::f32) {
+        to_floats(load_eight(static_cast<const f32*>(array.data) + at, 8, true), v);
+    } else if (array.dtype == DType::bf16) {
+        to_floats(load_eight(static_cast<const bf16*>(array.data) + at, 8, true), v);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = read(array, at + j);
     }
 }
 
-// C1 as right operands [eight columns of y][step of Z][lane], C2 as [pair][step of h][fragment of V2][lane].
+// The threads of the block copy all parameters; an absent bias is 0.
 template <int N>
-COMPACTER_DEVICE void form_middle(uint2* c1, uint2* c2, const RawFactors& raw, const PairSizes& s) {
+COMPACTER_DEVICE void stage_raw(float* to, const Factors& f, const PairSizes& s) {
+    constexpr int matrix = N * N, pad = RawFactors::pad;
+    const int all = 2 * N * matrix + 3 * (s.width + s.bottleneck);
+    for (int e = threadIdx.x * 8; e < all; e += blockDim.x * 8) {
+        Array from = f.rule;
+        int at = e, first = 0, padding = pad;  // in the array; where it begins in shared memory; after each row
+        bool of_rule = true;
+        int begin = N * matrix, begin_there = N * (matrix + pad);
+        const auto follows = [&](const Array& array, int count, int rows, int its_padding) {
+            if (e >= begin) {
+                from = array;
+                at = e - begin;
+                first = begin_there;
+                padding = its_padding;
+                of_rule = count == N * matrix;
+            }
+            begin += count;
+            begin_there += count + rows * its_padding;
+        };
+        follows(f.left, s.width, N, RawFactors::left_pad);
+        follows(f.right, s.bottleneck, 0, 0);
+        follows(f.bias, s.bottleneck, 0, 0);
+        follows(f.rule2, N * matrix, N, pad);
+        follows(f.left2, s.bottleneck, 0, 0);
+        follows(f.right2, s.width, N, pad);
+        follows(f.bias2, s.width, N, pad);
+        float v[8];
+        read_eight(from, at, v);
+        float* there = to + first + at + (of_rule ? at / matrix : s.by_in.quotient(at)) * padding;
+        reinterpret_cast<float4*>(there)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        reinterpret_cast<float4*>(there)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+}
+
+// s1 as right operands [block of 16 columns][fragment][lane]: a warp forms one eight of i.
+template <int N>
+COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors& raw, const PairSizes& s) {
     using P = Pairs<N>;
     const PairLane lane;
-    form_fragments(c1, 2 * s.steps() * P::steps, [&](int at, int e) {
-        const int column = at / P::steps * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
-        const int step = at % P::steps, p = step / P::z_tiles * 2 + e / 2;
-        const int i = P::z_index(step % P::z_tiles, lane.t * 2 + e % 2);
-        return column < s.bottleneck ? raw.rule[(i * N + p) * N + q] * raw.right[i * s.inner + v] : 0.f;
-    });
-    form_fragments(c2, P::count * s.steps() * P::v_fragments, [&](int at, int e) {
-        const int f = at % P::v_fragments, rest = at / P::v_fragments, pair = s.by_steps.quotient(rest);
-        const int k = (rest - pair * s.steps()) * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
-        const int p = s.by_inner.quotient(k), v = k - p * s.inner;
-        const int q = pair * 2 + P::v_chunk(f, lane.g), i = P::v_index(f, lane.g);
-        return k < s.bottleneck ? raw.rule2[(i * N + p) * N + q] * raw.left2[i * s.inner + v] : 0.f;
-    });
+    const auto* from = reinterpret_cast<const float2*>(raw.left + P::z_index(tile, lane.g) * raw.in + block * 16) + lane.t;
+    const PairParts first(from[0].x, from[0].y), second(from[4].x, from[4].y);
+    to += (block * P::left_fragments + tile * 2) * 32 + lane.index;
+    const uint2 rounded = make_uint2(first.rounded, second.rounded), rest = make_uint2(first.rest, second.rest);
+    if (tile < P::whole) {
+        to[0] = rounded;
+        to[32] = rest;
+    } else {
+        to[0] = lane.g < 4 ? rounded : rest;
+    }
+}
+
+// t2 and b2 as right operands [block of 16 columns][operand][lane][two eights of columns]: a warp forms
+// one eight of columns.
+template <int N>
+COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const int r = lane.t * 2, u = block * 16 + eight * 8 + lane.g;
+    const auto parts = [&](const float* array, int row) {
+        return PairParts(array[row * raw.out + u] * scale, array[(row + 1) * raw.out + u] * scale);
+    };
+    to += (block * P::operands * 32 + lane.index) * 2 + eight;
+    if constexpr (N == 4) {
+        const PairParts bias = parts(raw.bias2, r % 4);
+        to[0] = make_uint2(parts(raw.right2, r % 4).rounded, lane.t < 2 ? bias.rounded : bias.rest);
+    } else if constexpr (N == 8) {
+        to[0] = make_uint2(parts(raw.right2, r).rounded, parts(raw.bias2, r).rounded);
+    } else {
+        to[0] = make_uint2(parts(raw.right2, r).rounded, parts(raw.right2, 8 + r % 4).rounded);
+        to[64] = make_uint2(parts(raw.bias2, r).rounded, lane.t < 2 ? parts(raw.bias2, 8 + r % 4).rounded : 0u);
+    }
+}
+
+// C1 as right operands [step of h][step of Z][lane][two eights of y]: a warp forms eight columns of y.
+template <int N>
+COMPACTER_DEVICE void form_columns(uint2* c1, int eight, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    constexpr int next = N * N + RawFactors::pad;  // from A_i to the next one
+    const PairLane lane;
+    const int column = eight * 8 + lane.g, q = s.by_inner.quotient(column), v = column - q * s.inner;
+    const bool exists = column < s.bottleneck;
+    uint2* to = c1 + (eight / 2 * P::steps * 32 + lane.index) * 2 + eight % 2;
+#pragma unroll
+    for (int tile = 0; tile < P::z_tiles; ++tile) {
+        const int i = P::z_index(tile, lane.t * 2);
+        const float t0 = exists ? raw.right[i * s.inner + v] : 0.f, t1 = exists ? raw.right[(i + 1) * s.inner + v] : 0.f;
+        const float* rule = raw.rule + i * next + (exists ? q : 0);  // A_i[p,q] is rule[p * N]
+#pragma unroll
+        for (int pair = 0; pair < P::count; ++pair) {
+            const float *even = rule + 2 * pair * N, *odd = even + N;
+            to[(pair * P::z_tiles + tile) * 64] =
+                make_uint2(pack_bf16(even[0] * t0, even[next] * t1), pack_bf16(odd[0] * t0, odd[next] * t1));
+        }
+    }
+}
+
+// C2 as right operands [pair][step of h][fragment of V2][lane]: a warp forms one fragment of all pairs.
+template <int N>
+COMPACTER_DEVICE void form_rows(uint2* c2, int step, int f, const RawFactors& raw, const PairSizes& s) {
+    using P = Pairs<N>;
+    const PairLane lane;
+    const int i = P::v_index(f, lane.g);
+    float factor[4];
+    const float* rule[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const int k = step * 16 + lane.t * 2 + e % 2 + e / 2 * 8, p = s.by_inner.quotient(k);
+        const bool exists = k < s.bottleneck;
+        factor[e] = exists ? raw.left2[i * s.inner + k - p * s.inner] : 0.f;
+        rule[e] = raw.rule2 + i * raw.matrix + (exists ? p : 0) * N + P::v_chunk(f, lane.g);
+    }
+#pragma unroll
+    for (int pair = 0; pair < P::count; ++pair)
+        c2[((pair * s.steps() + step) * P::v_fragments + f) * 32 + lane.index] =
+            make_uint2(pack_bf16(rule[0][2 * pair] * factor[0], rule[1][2 * pair] * factor[1]),
+                       pack_bf16(rule[2][2 * pair] * factor[2], rule[3][2 * pair] * factor[3]));
 }
 
 }  // namespace compacter::cuda

@@ -1,19 +1,22 @@
-// The forward of an adapter of rank 1 on bf16 (the others: forward_general.cu). It reads x once and
-// writes the output once. A group of warps has a tile of 8 tokens, and each of its warps some chunks.
+// The forward of an adapter of rank 1 on bf16; forward_general.cu serves everything else. It reads x once
+// and writes the output once. A group of warps has a tile of 8 tokens, and each warp some of its chunks.
 //
-//     Z[p,i]  = sum_u x[p,u] s1_i[u]                      contract     pairs of chunks are the rows
-//     h[q,v]  = act(sum_{p,i} Z[p,i] C1 + b1[q,v])        bottleneck   tokens are the rows
-//     V2[q,i] = sum_{p,v} h[p,v] C2                       mix          tokens are the rows
-//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]       expand, pairs are the rows
+//     Z[p,i]   = sum_u x[p,u] s1_i[u]                              contract
+//     h[q,v]   = act(sum_{p,i} Z[p,i] C1[(p,i),(q,v)] + b1[q,v])   bottleneck
+//     V2[q,i]  = sum_{p,v} h[p,v] C2[(p,v),(q,i)]                  mix
+//     out[q,u] = residual[q,u] + sum_i V2[q,i] t2_i[u] + b2[q,u]   expand
 //
-// All sums are those of matrix instructions, and pairs.h shows how the sums of one product become the
-// operand of the next. C1 and C2 are in folded.h. Between the products the warps of a group exchange Z
-// and h, since each warp has the chunks of its part but y needs all chunks:
+// Each sum is a matrix product, and the sums of one are the left operand of the next (pairs.h):
 //
-//     part of a warp   x --contract--> Z =exchange=> y --act--> h =exchange=> V2 --expand--> out   part of a warp
+//                 left operand           right operand     sums
+//     contract    x, pairs of chunks     s1                Z, pairs of chunks
+//     bottleneck  Z, tokens              C1                y, tokens
+//     mix         h, tokens              C2                V2, tokens
+//     expand      V2, pairs of chunks    t2 and b2         out, pairs of chunks, where the residual was
 //
-// The output replaces x in shared memory, from where it is stored in rows of 128 bytes. `scale`
-// multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 in the row of chunk q.
+// A warp has all columns of its own chunks, but y needs Z of all chunks and V2 needs all h. So the warps
+// of a group exchange Z and h through shared memory. `scale` multiplies t2 and b2. The rows of b2 follow
+// those of t2 in the right operand: they meet a 1 in the rows of chunk q. C1 and C2 are in folded.h.
 #include "activations.h"
 #include "folded.h"
 #include "ring.h"
@@ -21,17 +24,6 @@
 
 namespace compacter::cuda {
 namespace {
-
-// act of four numbers, with one branch for all of them.
-template <int Which = 0>
-COMPACTER_DEVICE void activate_all(Activation activation, float (&y)[4]) {
-    if (activation == static_cast<Activation>(Which)) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[e] = activate(static_cast<Activation>(Which), y[e]).value;
-    } else if constexpr (Which < static_cast<int>(Activation::quick_gelu)) {
-        activate_all<Which + 1>(activation, y);
-    }
-}
 
 // A pair of bf16 with a 1 where c or c + 1 is q.
 COMPACTER_DEVICE uint32_t one_at(int q, int c) { return (q == c ? 0x3f80u : 0u) | (q == c + 1 ? 0x3f800000u : 0u); }
@@ -45,46 +37,41 @@ struct Pass {
     PairLane lane;
     Group group;
     TilePart<N> part;
-    float4* z;           // exchanged: [step of Z][share][lane]
-    uint4* h;            // exchanged: [step of h][lane]
+    uint4 *z, *h;  // exchanged as left operands: [step][lane]
+    float4* sums;  // exchanged if warps share the columns of a chunk: [step of Z][share][lane]
 
-    COMPACTER_DEVICE explicit Pass(const PairForward& f) : f(f), s(f.sizes), group(s.group), part(s, group.rank) {
-        z = reinterpret_cast<float4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
-        h = reinterpret_cast<uint4*>(z) + P::steps * s.shares * 32;
+    COMPACTER_DEVICE explicit Pass(const PairForward& f)
+        : f(f), s(f.sizes), group(P::owners, s.log_shares), part(s, group.rank) {
+        z = reinterpret_cast<uint4*>(shared_memory() + f.exchange + group.index * f.exchange_bytes) + lane.index;
+        h = z + P::steps * 32;
+        sums = reinterpret_cast<float4*>(h + s.steps() * 32);
     }
     COMPACTER_DEVICE uint2* fragments(int offset) const { return reinterpret_cast<uint2*>(shared_memory() + offset); }
 
     // Brings the weights into the form of right operands.
     COMPACTER_DEVICE void prepare() const {
-        const RawFactors raw(shared_memory() + f.exchange, s);
-        const Factors& w = f.factors;
-        stage_raw(raw, floats_at(f.bias), w, s);
-        stage_fragments(fragments(f.left), s.in / 16 * P::left_fragments, [&](int at, int e) {
-            const int block = at / P::left_fragments, fragment = at - block * P::left_fragments;
-            const bool whole = fragment < 2 * P::whole;
-            const int i = whole ? fragment / 2 * 8 + lane.g : P::whole * 8 + lane.g % 4;
-            const int u = block * 16 + lane.t * 2 + e % 2 + e / 2 * 8;
-            return Wanted{Asked(w.left, i * s.in + u), 1.f, whole ? fragment % 2 : lane.g / 4, true};
-        });
-        stage_fragments(fragments(f.right2), s.in / 16 * P::words, [&](int at, int e) {
-            const int block = at / P::words, word = at - block * P::words, u = block * 16 + e / 2 * 8 + lane.g;
-            const int r = lane.t * 2 + e % 2, begin = N == 12 ? 2 : 1;  // the first word of the bias
-            const bool of_bias = word >= begin;
-            const int i = of_bias ? (N == 4 ? r % 4 : N == 8 ? r : (word - 2) * 8 + r) : N == 4 ? r % 4 : P::z_index(word, r);
-            const int low = of_bias ? (N == 4 ? r / 4 : N == 8 ? word - 1 : 0) : 0;
-            const bool exists = i < N && (!of_bias || w.bias2.data);
-            return Wanted{Asked(of_bias && exists ? w.bias2 : w.right2, (exists ? i : 0) * s.in + u), w.scale, low, exists};
-        });
+        stage_raw<N>(floats_at(f.raw), f.factors, s);
         __syncthreads();
-        form_middle<N>(fragments(f.c1), fragments(f.c2), raw, s);
+        const RawFactors raw(floats_at(f.raw), s);
+        for (int e = threadIdx.x; e < s.steps() * 16; e += blockDim.x)
+            floats_at(f.bias)[e] = e < s.bottleneck ? raw.bias[e] : 0.f;
+        // Every second kind of job begins with the last warp, so that few jobs spread over the warps.
+        const int blocks = s.in / 16, warps = blockDim.x / 32, warp = threadIdx.x / 32, from_last = warps - 1 - warp;
+        for (int job = warp; job < 2 * s.steps(); job += warps) form_columns<N>(fragments(f.c1), job, raw, s);
+        for (int job = from_last; job < P::v_fragments * s.steps(); job += warps)
+            form_rows<N>(fragments(f.c2), job / P::v_fragments, job % P::v_fragments, raw, s);
+        for (int job = warp; job < P::z_tiles * blocks; job += warps)
+            form_left<N>(fragments(f.left), job / P::z_tiles, job % P::z_tiles, raw, s);
+        for (int job = from_last; job < 2 * blocks; job += warps)
+            form_right2<N>(fragments(f.right2), job / 2, job % 2, f.factors.scale, raw, s);
         __syncthreads();
     }
 
     // Z of this warp's chunks over its columns.
     COMPACTER_DEVICE void contract(const unsigned char* x) const {
-        constexpr int chains = P::left_fragments == 1 ? 2 : P::left_fragments;
+        constexpr int chains = P::left_fragments;
         float sum[pairs][chains][4] = {};
-        const uint2* factor = fragments(f.left) + part.first_block() * P::left_fragments * 32 + lane.index;
+        const uint2* factor = fragments(f.left) + part.first_block * P::left_fragments * 32 + lane.index;
         const unsigned char* at = x + part.first + block_offset(lane.index, s.row, s.in * 2);
 #pragma unroll 4
         for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::left_fragments * 32) {
@@ -93,7 +80,7 @@ struct Pass {
                 uint32_t a[4];
                 load_matrices(a, at + pair * 4 * s.in);
 #pragma unroll
-                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][chains > P::left_fragments ? block % 2 : j], a, factor[j * 32]);
+                for (int j = 0; j < P::left_fragments; ++j) multiply(sum[pair][j], a, factor[j * 32].x, factor[j * 32].y);
             }
         }
 #pragma unroll
@@ -105,22 +92,26 @@ struct Pass {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) d[e] += sum[pair][tile * 2 + 1 < chains ? tile * 2 + 1 : 0][e];
                 const int step = (part.owner * pairs + pair) * P::z_tiles + tile;
-                z[(step * s.shares + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
+                if (s.shares() == 1)
+                    z[step * 32] = both_parts(d[0], d[1], d[2], d[3]);
+                else
+                    sums[(step * s.shares() + part.share) * 32] = make_float4(d[0], d[1], d[2], d[3]);
             }
+        group.sync();
+        if (s.shares() == 1) return;
+        for (int step = group.rank; step < P::steps; step += group.warps) {
+            float4 sum = sums[step * s.shares() * 32];
+            for (int share = 1; share < s.shares(); ++share) {
+                const float4 other = sums[(step * s.shares() + share) * 32];
+                sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+            }
+            z[step * 32] = both_parts(sum.x, sum.y, sum.z, sum.w);
+        }
+        group.sync();
     }
 
     // h, in steps of 16 numbers of the bottleneck.
     COMPACTER_DEVICE void bottleneck() const {
-        uint32_t a[P::steps][4];
-#pragma unroll
-        for (int step = 0; step < P::steps; ++step) {
-            float4 sum = z[step * s.shares * 32];
-            for (int share = 1; share < s.shares; ++share) {
-                const float4 other = z[(step * s.shares + share) * 32];
-                sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
-            }
-            both_parts(sum.x, sum.y, sum.z, sum.w, a[step]);
-        }
         for (int at = group.rank; at < s.steps(); at += group.warps) {
             float y[2][4];
 #pragma unroll
@@ -130,23 +121,27 @@ struct Pass {
                 y[half][1] = bias.y;
                 y[half][2] = y[half][3] = 0.f;
             }
-            const uint2* c1 = fragments(f.c1) + at * 2 * P::steps * 32 + lane.index;
+            const auto* c1 = reinterpret_cast<const uint4*>(fragments(f.c1)) + at * P::steps * 32 + lane.index;
 #pragma unroll
-            for (int step = 0; step < P::steps; ++step)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) multiply(y[half], a[step], c1[(half * P::steps + step) * 32]);
+            for (int step = 0; step < P::steps; ++step) {
+                const uint4 a = z[step * 32], b = c1[step * 32];
+                multiply(y[0], a, b.x, b.y);
+                multiply(y[1], a, b.z, b.w);
+            }
             float sum[4] = {y[0][0] + y[0][2], y[0][1] + y[0][3], y[1][0] + y[1][2], y[1][1] + y[1][3]};
-            activate_all(f.factors.activation, sum);
+            with_activation(f.factors.activation, [&](auto function) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[e] = function(sum[e]).value;
+            });
             if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;
-            uint32_t operand[4];
-            both_parts(sum[0], sum[1], sum[2], sum[3], operand);
-            h[at * 32] = make_uint4(operand[0], operand[1], operand[2], operand[3]);
+            h[at * 32] = both_parts(sum[0], sum[1], sum[2], sum[3]);
         }
+        group.sync();
     }
 
-    // The left operands of the expansion: V2 of the warp's chunks, and the ones that pick the bias.
+    // The left operands of the expansion: V2 of the warp's chunks, its rest, and the ones that pick the bias.
     struct Expanded {
-        uint32_t a[pairs][P::terms][4];
+        uint32_t a[pairs][N / 4][4];
     };
     COMPACTER_DEVICE Expanded mix() const {
         constexpr int count = P::v_fragments;
@@ -159,15 +154,18 @@ struct Pass {
 #pragma unroll
             for (int pair = 0; pair < pairs; ++pair)
 #pragma unroll
-                for (int j = 0; j < count; ++j) multiply(v[pair][j], {four.x, four.y, four.z, four.w}, c2[pair * pair_stride + j * 32]);
+                for (int j = 0; j < count; ++j) {
+                    const uint2 b = c2[pair * pair_stride + j * 32];
+                    multiply(v[pair][j], four, b.x, b.y);
+                }
         }
         Expanded found;
 #pragma unroll
         for (int pair = 0; pair < pairs; ++pair) {
-            uint32_t part_of[count][2];
-#pragma unroll
-            for (int j = 0; j < count; ++j) split(v[pair][j][0] + v[pair][j][2], v[pair][j][1] + v[pair][j][3], part_of[j]);
-            uint32_t(&a)[P::terms][4] = found.a[pair];
+            const auto sum = [&](int j, int e) { return v[pair][j][e] + v[pair][j][e + 2]; };
+            const uint4 both = both_parts(sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1));
+            const uint32_t part_of[2][2] = {{both.x, both.y}, {both.z, both.w}};
+            auto& a = found.a[pair];
             const bool upper = lane.t >= 2;  // lanes of the columns 4 to 7
 #pragma unroll
             for (int chunk = 0; chunk < 2; ++chunk) {
@@ -177,13 +175,14 @@ struct Pass {
                     a[0][2 + chunk] = one_at(q, lane.t * 2 % 4);
                 } else if constexpr (N == 8) {
                     a[0][chunk] = part_of[chunk][0];
-                    a[0][2 + chunk] = part_of[chunk][1];
-                    a[1][chunk] = a[1][2 + chunk] = one_at(q, lane.t * 2);
+                    a[0][2 + chunk] = one_at(q, lane.t * 2);
+                    a[1][chunk] = part_of[chunk][1];
                 } else {
+                    const uint4 last = both_parts(sum(count - 1, 0), sum(count - 1, 1), 0.f, 0.f);
 #pragma unroll
                     for (int low = 0; low < 2; ++low) {
                         a[low][chunk] = part_of[chunk][low];
-                        a[low][2 + chunk] = upper == (chunk == 1) ? part_of[2][low] : 0u;
+                        a[low][2 + chunk] = upper == (chunk == 1) ? (low ? last.y : last.x) : 0u;
                     }
                     a[2][chunk] = one_at(q, lane.t * 2);
                     a[2][2 + chunk] = one_at(q, 8 + lane.t * 2);
@@ -195,69 +194,81 @@ struct Pass {
 
     // The output of the warp's part, in the place of the residual.
     COMPACTER_DEVICE void expand(unsigned char* tile, const Expanded& v) const {
-        const uint2* factor = fragments(f.right2) + part.first_block() * P::words * 32 + lane.index;
+        const auto* factor = reinterpret_cast<const uint4*>(fragments(f.right2)) + lane.index;
+        factor += part.first_block * P::operands * 32;
         unsigned char* at = tile + part.first + block_offset(lane.index, s.row, s.in * 2);
         uint32_t next[pairs][4];
 #pragma unroll
         for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + pair * 4 * s.in);
 #pragma unroll 2
-        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::words * 32) {
-            uint2 words[P::words];
+        for (int block = 0; block < part.blocks; ++block, at += 32, factor += P::operands * 32) {
+            uint4 b[P::operands];  // of two products, eight columns each
 #pragma unroll
-            for (int j = 0; j < P::words; ++j) words[j] = factor[j * 32];
-            float sum[pairs][2][4];
+            for (int j = 0; j < P::operands; ++j) b[j] = factor[j * 32];
+            float left[pairs][4], right[pairs][4];  // the first eight columns, the next eight
 #pragma unroll
-            for (int pair = 0; pair < pairs; ++pair)
+            for (int pair = 0; pair < pairs; ++pair) {
+                const uint32_t(&x)[4] = next[pair];
+                widen(bf16{}, x[0], left[pair][0], left[pair][1]);
+                widen(bf16{}, x[1], left[pair][2], left[pair][3]);
+                widen(bf16{}, x[2], right[pair][0], right[pair][1]);
+                widen(bf16{}, x[3], right[pair][2], right[pair][3]);
+            }
 #pragma unroll
-                for (int j = 0; j < 4; ++j) widen(bf16{}, next[pair][j], sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
+            for (int term = 0; term < N / 4; ++term)
+#pragma unroll
+                for (int pair = 0; pair < pairs; ++pair) {
+                    const uint32_t(&a)[4] = v.a[pair][term];
+                    const uint4& of_term = b[term / 2];
+                    if (N == 8 && term == 1) {  // the rest of V2 has no bias beside it
+                        mma_16x8x8(left[pair], {a[0], a[1]}, of_term.x);
+                        mma_16x8x8(right[pair], {a[0], a[1]}, of_term.z);
+                    } else {
+                        multiply(left[pair], a, of_term.x, of_term.y);
+                        multiply(right[pair], a, of_term.z, of_term.w);
+                    }
+                }
             if (block + 1 < part.blocks)
 #pragma unroll
                 for (int pair = 0; pair < pairs; ++pair) load_matrices(next[pair], at + 32 + pair * 4 * s.in);
 #pragma unroll
             for (int pair = 0; pair < pairs; ++pair) {
-#pragma unroll
-                for (int term = 0; term < P::terms; ++term) {
-                    const uint2 low = words[P::word(term, 0)], high = words[P::word(term, 1)];
-                    multiply(sum[pair][0], v.a[pair][term], {low.x, high.x});
-                    multiply(sum[pair][1], v.a[pair][term], {low.y, high.y});
-                }
-                uint32_t out[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] = pack_bf16(sum[pair][j / 2][j % 2 * 2], sum[pair][j / 2][j % 2 * 2 + 1]);
-                store_matrices(at + pair * 4 * s.in, out);
+                const float(&l)[4] = left[pair], (&r)[4] = right[pair];
+                store_matrices(at + pair * 4 * s.in,
+                               {pack_bf16(l[0], l[1]), pack_bf16(l[2], l[3]), pack_bf16(r[0], r[1]), pack_bf16(r[2], r[3])});
             }
         }
     }
 };
 
 template <int N>
-__global__ void __launch_bounds__(512, 1) forward(const PairForward f) {
+__global__ void __launch_bounds__(32 * Pairs<N>::most_warps, 1) forward(const PairForward f) {
     const Pass<N> pass(f);
     const PairSizes& s = f.sizes;
     const int64_t tiles = (f.tokens + tile_tokens - 1) / tile_tokens, step = static_cast<int64_t>(gridDim.x) * pass.group.count;
     const int64_t begin = blockIdx.x + static_cast<int64_t>(gridDim.x) * pass.group.index;
-    unsigned char* const ring = shared_memory() + f.ring + pass.group.index * s.stages * s.tile_bytes();
+    unsigned char* const ring = shared_memory() + f.ring + pass.group.index * s.tile_bytes();
+    const int stage_bytes = pass.group.count * s.tile_bytes();
     const auto valid = [&](int64_t tile) { return static_cast<int>(min(f.tokens - tile * tile_tokens, int64_t{tile_tokens})); };
     const auto rows = [&](const void* tensor, int64_t tile) {
         return static_cast<const unsigned char*>(tensor) + tile * tile_tokens * s.width * 2;
     };
     const auto load = [&](int64_t tile, int stage) {
-        if (tile < tiles) pass.part.load(ring + stage * s.tile_bytes(), rows(f.x, tile), valid(tile));
+        if (tile < tiles) pass.part.load(ring + stage * stage_bytes, rows(f.x, tile), valid(tile));
         commit_copies();
     };
-    for (int stage = 0; stage < s.stages; ++stage) load(begin + stage * step, stage);
+    load(begin, 0);
     pass.prepare();
+    if (s.stages == 2) load(begin + step, 1);
 
     int stage = 0;
     for (int64_t tile = begin; tile < tiles; tile += step) {
-        unsigned char* const at = ring + stage * s.tile_bytes();
+        unsigned char* const at = ring + stage * stage_bytes;
         if (s.stages == 1) wait_copies<0>();
         else wait_copies<1>();
         __syncwarp();
         pass.contract(at);
-        pass.group.sync();
         pass.bottleneck();
-        pass.group.sync();
         const auto v = pass.mix();
         if (f.residual != f.x) {  // takes the place of x; without one, zeros do
             __syncwarp();

@@ -1,4 +1,5 @@
-// Forward reads x once and writes the output once. Each warp has a tile of 16 rows (48 for n = 12).
+// The forward for what forward.cu does not serve. It reads x once and writes the output once. Each warp
+// has a tile of 16 rows (48 for n = 12).
 //
 //     Z[p,i] = sum_u x[p,u] s1_i[u]           contract, with x from memory straight to registers
 //     V[q,i] = sum_p A1_i[p,q] Z[p,i]         mix
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
 
 template <>
 void forward_kernel<COMPACTER_ELEMENT>(const Forward& f, const Launch& l) {
-    with_instance<known_forward<COMPACTER_ELEMENT>>(f.sizes, [&](auto known) { launch(forward<COMPACTER_ELEMENT, decltype(known)>, l, f); });
+    with_instance<known_forward<COMPACTER_ELEMENT>>(
+        f.sizes, [&](auto known) { launch(forward<COMPACTER_ELEMENT, decltype(known)>, l, f); });
 }
 
 }  // namespace compacter::cuda

@@ -96,12 +96,14 @@ struct Reduce {
 struct PairSizes {
     int n, width, in;       // phm_dim, k, k / n
     int bottleneck, inner;  // d, d / n
-    int group, shares;      // warps of a group, and how many of them share the columns of the same chunks
+    int group, log_shares;  // warps of a group, of which 2^log_shares share the columns of the same chunks
     int stages;             // tiles of a group's ring
     int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
-    Divisor by_inner, by_steps;
+    Divisor by_inner, by_in;
 
     COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
+    COMPACTER_BOTH int cube() const { return n * n * n; }
+    COMPACTER_BOTH int shares() const { return 1 << log_shares; }
     COMPACTER_BOTH int tile_bytes() const { return 8 * row; }
 };
 
@@ -114,8 +116,9 @@ struct PairForward {
 
     int left, right2, c1, c2;      // the weights as right operands of matrix products
     int bias;                      // b1 in fp32
-    int exchange, exchange_bytes;  // what the warps of a group exchange; before that, the raw factors
-    int ring;
+    int exchange, exchange_bytes;  // what the warps of a group exchange
+    int ring;                      // [stage][group]
+    int raw;                       // all parameters in fp32, at first, where the last stage of the ring will be
 };
 
 // forward.cu has the sizes that occur most in bf16, so the general forward needs no instances for them.

@@ -9,6 +9,9 @@ namespace {
 
 // A row begins a multiple of its width after its tensor, so the tensor's alignment decides.
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const Parameters& p) {
+    return aligned(p.rule.data) && aligned(p.left.data) && aligned(p.right.data) && aligned(p.bias.data);
+}
 
 std::string refuses(const Problem& p, const Device& device) {
     const Projection &down = *p.down, &up = p.up ? *p.up : down;
@@ -32,7 +35,8 @@ std::string refuses(const Problem& p, const Device& device) {
 
 void forward(const Problem& p, const void* x, const void* residual, void* out, const Device& device, void* stream) {
     if (!p.tokens) return;
-    if (pairs_serve(p) && aligned(x) && aligned(residual) && aligned(out)) {
+    const bool all_aligned = aligned(x) && aligned(residual) && aligned(out) && aligned(p.down->weights);
+    if (all_aligned && pairs_serve(p) && aligned(p.up->weights)) {
         PlannedPairForward plan = plan_pair_forward(p, device);
         plan.arguments.x = x;
         plan.arguments.residual = residual;

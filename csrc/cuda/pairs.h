@@ -17,7 +17,6 @@
 #pragma once
 
 #include "element.h"
-#include "numbers.h"
 #include "sizes.h"
 
 namespace compacter::cuda {
@@ -31,6 +30,7 @@ struct Pairs {
     static constexpr int n = N, count = N / 2;
     static constexpr int of_warp = N == 4 ? 1 : 2, owners = count / of_warp;  // pairs of a warp; warps for all pairs
     static constexpr int chunks = 2 * of_warp;                                // of a warp
+    static constexpr int most_warps = 16 / owners * owners;                   // of a block: the registers of 128 a thread
 
     // Z: the columns i of the contraction. Whole eights have a fragment for each part of s_i; a half
     // eight has both parts in one. z_tiles eights remain, `steps` steps of 16 (two chunks, eight columns).
@@ -40,11 +40,12 @@ struct Pairs {
     // V2 of a pair: one fragment for each chunk, and for n = 12 one for the last four i of both.
     static constexpr int v_fragments = N == 12 ? 3 : 2;
 
-    // The expansion: `terms` products of 16 x 16 x 8, made of `words` different halves (eight k).
-    static constexpr int terms = N / 4, words = N / 4 + 1;
-    COMPACTER_BOTH static constexpr int word(int term, int half) {
-        return N == 4 ? half : N == 8 ? term * (1 + half) : term / 2 * 2 + half;
-    }
+    // The right operands of an expansion, 16 x 8 each. k 0-7 and k 8-15 are
+    //     n = 4     t2, t2 again (meets the rest of V2)    b2, the rest of b2
+    //     n = 8     t2                                     b2
+    //     n = 12    t2, i < 8                              t2, i = 8 to 11, twice (each meets the rows of one chunk)
+    //     and       b2, q < 8                              b2, q = 8 to 11, then zeros
+    static constexpr int operands = N == 12 ? 2 : 1;
 
     // The index i of column c < 8 in eight `tile` of Z.
     COMPACTER_BOTH static int z_index(int tile, int c) { return tile < whole ? tile * 8 + c : whole * 8 + c % 4; }
@@ -57,59 +58,37 @@ struct PairLane {
     int index = threadIdx.x % 32, g = index / 4, t = index % 4;
 };
 
-// Two pairs of numbers as a left operand: rounded in rows g, what rounding took in rows g + 8.
-COMPACTER_DEVICE void both_parts(float low, float high, float next_low, float next_high, uint32_t (&a)[4]) {
-    uint32_t first[2], second[2];
-    split(low, high, first);
-    split(next_low, next_high, second);
-    a[0] = first[0];
-    a[1] = first[1];
-    a[2] = second[0];
-    a[3] = second[1];
+// Four numbers as a left operand: rounded in rows g, what rounding took in rows g + 8. Nothing is taken
+// if one of them is Inf, so that it does not become a NaN.
+COMPACTER_DEVICE uint4 both_parts(float a, float b, float c, float d) {
+    const uint32_t first = pack_bf16(a, b), second = pack_bf16(c, d);
+    const uint32_t rest = pack_bf16(a - low_of(first), b - high_of(first));
+    const uint32_t rest2 = pack_bf16(c - low_of(second), d - high_of(second));
+    const bool finite = fmaxf(fmaxf(fabsf(a), fabsf(b)), fmaxf(fabsf(c), fabsf(d))) < 3.38e38f;
+    return make_uint4(first, finite ? rest : 0u, second, finite ? rest2 : 0u);
 }
 
+// A pair of numbers, rounded, and what rounding took.
+struct PairParts {
+    uint32_t rounded, rest;
+
+    COMPACTER_DEVICE PairParts(float low, float high) : rounded(pack_bf16(low, high)) {
+        rest = pack_bf16(rest_of(low, low_of(rounded)), rest_of(high, high_of(rounded)));
+    }
+};
+
 // A right operand, 16 x 8, is two words of each lane: k 2t, 2t + 1 and k 2t + 8, 2t + 9 of column g.
-COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint2& b) { mma_16x8x16(d, a, {b.x, b.y}); }
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next) {
+    mma_16x8x16(d, a, {b, next});
+}
+COMPACTER_DEVICE void multiply(float (&d)[4], const uint4& a, uint32_t b, uint32_t next) {
+    mma_16x8x16(d, {a.x, a.y, a.z, a.w}, {b, next});
+}
 
 // Where a lane points in a tile for ldmatrix and stmatrix of a block: lanes 0-7 to the tokens of chunk
 // 2j, lanes 8-15 to those of chunk 2j + 1, lanes 16-31 to the same, eight columns later. Bytes.
 COMPACTER_DEVICE int block_offset(int lane, int row, int chunk) {
     return lane % 8 * row + lane / 8 % 2 * chunk + lane / 16 * 16;
-}
-
-// One number of a fragment while its load is in flight: part 0 is the rounded number, part 1 what
-// rounding took; nothing if it does not exist.
-struct Wanted {
-    Asked asked;
-    float scale;
-    int part;
-    bool exists;
-
-    COMPACTER_DEVICE float value() const {
-        const float whole = exists ? asked.value() * scale : 0.f, rounded = low_of(pack_bf16(whole, 0.f));
-        return part ? rest_of(whole, rounded) : whole;
-    }
-};
-
-// The warps of the block write `count` fragments; want(fragment, e) is number e < 4 of a lane.
-template <class Want>
-COMPACTER_DEVICE void stage_fragments(uint2* to, int count, const Want& want) {
-    constexpr int ahead = 2;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    for (int first = warp; first < count; first += ahead * warps) {
-        Wanted wanted[ahead][4];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) wanted[j][e] = want(first + j * warps < count ? first + j * warps : first, e);
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const Wanted(&w)[4] = wanted[j];
-            if (first + j * warps < count)
-                to[(first + j * warps) * 32 + lane] =
-                    make_uint2(pack_bf16(w[0].value(), w[1].value()), pack_bf16(w[2].value(), w[3].value()));
-        }
-    }
 }
 
 }  // namespace compacter::cuda

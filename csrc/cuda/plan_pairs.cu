@@ -7,24 +7,24 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int most_warps = 16;
-
 // The layout of forward with these groups of warps. Returns the bytes of shared memory.
 template <class P>
 int lay_out(PairForward& f, int groups) {
     PairSizes& s = f.sizes;
     const auto fragments = [](int64_t count) { return count * 256; };
     const int blocks = s.in / 16, steps = s.steps();
-    s.group = P::owners * s.shares;
+    s.group = P::owners * s.shares();
     Room room;
     f.left = room.take(fragments(int64_t{blocks} * P::left_fragments));
-    f.right2 = room.take(fragments(int64_t{blocks} * P::words));
+    f.right2 = room.take(fragments(int64_t{2} * blocks * P::operands));
     f.c1 = room.take(fragments(int64_t{2} * steps * P::steps));
     f.c2 = room.take(fragments(int64_t{P::count} * steps * P::v_fragments));
     f.bias = room.floats(int64_t{16} * steps);
-    f.exchange_bytes = 512 * (P::steps * s.shares + steps);
-    f.exchange = room.take(std::max(int64_t{groups} * f.exchange_bytes, int64_t{4} * RawFactors::floats(s)));
-    f.ring = room.take(int64_t{groups} * s.stages * s.tile_bytes());
+    f.exchange_bytes = 512 * (P::steps + steps + (s.log_shares ? P::steps * s.shares() : 0));
+    f.exchange = room.take(int64_t{groups} * f.exchange_bytes);
+    const int64_t tiles = int64_t{groups} * s.tile_bytes(), raw = int64_t{4} * RawFactors::floats(s);
+    f.ring = room.take(tiles);
+    f.raw = room.take(s.stages == 2 ? std::max(tiles, raw) : raw);
     return room.bytes;
 }
 
@@ -45,23 +45,17 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.inner = s.bottleneck / s.n;
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
-    s.by_steps = Divisor(s.steps());
-    s.shares = 1;
-    int groups = 0;
-    for (const int stages : {1, 2}) {
+    s.by_in = Divisor(s.in);
+    const auto fit = [&](int groups, int stages, int log_shares) {
         s.stages = stages;
-        for (int more = 1; more * P::owners <= most_warps && lay_out<P>(f, more) <= device.shared_limit; ++more) groups = more;
-        if (!groups) break;
-        if (lay_out<P>(f, 1) > device.shared_limit) s.stages = 1;
-    }
-    groups = std::max(groups, 1);
-    const auto fits = [&](int shares) {
-        s.shares = shares;
-        return shares * 2 <= s.in / 16 && groups * P::owners * shares <= most_warps && lay_out<P>(f, groups) <= device.shared_limit;
+        s.log_shares = log_shares;
+        return groups * P::owners << log_shares <= P::most_warps && lay_out<P>(f, groups) <= device.shared_limit;
     };
-    int shares = 1;
-    while (fits(2 * shares)) shares *= 2;
-    s.shares = shares;
+    const int stages = fit(1, 2, 0) ? 2 : 1;
+    int groups = 1, log_shares = 0;
+    while (fit(groups + 1, stages, 0)) ++groups;
+    while (2 << log_shares < s.in / 16 && fit(groups, stages, log_shares + 1)) ++log_shares;
+    s.log_shares = log_shares;
 
     const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;
     groups = static_cast<int>(std::clamp<int64_t>(spread, 1, groups));

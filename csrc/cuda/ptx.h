@@ -85,8 +85,8 @@ COMPACTER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
 // The inverse of load_matrices: lane 8j+i points to where row i of matrix j goes.
 COMPACTER_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 #else
     const uint32_t address = shared_address(row), lane = threadIdx.x % 32;

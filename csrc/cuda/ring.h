@@ -7,13 +7,13 @@
 
 namespace compacter::cuda {
 
-// The warps that share a tile.
+// The warps that share a tile: `owners` for its chunks, and 2^log_shares for the columns of each.
 struct Group {
     int warps, index, rank, count;
 
-    COMPACTER_DEVICE explicit Group(int warps)
-        : warps(warps), index(static_cast<int>(threadIdx.x) / (warps * 32)),
-          rank(static_cast<int>(threadIdx.x) / 32 - index * warps), count(static_cast<int>(blockDim.x) / (warps * 32)) {}
+    COMPACTER_DEVICE Group(int owners, int log_shares)
+        : warps(owners << log_shares), index((threadIdx.x / 32 >> log_shares) / owners), rank(threadIdx.x / 32 - index * warps),
+          count((blockDim.x / 32 >> log_shares) / owners) {}
     COMPACTER_DEVICE void sync() const { sync_threads(index + 1, warps * 32); }
 };
 
@@ -26,44 +26,63 @@ struct TilePart {
 
     const PairSizes& s;
     int owner, share;      // which chunks, which columns
+    int first_block;       // the first column, in 16s
     int first;             // bytes from the start of a token to the part
     int blocks, vectors;   // columns of a chunk in it, in 16s and in eights
     int token, line;       // what a lane moves: its first token, and the bytes in the part of a token
 
-    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank) : s(s), owner(rank / s.shares), share(rank - owner * s.shares) {
-        const int all = s.in / 16, begin = all * share / s.shares, lane = static_cast<int>(threadIdx.x) % 32;
-        blocks = all * (share + 1) / s.shares - begin;
+    COMPACTER_DEVICE TilePart(const PairSizes& s, int rank)
+        : s(s), owner(rank >> s.log_shares), share(rank & (s.shares() - 1)) {
+        const int all = s.in / 16, lane = threadIdx.x % 32;
+        first_block = all * share >> s.log_shares;
+        blocks = (all * (share + 1) >> s.log_shares) - first_block;
         vectors = blocks * 2;
-        first = owner * P::chunks * s.in * 2 + begin * 32;
+        first = owner * P::chunks * s.in * 2 + first_block * 32;
         token = lane / 8 / P::chunks;
         line = lane / 8 % P::chunks * s.in * 2 + lane % 8 * 16;
     }
 
-    // The first column of the part, in blocks of 16.
-    COMPACTER_DEVICE int first_block() const { return s.in / 16 * share / s.shares; }
-
     // Starts to copy the part of a tile whose first token is at `from`; zeros for tokens from `valid` on.
+    COMPACTER_DEVICE void load(unsigned char* tile, const void* from, int valid) const {
+        if (valid == tile_tokens) load<true>(tile, from, valid);
+        else load<false>(tile, from, valid);
+    }
+
+    // Stores the part of a tile whose first token is at `to`. The lanes of the warp have met.
+    COMPACTER_DEVICE void store(const unsigned char* tile, void* to, int valid) const {
+        if (valid == tile_tokens) store<true>(tile, to, valid);
+        else store<false>(tile, to, valid);
+    }
+
+  private:
+    template <bool Whole>
     COMPACTER_DEVICE void load(unsigned char* tile, const void* from, int valid) const {
         unsigned char* to = tile + first + token * s.row + line;
         const unsigned char* source = static_cast<const unsigned char*>(from) + first + token * s.width * 2 + line;
-        for (int v = static_cast<int>(threadIdx.x) % 8; v < vectors; v += 8, to += 128, source += 128)
+        const int step = at_once * s.width * 2;
+        for (int v = threadIdx.x % 8; v < vectors; v += 8, to += 128, source += 128) {
+            unsigned char* to_token = to;
+            const unsigned char* of_token = source;
 #pragma unroll
-            for (int j = 0; j < lines; ++j)
-                copy_async(to + j * at_once * s.row, source + j * at_once * s.width * 2, token + j * at_once < valid);
+            for (int j = 0; j < lines; ++j, to_token += at_once * s.row, of_token += step)
+                copy_async(to_token, of_token, Whole || token + j * at_once < valid);
+        }
     }
 
-    // Stores the part of a tile whose first token is at `to`, if the lanes of the warp have met.
+    template <bool Whole>
     COMPACTER_DEVICE void store(const unsigned char* tile, void* to, int valid) const {
         const unsigned char* from = tile + first + token * s.row + line;
         unsigned char* target = static_cast<unsigned char*>(to) + first + token * s.width * 2 + line;
-        for (int v = static_cast<int>(threadIdx.x) % 8; v < vectors; v += 8, from += 128, target += 128) {
+        const int step = at_once * s.width * 2;
+        for (int v = threadIdx.x % 8; v < vectors; v += 8, from += 128, target += 128) {
             uint4 eight[lines];
+            const unsigned char* of_token = from;
 #pragma unroll
-            for (int j = 0; j < lines; ++j) eight[j] = *reinterpret_cast<const uint4*>(from + j * at_once * s.row);
+            for (int j = 0; j < lines; ++j, of_token += at_once * s.row) eight[j] = *reinterpret_cast<const uint4*>(of_token);
+            unsigned char* to_token = target;
 #pragma unroll
-            for (int j = 0; j < lines; ++j)
-                if (token + j * at_once < valid)
-                    store_streaming(reinterpret_cast<uint4*>(target + j * at_once * s.width * 2), eight[j]);
+            for (int j = 0; j < lines; ++j, to_token += step)
+                if (Whole || token + j * at_once < valid) store_streaming(reinterpret_cast<uint4*>(to_token), eight[j]);
         }
     }
 };

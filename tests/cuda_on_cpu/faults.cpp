@@ -45,6 +45,10 @@ const std::map<std::string, Fault> faults = {
     })},
     {"not in its own mask", in(32, [] { __syncwarp(0x0000ffff); })},
     {"lanes that are not there", in(16, [] { __syncwarp(); })},
+    {"barrier 16", in(32, [] { sync_threads(16, 32); })},
+    {"half of a group", in(64, [] {
+        if (threadIdx.x < 32) sync_threads(1, 64);
+    })},
     {"half a warp at a barrier", in(64, [] {
         if (threadIdx.x < 48) __syncthreads();
         else __syncwarp();
@@ -139,6 +143,11 @@ const std::map<std::string, Fault> faults = {
         commit_copies();
         wait_copies<0>();
         sink[threadIdx.x] = words()[4 * (63 - threadIdx.x)];
+    })},
+    {"race: barriers of two groups", in(64, [] {
+        if (threadIdx.x == 0) words()[0] = 1;
+        sync_threads(1 + static_cast<int>(threadIdx.x / 32), 32);
+        if (threadIdx.x == 32) sink[0] = words()[0];
     })},
     {"race: ldmatrix", in(64, [] {
         for (unsigned i = threadIdx.x; i < 256; i += 64) words()[i] = i;

@@ -127,6 +127,30 @@ void products() {
         }
 }
 
+// Each matrix goes to another place, and the two groups of two warps meet at barriers of their own.
+__global__ void matrices_of_groups(int* out) {
+    auto* rows = reinterpret_cast<uint16_t*>(shared_memory());
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, barrier = 1 + warp / 2;
+    for (int round = 0; round < 3; ++round) {
+        for (unsigned i = lane; i < values; i += 32) rows[warp * values + i] = static_cast<uint16_t>(1000 * warp + i + round);
+        __syncwarp();
+        uint32_t r[4];
+        load_matrices(r, rows + warp * values + lane * 8);
+        __syncwarp();
+        store_matrices(rows + warp * values + (lane + 8) % 32 * 8, r);
+        sync_threads(static_cast<int>(barrier), 64);
+        for (unsigned i = lane; i < values; i += 32) out[warp * values + i] = rows[(warp ^ 1) * values + i];
+        sync_threads(static_cast<int>(barrier), 64);
+    }
+}
+
+void groups_exchange_matrices() {
+    std::vector<int> out(4 * values);
+    launch(matrices_of_groups, {1, 128, 8 * values, nullptr, false}, out.data());
+    for (int i = 0; i < 4 * values; ++i)
+        check(out[i] == 1000 * (i / values ^ 1) + (i + values - 64) % values + 2, "a matrix of the other warp of the group");
+}
+
 void conflicts_are_counted() {
     cuda_on_cpu_conflicts();
     for (int stride : {16, 32, 128, 144, 0}) {
@@ -160,6 +184,7 @@ void all_results() {
         poison_is_seen();
         products<16>();
         products<8>();
+        groups_exchange_matrices();
         conflicts_are_counted();
     }
     halves();
