@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "ptxas_report.py"
 ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
-SOURCES = ("forward_general.cu", "backward.cu")  # these are compiled once for each dtype
+SOURCES = ("forward_general.cu", "backward_general.cu")  # these are compiled once for each dtype
 NEEDED = (os.environ.get("CUDACXX", "nvcc"), "cmake", "ninja")
 MISSING = [tool for tool in NEEDED if shutil.which(tool) is None]
 

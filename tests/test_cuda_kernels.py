@@ -7,6 +7,7 @@ memory, under several orders of threads.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -68,6 +69,19 @@ PAIRS = [
 ]
 
 
+# The shapes that backward.cu is compiled for. 300 tokens turn the ring of every group.
+FOLDED = [
+    Case(width=k, bottleneck=d, n=n, shape=(300,), residual=residual, bias=bias, activation=name, scale=scale, dtype=BF16)
+    for k, d, n in ((768, 24, 4), (1024, 64, 8))
+    for residual, bias, name, scale in (
+        ("x", True, "gelu_new", 1.0),
+        ("other", True, "gelu", -0.5),
+        ("none", False, "silu", 2.0),
+        ("x", False, "relu2", 1.0),
+    )
+]
+
+
 @pytest.fixture
 def library() -> Iterator[ctypes.CDLL]:
     """The functions of the executed kernels. The order of threads is reset after the test."""
@@ -105,6 +119,32 @@ def test_pairs_of_chunks(case: Case, device: cuda.Device, monkeypatch: pytest.Mo
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
+@pytest.mark.parametrize("device", [AMPERE, DEVICE, BLACKWELL], ids=lambda d: f"sm_{d.capability}")
+@pytest.mark.parametrize("case", FOLDED, ids=str)
+def test_folded_backward(case: Case, device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(device, monkeypatch)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("without", ["x", "down.left", "up.bias"])
+@pytest.mark.parametrize("case", FOLDED[::4], ids=str)
+def test_folded_backward_without_a_gradient(case: Case, without: str) -> None:
+    """What is not wanted is not written, and changes nothing else."""
+    tensors = case.tensors()
+    whole = run(case, tensors, "cuda")
+    tensors[without].requires_grad_(False)
+    rest = run(case, tensors, "cuda")
+    del whole[without]
+    assert_same_bits(rest, whole)
+
+
+@pytest.mark.parametrize("params", [FP64, FP16, BF16], ids=str)
+@pytest.mark.parametrize("case", FOLDED[::4], ids=str)
+def test_folded_backward_with_any_parameters(case: Case, params: torch.dtype) -> None:
+    case = dataclasses.replace(case, params=params, shape=(37,))
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
 @pytest.mark.parametrize("params", [FP64, FP16, BF16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_pairs_of_chunks_with_any_parameters(params: torch.dtype, bias: bool) -> None:
@@ -120,7 +160,7 @@ def test_a_token_has_the_same_bits_among_few_and_many(case: Case) -> None:
     assert torch.equal(case.call(some, "cuda").detach(), many[:13])
 
 
-@pytest.mark.parametrize("case", [*STANDARD, *PAIRS[1::3], OPTIONS[4], INSTANCES[-1]], ids=str)
+@pytest.mark.parametrize("case", [*STANDARD, *PAIRS[1::3], FOLDED[1], FOLDED[6], OPTIONS[4], INSTANCES[-1]], ids=str)
 def test_the_same_bits_in_every_order(case: Case, library: ctypes.CDLL) -> None:
     found = []
     for order in ORDERS:

@@ -33,18 +33,20 @@ template <class S>
 struct Pass {
     static constexpr int own = S::own, share = S::share, eights = S::eights;
     const Backward& b;
-    Group group{S::group};
+    Group group{S::group, 0};
 
     COMPACTER_DEVICE int first_column() const { return group.rank * own * 2 * S::chunk * 2; }  // of the warp's chunks, in bytes
 
     // Where a lane points for ldmatrix and stmatrix: in a tile, in C1 as it is, and in C1 transposed.
     COMPACTER_DEVICE int in_tile(int lane) const { return block_offset(lane, S::row, S::chunk * 2) + first_column(); }
-    COMPACTER_DEVICE int row_i(int lane) const { return S::n == 4 ? lane % 8 / 4 * 16 + lane % 4 : lane % 8; }  // n = 4: both parts
+    COMPACTER_DEVICE int row_i(int lane) const {  // of one i; n = 4: rounded, then what rounding took
+        return S::n == 4 ? lane % 4 * S::folded_row + lane % 8 / 4 * S::folded_part : lane % 8 * S::folded_row;
+    }
     COMPACTER_DEVICE int in_fold(int lane) const {
-        return (lane / 8 * S::n + row_i(lane)) * S::folded_row + group.rank * share * 16;
+        return lane / 8 * S::n * S::folded_row + row_i(lane) + group.rank * share * 16;
     }
     COMPACTER_DEVICE int in_unfold(int lane) const {
-        return ((group.rank * own * 2 + lane / 16) * S::n + row_i(lane)) * S::folded_row + lane / 8 % 2 * 16;
+        return (group.rank * own * 2 + lane / 16) * S::n * S::folded_row + row_i(lane) + lane / 8 % 2 * 16;
     }
 
     COMPACTER_DEVICE explicit Pass(const Backward& b) : b(b) {}
@@ -137,7 +139,12 @@ struct Pass {
                 float d[4];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) d[e] = whole(sum[side][s][0][e] + sum[side][s][1][e]);
-                both_parts(d[0], d[1], d[2], d[3], side ? v[s] : z[s]);
+                const uint4 parts = both_parts(d[0], d[1], d[2], d[3]);
+                Four& to = side ? v[s] : z[s];
+                to[0] = parts.x;
+                to[1] = parts.y;
+                to[2] = parts.z;
+                to[3] = parts.w;
             }
     }
 
@@ -227,7 +234,7 @@ struct Pass {
         const PairLane lane{lane_anew()};
         Four z[own], v[own];
         float y[share][4], dh[share][4] = {};
-        const float* bias = floats_at(S::bias) + group.rank * share * 8 + lane.t * 2;
+        const float* bias = RawFactors(floats_at(S::raw), known<S>(b.pair)).bias + group.rank * share * 8 + lane.t * 2;
 #pragma unroll
         for (int e = 0; e < share; ++e) {
             y[e][0] = bias[e * 8];
@@ -449,7 +456,7 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
     };
     if (S::group > 1) load_first();
     else pass.in_turn(2, load_first);  // so that the tile of the first warp is there first
-    prepare<S>(b.factors);
+    prepare<S>(b.factors, b.pair);
     Sums<S> sums = {};
     int stage = 0;
     for (; tile < tiles; tile += step) {

@@ -57,6 +57,21 @@ struct Forward {
     int z, v, h;                 // their offsets in it
 };
 
+// The sizes of an adapter of rank 1 whose tiles are pairs of chunks (pairs.h), for x in bf16.
+struct PairSizes {
+    int n, width, in;       // phm_dim, k, k / n
+    int bottleneck, inner;  // d, d / n
+    int group, log_shares;  // warps of a group, of which 2^log_shares share the columns of the same chunks
+    int stages;             // tiles of a group's ring
+    int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
+    Divisor by_inner, by_in;
+
+    COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
+    COMPACTER_BOTH int cube() const { return n * n * n; }
+    COMPACTER_BOTH int shares() const { return 1 << log_shares; }
+    COMPACTER_BOTH int tile_bytes() const { return 8 * row; }
+};
+
 struct Backward {
     Sizes sizes;
     Factors factors;
@@ -70,6 +85,7 @@ struct Backward {
     int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
     bool folded;                                                   // the kernel in backward.cu, whose layout is in shapes.h
+    PairSizes pair;
     int stages;
 
     SharedFactors shared;
@@ -90,21 +106,6 @@ struct Reduce {
     int count;
     Array gradient[8];
     int begin[9];  // the starts of the segments; begin[count] is the end of the row
-};
-
-// The sizes of an adapter of rank 1 whose tiles are pairs of chunks (pairs.h), for x in bf16.
-struct PairSizes {
-    int n, width, in;       // phm_dim, k, k / n
-    int bottleneck, inner;  // d, d / n
-    int group, log_shares;  // warps of a group, of which 2^log_shares share the columns of the same chunks
-    int stages;             // tiles of a group's ring
-    int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
-    Divisor by_inner, by_in;
-
-    COMPACTER_BOTH int steps() const { return (bottleneck + 15) / 16; }  // of 16 numbers of the bottleneck
-    COMPACTER_BOTH int cube() const { return n * n * n; }
-    COMPACTER_BOTH int shares() const { return 1 << log_shares; }
-    COMPACTER_BOTH int tile_bytes() const { return 8 * row; }
 };
 
 struct PairForward {

@@ -70,7 +70,8 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
             }
     for (int j = 0; j <= row.count; ++j) reduce.begin[j] = row.begin[j];
     if (p.tokens) {
-        PlannedBackward plan = plan_backward(p, device, aligned(x) && aligned(grad_out) && aligned(grad_x));
+        const bool all_aligned = aligned(x) && aligned(grad_out) && aligned(grad_x) && aligned(p.down->weights);
+        PlannedBackward plan = plan_backward(p, device, all_aligned && p.up && aligned(p.up->weights));
         Backward& b = plan.arguments;
         Launch& l = plan.launch;
         b.x = x;

@@ -15,40 +15,37 @@ namespace compacter::cuda {
 
 COMPACTER_DEVICE uint32_t& word_at(int offset) { return *reinterpret_cast<uint32_t*>(shared_memory() + offset); }
 
+// The sizes that the parameters are staged with (folded.h), as far as they are known.
+template <class S>
+COMPACTER_DEVICE PairSizes known(const PairSizes& given) {
+    PairSizes s = given;
+    s.n = S::n;
+    s.width = S::width;
+    s.in = S::chunk;
+    s.bottleneck = S::d;
+    s.inner = S::inner;
+    return s;
+}
+
 // s1_i[u] and scale t2_i[u], in two parts each.
 template <class S>
-COMPACTER_DEVICE void stage_wide(const Factors& f) {
-    constexpr int ahead = 2;
-    for (int first = threadIdx.x; first < S::width / 2; first += ahead * blockDim.x) {
-        Asked asked[ahead][4];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * blockDim.x, there = e < S::width / 2 ? e * 2 : 0;
-            asked[j][0] = Asked(f.left, there);
-            asked[j][1] = Asked(f.left, there + 1);
-            asked[j][2] = Asked(f.right2, there);
-            asked[j][3] = Asked(f.right2, there + 1);
-        }
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * blockDim.x;
-            if (e >= S::width / 2) break;
-            const int i = e / (S::chunk / 2), at = i * S::factor_row + e % (S::chunk / 2) * 4;
-            uint32_t left[2], right2[2];
-            split(asked[j][0].value(), asked[j][1].value(), left);
-            split(asked[j][2].value() * f.scale, asked[j][3].value() * f.scale, right2);
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                word_at(S::left + at + part * S::n * S::factor_row) = left[part];
-                word_at(S::right2 + at + part * S::n * S::factor_row) = right2[part];
-            }
-        }
+COMPACTER_DEVICE void form_wide(const RawFactors& raw, float scale) {
+#pragma unroll 2
+    for (int e = threadIdx.x; e < S::width / 2; e += blockDim.x) {
+        const int i = e / (S::chunk / 2), u = e % (S::chunk / 2) * 2, at = i * S::factor_row + u * 2;
+        const float *s = raw.left + i * raw.in + u, *t = raw.right2 + i * raw.out + u;
+        const PairParts left(s[0], s[1]), right2(t[0] * scale, t[1] * scale);
+        constexpr int rest = S::n * S::factor_row;
+        word_at(S::left + at) = left.rounded;
+        word_at(S::left + rest + at) = left.rest;
+        word_at(S::right2 + at) = right2.rounded;
+        word_at(S::right2 + rest + at) = right2.rest;
     }
 }
 
 // C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp writes a row at once.
 template <class S>
-COMPACTER_DEVICE void fold(const RawFactors& raw) {
+COMPACTER_DEVICE void form_folded(const RawFactors& raw) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
     for (int c = threadIdx.x % 32 * 2; c < S::d; c += 64) {
@@ -56,40 +53,30 @@ COMPACTER_DEVICE void fold(const RawFactors& raw) {
 #pragma unroll 4
         for (int row = warp; row < S::n * S::n; row += warps) {
             const int p = row / S::n, i = row % S::n;
-            const float *rule = raw.rule + i * S::n * S::n, *rule2 = raw.rule2 + i * S::n * S::n;
+            const float *rule = raw.rule + i * raw.matrix, *rule2 = raw.rule2 + i * raw.matrix;
             const float *right = raw.right + i * S::inner, *left2 = raw.left2 + i * S::inner;
-            uint32_t one[S::parts], two[S::parts];
-            split(rule[p * S::n + q[0]] * right[v[0]], rule[p * S::n + q[1]] * right[v[1]], one);
-            split(rule2[q[0] * S::n + p] * left2[v[0]], rule2[q[1] * S::n + p] * left2[v[1]], two);
-#pragma unroll
-            for (int part = 0; part < S::parts; ++part) {
-                const int at = (part * S::n * S::n + row) * S::folded_row + c * 2;
-                word_at(S::folded + at) = one[part];
-                word_at(S::folded2 + at) = two[part];
+            const PairParts one(rule[p * S::n + q[0]] * right[v[0]], rule[p * S::n + q[1]] * right[v[1]]);
+            const PairParts two(rule2[q[0] * S::n + p] * left2[v[0]], rule2[q[1] * S::n + p] * left2[v[1]]);
+            const int at = row * S::folded_row + c * 2;
+            constexpr int rest = S::folded_part;
+            word_at(S::folded + at) = one.rounded;
+            word_at(S::folded2 + at) = two.rounded;
+            if (S::parts == 2) {
+                word_at(S::folded + rest + at) = one.rest;
+                word_at(S::folded2 + rest + at) = two.rest;
             }
         }
     }
 }
 
-// The small factors in fp32.
 template <class S>
-COMPACTER_DEVICE RawFactors raw_factors() {
-    PairSizes sizes{};
-    sizes.n = S::n;
-    sizes.bottleneck = S::d;
-    return RawFactors(shared_memory() + S::raw, sizes);
-}
-
-template <class S>
-COMPACTER_DEVICE void prepare(const Factors& f) {
-    PairSizes sizes{};
-    sizes.n = S::n;
-    sizes.bottleneck = S::d;
-    const RawFactors raw = raw_factors<S>();
-    stage_raw(raw, floats_at(S::bias), f, sizes);
-    stage_wide<S>(f);
+COMPACTER_DEVICE void prepare(const Factors& f, const PairSizes& given) {
+    const PairSizes s = known<S>(given);
+    stage_raw<S::n>(floats_at(S::raw), f, s);
     __syncthreads();
-    fold<S>(raw);
+    const RawFactors raw(floats_at(S::raw), s);
+    form_wide<S>(raw, f.scale);
+    form_folded<S>(raw);
     __syncthreads();
 }
 

@@ -52,7 +52,7 @@ struct PlannedPairForward {
 };
 
 PlannedForward plan_forward(const Problem& problem, const Device& device);
-// aligned: x, the incoming gradient and the gradient of x begin at multiples of 16 bytes.
+// aligned: all tensors that backward reads or writes, but the gradients of parameters, begin at multiples of 16 bytes.
 PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned = true);
 
 // Whether the kernels for pairs of chunks have these sizes; addresses must be multiples of 16 too.

@@ -24,12 +24,15 @@ struct Shape {
 
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
     static constexpr int row = (width / 8 | 1) * 16, factor_row = (chunk / 8 | 1) * 16, folded_row = (d / 8 | 1) * 16;
+    static constexpr int folded_part = n == 4 ? (n * n * folded_row + 127) / 128 * 128 + 64 : n * n * folded_row;
     static constexpr int tile = 2 * tokens * row;  // rows of x, then rows of g
 
     static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
-    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + parts * n * n * folded_row;
-    static constexpr int raw = folded2 + parts * n * n * folded_row, bias = raw + 2 * (n * n * n + d) * 4;  // in fp32
-    static constexpr int exchange = bias + steps * 64, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
+    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + parts * folded_part;
+    static constexpr int raw = folded2 + parts * folded_part;  // all parameters in fp32 (folded.h)
+    static constexpr int raw_floats = 2 * n * (n * n + 4) + n * (chunk + 8) + 2 * n * (chunk + 4) + 3 * d;
+    static constexpr int exchange = raw + raw_floats * 4, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
+    static_assert(raw_floats % 4 == 0);
 
     // The places of the sums of a rank, a vector for each lane, which take the place of the first group's tiles (sums.h).
     static constexpr int at_right2 = left_tiles, at_folded = at_right2 + blocks, at_folded2 = at_folded + row_tiles * eights;

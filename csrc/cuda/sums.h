@@ -134,7 +134,7 @@ COMPACTER_DEVICE void store_rule(const Totals<S>& totals, float* gradient, const
     gradient[(i * S::n + (Second ? other : row)) * S::n + (Second ? row : other)] = sum;
 }
 
-// dt_i[v] of one side for one i, by a warp. Lane v + inner k has the columns (q,v) of every fourth q.
+// dt_i[v] of one side for one i and A_i, by a warp. Lane v + inner k has the columns (q,v) of every fourth q.
 template <class S, bool Second>
 COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, const float* rule, int i) {
     static_assert(S::inner <= 8, "four numbers of a row (p,i) with the same v are in a warp");
@@ -147,7 +147,7 @@ COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, con
 #pragma unroll
             for (int four = 0; four < S::n; four += 4)
                 sum = fmaf(from[row * S::n * S::plain_row + four * S::inner],
-                           rule[(i * S::n + (Second ? four + k : row)) * S::n + (Second ? row : four + k)], sum);
+                           rule[(Second ? four + k : row) * S::n + (Second ? row : four + k)], sum);
     sum += __shfl_down_sync(0xffffffff, sum, 2 * S::inner);
     sum += __shfl_down_sync(0xffffffff, sum, S::inner);
     if (k == 0) gradient[i * S::inner + v] = sum;
@@ -157,7 +157,7 @@ COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, con
 template <class S>
 COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, float* row) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const RawFactors raw = raw_factors<S>();
+    const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
     totals.unpack();
     store_wide(totals, b, row, warp, warps);
     if (S::bias_tiles) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
@@ -167,8 +167,8 @@ COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, floa
         const int thread = job % rules * 32 + threadIdx.x % 32, i = job - 2 * rules;
         if (job < rules) store_rule<S, false>(totals, row + b.rule, raw.right, thread);
         else if (job < 2 * rules) store_rule<S, true>(totals, row + b.rule2, raw.left2, thread);
-        else if (i < S::n) store_narrow<S, false>(totals, row + b.right, raw.rule, i);
-        else if (i < 2 * S::n) store_narrow<S, true>(totals, row + b.left2, raw.rule2, i - S::n);
+        else if (i < S::n) store_narrow<S, false>(totals, row + b.right, raw.rule + i * raw.matrix, i);
+        else if (i < 2 * S::n) store_narrow<S, true>(totals, row + b.left2, raw.rule2 + (i - S::n) * raw.matrix, i - S::n);
         else
             for (int c = threadIdx.x % 32; c < S::d; c += 32) row[b.bias + c] = totals.bias(c);
     }

@@ -151,6 +151,34 @@ void groups_exchange_matrices() {
         check(out[i] == 1000 * (i / values ^ 1) + (i + values - 64) % values + 2, "a matrix of the other warp of the group");
 }
 
+void a_fragment_transposed() {
+    std::array<uint32_t, 32> out{};
+    launch(+[](uint32_t* out) {
+        const unsigned lane = threadIdx.x, first = lane / 4 * 8 + lane % 4 * 2;  // row g, columns 2t and 2t + 1 of 0, 1, ..., 63
+        out[lane] = transpose_matrix(first | (first + 1) << 16);
+    }, {1, 32, 0, nullptr, false}, out.data());
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        const uint32_t first = lane % 4 * 2 * 8 + lane / 4;
+        check(out[lane] == (first | (first + 8) << 16), "rows 2t and 2t + 1 of column g");
+    }
+}
+
+// Each warp meets the one before it, then the one behind it.
+__global__ void one_after_another(int* out) {
+    auto* sum = reinterpret_cast<int*>(shared_memory());
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    if (warp > 0) sync_threads(warp, 64);
+    sum[lane] = warp > 0 ? 2 * sum[lane] + warp : lane;
+    if (warp < 3) sync_threads(warp + 1, 64);
+    else out[lane] = sum[lane];
+}
+
+void warps_in_turn() {
+    std::array<int, 32> out{};
+    launch(one_after_another, {1, 128, 128, nullptr, false}, out.data());
+    for (int lane = 0; lane < 32; ++lane) check(out[lane] == 8 * lane + 11, "what four warps do one after another");
+}
+
 void conflicts_are_counted() {
     cuda_on_cpu_conflicts();
     for (int stride : {16, 32, 128, 144, 0}) {
@@ -185,6 +213,8 @@ void all_results() {
         products<16>();
         products<8>();
         groups_exchange_matrices();
+        a_fragment_transposed();
+        warps_in_turn();
         conflicts_are_counted();
     }
     halves();
