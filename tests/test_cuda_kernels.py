@@ -71,8 +71,8 @@ PAIRS = [
 
 # The shapes that backward.cu is compiled for. 300 tokens turn the ring of every group.
 FOLDED = [
-    Case(width=k, bottleneck=d, n=n, shape=(300,), residual=residual, bias=bias, activation=name, scale=scale, dtype=BF16)
-    for k, d, n in ((768, 24, 4), (1024, 64, 8))
+    dataclasses.replace(case, shape=(300,), residual=residual, bias=bias, activation=name, scale=scale)
+    for case in (Case(width=768, bottleneck=24, dtype=BF16), Case(width=1024, bottleneck=64, n=8, dtype=BF16))
     for residual, bias, name, scale in (
         ("x", True, "gelu_new", 1.0),
         ("other", True, "gelu", -0.5),
