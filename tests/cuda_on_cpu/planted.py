@@ -60,8 +60,6 @@ BUGS = [
     ("folded.h", "of_rule = count == N * matrix", "of_rule = true"),
     ("folded.h", "lane.g < 4 ? rounded : rest", "rounded"),
     ("folded.h", "lane.t < 2 ? bias.rounded : bias.rest", "bias.rounded"),
-    ("folded.h", "exists ? raw.right[i * s.inner + v] : 0.f", "raw.right[i * s.inner + v]"),
-    ("forward.cu", "if (at * 16 + 8 >= s.bottleneck) sum[2] = sum[3] = 0.f;", ";"),
     ("forward.cu", "upper == (chunk == 1)", "upper != (chunk == 1)"),
     ("forward.cu", "if (block + 1 < part.blocks)", ""),
     ("forward.cu", "f.residual ? valid(tile) : 0", "valid(tile)"),
