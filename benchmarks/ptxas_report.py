@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for every architecture, without a GPU, and prints a report.
 
-    python benchmarks/ptxas_report.py [BUILD] [--arch sm_80,sm_90] [--json] [--jobs 2] [--only forward]
+    python benchmarks/ptxas_report.py [BUILD] [--arch sm_90] [--json] [--jobs 2] [--only forward]
 
 The sources of csrc/cuda are compiled as CMake compiles them for the package, in the folder BUILD
 (by default build/ptxas). The report is read from the output of ptxas and from the PTX. It has the

@@ -1,6 +1,7 @@
 """The CUDA sources, compiled for the architectures for which their code differs.
 
-benchmarks/ptxas_report.py reports no fault of a kernel. `make ptxas` compiles for all architectures.
+benchmarks/ptxas_report.py reports no fault of a kernel. `make ptxas` compiles for all
+architectures.
 """
 
 from __future__ import annotations
