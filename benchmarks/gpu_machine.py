@@ -1,14 +1,10 @@
-"""Prints the machine of a run of gpu_run.sh and the outcome of its stages, as JSON.
-
-python benchmarks/gpu_machine.py STAGES
-"""
+"""Prints the machine of a run of gpu_run.sh as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 
 import torch
 
@@ -29,7 +25,7 @@ def main() -> None:
     """Print one JSON object."""
     found = machine.describe()
     found["revision"] = found["revision"] or os.environ.get("REVISION")
-    found |= {"nvcc": nvcc(), "impls": ck.available_impls(), "stages": json.loads(sys.argv[1])}
+    found |= {"nvcc": nvcc(), "impls": ck.available_impls()}
     found["device"] = machine.gpu() if torch.cuda.is_available() else None
     print(json.dumps(found, indent=1))
 
