@@ -105,7 +105,7 @@ for name in $STAGES; do
             ;;
         ab)
             # shellcheck disable=SC2086  # AB is a list of options
-            stage ab 150 "${python[@]}" benchmarks/gpu_ab.py "$results/ab.json" "${kernels[@]}" --limit 120 ${AB:-}
+            stage ab 150 "${python[@]}" benchmarks/gpu_ab.py "$results/ab.json" "${kernels[@]}" --limit 90 ${AB:-}
             test ! -f "$results/ab.txt" || cat "$results/ab.txt"
             ;;
         ncu)

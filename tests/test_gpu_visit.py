@@ -26,6 +26,7 @@ from compacter_kernels.dispatch import IMPLS
 from compacter_kernels.impl import cpu
 from compacter_kernels.impl.module import MODULE
 
+OPTIONS = ("AB", "BENCH", "DEADLINE", "IMPLS", "PYTEST", "STAGES", "VARIANTS")  # of gpu_run.sh, and of the Makefile
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = Shape(48, 24, 4)
 INPUTS = Case.of(SHAPE, 20, dtype=torch.bfloat16).inputs()
@@ -34,7 +35,9 @@ needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu: {cpu
 
 def visit(out: Path, **environment: str) -> tuple[int, dict[str, dict[str, int]], dict[str, str], str]:
     """The exit code of a dry run, the stages, the files of the archive, and what was printed."""
-    given = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    given = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name not in OPTIONS
+    }
     given |= {"DRY": "1", "PYTHON": sys.executable, "WORKERS": "2", **environment}
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu_run.sh"), str(out)], capture_output=True, text=True, env=given, check=False
