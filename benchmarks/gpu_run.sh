@@ -113,8 +113,8 @@ for name in $STAGES; do
                 "${sections[@]/#/--section=}" --metrics "$metrics" \
                 -- "${python[@]}" benchmarks/gpu_profile.py "${kernels[@]}"
             ;;
-        memcheck | racecheck)
-            watched "$name" 60 compute-sanitizer --tool "$name" --error-exitcode 1 \
+        memcheck | racecheck) # each tensor in an allocation of its own, so that memcheck sees the end of each
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 watched "$name" 60 compute-sanitizer --tool "$name" --error-exitcode 1 \
                 -- "${python[@]}" benchmarks/gpu_sanitize.py
             ;;
         tests)
