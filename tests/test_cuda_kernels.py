@@ -47,6 +47,12 @@ STANDARD = [
         (4096, 128, 8),
     )
 ]
+# On one multiprocessor, a block adds as many tiles as one of 132 does for a million tokens. The
+# last case has long rows instead. Each sum of a matrix instruction is truncated.
+LONG_SUMS = [
+    *(Case(operation, 24, 12, n, shape=(2**20 // 132,)) for operation in ("adapter", "linear") for n in (2, 4)),
+    Case("linear", 4096, 32, shape=(16,)),
+]
 OPTIONS = [
     Case(shape=(37,), n=n, width=n * 48, bottleneck=n * 4, residual=residual, bias=bias, scale=-0.5, dtype=BF16)
     for n, residual, bias in itertools.product((4, 8, 12), ("none", "x", "other"), (True, False))
@@ -80,6 +86,12 @@ def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.Monke
     if reason := cuda.refuses(problem(case)):
         assert device is BLACKWELL and case.width > 2048  # all other devices can run these
         pytest.skip(reason)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_long_sums(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(DEVICE._replace(multiprocessors=1), monkeypatch)
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
