@@ -89,6 +89,14 @@ def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.Monke
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
+@pytest.mark.parametrize("n", [4, 12])
+def test_the_widest_case_that_is_not_refused(n: int) -> None:
+    """What decides whether a case fits is the plan of its launch, with the rows of its bias."""
+    widths = (Case(width=width, bottleneck=4 * n, n=n, dtype=FP32) for width in itertools.count(64 * n, 8 * n))
+    *_, case = itertools.takewhile(lambda case: cuda.refuses(problem(case)) is None, widths)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
 @pytest.mark.parametrize("case", LONG_SUMS, ids=str)
 def test_long_sums(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     on(DEVICE._replace(multiprocessors=1), monkeypatch)
