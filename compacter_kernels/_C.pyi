@@ -59,8 +59,14 @@ class Adapter:
         params: Addresses,
     ) -> None: ...
 
+def cuda_versions() -> list[int]:
+    """The versions of CUDA that the driver serves and that is linked in, 1000 major + 10 minor."""
+
 class CudaLinear:
-    """The last four arguments are those of `Device` in csrc/cuda/launch.h."""
+    """The last four arguments are those of `Device` in csrc/cuda/launch.h.
+
+    division: the blocks of a backward, the tokens of a tile, and the tiles that a block can hold.
+    """
 
     def __init__(
         self,

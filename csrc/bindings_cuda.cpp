@@ -86,6 +86,10 @@ void add_cuda(py::module_& module) {
     py::class_<CudaAdapter> adapter(module, "CudaAdapter", py::module_local());
     with_methods(adapter.def(
         py::init<int, int, const Shape&, const Shape&, const std::array<int, 8>&, int, int, int, int>()));
+    module.def("cuda_versions", [] {
+        const cuda::Versions v = cuda::versions();
+        return std::array<int, 2>{v.driver, v.runtime};
+    });
 }
 #else
 void add_cuda(py::module_&) {}

@@ -86,6 +86,7 @@ std::string refuses(const Linear& l, const Device& device) { return refuses(prob
 std::string refuses(const Adapter& a, const Device& device) { return refuses(problem_of(a), device); }
 int64_t workspace(const Linear& l, const Device& device) { return workspace(problem_of(l), device); }
 int64_t workspace(const Adapter& a, const Device& device) { return workspace(problem_of(a), device); }
+Versions versions() { return {driver_version(), runtime_version()}; }
 
 void forward(const Linear& l, void* out, const Device& device, void* stream) {
     forward(problem_of(l), l.x, nullptr, out, device, stream);
