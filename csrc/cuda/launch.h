@@ -24,6 +24,14 @@ std::string refuses(const Adapter& adapter, const Device& device);
 int64_t workspace(const Linear& linear, const Device& device);
 int64_t workspace(const Adapter& adapter, const Device& device);
 
+// How backward divides its tokens: its blocks, the tokens of a tile, and the tiles of a block that
+// shared memory holds at once.
+struct Division {
+    int blocks, tokens, stages;
+};
+Division division(const Linear& linear, const Device& device);
+Division division(const Adapter& adapter, const Device& device);
+
 // The versions of CUDA that the driver serves, and with which this was built: 1000 * major + 10 *
 // minor. Throws std::runtime_error.
 struct Versions {
