@@ -10,12 +10,14 @@ import ctypes
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 from executed_cuda import DEVICE, VARIABLE, load, serve
 from oracle import BF16, FP16, FP32, Case, assert_same_bits, problem, reference, run
 
-from compacter_kernels.impl import cuda
+from compacter_kernels.impl import cuda, native
 
 if not os.environ.get(VARIABLE):
     pytest.skip(f"no {VARIABLE}: `make cuda-on-cpu` builds it", allow_module_level=True)
@@ -95,6 +97,27 @@ def test_the_widest_case_that_is_not_refused(n: int) -> None:
     widths = (Case(width=width, bottleneck=4 * n, n=n, dtype=FP32) for width in itertools.count(64 * n, 8 * n))
     *_, case = itertools.takewhile(lambda case: cuda.refuses(problem(case)) is None, widths)
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operation", ["adapter", "linear"])
+def test_the_second_stage_reads_what_was_written(
+    operation: str, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage writes every number of the workspace, which starts as NaN."""
+    case = Case(operation, 160, 16, shape=(37,), bias=bias, dtype=dtype)
+    posed, tensors, empty, made = problem(case), case.tensors(), torch.empty, []
+
+    def recorded(*size: Any, **options: Any) -> torch.Tensor:
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    run(case, tensors, "cuda")
+    floats = cuda._plan(posed.operation, native.plan_arguments(posed), DEVICE).workspace(37)
+    (workspace,) = (t for t in made if t.shape == (floats,))
+    assert not workspace.isnan().any()
 
 
 @pytest.mark.parametrize("case", LONG_SUMS, ids=str)
