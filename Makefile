@@ -69,7 +69,7 @@ interpret: $(READY) $(INTERPRETER)
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY) $(INTERPRETER)
-	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py
+	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py tests/test_triton_sums.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
 # the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda"; then every instance on
