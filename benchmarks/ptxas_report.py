@@ -7,9 +7,9 @@ The sources of csrc/cuda are compiled as CMake compiles them for the package, in
 registers and the limit that the launch bounds set, the stack, the spills, the matrix instructions,
 and the accesses to global memory that are 128 bits wide.
 
-Exits with 1 if a kernel spills, has a stack, takes more registers than its launch bounds allow, or
-lacks matrix instructions or wide accesses. The second stage needs neither of these two: it adds up
-floats.
+Exits with 1 if a kernel spills, has a stack, takes more registers than its launch bounds allow,
+lacks matrix instructions or wide accesses, or asks the caches to evict what it stores. The second
+stage needs neither matrix instructions nor wide accesses: it adds up floats.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ INSTRUCTIONS = {
     "mma": re.compile(r"\bmma\.sync"),
     "wide_loads": re.compile(r"\bld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)|\bcp\.async\.cg\S*[^;]*\b16\b"),
     "wide_stores": re.compile(r"\bst\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)"),
+    "evicted_stores": re.compile(r"\bst\.global\S*\.(?:cs|wt|evict_first|no_allocate)\b"),
 }
 SUMS = ("reduce.cu",)  # sources of the second stage
 
@@ -126,6 +127,7 @@ def faults(row: dict[str, Any]) -> list[str]:
             (not sums and row["mma"] == 0, "no matrix instructions"),
             (not sums and row["wide_loads"] == 0, "no 128-bit loads"),
             (not sums and row["wide_stores"] == 0, "no 128-bit stores"),
+            (row["evicted_stores"] > 0, "stores that the caches evict before the next layer reads them"),
         )
         if wrong
     ]

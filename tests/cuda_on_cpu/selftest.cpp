@@ -127,6 +127,22 @@ void products() {
         }
 }
 
+// d + a b with a b = 3/4 of the distance from d = 1 to the next float, for both signs
+__global__ void truncating(float* d) {
+    const bool first = threadIdx.x % 4 == 0;
+    const uint32_t a = first ? pack_bf16(0x1.8p-12f, 0) : 0, b = first ? pack_bf16(0x1p-12f, 0) : 0;
+    float above[4] = {1, 1, 1, 1}, below[4] = {-1, -1, -1, -1};
+    mma_16x8x8(above, {a, a}, b);
+    mma_16x8x8(below, {a ^ 0x8000, a ^ 0x8000}, b);
+    if (threadIdx.x == 0) d[0] = above[0], d[1] = below[0];
+}
+
+void sums_are_truncated() {
+    float d[2];
+    launch(truncating, {1, 32, 0, nullptr, false}, d);
+    check(1 + 0x1.8p-24f > 1 && d[0] == 1 && d[1] == -1, "mma truncates");
+}
+
 void conflicts_are_counted() {
     cuda_on_cpu_conflicts();
     for (int stride : {16, 32, 128, 144, 0}) {
@@ -160,6 +176,7 @@ void all_results() {
         poison_is_seen();
         products<16>();
         products<8>();
+        sums_are_truncated();
         conflicts_are_counted();
     }
     halves();
