@@ -37,7 +37,7 @@ MULTIPROCESSORS = 2
 
 def cases() -> Iterator[Case]:
     """The calls, both operations of each shape and dtype."""
-    for shape, dtype, operation in itertools.product(SHAPES, DTYPES, ("adapter", "linear")):
+    for dtype, shape, operation in itertools.product(DTYPES, SHAPES, ("adapter", "linear")):
         yield Case.of(shape, TOKENS, dtype=dtype, operation=operation)
 
 
