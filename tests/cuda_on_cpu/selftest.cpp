@@ -127,7 +127,6 @@ void products() {
         }
 }
 
-<<<<<<< HEAD
 // Each matrix goes to another place, and the two groups of two warps meet at barriers of their own.
 __global__ void matrices_of_groups(int* out) {
     auto* rows = reinterpret_cast<uint16_t*>(shared_memory());
@@ -150,7 +149,8 @@ void groups_exchange_matrices() {
     launch(matrices_of_groups, {1, 128, 8 * values, nullptr, false}, out.data());
     for (int i = 0; i < 4 * values; ++i)
         check(out[i] == 1000 * (i / values ^ 1) + (i + values - 64) % values + 2, "a matrix of the other warp of the group");
-=======
+}
+
 // d + a b with a b = 3/4 of the distance from d = 1 to the next float, for both signs
 __global__ void truncating(float* d) {
     const bool first = threadIdx.x % 4 == 0;
@@ -165,7 +165,6 @@ void sums_are_truncated() {
     float d[2];
     launch(truncating, {1, 32, 0, nullptr, false}, d);
     check(1 + 0x1.8p-24f > 1 && d[0] == 1 && d[1] == -1, "mma truncates");
->>>>>>> main
 }
 
 void conflicts_are_counted() {
@@ -201,11 +200,8 @@ void all_results() {
         poison_is_seen();
         products<16>();
         products<8>();
-<<<<<<< HEAD
         groups_exchange_matrices();
-=======
         sums_are_truncated();
->>>>>>> main
         conflicts_are_counted();
     }
     halves();
