@@ -12,7 +12,7 @@ TRANSFORMERS ?= 5.24.0
 AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
 
 # by pytest-xdist, on the machine's cores (WORKERS=0: in one process); one thread each, as more would wait for one another
@@ -61,15 +61,16 @@ $(LATER): | $(READY)
 transformers: $(READY) $(LATER)
 	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py
 
-# the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton"
+# the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton",
+# without the largest sizes
 interpret: $(READY) $(INTERPRETER)
-	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore -rN -k 'triton and not (1000 or 3072)' \
+	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore -rN -k 'triton and not (1000 or 1024 or 3072)' \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
-		tests/test_triton_functions.py
+		tests/test_triton_functions.py tests/test_triton_tune.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY) $(INTERPRETER)
-	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py
+	PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore tests/test_triton_launch.py tests/test_triton_sums.py
 	PYTHONPATH=$(INTERPRETER) python -W ignore benchmarks/aot_report.py $(AOT)
 
 # the CUDA kernels on the CPU (tests/cuda_on_cpu): the contract's tests, each through impl="cuda"; then every instance on
@@ -78,7 +79,7 @@ SANITIZED := every_instance or every_device or unaligned
 cuda-on-cpu: $(READY)
 	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python)
 	cmake --build $(EXECUTED)
-	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' tests/test_cuda_kernels.py \
+	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' tests/test_cuda_kernels.py tests/test_cuda_sanitize.py \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
 		tests/test_strides.py tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
 	settings=$$(python tests/cuda_on_cpu/build.py $(EXECUTED) $(EXECUTED)/sanitized sanitized) && \

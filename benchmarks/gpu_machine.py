@@ -1,14 +1,12 @@
-"""Prints the machine of a run of gpu_run.sh and the outcome of its stages, as JSON.
-
-python benchmarks/gpu_machine.py STAGES
-"""
+"""Writes the machine of a run of gpu_run.sh as JSON: python benchmarks/gpu_machine.py OUT.json."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import torch
 
@@ -26,12 +24,16 @@ def nvcc() -> str | None:
 
 
 def main() -> None:
-    """Print one JSON object."""
+    """Write one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
     found = machine.describe()
     found["revision"] = found["revision"] or os.environ.get("REVISION")
-    found |= {"nvcc": nvcc(), "impls": ck.available_impls(), "stages": json.loads(sys.argv[1])}
+    found |= {"nvcc": nvcc(), "impls": ck.available_impls()}
     found["device"] = machine.gpu() if torch.cuda.is_available() else None
-    print(json.dumps(found, indent=1))
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(found["device"])
 
 
 if __name__ == "__main__":

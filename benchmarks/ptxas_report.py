@@ -1,15 +1,15 @@
 """Compiles every CUDA kernel for every architecture, without a GPU, and prints a report.
 
-    python benchmarks/ptxas_report.py [BUILD] [--json] [--jobs 2] [--only forward]
+    python benchmarks/ptxas_report.py [BUILD] [--arch sm_90] [--json] [--jobs 2] [--only forward]
 
 The sources of csrc/cuda are compiled as CMake compiles them for the package, in the folder BUILD
 (by default build/ptxas). The report is read from the output of ptxas and from the PTX. It has the
 registers and the limit that the launch bounds set, the stack, the spills, the matrix instructions,
 and the accesses to global memory that are 128 bits wide.
 
-Exits with 1 if a kernel spills, has a stack, takes more registers than its launch bounds allow, or
-lacks matrix instructions or wide accesses. The second stage needs neither of these two: it adds up
-floats.
+Exits with 1 if a kernel spills, has a stack, takes more registers than its launch bounds allow,
+lacks matrix instructions or wide accesses, or asks the caches to evict what it stores. The second
+stage needs neither matrix instructions nor wide accesses: it adds up floats.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ INSTRUCTIONS = {
     "mma": re.compile(r"\bmma\.sync"),
     "wide_loads": re.compile(r"\bld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)|\bcp\.async\.cg\S*[^;]*\b16\b"),
     "wide_stores": re.compile(r"\bst\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)"),
+    "evicted_stores": re.compile(r"\bst\.global\S*\.(?:cs|wt|evict_first|no_allocate)\b"),
 }
 SUMS = ("reduce.cu",)  # sources of the second stage
 
@@ -54,11 +55,12 @@ class Unit(NamedTuple):
     folder: str
 
 
-def units(build: Path) -> list[Unit]:
-    """The compilations of CMake, which is configured in that folder."""
+def units(build: Path, archs: list[str]) -> list[Unit]:
+    """The compilations of CMake for these architectures, which is configured in that folder."""
     configure = [
         *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         *("-DCOMPACTER_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+        f"-DCOMPACTER_CUDA_ARCHS={';'.join(f'{arch[3:]}-real' for arch in archs)}",
     ]
     subprocess.run(configure, check=True, capture_output=True, text=True)
     found = []
@@ -125,6 +127,7 @@ def faults(row: dict[str, Any]) -> list[str]:
             (not sums and row["mma"] == 0, "no matrix instructions"),
             (not sums and row["wide_loads"] == 0, "no 128-bit loads"),
             (not sums and row["wide_stores"] == 0, "no 128-bit stores"),
+            (row["evicted_stores"] > 0, "stores that the caches evict before the next layer reads them"),
         )
         if wrong
     ]
@@ -138,9 +141,9 @@ def demangled(names: list[str]) -> dict[str, str]:
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
 
-def report(build: Path, jobs: int, only: str = "") -> list[dict[str, Any]]:
+def report(build: Path, archs: list[str], jobs: int, only: str = "") -> list[dict[str, Any]]:
     """All rows, each with its faults."""
-    chosen = [unit for unit in units(build) if only in unit.source]
+    chosen = [unit for unit in units(build, archs) if only in unit.source]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         rows = [row for several in pool.map(rows_of, chosen) for row in several]
     return [{**row, "faults": faults(row)} for row in rows]
@@ -150,12 +153,16 @@ def main() -> int:
     """Compile all kernels and print the table. Returns 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", nargs="?", type=Path, default=ROOT / "build" / "ptxas", help="where CMake configures")
+    parser.add_argument("--arch", default=",".join(ARCHS), help="default all")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--only", default="", help="sources with this in their name")
     args = parser.parse_args()
+    archs = args.arch.split(",")
+    if unknown := set(archs) - set(ARCHS):
+        parser.error(f"--arch {min(unknown)} is not known; choose of {', '.join(ARCHS)}")
     start = time.perf_counter()
-    rows = report(args.build, args.jobs, args.only)
+    rows = report(args.build, archs, args.jobs, args.only)
     if args.json:
         print(json.dumps(rows, indent=1))
         return 1 if any(row["faults"] for row in rows) else 0

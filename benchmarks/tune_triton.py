@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from compacter_kernels.calls import AdapterCall
 from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.impl.triton.config import Config
 from compacter_kernels.options import DTYPES, shapes as parse_shapes, tokens as parse_tokens
@@ -85,9 +86,14 @@ def bind(case: Inputs, candidate: Candidate) -> Callable[[Any, Any], Any]:
     kernel = bound(case)
     served = kernel.served[candidate.kernel]
     kernel.served[candidate.kernel] = served._replace(configs=(candidate.config,))
+
+    def call(x: torch.Tensor) -> AdapterCall:
+        assert case.up is not None
+        return AdapterCall(x, case.down, case.up, residual=None, add_x=True, scale=1.0)
+
     if candidate.direction == "forward":
-        return lambda x, g: kernel.forward(x, x, 1.0, case.down, case.up)
-    return lambda x, g: kernel.backward(x, g, True, 1.0, case.down, case.up, (True,) * 9)
+        return lambda x, g: kernel.forward(call(x))
+    return lambda x, g: kernel.backward(call(x), g, (True,) * 9)
 
 
 def on_device(shape: Shape, tokens: int, dtype: str) -> Inputs:

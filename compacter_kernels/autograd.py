@@ -25,8 +25,10 @@ def forward(kernel: Kernel, call: Call) -> Tensor:
         result = LinearFunction.apply(kernel, call, x, *weights)
     else:
         x, down, up, residual, _, _, norm = call  # type: ignore[misc]
-        weight, bias = (None, None) if norm is None else norm[:2]
-        result = AdapterFunction.apply(kernel, call, residual, x, weight, bias, *down, *up)
+        if norm is None:
+            result = AdapterFunction.apply(kernel, call, residual, x, *down, *up)
+        else:
+            result = NormedFunction.apply(kernel, call, residual, x, norm.weight, norm.bias, *down, *up)
     return result
 
 
@@ -72,23 +74,39 @@ class LinearFunction(torch.autograd.Function):
 
 
 class AdapterFunction(torch.autograd.Function):
-    """compacter_adapter through a fused kernel. `call` holds the tensors of the other arguments.
+    """compacter_adapter without a norm. `call` holds the tensors of the other arguments."""
 
-    A norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, call: AdapterCall, _: Any, x: Tensor, *params: Tensor | None) -> Tensor:
+        ctx.rest = kernel, call.add_x, call.scale
+        ctx.save_for_backward(x, *params)
+        return kernel.forward(call)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *params = ctx.saved_tensors
+        kernel, add_x, scale = ctx.rest
+        _, _, residual_wanted, *wanted = ctx.needs_input_grad
+        call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale)
+        grads = _gradients(kernel, call, grad, tuple(wanted), (x, *params))
+        return (None, None, grad if residual_wanted else None, *grads)
+
+
+class NormedFunction(torch.autograd.Function):
+    """compacter_adapter with a norm. `call` holds the tensors of the other arguments.
+
+    The norm is frozen, and x or a parameter requires a gradient, so that a second derivative raises
     by their graph. Backward overwrites the saved input of the norm with its gradient, unless the
     graph is kept or a saved-tensor hook has seen the input.
     """
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, call: AdapterCall, _: Any, x: Tensor, *norm_and_params: Any) -> Tensor:
-        norm, rows = call.norm, None
-        if norm is None:
-            ctx.rest = kernel, call.add_x, call.scale, 0.0, False
-        else:
-            ctx.rest = kernel, call.add_x, call.scale, norm.eps, saved_tensors_hooks(False) is None
-            rows = torch.empty_like(x, memory_format=torch.contiguous_format)
-            call = call._replace(norm=norm._replace(rows=rows))
-        out = kernel.forward(call)
+        norm = call.norm
+        assert norm is not None
+        ctx.rest = kernel, call.add_x, call.scale, norm.eps, saved_tensors_hooks(False) is None
+        rows = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = kernel.forward(call._replace(norm=norm._replace(rows=rows)))
         ctx.save_for_backward(x, rows, *norm_and_params)
         return out
 
@@ -97,16 +115,13 @@ class AdapterFunction(torch.autograd.Function):
         x, rows, weight, bias, *params = ctx.saved_tensors
         kernel, add_x, scale, eps, own = ctx.rest
         _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
-        norm: NormWeights | None = None
-        of_norm: tuple[Tensor, ...] = ()
-        if rows is not None:
-            of_norm = (rows if own and not graph_is_kept() else torch.empty_like(rows),)
-            norm = NormWeights(weight, bias, eps, rows, *of_norm)
+        of_norm = rows if own and not graph_is_kept() else torch.empty_like(rows)
+        norm = NormWeights(weight, bias, eps, rows, of_norm)
         call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
-        grads = _gradients(kernel, call, grad, (x_wanted, *params_wanted), (x, *params), of_norm)
-        of_residual, of_x, *others = (grad, *grads) if norm is None else grads
+        grads = _gradients(kernel, call, grad, (x_wanted, *params_wanted), (x, *params), (of_norm,))
+        of_residual, of_x, *others = grads
         return (None, None, of_residual if residual_wanted else None, of_x, None, None, *others)
 
 
-for function in (LinearFunction, AdapterFunction):
+for function in (LinearFunction, AdapterFunction, NormedFunction):
     function.apply = direct_apply(function)  # type: ignore[method-assign]

@@ -1,8 +1,9 @@
 """The choice of the impl for a call. An explicit choice never falls back.
 
 "auto" takes the first impl that can serve the call, and logs once which one that is. It asks the
-impls that were measured on such calls first, the fastest first. A new measurement changes the table
-`MEASURED` and nothing else.
+impls that were measured on such calls first, then those that a model of their time ranks, each time
+the fastest first. A new measurement or model changes the table `MEASURED` or `EXPECTED` and nothing
+else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from compacter_kernels.problem import Problem, dtype_name
 
 IMPLS: dict[str, Impl] = {"dense": dense, "factored": factored, "cpu": cpu, "triton": triton, "cuda": cuda}
 PLAIN = ("dense", "factored")  # made of torch's operations, which autograd and torch.compile see
-PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # the order of "auto" after the measured ones
+PREFERENCE = ("cpu", "cuda", "triton", "factored", "dense")  # the order of "auto" after the two tables
 ENVIRONMENT = "COMPACTER_KERNELS_IMPL"
 logger = logging.getLogger("compacter_kernels")
 _announced: set[tuple[str, str]] = set()
@@ -34,26 +35,30 @@ class Class(NamedTuple):
     phm_dims: tuple[int, ...]
 
 
-class Measured(NamedTuple):
-    """The impls that were timed, fastest first, and the file or folder of the results."""
+class Ranking(NamedTuple):
+    """Impls for such calls, the fastest first, and the file or folder that shows it."""
 
     impls: tuple[str, ...]
     source: str
 
 
-MEASURED = {
-    Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Measured(("triton",), "benchmarks/results/h200"),
+Table = dict[Class, Ranking]
+MEASURED: Table = {
+    Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Ranking(("triton",), "benchmarks/results/h200"),
+}
+EXPECTED: Table = {
+    Class("adapter", "sm_90", torch.bfloat16, (4, 8, 12)): Ranking(("triton", "cuda"), "docs/design.md"),
 }
 
 
-def measured(problem: Problem) -> Measured:
-    """The measurement of calls like this one, or one of no impls."""
+def ranking(table: Table, problem: Problem) -> Ranking:
+    """The line of a table for calls like this one, or one of no impls."""
     sizes = {(p.phm_dim, p.rank) for p in problem.projections}
     key = (problem.operation, architecture(problem.device), problem.dtype)
-    for kind, measurement in MEASURED.items():
+    for kind, found in table.items():
         if key == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
-            return measurement
-    return Measured((), "")
+            return found
+    return Ranking((), "")
 
 
 class OnlyTorch(NamedTuple):
@@ -120,14 +125,16 @@ def _unproved(name: str, problem: Problem, measured_impls: tuple[str, ...]) -> s
 
 def _automatic(problem: Problem, only_torch: OnlyTorch | None) -> tuple[str, str]:
     """The impl that "auto" takes, and the reason."""
-    timed, passed_over = measured(problem), []
-    for name in (*timed.impls, *(name for name in PREFERENCE if name not in timed.impls)):
+    timed, modelled, passed_over = ranking(MEASURED, problem), ranking(EXPECTED, problem), []
+    for name in dict.fromkeys((*timed.impls, *modelled.impls, *PREFERENCE)):
         reason = _why_not(name, problem, only_torch) or _unproved(name, problem, timed.impls)
         if reason is None:
             break
         passed_over.append(f"{name}: {reason}")
     if name in timed.impls:
         why = f"the fastest measured on such calls of those that serve this one ({timed.source})"
+    elif name in modelled.impls:
+        why = f"the fastest that serves this call by a model, and not by a measurement ({modelled.source})"
     else:
         why = "the first of auto's order that serves this call"
         if problem.device.type == "cuda":

@@ -137,8 +137,9 @@ def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
 
 
 def _requires_grad(call: Call) -> bool:
-    linear = call.__class__ is LinearCall
-    tensors: Any = (call[0], *call[1]) if linear else (call[0], *call[1], *call[2], call[3])  # type: ignore[misc]
+    if call[0].requires_grad:
+        return True
+    tensors: Any = call[1] if call.__class__ is LinearCall else (*call[1], *call[2], call[3])  # type: ignore[misc]
     for tensor in tensors:  # noqa: SIM110  any() takes twice the time
         if tensor is not None and tensor.requires_grad:
             return True

@@ -93,6 +93,14 @@ struct ProjectionPlan {
         return w;
     }
 
+    // The projection without memory. Of its parameters a plan asks only whether there is a bias.
+    Projection sizes() const {
+        static char anywhere;
+        Projection p = projection;
+        if (has_bias) p.weights.bias.data = &anywhere;
+        return p;
+    }
+
     Projection with(Addresses& addresses) const {
         Projection p = projection;
         p.weights = gradients(addresses);
@@ -115,7 +123,7 @@ struct LinearPlan {
     }
 
     // The problem without addresses, for functions that depend on sizes alone.
-    Linear sizes(int64_t tokens) const { return {plan.projection, dtype, tokens, nullptr}; }
+    Linear sizes(int64_t tokens) const { return {plan.sizes(), dtype, tokens, nullptr}; }
 };
 
 struct AdapterPlan {
@@ -138,7 +146,7 @@ struct AdapterPlan {
     }
 
     Adapter sizes(int64_t tokens) const {
-        return {down.projection, up.projection, activation, 1.f, dtype, tokens, nullptr};
+        return {down.sizes(), up.sizes(), activation, 1.f, dtype, tokens, nullptr};
     }
 };
 

@@ -13,6 +13,8 @@ namespace {
 
 using cuda::Device;
 
+std::array<int, 3> as_tuple(const cuda::Division& d) { return {d.blocks, d.tokens, d.stages}; }
+
 // The last four arguments are the members of Device.
 struct CudaLinear : LinearPlan {
     Device device;
@@ -24,6 +26,7 @@ struct CudaLinear : LinearPlan {
 
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
+    auto division(int64_t tokens) const { return as_tuple(cuda::division(sizes(tokens), device)); }
 
     void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 1);
@@ -50,6 +53,7 @@ struct CudaAdapter : AdapterPlan {
 
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
+    auto division(int64_t tokens) const { return as_tuple(cuda::division(sizes(tokens), device)); }
 
     // It adds either x or a residual.
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
@@ -74,6 +78,7 @@ template <class Plan>
 py::class_<Plan>& with_methods(py::class_<Plan>& plan) {
     return plan.def("refuses", &Plan::refuses)
         .def("workspace", &Plan::workspace)
+        .def("division", &Plan::division)
         .def("forward", &Plan::forward)
         .def("backward", &Plan::backward);
 }
@@ -86,6 +91,10 @@ void add_cuda(py::module_& module) {
     py::class_<CudaAdapter> adapter(module, "CudaAdapter", py::module_local());
     with_methods(adapter.def(
         py::init<int, int, const Shape&, const Shape&, const std::array<int, 8>&, int, int, int, int>()));
+    module.def("cuda_versions", [] {
+        const cuda::Versions v = cuda::versions();
+        return std::array<int, 2>{v.driver, v.runtime};
+    });
 }
 #else
 void add_cuda(py::module_&) {}

@@ -11,13 +11,14 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from executed_cuda import DEVICE, VARIABLE, load, serve
 from oracle import BF16, FP16, FP32, FP64, Case, assert_same_bits, problem, reference, run
 
-from compacter_kernels.impl import cuda
+from compacter_kernels.impl import cuda, native
 
 if not os.environ.get(VARIABLE):
     pytest.skip(f"no {VARIABLE}: `make cuda-on-cpu` builds it", allow_module_level=True)
@@ -26,6 +27,7 @@ KIB = 1024
 AMPERE = cuda.Device(multiprocessors=3, shared_limit=163 * KIB, shared_per_multiprocessor=164 * KIB, capability=80)
 BLACKWELL = cuda.Device(multiprocessors=1, shared_limit=99 * KIB, shared_per_multiprocessor=100 * KIB, capability=120)
 WIDE = cuda.Device(multiprocessors=8, shared_limit=227 * KIB, shared_per_multiprocessor=228 * KIB, capability=100)
+TOO_WIDE = {(80, 3072), (120, 3072), (120, 4096)}  # capability and width of the cases that do not fit
 ORDERS = (0, 1, 2, 3)  # threads upwards, downwards, and in two random orders
 
 # Chunks of 40 numbers move 16 bytes at a time, and chunks of 13 do not. 21 tokens leave a tile
@@ -49,6 +51,12 @@ STANDARD = [
         (4096, 128, 8),
     )
 ]
+# On one multiprocessor, a block adds as many tiles as one of 132 does for a million tokens. The
+# last case has long rows instead. Each sum of a matrix instruction is truncated.
+LONG_SUMS = [
+    *(Case(operation, 24, 12, n, shape=(2**20 // 132,)) for operation in ("adapter", "linear") for n in (2, 4)),
+    Case("linear", 4096, 32, shape=(16,)),
+]
 OPTIONS = [
     Case(shape=(37,), n=n, width=n * 48, bottleneck=n * 4, residual=residual, bias=bias, scale=-0.5, dtype=BF16)
     for n, residual, bias in itertools.product((4, 8, 12), ("none", "x", "other"), (True, False))
@@ -63,6 +71,7 @@ PAIRS = [
         (8, 16, 8, "other"),
         (8, 80, 40, "x"),
         (12, 16, 24, "none"),
+        (12, 16, 12, "x"),  # the general forward has this bottleneck
         (12, 48, 72, "x"),
         (12, 32, 48, "other"),
     )
@@ -107,7 +116,7 @@ def test_every_instance(case: Case) -> None:
 def test_every_device(case: Case, device: cuda.Device, monkeypatch: pytest.MonkeyPatch) -> None:
     on(device, monkeypatch)
     if reason := cuda.refuses(problem(case)):
-        assert device is BLACKWELL and case.width > 2048  # all other devices can run these
+        assert (device.capability, case.width) in TOO_WIDE
         pytest.skip(reason)
     reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
@@ -158,6 +167,41 @@ def test_a_token_has_the_same_bits_among_few_and_many(case: Case) -> None:
     many = case.call(tensors, "cuda").detach()
     some = {name: t[:13] if name in ("x", "residual") else t for name, t in tensors.items()}
     assert torch.equal(case.call(some, "cuda").detach(), many[:13])
+
+
+@pytest.mark.parametrize("n", [4, 12])
+def test_the_widest_case_that_is_not_refused(n: int) -> None:
+    """What decides whether a case fits is the plan of its launch, with the rows of its bias."""
+    widths = (Case(width=width, bottleneck=4 * n, n=n, dtype=FP32) for width in itertools.count(64 * n, 8 * n))
+    *_, case = itertools.takewhile(lambda case: cuda.refuses(problem(case)) is None, widths)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operation", ["adapter", "linear"])
+def test_the_second_stage_reads_what_was_written(
+    operation: str, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage writes every number of the workspace, which starts as NaN."""
+    case = Case(operation, 160, 16, shape=(37,), bias=bias, dtype=dtype)
+    posed, tensors, empty, made = problem(case), case.tensors(), torch.empty, []
+
+    def recorded(*size: Any, **options: Any) -> torch.Tensor:
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    run(case, tensors, "cuda")
+    floats = cuda._plan(posed.operation, native.plan_arguments(posed), DEVICE).workspace(37)
+    (workspace,) = (t for t in made if t.shape == (floats,))
+    assert not workspace.isnan().any()
+
+
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_long_sums(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(DEVICE._replace(multiprocessors=1), monkeypatch)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
 @pytest.mark.parametrize("case", [*STANDARD, *PAIRS[1::3], FOLDED[1], FOLDED[6], OPTIONS[4], INSTANCES[-1]], ids=str)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compacter_kernels as ck
 from compacter_kernels import dispatch, proof, route
-from compacter_kernels.dispatch import Class, Measured
+from compacter_kernels.dispatch import Class, Ranking
 
 LINEAR, ADAPTER = Case("linear"), Case()
 
@@ -72,8 +72,9 @@ def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     Calls of other classes do not use it.
     """
+    monkeypatch.setattr(dispatch, "EXPECTED", {})
     kind = Class("adapter", "sm_90", BF16, (4, 8))
-    monkeypatch.setattr(dispatch, "MEASURED", {kind: Measured(("triton", "factored"), "a file")})
+    monkeypatch.setattr(dispatch, "MEASURED", {kind: Ranking(("triton", "factored"), "a file")})
     found = _chosen(Case(dtype=BF16))
     assert found.impl == "triton"
     assert found.reason.startswith(
@@ -90,16 +91,54 @@ def test_auto_takes_what_was_measured_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("gpu")
-def test_where_nothing_was_measured_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_measured_is_chosen_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured impl comes first, and the order without a table last. The reason says which."""
+    case, kind = Case(dtype=BF16), Class("adapter", "sm_90", BF16, (4,))
     monkeypatch.setattr(dispatch, "MEASURED", {})
+    monkeypatch.setattr(dispatch, "EXPECTED", {kind: Ranking(("triton", "factored"), "a page")})
+    found = _chosen(case)
+    assert found.impl == "triton"
+    by_model = "the fastest that serves this call by a model, and not by a measurement (a page)"
+    assert found.reason == f"{by_model}, and right on this device when tried"
+    assert found.others["cuda"] == f"can serve this call, but triton was {found.reason}"
+    assert _chosen(Case(dtype=BF16, n=12)).impl == "cuda"
+    monkeypatch.setattr(dispatch.IMPLS["triton"], "refuses", lambda problem: "too large")
+    assert _chosen(case).impl == "factored"
+    assert _chosen(case).reason == f"{by_model}; triton: too large"
+    monkeypatch.setattr(dispatch, "MEASURED", {kind: Ranking(("cuda",), "a file")})
+    assert _chosen(case).impl == "cuda"
+    assert _chosen(case).reason.startswith("the fastest measured on such calls")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_model_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlike a measured impl, one of the model must first be tried on this device."""
+    case, kind = Case(dtype=BF16), Class("adapter", "sm_90", BF16, (4,))
+    monkeypatch.setattr(proof, "earlier_failure", lambda problem, name: None)
+    monkeypatch.setattr(proof, "comparable", lambda: False)
+    for table, other, expected in (("MEASURED", "EXPECTED", "triton"), ("EXPECTED", "MEASURED", "factored")):
+        monkeypatch.setattr(dispatch, table, {kind: Ranking(("triton",), "a page")})
+        monkeypatch.setattr(dispatch, other, {})
+        assert _chosen(case).impl == expected
+    assert "triton: it has not proved itself on this device" in _chosen(case).reason
+    monkeypatch.setattr(proof, "comparable", lambda: True)
+    monkeypatch.setattr(proof, "failure", lambda problem, name, impl: "wrong" if name == "triton" else "")
+    assert _chosen(case).impl == "cuda"
+    assert "; triton: wrong" in _chosen(case).reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_no_table_has_a_line_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MEASURED", {})
+    monkeypatch.setattr(dispatch, "EXPECTED", {})
     for expected in ("cuda", "triton", "factored"):
         assert _chosen(ADAPTER).impl == expected
         if expected != "factored":
             monkeypatch.setattr(dispatch.IMPLS[expected], "refuses", lambda problem: "too large")
 
 
-def test_the_table_names_impls_and_files_that_are_there() -> None:
-    for found in dispatch.MEASURED.values():
+def test_the_tables_name_impls_and_files_that_are_there() -> None:
+    for found in (*dispatch.MEASURED.values(), *dispatch.EXPECTED.values()):
         assert set(found.impls) <= set(dispatch.IMPLS)
         assert (Path(__file__).parents[1] / found.source).exists()
 

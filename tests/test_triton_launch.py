@@ -1,4 +1,4 @@
-"""`Launch.compile`, called as the package calls it, for a device that this machine lacks.
+"""`Launch`, called as the package calls it, for a device that this machine lacks.
 
 A fake driver reports such a device to Triton.
 """
@@ -55,14 +55,34 @@ grads = (left1, right2, bias2, rule1, right1, None, rule2, left2)
 found = launch.Launch(reduce_rows, reduction(s), REDUCE_WARPS, 0).compile((part, *grads))
 assert found.metadata.num_warps == REDUCE_WARPS
 print("compiled")
+
+ran, patterns = [], []
+
+
+class Compiled:
+    run = staticmethod(lambda *arguments: ran.append(arguments))
+    function = packed_metadata = None
+    _init_handles = lambda self: patterns.append(addresses)
+
+
+launch.current_device, launch.current_stream, tiled.compile = lambda: 0, lambda device: 7, lambda tensors: Compiled()
+for addresses in ((16, 0, 32), (32, 0, 48), (16, 16, 32), (24, 0, 32), (32, 0, 16)):
+    tiled(3, 1, (), addresses, 0.5, 9)
+assert patterns == [(16, 0, 32), (16, 16, 32), (24, 0, 32)]  # as it is absent, aligned, or x is unaligned
+assert ran[1] == (3, 1, 1, 7, None, None, None, None, None, 32, 0, 48, 0.5, 9, *tiled.tail)
+assert len(ran) == 5
+print("launched")
 '''
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_compile_for_a_device_that_is_not_there() -> None:
-    """It runs in a process of its own, since the driver is a global variable of Triton."""
+def test_kernels_compile_and_launch_for_a_device_that_is_not_there() -> None:
+    """A launch compiles once for each pattern of absent tensors and of addresses.
+
+    It runs in a process of its own, since the driver is a global variable of Triton.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
-    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "compiled\nlaunched\n"), done.stderr

@@ -26,7 +26,7 @@ from compacter_kernels.bench import cost, timer, worker
 from compacter_kernels.bench.providers import Provider, make_call
 from compacter_kernels.bench.settings import MAX_ROUNDS, MIN_ROUNDS, Settings
 from compacter_kernels.bench.timer import Cell, absent
-from compacter_kernels.cases import Case, Shape
+from compacter_kernels.cases import Case, Inputs, Shape
 
 Call = Callable[[], object]
 LEAD_CYCLES = 400_000  # about 0.2 ms, in which the host launches the graph
@@ -201,20 +201,24 @@ class Timer(timer.Timer):
         return timer.shortage(BUFFERS * 4 * size, torch.cuda.mem_get_info()[0])
 
     def prepare(self, provider: Provider, direction: str) -> Timing:
-        """Capture a graph of calls on the copies.
+        """Capture the calls of a provider."""
+        return self.capture(lambda case: make_call(provider, case, direction, keep_out=True), direction)
+
+    def capture(self, bind: Callable[[Inputs], Call], direction: str) -> Timing:
+        """Capture a graph of calls on the copies; bind makes the call on one copy.
 
         The graph is long enough to time, and has equally many calls on each of the needed copies.
         Where there are fewer copies than needed, it has one call on each, or on fewer where the
         capture would take long.
         """
         needed, copies = self.needed[direction], len(self.cases)
-        seconds, peak = estimate(make_call(provider, self.case, direction, keep_out=True))
+        seconds, peak = estimate(bind(self.case))
         if needed > copies:
             count = max(16, min(copies, int(CAPTURE_SECONDS / seconds)))
         else:
             count = needed * max(1, round(REPLAY_SECONDS / seconds / needed))
         distinct = min(count, needed, copies)
-        once = [make_call(provider, case, direction, keep_out=True) for case in self.cases[:distinct]]
+        once = [bind(case) for case in self.cases[:distinct]]
         calls = [once[i % distinct] for i in range(count)]
         train_calls = max(MIN_TRAIN, min(MAX_TRAIN, int(TRAIN_SECONDS / seconds)))
         return Timing(calls, distinct, train_calls, peak, self.flush, self.pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def unavailable() -> str | None:
         return f"not built: {_BUILD['cuda_missing']}"
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "no CUDA device"
-    return None
+    return _old_driver(needs_ptx=False)
 
 
 def refuses(problem: Problem) -> str | None:
@@ -78,10 +79,35 @@ def _other_architecture(capability: int) -> str | None:
     if capability < OLDEST:
         return f"the device is sm_{capability}; sm_{OLDEST} or later is needed"
     compiled = [int(name.removeprefix("sm_")) for name in _BUILD["cuda_archs"]]
-    newer = bool(compiled) and capability >= max(compiled)  # runs the PTX of the last architecture
-    if not compiled or newer or any(a // 10 == capability // 10 and a <= capability for a in compiled):
+    if not compiled or any(a // 10 == capability // 10 and a <= capability for a in compiled):
         return None
+    if capability > max(compiled):  # runs the PTX of the last architecture
+        return _old_driver(needs_ptx=True)
     return f"compiled for {', '.join(f'sm_{a}' for a in compiled)}; the device is sm_{capability}"
+
+
+@functools.cache
+def _versions(module: Any) -> tuple[int, int]:
+    """The versions of CUDA that the driver serves and that is linked in, 1000 major + 10 minor."""
+    driver, built = module.cuda_versions()
+    return driver, built
+
+
+@evaluated_when_compiled
+def _old_driver(needs_ptx: bool) -> str | None:
+    """Why the driver cannot run the kernels, or None.
+
+    Machine code needs a driver for the same major version of CUDA, or a later one. PTX needs one
+    that is as new as the compiler.
+    """
+    driver, built = _versions(_C)
+    if driver >= built or (driver // 1000 == built // 1000 and not needs_ptx):
+        return None
+    served, used = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, built))
+    return (
+        f"the driver serves CUDA {served}, but the kernels were built with CUDA {used}; update the driver, "
+        f"or install compacter-kernels again with nvcc {served} or older"
+    )
 
 
 def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:

@@ -59,7 +59,7 @@ class Kernel:
             x, weights = call
             x, (_, params) = readable(x, "x"), self.parameters.readable(weights)
             if out is None:
-                out = x.new_empty((*x.shape[:-1], self.out_features))
+                out = x.new_empty(*x.shape[:-1], self.out_features)  # in half the time of a tuple
             arguments: tuple[Any, ...] = (x.data_ptr(), out.data_ptr(), x.numel() // self.width)
         else:
             x, down, up, residual, add_x, scale, norm = call  # type: ignore[misc]

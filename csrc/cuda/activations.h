@@ -61,7 +61,8 @@ COMPACTER_DEVICE void with_activation(Activation activation, const Body& body) {
         case Activation::leaky_relu:
             return body([](float y) { return ValueAndSlope{y > 0.f ? y : 0.01f * y, y > 0.f ? 1.f : 0.01f}; });
         case Activation::mish: return body([](float y) { return mish(y); });
-        case Activation::relu2: return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y * y, y < 0.f ? 0.f : 2.f * y}; });
+        case Activation::relu2:
+            return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y * y, y < 0.f ? 0.f : 2.f * y}; });
         case Activation::quick_gelu: return body([](float y) { return swish(y, 1.702f); });
         default: return body([](float y) { return ValueAndSlope{y, 1.f}; });
     }

@@ -41,7 +41,8 @@ struct Pass : Part<S> {
 
     // y and dh of the warp's share of the bottleneck, from Z and dV2.
     COMPACTER_DEVICE void to_bottleneck(const Operands<S>& z, const Operands<S>& v, Eights<S>& y, Eights<S>& dh) const {
-        const float* bias = RawFactors(floats_at(S::raw), known<S>(b.pair)).bias + this->first_eight() * 8 + lane_anew() % 4 * 2;
+        const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
+        const float* bias = raw.bias + this->first_eight() * 8 + lane_anew() % 4 * 2;
 #pragma unroll
         for (int e = 0; e < share; ++e)
 #pragma unroll
@@ -143,7 +144,8 @@ struct Pass : Part<S> {
         float left[4] = {}, right[4] = {}, of_g[4] = {};
 #pragma unroll
         for (int at = Begin * own; at < End * own; ++at) {
-            const int block = at / own, s = at % own, offset = transposed + s * 4 * S::chunk + block * 32, column = lane_anew() / 4;
+            const int block = at / own, s = at % own, column = lane_anew() / 4;
+            const int offset = transposed + s * 4 * S::chunk + block * 32;
             const bool last = block == End - 1, here = S::n == 8 || (column < 4) == (block % 2 == 0);
             Four xt, gt;
             load_matrices_transposed(xt, x + offset);

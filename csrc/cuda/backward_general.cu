@@ -231,6 +231,7 @@ struct Pass {
             row[b.right + e] = floats_at(b.right_inner_sums)[e];
             row[b.left2 + (c / s.rank * s.inner + at) * s.rank + c % s.rank] = floats_at(b.left2_sums)[e];
         }
+        if (!b.factors.bias.data) return;
         for (int e = threadIdx.x; e < n * s.inner; e += blockDim.x) {
             const int q = s.by_inner.quotient(e), at = e - q * s.inner;
             row[b.bias + e] = floats_at(b.bias_sums)[at * n + q];

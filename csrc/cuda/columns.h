@@ -40,6 +40,8 @@ struct SharedRows {
 struct NoRows {};
 
 // z[token][c][p] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over segments begin to end.
+// Tensor cores truncate what they add to an accumulator. For fp32 each segment has a new one, whose
+// sum an fp32 addition rounds; the rounding of a 16-bit x is far above the error.
 template <class T, class K, class Rows>
 COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
     constexpr int ahead = K::most_columns > 1 || T::parts > 1 ? 2 : 4;  // segments that are loaded before the first is used
@@ -64,16 +66,21 @@ COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, i
             for (int column = 0; column < K::most_columns; ++column) {
                 if (column >= columns) break;
                 const uint16_t* from = contraction_column(factor, m, column, lane.g, lane.t) + (first + j) * segment;
+                float apart[4] = {};
+                float(&total)[4] = T::parts == 3 ? apart : sum[column];
 #pragma unroll
                 for (int part = 0; part < T::factor_parts; ++part, from += factor.part) {
                     const uint32_t f[4] = {pair_of(from, 0), pair_of(from, 1), pair_of(from, 2), pair_of(from, 3)};
 #pragma unroll
                     for (int of_x = 0; of_x < T::parts; ++of_x) {
                         if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
-                        mma_16x8x16(sum[column], {a[0][of_x], b[0][of_x], a[1][of_x], b[1][of_x]}, {f[0], f[1]});
-                        mma_16x8x16(sum[column], {a[2][of_x], b[2][of_x], a[3][of_x], b[3][of_x]}, {f[2], f[3]});
+                        mma_16x8x16(total, {a[0][of_x], b[0][of_x], a[1][of_x], b[1][of_x]}, {f[0], f[1]});
+                        mma_16x8x16(total, {a[2][of_x], b[2][of_x], a[3][of_x], b[3][of_x]}, {f[2], f[3]});
                     }
                 }
+                if constexpr (T::parts == 3)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[column][e] += apart[e];
             }
         }
     }

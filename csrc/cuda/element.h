@@ -139,12 +139,14 @@ COMPACTER_DEVICE Eight<T> load_eight(const T* p, int count, bool vectors) {
     return from_floats(T{}, value);
 }
 
+// Stores `count` <= 8 numbers. The store asks no cache to evict them first, since the next layer
+// reads the output, and the layer before it the gradient of x.
 template <class T>
 COMPACTER_DEVICE void store_eight(T* p, const Eight<T>& eight, int count, bool vectors) {
     if (vectors) {
         if (count > 0) {
 #pragma unroll
-            for (int v = 0; v < Eight<T>::vectors; ++v) store_streaming(reinterpret_cast<uint4*>(p) + v, eight.raw[v]);
+            for (int v = 0; v < Eight<T>::vectors; ++v) reinterpret_cast<uint4*>(p)[v] = eight.raw[v];
         }
         return;
     }

@@ -259,13 +259,12 @@ __global__ void __launch_bounds__(32 * Pairs<N>::most_warps, 1) forward(const Pa
     };
     load(begin, 0);
     pass.prepare();
-    if (s.stages == 2) load(begin + step, 1);
+    load(begin + step, 1);
 
     int stage = 0;
     for (int64_t tile = begin; tile < tiles; tile += step) {
         unsigned char* const at = ring + stage * stage_bytes;
-        if (s.stages == 1) wait_copies<0>();
-        else wait_copies<1>();
+        wait_copies<1>();
         __syncwarp();
         pass.contract(at);
         pass.bottleneck();
@@ -281,8 +280,8 @@ __global__ void __launch_bounds__(32 * Pairs<N>::most_warps, 1) forward(const Pa
         __syncwarp();
         pass.part.store(at, const_cast<unsigned char*>(rows(f.out, tile)), valid(tile));
         __syncwarp();
-        load(tile + s.stages * step, stage);
-        stage = stage + 1 == s.stages ? 0 : stage + 1;
+        load(tile + 2 * step, stage);
+        stage ^= 1;
     }
 }
 

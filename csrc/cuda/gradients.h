@@ -3,8 +3,9 @@
 //   sums[u, c] += sum_row x[row, u] B[row, c], B = dZ for x, [V2 | 1 if c - m is the row's q] for g
 //
 // The left operand is x transposed, by ldmatrix.trans for 16-bit numbers and plain loads for fp32.
-// B is [part][c][row], so that two rows are a pair. A job is 16 columns u with all c. Its
-// accumulators are [u / 16][c / 8][lane], one vector each.
+// B is [part][c][row], so that two rows are a pair. A job is 16 columns u with all c. Its sums are
+// [u / 16][c / 8][lane], one vector each. Tensor cores truncate what they add to an accumulator, so
+// the errors of many tiles would add up. Each tile has a new one, which fp32 additions round.
 #pragma once
 
 #include "columns.h"
@@ -64,14 +65,7 @@ COMPACTER_DEVICE void add_gradient(const SharedRows<T>& x, int u, int rows, cons
     const Lane lane;
     const int columns = eights(terms);
     for (int first = 0; first < columns; first += batch) {
-        float sum[batch][4];
-#pragma unroll
-        for (int j = 0; j < batch; ++j) {
-            const int at = sum_place(terms, first + j, lane);
-            const uint4 v = at < 0 ? make_uint4(0, 0, 0, 0) : sums[at];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[j][e] = __uint_as_float(word(v, e));
-        }
+        float sum[batch][4] = {};
         for (int row = 0; row < rows; row += 16) {
             uint32_t a[T::parts][4];
             load_transposed(a, x, row, u, lane);
@@ -90,11 +84,12 @@ COMPACTER_DEVICE void add_gradient(const SharedRows<T>& x, int u, int rows, cons
         }
 #pragma unroll
         for (int j = 0; j < batch; ++j) {
-            uint4 v;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) word(v, e) = __float_as_uint(sum[j][e]);
             const int at = sum_place(terms, first + j, lane);
-            if (at >= 0) sums[at] = v;
+            if (at < 0) continue;
+            uint4 v = sums[at];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) word(v, e) = __float_as_uint(__uint_as_float(word(v, e)) + sum[j][e]);
+            sums[at] = v;
         }
     }
 }

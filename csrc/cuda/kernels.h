@@ -62,7 +62,6 @@ struct PairSizes {
     int n, width, in;       // phm_dim, k, k / n
     int bottleneck, inner;  // d, d / n
     int group, log_shares;  // warps of a group, of which 2^log_shares share the columns of the same chunks
-    int stages;             // tiles of a group's ring
     int row;                // bytes of a token in shared memory, so that eight tokens are in different banks
     Divisor by_inner, by_in;
 
@@ -118,8 +117,8 @@ struct PairForward {
     int left, right2, c1, c2;      // the weights as right operands of matrix products
     int bias;                      // b1 in fp32
     int exchange, exchange_bytes;  // what the warps of a group exchange
-    int ring;                      // [stage][group]
-    int raw;                       // all parameters in fp32, at first, where the last stage of the ring will be
+    int ring;                      // [stage][group], of two stages
+    int raw;                       // all parameters in fp32, at first, where the second stage will be
 };
 
 // forward.cu has the sizes that occur most in bf16, so the general forward needs no instances for them.

@@ -100,12 +100,20 @@ int64_t workspace(const Problem& p, const Device& device) {
     return blocks * row_of(p).floats;
 }
 
+Division division(const Problem& p, const Device& device) {
+    const PlannedBackward plan = plan_backward(p, device);
+    return {plan.launch.blocks, plan.arguments.sizes.tokens, plan.arguments.stages};
+}
+
 }  // namespace
 
 std::string refuses(const Linear& l, const Device& device) { return refuses(problem_of(l), device); }
 std::string refuses(const Adapter& a, const Device& device) { return refuses(problem_of(a), device); }
 int64_t workspace(const Linear& l, const Device& device) { return workspace(problem_of(l), device); }
 int64_t workspace(const Adapter& a, const Device& device) { return workspace(problem_of(a), device); }
+Division division(const Linear& l, const Device& device) { return division(problem_of(l), device); }
+Division division(const Adapter& a, const Device& device) { return division(problem_of(a), device); }
+Versions versions() { return {driver_version(), runtime_version()}; }
 
 void forward(const Linear& l, void* out, const Device& device, void* stream) {
     forward(problem_of(l), l.x, nullptr, out, device, stream);

@@ -24,6 +24,21 @@ std::string refuses(const Adapter& adapter, const Device& device);
 int64_t workspace(const Linear& linear, const Device& device);
 int64_t workspace(const Adapter& adapter, const Device& device);
 
+// How backward divides its tokens: its blocks, the tokens of a tile, and the tiles of a block that
+// shared memory holds at once.
+struct Division {
+    int blocks, tokens, stages;
+};
+Division division(const Linear& linear, const Device& device);
+Division division(const Adapter& adapter, const Device& device);
+
+// The versions of CUDA that the driver serves, and with which this was built: 1000 * major + 10 *
+// minor. Throws std::runtime_error.
+struct Versions {
+    int driver, runtime;
+};
+Versions versions();
+
 // residual: null, x or another tensor. Throws std::runtime_error with the message of CUDA.
 void forward(const Linear& linear, void* out, const Device& device, void* stream);
 void forward(const Adapter& adapter, const void* residual, void* out, const Device& device, void* stream);

@@ -63,8 +63,8 @@ struct Part {
         const int count = valid(tile);
         for_each_vector([&](int token, int at) {
             if (token < count)
-                store_streaming(reinterpret_cast<uint4*>(to + token * S::width * 2 + at),
-                                *reinterpret_cast<const uint4*>(from + token * S::row + at));
+                *reinterpret_cast<uint4*>(to + token * S::width * 2 + at) =
+                    *reinterpret_cast<const uint4*>(from + token * S::row + at);
         });
     }
 

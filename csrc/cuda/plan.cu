@@ -65,7 +65,8 @@ Row row_of(const Problem& problem) {
     int64_t at = 0;
     for (const Projection* p : {problem.down, problem.up}) {
         if (!p) continue;
-        for (const int64_t count : {p->n * p->n * p->n, p->in * p->rank, p->out * p->rank, p->out}) {
+        const int64_t bias = p->weights.bias.data ? p->out : 0;
+        for (const int64_t count : {p->n * p->n * p->n, p->in * p->rank, p->out * p->rank, bias}) {
             row.begin[row.count++] = static_cast<int>(at);
             at += count;
         }

@@ -26,7 +26,7 @@ struct Problem {
 Problem problem_of(const Linear& linear);
 Problem problem_of(const Adapter& adapter);
 
-// The gradients of a backward in a row of partials.
+// The gradients of a backward in a row of partials, of which an absent bias has none.
 struct Row {
     int64_t floats;
     int begin[9];

@@ -24,13 +24,12 @@ int lay_out(PairForward& f, int groups) {
     f.exchange = room.take(int64_t{groups} * f.exchange_bytes);
     const int64_t tiles = int64_t{groups} * s.tile_bytes(), raw = int64_t{4} * RawFactors::floats(s);
     f.ring = room.take(tiles);
-    f.raw = room.take(s.stages == 2 ? std::max(tiles, raw) : raw);
+    f.raw = room.take(std::max(tiles, raw));
     return room.bytes;
 }
 
-// As many groups as memory and warps allow, rather with the next tile in flight than without. If warps
-// are left, they share the columns. This does not depend on the number of tokens, and so the order of a
-// sum does not. Fewer groups serve few tokens.
+// As many groups as memory and warps allow. If warps are left, they share the columns. This does not
+// depend on the number of tokens, and so the order of a sum does not. Fewer groups serve few tokens.
 template <class P>
 PlannedPairForward plan(const Problem& problem, const Device& device) {
     PlannedPairForward plan{};
@@ -46,15 +45,13 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     s.row = s.width * 2 + 16;
     s.by_inner = Divisor(s.inner);
     s.by_in = Divisor(s.in);
-    const auto fit = [&](int groups, int stages, int log_shares) {
-        s.stages = stages;
+    const auto fit = [&](int groups, int log_shares) {
         s.log_shares = log_shares;
         return groups * P::owners << log_shares <= P::most_warps && lay_out<P>(f, groups) <= device.shared_limit;
     };
-    const int stages = fit(1, 2, 0) ? 2 : 1;
     int groups = 1, log_shares = 0;
-    while (fit(groups + 1, stages, 0)) ++groups;
-    while (2 << log_shares < s.in / 16 && fit(groups, stages, log_shares + 1)) ++log_shares;
+    while (fit(groups + 1, 0)) ++groups;
+    while (2 << log_shares < s.in / 16 && fit(groups, log_shares + 1)) ++log_shares;
     s.log_shares = log_shares;
 
     const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;

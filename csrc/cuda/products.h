@@ -31,7 +31,8 @@ COMPACTER_DEVICE int folded_row(int lane) {
 
 // Z = x s1 and dV2 = g t2^T of the warp's pairs, as left operands.
 template <class S>
-COMPACTER_DEVICE void project(const Part<S>& part, Operands<S>& z, Operands<S>& v, const unsigned char* x, const unsigned char* g) {
+COMPACTER_DEVICE void project(const Part<S>& part, Operands<S>& z, Operands<S>& v, const unsigned char* x,
+                              const unsigned char* g) {
     constexpr int step = S::n == 4 ? 2 : 1;  // a matrix of n = 4 has both parts of s_i, so that four are two blocks
     const int lane = lane_anew(), at = part.block(lane), row = S::n == 4 ? lane % 8 : lane % 8 + lane / 16 * 8;
     const int column = S::n == 4 ? lane / 8 * 16 : lane / 8 % 2 * 16;
@@ -124,7 +125,8 @@ COMPACTER_DEVICE void transpose(const Operands<S>& z, int tile, Four& a) {
 
 // dx = dZ s1^T (+ g) of some blocks of 16 columns, in the place of x. dz: the operands against both parts of s1.
 template <class S>
-COMPACTER_DEVICE void expand(const Part<S>& part, const Operands<S>& dz, unsigned char* x, const unsigned char* g, int begin, int end) {
+COMPACTER_DEVICE void expand(const Part<S>& part, const Operands<S>& dz, unsigned char* x, const unsigned char* g,
+                             int begin, int end) {
     const PairLane lane{lane_anew()};
     const uint32_t diagonal = lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
     const uint32_t one = part.b.residual_is_x ? diagonal : 0u;

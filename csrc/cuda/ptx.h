@@ -134,9 +134,6 @@ COMPACTER_DEVICE void sync_threads(int barrier, int threads) {
 // Prefetches the line of global memory at p into the L2.
 COMPACTER_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// A store of data that no kernel reads: the caches may evict it first.
-COMPACTER_DEVICE void store_streaming(uint4* p, uint4 value) { __stcs(p, value); }
-
 // A load of data that is constant while the kernel runs.
 COMPACTER_DEVICE uint4 load_constant(const uint4* p) { return __ldg(p); }
 

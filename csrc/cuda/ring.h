@@ -82,7 +82,7 @@ struct TilePart {
             unsigned char* to_token = target;
 #pragma unroll
             for (int j = 0; j < lines; ++j, to_token += step)
-                if (Whole || token + j * at_once < valid) store_streaming(reinterpret_cast<uint4*>(to_token), eight[j]);
+                if (Whole || token + j * at_once < valid) *reinterpret_cast<uint4*>(to_token) = eight[j];
         }
     }
 };

@@ -53,7 +53,9 @@ template <class S>
 struct Totals {
     const float4* first;
 
-    COMPACTER_DEVICE const float4& vector(int rank, int place, int lane) const { return first[(rank * S::places + place) * 32 + lane]; }
+    COMPACTER_DEVICE const float4& vector(int rank, int place, int lane) const {
+        return first[(rank * S::places + place) * 32 + lane];
+    }
     COMPACTER_DEVICE float* plain(int second) const {
         return reinterpret_cast<float*>(const_cast<float4*>(first)) + S::sums_bytes / 4 + second * S::plain;
     }
@@ -63,7 +65,8 @@ struct Totals {
         const PairLane lane;
         constexpr int each = S::row_tiles * S::eights;
         for (int job = threadIdx.x / 32; job < S::group * 2 * each; job += blockDim.x / 32) {
-            const int rank = job % S::group, at = job / S::group, row = (rank * S::row_tiles + at % each / S::eights) * 16 + lane.g;
+            const int rank = job % S::group, at = job / S::group;
+            const int row = (rank * S::row_tiles + at % each / S::eights) * 16 + lane.g;
             const float4 four = vector(rank, S::at_folded + at, lane.index);
             float* to = plain(at / each) + row * S::plain_row + at % S::eights * 8 + lane.t * 2;
             to[0] = four.x;
@@ -98,7 +101,7 @@ COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, flo
         const int block = right ? job - S::left_tiles : job * S::parts + second, u = block * 16 + lane.g;
         float* to = row + (!right ? b.left : second ? b.bias2 : b.right2) + i * S::chunk + u;
         const float scale = right ? b.factors.scale : 1.f;
-        if (block >= S::blocks) continue;
+        if (block >= S::blocks || (right && second && !b.has_bias2)) continue;
         to[0] = four.x * scale;
         to[S::chunk] = four.y * scale;
         to[8] = four.z * scale;
@@ -160,7 +163,7 @@ COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, floa
     const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
     totals.unpack();
     store_wide(totals, b, row, warp, warps);
-    if (S::bias_tiles) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
+    if (S::bias_tiles && b.has_bias2) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
     __syncthreads();
     constexpr int rules = S::n * S::n * S::n / 32;  // jobs of a warp: those of a rule, of the narrow factors, of the bias
     for (int job = warp; job < 2 * (rules + S::n) + 1; job += warps) {
@@ -169,7 +172,7 @@ COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, floa
         else if (job < 2 * rules) store_rule<S, true>(totals, row + b.rule2, raw.left2, thread);
         else if (i < S::n) store_narrow<S, false>(totals, row + b.right, raw.rule + i * raw.matrix, i);
         else if (i < 2 * S::n) store_narrow<S, true>(totals, row + b.left2, raw.rule2 + (i - S::n) * raw.matrix, i - S::n);
-        else
+        else if (b.factors.bias.data)
             for (int c = threadIdx.x % 32; c < S::d; c += 32) row[b.bias + c] = totals.bias(c);
     }
 }

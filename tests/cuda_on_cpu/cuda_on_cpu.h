@@ -13,6 +13,8 @@
 //   - threads, warps and blocks advance in the order that cuda_on_cpu_order() asks for (0 upwards, 1 downwards, others
 //     at random); a kernel must give the same bits under each.
 //
+// A matrix product is exact until its sum, which is truncated to a float, as tensor cores do.
+//
 // Three builds see different things: the plain one; -fsanitize=address,undefined, for which memory beyond the launch's
 // shared memory is poisoned; and -fsanitize=thread when compiling but not when linking, which finds races on shared and
 // global memory whatever the order (race_check.h). -ftrivial-auto-var-init=pattern spoils registers nobody has set.

@@ -36,6 +36,12 @@ inline uint32_t to_f16(float value) {
     return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));  // to nearest even; 112: between the biases
 }
 
+// Tensor cores truncate the sum of the products and of the number that they add it to.
+inline float truncated(double value) {
+    const float nearest = static_cast<float>(value);
+    return fabs(nearest) > fabs(value) && !isinf(nearest) ? nextafterf(nearest, 0.f) : nearest;
+}
+
 template <int K>
 void mma(const Place& at, float (&d)[4], const uint32_t* a, const uint32_t* b) {
     struct Part {
@@ -52,11 +58,13 @@ void mma(const Place& at, float (&d)[4], const uint32_t* a, const uint32_t* b) {
                 right[2 * t + e % 2 + e / 2 * 8][g] = from_bf16(parts[lane]->b[e / 2], e % 2);
         }
         for (int row = 0; row < 16; ++row) {
-            float sums[8] = {};
+            double sums[8] = {};
             for (int k = 0; k < K; ++k)
-                for (int column = 0; column < 8; ++column) sums[column] += left[row][k] * right[k][column];
-            for (int column = 0; column < 8; ++column)
-                parts[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2] += sums[column];
+                for (int column = 0; column < 8; ++column) sums[column] += double{left[row][k]} * right[k][column];
+            for (int column = 0; column < 8; ++column) {
+                float& d = parts[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2];
+                d = truncated(d + sums[column]);
+            }
         }
     });
 }
@@ -195,10 +203,6 @@ void wait_copies(Place at = here("cp.async.wait_group")) {
     copies.erase(copies.begin(), copy);
 }
 
-inline void store_streaming(uint4* p, uint4 value, Place at = here("store_streaming")) {
-    cuda_on_cpu::check_global(at, p, 16);
-    *p = value;
-}
 inline uint4 load_constant(const uint4* p, Place at = here("load_constant")) {
     cuda_on_cpu::check_global(at, p, 16);
     return *p;

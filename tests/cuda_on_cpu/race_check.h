@@ -118,7 +118,8 @@ inline void touch(const Fibre& fibre, const Place& at, const void* p, size_t byt
                   const void* code = nullptr) {
     const auto* first = static_cast<const unsigned char*>(p);
     if (first >= stacks && first < stacks + most_threads * stack_bytes) return;
-    const Access now{launches, blockIdx.x, fibre.index, block.barriers, warp_of(fibre).seen[fibre.index / warp_size], fibre.seen[fibre.lane], at, code};
+    const unsigned passes = warp_of(fibre).seen[fibre.index / warp_size];
+    const Access now{launches, blockIdx.x, fibre.index, block.barriers, passes, fibre.seen[fibre.lane], at, code};
     if (first >= shared && first < shared + shared_bytes) {
         const auto begin = static_cast<size_t>(first - shared), end = std::min(begin + bytes, shared_bytes);
         for (size_t i = begin / 2; i < (end + 1) / 2; ++i) record(shared_cells[i], now, write, fibre);

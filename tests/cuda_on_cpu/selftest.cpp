@@ -154,7 +154,7 @@ void groups_exchange_matrices() {
 void a_fragment_transposed() {
     std::array<uint32_t, 32> out{};
     launch(+[](uint32_t* out) {
-        const unsigned lane = threadIdx.x, first = lane / 4 * 8 + lane % 4 * 2;  // row g, columns 2t and 2t + 1 of 0, 1, ..., 63
+        const unsigned lane = threadIdx.x, first = lane / 4 * 8 + lane % 4 * 2;  // row g, columns 2t and 2t + 1
         out[lane] = transpose_matrix(first | (first + 1) << 16);
     }, {1, 32, 0, nullptr, false}, out.data());
     for (uint32_t lane = 0; lane < 32; ++lane) {
@@ -177,6 +177,22 @@ void warps_in_turn() {
     std::array<int, 32> out{};
     launch(one_after_another, {1, 128, 128, nullptr, false}, out.data());
     for (int lane = 0; lane < 32; ++lane) check(out[lane] == 8 * lane + 11, "what four warps do one after another");
+}
+
+// d + a b with a b = 3/4 of the distance from d = 1 to the next float, for both signs
+__global__ void truncating(float* d) {
+    const bool first = threadIdx.x % 4 == 0;
+    const uint32_t a = first ? pack_bf16(0x1.8p-12f, 0) : 0, b = first ? pack_bf16(0x1p-12f, 0) : 0;
+    float above[4] = {1, 1, 1, 1}, below[4] = {-1, -1, -1, -1};
+    mma_16x8x8(above, {a, a}, b);
+    mma_16x8x8(below, {a ^ 0x8000, a ^ 0x8000}, b);
+    if (threadIdx.x == 0) d[0] = above[0], d[1] = below[0];
+}
+
+void sums_are_truncated() {
+    float d[2];
+    launch(truncating, {1, 32, 0, nullptr, false}, d);
+    check(1 + 0x1.8p-24f > 1 && d[0] == 1 && d[1] == -1, "mma truncates");
 }
 
 void conflicts_are_counted() {
@@ -215,6 +231,7 @@ void all_results() {
         groups_exchange_matrices();
         a_fragment_transposed();
         warps_in_turn();
+        sums_are_truncated();
         conflicts_are_counted();
     }
     halves();

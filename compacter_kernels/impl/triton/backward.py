@@ -18,7 +18,15 @@ from compacter_kernels.impl.triton.columns import block, contract, load_blocks, 
 from compacter_kernels.impl.triton.middle import held_weights
 from compacter_kernels.impl.triton.middle_backward import held_backward, zero_held_sums
 from compacter_kernels.impl.triton.partials import store_held_sums, store_left, store_out_side, sum_dz
-from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, product, s_operand, v_operand, wide_split
+from compacter_kernels.impl.triton.tiles import (
+    add_product,
+    dz_operand,
+    factor,
+    product,
+    s_operand,
+    v_operand,
+    wide_split,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -29,6 +37,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
     LP: tl.constexpr = P.PRECISION.LP
     SPLIT: tl.constexpr = P.PRECISION.SPLIT
     WIDE: tl.constexpr = P.PRECISION.WIDE
+    SUMS: tl.constexpr = P.PRECISION.SUMS  # the same for operands in LP, but with "bf16" registers are short
     c1 = tl.arange(0, P.IN.NI)
     c2 = tl.arange(0, P.OUT.NI)
     s1 = ()
@@ -63,7 +72,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
             m = m_x[:, None]
             if P.IN.K % P.BK:
                 m &= (u < P.IN.K)[None, :]
-            next_s1 = next_s1 + (dot(tl.trans(xs[b].to(LP)), dz, d_s1[b], WIDE),)
+            next_s1 = next_s1 + (add_product(d_s1[b], tl.trans(xs[b].to(LP)), dz, 1, SUMS),)
             if DX is not None:
                 dx = product(dz, s1_rows[b], WIDE)
                 if P.OPTIONS.RESIDUAL:
@@ -75,7 +84,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         d_s1 = next_s1
         next_out = ()
         for b in tl.static_range(NB2):
-            next_out = next_out + (dot(tl.trans(gs[b].to(LP)), v, d_out[b], WIDE),)
+            next_out = next_out + (add_product(d_out[b], tl.trans(gs[b].to(LP)), v, 1, SUMS),)
         d_out = next_out
     row = PART + tl.program_id(0).to(tl.int64) * P.O.ROW
     for b in tl.static_range(NB1):

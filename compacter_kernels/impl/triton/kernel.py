@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, architecture, empty_gradients
-from compacter_kernels.impl.memory import Parameters, readable
+from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
@@ -55,27 +55,32 @@ class TritonKernel:
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
-        x, added, scale = readable(call.x, "x"), None, 1.0
-        if isinstance(call, LinearCall):
-            (rule, left, right, bias), _ = self.parameters.readable(call.weights)
+        if call.__class__ is LinearCall:
+            x, weights = call
+            x, added, scale = readable(x, "x"), None, 1.0
+            (rule, left, right, bias), given = self.parameters.readable(weights)
             params: Optionals = (rule, left, None, None, None, None, right, bias)
+            given = (*given[:2], 0, 0, 0, 0, *given[2:])
             if out is None:
-                out = x.new_empty((*x.shape[:-1], self.out_features))
+                out = x.new_empty(*x.shape[:-1], self.out_features)  # in half the time of a tuple
         else:
-            (params, _), scale = self.parameters.readable((*call.down, *call.up)), call.scale
-            added = x if call.add_x else None
-            if call.residual is not None:
-                residual = readable(call.residual, "residual")
-                added = residual + x if call.add_x else residual
+            x, down, up, residual, add_x, scale, _ = call  # type: ignore[misc]
+            x = readable(x, "x")
+            params, given = self.parameters.readable((*down, *up))
+            added = x if add_x else None
+            if residual is not None:
+                residual = readable(residual, "residual")
+                added = residual + x if add_x else residual
             if out is None:
                 out = torch.empty_like(x)
         if tokens := x.numel() // self.width:
-            tensors = [x, added, out, *params]
+            tensors = (x, added, out, *params)
+            pointers = (x.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), *given)
             if "forward" in self.served:
                 launch = self._launch("forward", tensors, added is x and self.square)
             else:
                 launch = self._launch("forward_streamed", tensors)
-            launch(launch.programs(tokens), 1, tensors, scale, tokens)
+            launch(launch.programs(tokens), 1, tensors, pointers, scale, tokens)
         return out
 
     def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
@@ -103,7 +108,7 @@ class TritonKernel:
             tensors = (x, grad, dx, part, *params)
             launch = self._launch("backward", tensors, False, add_x, has_bias)
             wide_rows = rows = launch.programs(tokens)
-            launch(rows, 1, tensors, scale, tokens)
+            launch(rows, 1, tensors, addresses(tensors), scale, tokens)
         else:
             part, wide_rows, rows = self._two_phase(x, grad, dx, params, scale, add_x, has_bias, tokens)
         self._reduce(part, grads, wide_rows, rows)
@@ -120,7 +125,8 @@ class TritonKernel:
             blocks = sum(-(-size // REDUCE["BLOCK"]) for size in sizes)
             self.reductions[wanted] = Launch(reduce_rows, constants, REDUCE_WARPS, self.device), blocks
         launch, blocks = self.reductions[wanted]
-        launch(blocks, 1, (part, *grads), wide_rows, rows)
+        tensors = (part, *grads)
+        launch(blocks, 1, tensors, addresses(tensors), wide_rows, rows)
 
     def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
         """The kernel with the first configuration that fits, kept for each choice of `Options`."""
@@ -154,12 +160,12 @@ class TritonKernel:
         rule1, left1, right1, bias1, rule2, left2, _ = params
         tensors = (x, g, z, dv, dz, v2, *params)
         launch = self._launch("tokens", tensors)
-        launch(launch.programs(tokens), 1, tensors, scale, tokens)
+        launch(launch.programs(tokens), 1, tensors, addresses(tensors), scale, tokens)
         tensors = (z, dv, part, rule1, right1, bias1, rule2, left2)
         for in_side in [True] if s.FOLD or s.ACTIVATION is None else [True, False]:
             launch = self._launch("sums", tensors, False, False, False, in_side, not in_side)
             rows = launch.programs(tokens)
-            launch(s.blocks, rows, tensors, tokens)
+            launch(s.blocks, rows, tensors, addresses(tensors), tokens)
         tensors = (x, g, dx, dz, v2, part, left1)
         wide_rows = 0
         for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
@@ -168,10 +174,10 @@ class TritonKernel:
             blocks = -(-max(s.IN.K, s.OUT.K) // launch.config.columns)
             if not wide_rows:
                 wide_rows = max(1, min(launch.programs(tokens * max(s.IN.N, s.OUT.N)), launch.most // blocks))
-            launch(-(-side.K // launch.config.columns), wide_rows, tensors, scale, tokens)
+            launch(-(-side.K // launch.config.columns), wide_rows, tensors, addresses(tensors), scale, tokens)
         return part, wide_rows, rows
 
     def _partials(self, x: Tensor, *names: str) -> Tensor:
         """Memory with a row for each program of these kernels in any of their configurations."""
         rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
-        return x.new_empty((rows, self.sizes.offsets.ROW), dtype=torch.float32)
+        return x.new_empty(rows, self.sizes.offsets.ROW, dtype=torch.float32)

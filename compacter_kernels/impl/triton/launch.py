@@ -46,17 +46,21 @@ class Launch:
         scalars = [1.0 if name == "scale" else 2 for name in names if name not in self.constants]
         return self.kernel.warmup(*tensors, *scalars, **self.constants, **compile_options(self.warps), grid=(1,))
 
-    def __call__(self, columns: int, rows: int, tensors: Sequence[Tensor | None], *scalars: float) -> None:
-        """Launch columns x rows programs on the current stream of the tensors' device."""
+    def __call__(
+        self, columns: int, rows: int, tensors: Sequence[Tensor | None], addresses: Sequence[int], *scalars: float
+    ) -> None:
+        """Launch columns x rows programs on the current stream of the tensors' device.
+
+        addresses: those of the tensors, 0 for an absent one. The compiled kernel does not read it.
+        """
         if _interpreted:
             self.kernel[columns, rows](*tensors, *scalars, **self.constants)
             return
         if self.device != current_device():
             with torch.cuda.device(self.device):
-                self(columns, rows, tensors, *scalars)
+                self(columns, rows, tensors, addresses, *scalars)
             return
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        key = tuple([a and a % 16 for a in addresses])
+        key = tuple([a % 16 if a else None for a in addresses])
         compiled = self.compiled.get(key)
         if compiled is None:
             kernel = self.compile(tensors)
@@ -78,11 +82,12 @@ class Tiled(Launch):
 
     def __init__(self, kernel: Any, static: Static, config: Config, device: int, multiprocessors: int) -> None:
         super().__init__(kernel, {"P": static}, config.warps, device)
-        self.config, self.most = config, config.programs * multiprocessors
+        self.config, self.tokens, self.most = config, config.tokens, config.programs * multiprocessors
 
     def programs(self, count: int) -> int:
         """The number of programs for `count` tokens or rows: one for each tile, up to `most`."""
-        return min(-(-count // self.config.tokens), self.most)
+        tiles = -(-count // self.tokens)
+        return tiles if tiles < self.most else self.most
 
     def fits(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the device has enough shared memory."""

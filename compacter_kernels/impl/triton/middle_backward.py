@@ -28,7 +28,7 @@ from compacter_kernels.impl.triton.middle import (
     rule_weights,
     unpadded,
 )
-from compacter_kernels.impl.triton.tiles import by_column, dot, dot_apart, mix, product, unfolded
+from compacter_kernels.impl.triton.tiles import add_product, by_column, dot, dot_apart, mix, product, unfolded
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
 @triton.jit
 def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
     """The sums (dC1, dC2, db1) of a block with the share of a tile added."""
-    d_c2 = dot_apart(tl.trans(dvj), h, sums[1], turns, P.PRECISION.SUMS)
-    d_c1 = dot_apart(tl.trans(zj), dy, sums[0], turns, P.PRECISION.SUMS)
+    d_c2 = add_product(sums[1], tl.trans(dvj), h, turns, P.PRECISION.SUMS)
+    d_c1 = add_product(sums[0], tl.trans(zj), dy, turns, P.PRECISION.SUMS)
     return d_c1, d_c2, sums[2] + tl.sum(dy, 0, keep_dims=True)
 
 
@@ -129,7 +129,7 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
     if P.ACTIVATION is None:
         v2 = product(zj, held[0], PRECISION)
         dz = product(dvj, tl.trans(held[0]), PRECISION)
-        added = (dot(tl.trans(zj), dvj, sums[0], P.PRECISION.SUMS),)
+        added = (add_product(sums[0], tl.trans(zj), dvj, 1, P.PRECISION.SUMS),)
     else:
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
         dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
@@ -147,7 +147,7 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
 def add_rule(a, z, dv, side: tl.constexpr, P: tl.constexpr):
     """a + dA: dA[c, p, q] = sum_t Z[(t, p), c] dV[(t, q), c]."""
     zt = tl.permute(by_column(z, side, P), (0, 2, 1))
-    return dot(zt, by_column(dv, side, P), a, P.PRECISION.SUMS)
+    return add_product(a, zt, by_column(dv, side, P), 1, P.PRECISION.SUMS)
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def by_chunk(a, P: tl.constexpr):
 @triton.jit
 def add_factor(total, v, dy, P: tl.constexpr):
     """total + V^T dy by chunks, [NP, NI, DP]. Every warp would repeat one product over all rows."""
-    return dot(tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), total, P.PRECISION.SUMS)
+    return add_product(total, tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), 1, P.PRECISION.SUMS)
 
 
 @triton.jit

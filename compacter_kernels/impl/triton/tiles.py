@@ -73,6 +73,22 @@ def dot_apart(a, b, acc, turns, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, a, b, turns, PRECISION: tl.constexpr):
+    """total + a b, for a total over all tiles. turns: see `dot_apart`.
+
+    A tensor core truncates a sum when it adds to its accumulator. So each tile has its own, and a
+    float32 addition rounds. It is written as fma, since the compiler makes `dot` of total + a b. It
+    adds products of several parts (tf32x3, bf16x6) in this way by itself. "bf16" stands where
+    registers are short (plan.py); there the rounding of the operands weighs more.
+    """
+    if PRECISION == "tf32":
+        nothing = tl.zeros(total.shape, tl.float32)
+        return tl.fma(dot_apart(a, b, nothing, turns, PRECISION), 1.0, total)
+    else:
+        return dot_apart(a, b, total, turns, PRECISION)
+
+
+@triton.jit
 def interleave(a, b):
     """Join [M, C] and [M, C] to [M, 2 C]: each column of a, followed by that of b."""
     return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))

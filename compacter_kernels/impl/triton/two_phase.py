@@ -34,7 +34,7 @@ from compacter_kernels.impl.triton.partials import (
     store_unfolded_sums,
     sum_dz,
 )  # fmt: skip
-from compacter_kernels.impl.triton.tiles import dot, dz_operand, factor, output, s_operand, v_operand
+from compacter_kernels.impl.triton.tiles import add_product, dz_operand, factor, output, s_operand, v_operand
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
     if P.ACTIVATION is None and P.FOLD:
-        return (dot(tl.trans(zj), dvj, total[0], P.PRECISION.SUMS),)
+        return (add_product(total[0], tl.trans(zj), dvj, 1, P.PRECISION.SUMS),)
     elif P.ACTIVATION is None:
         return (add_rule(total[0], z, dv, P.IN, P),)
     else:
@@ -149,7 +149,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             o_dz = r[:, None] * P.IN.C + c1[None, :]
             dz = tl.load(DZ + first * P.IN.C + o_dz, mask=m_r & (c1 < P.IN.C)[None, :], other=0.0)
             dz = dz_operand(dz, LP, SPLIT)
-            d_s1 = dot(tl.trans(x.to(LP)), dz, d_s1, WIDE)
+            d_s1 = add_product(d_s1, tl.trans(x.to(LP)), dz, 1, WIDE)
             if DX is not None:
                 dx = output(dz, s_rows, P)
                 if P.OPTIONS.RESIDUAL:
@@ -159,7 +159,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             o_v = r[:, None] * P.OUT.C + c2[None, :]
             v = tl.load(V2 + first * P.OUT.C + o_v, mask=m_r & (c2 < P.OUT.C)[None, :], other=0.0)
             v = v_operand(v, ((first % N).to(tl.int32) + r) % N, N, LP)
-            d_out = dot(tl.trans(g.to(LP)), v, d_out, WIDE)
+            d_out = add_product(d_out, tl.trans(g.to(LP)), v, 1, WIDE)
     row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
     if IN_SIDE:
         store_left(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN)
