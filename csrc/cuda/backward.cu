@@ -128,6 +128,10 @@ struct Pass : Part<S> {
                     float fresh[4] = {}, fresh2[4] = {};
                     mma_16x8x16(fresh, zt[tile], {dyt, dyt});
                     mma_16x8x16(fresh2, vt[tile], {ht, ht});
+                    if constexpr (S::n == 4) {  // with what rounding took from dy and h: n = 4 sums fewer terms
+                        mma_16x8x8(fresh, {zt[tile][0], zt[tile][1]}, transpose_matrix(e % 2 ? a_dy.w : a_dy.y));
+                        mma_16x8x8(fresh2, {vt[tile][0], vt[tile][1]}, transpose_matrix(e % 2 ? a_h.w : a_h.y));
+                    }
                     sums.add(S::at_folded + tile * S::eights + e, fresh);
                     sums.add(S::at_folded2 + tile * S::eights + e, fresh2);
                 }
