@@ -2,18 +2,19 @@
 // stay in registers.
 //
 //   Z = x s1    y = Z C1 + b1    h = act(y)               recomputed
-//   dV2 = g t2^T    dh = dV2 C2    dy = dh act'(y)        C1, C2: folded.h
+//   dV2 = g t2^T    dh = dV2 C2    dy = dh act'(y)        C1, C2: matrices.h
 //   dZ = dy C1^T    dx = dZ s1^T (+ g)
 //   V2 = h C2^T
 //   ds1 = x^T dZ    dt2 = g^T V2    db1, db2 = sums of dy, g    dC1 = Z^T dy    dC2 = dV2^T h       sums.h
 //
-// A group of warps has eight tokens at a time. The 16 rows of a product with x or g are those tokens' chunks 2j and
-// 2j+1. An accumulator has the layout of a left operand, so that it becomes one once it is rounded:
+// A group of warps has eight tokens at a time, and each of its warps some pairs of their chunks. pairs.h has a picture of
+// the fragments, and of the sums of one product as the left operand of the next. products.h has the products without
+// sums over tokens. A sum over tokens has the tokens along k, so that its operands are transposed, by ldmatrix or
+// movmatrix:
 //
-//      Z of a pair:   rows 0-7  chunk 2j,  i 0-7        left operand:  rows 0-7   rounded      k 0-7   chunk 2j
-//                     rows 8-15 chunk 2j+1                             rows 8-15  its rest     k 8-15  chunk 2j+1
+//     ds1 = x^T dZ    16 columns u by 8 i       k 0-7 the tokens of chunk 2j, k 8-15 those of chunk 2j + 1
+//     dC1 = Z^T dy    16 rows (p,i) by 8 (q,v)  k 0-7 the tokens with Z rounded, k 8-15 with what rounding took
 //
-// Rows 8 to 15 of the next product thus carry what rounding took, and its result is the sum of both halves of the rows.
 // Tensor cores truncate, so each tile has fresh accumulators, which are then added to the sums.
 #include "activations.h"
 #include "products.h"
