@@ -68,6 +68,7 @@ PAIRS = [
         (4, 16, 8, "x"),
         (4, 48, 24, "other"),
         (4, 112, 48, "none"),
+        (4, 400, 8, "x"),  # warps share its 25 blocks of columns
         (8, 16, 8, "other"),
         (8, 80, 40, "x"),
         (12, 16, 24, "none"),
