@@ -146,7 +146,7 @@ COMPACTER_DEVICE void store_eight(T* p, const Eight<T>& eight, int count, bool v
     if (vectors) {
         if (count > 0) {
 #pragma unroll
-            for (int v = 0; v < Eight<T>::vectors; ++v) reinterpret_cast<uint4*>(p)[v] = eight.raw[v];
+            for (int v = 0; v < Eight<T>::vectors; ++v) store_global(reinterpret_cast<uint4*>(p) + v, eight.raw[v]);
         }
         return;
     }

@@ -134,6 +134,10 @@ COMPACTER_DEVICE void sync_threads(int barrier, int threads) {
 // Prefetches the line of global memory at p into the L2.
 COMPACTER_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// A store to global memory, which the caches keep as any other. The compiler cannot always tell that a
+// pointer is global.
+COMPACTER_DEVICE void store_global(uint4* p, uint4 value) { __stwb(p, value); }
+
 // A load of data that is constant while the kernel runs.
 COMPACTER_DEVICE uint4 load_constant(const uint4* p) { return __ldg(p); }
 

@@ -203,6 +203,10 @@ void wait_copies(Place at = here("cp.async.wait_group")) {
     copies.erase(copies.begin(), copy);
 }
 
+inline void store_global(uint4* p, uint4 value, Place at = here("store_global")) {
+    cuda_on_cpu::check_global(at, p, 16);
+    *p = value;
+}
 inline uint4 load_constant(const uint4* p, Place at = here("load_constant")) {
     cuda_on_cpu::check_global(at, p, 16);
     return *p;
