@@ -25,8 +25,8 @@ struct RawFactors {
         : matrix(s.n * s.n + pad), in(s.in + left_pad), out(s.in + pad), rule(at), left(rule + s.n * matrix),
           right(left + s.n * in), bias(right + s.bottleneck), rule2(bias + s.bottleneck), left2(rule2 + s.n * matrix),
           right2(left2 + s.bottleneck), bias2(right2 + s.n * out) {}
-    static int floats(const PairSizes& s) {
-        return 2 * s.n * (s.n * s.n + pad) + s.n * (s.in + left_pad) + 2 * s.n * (s.in + pad) + 3 * s.bottleneck;
+    COMPACTER_BOTH static constexpr int floats(int n, int in, int bottleneck) {
+        return 2 * n * (n * n + pad) + n * (in + left_pad) + 2 * n * (in + pad) + 3 * bottleneck;
     }
 };
 

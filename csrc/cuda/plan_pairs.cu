@@ -22,7 +22,7 @@ int lay_out(PairForward& f, int groups) {
     f.bias = room.floats(int64_t{16} * steps);
     f.exchange_bytes = 512 * (P::steps + steps + (s.log_shares ? P::steps * s.shares() : 0));
     f.exchange = room.take(int64_t{groups} * f.exchange_bytes);
-    const int64_t tiles = int64_t{groups} * s.tile_bytes(), raw = int64_t{4} * RawFactors::floats(s);
+    const int64_t tiles = int64_t{groups} * s.tile_bytes(), raw = int64_t{4} * RawFactors::floats(s.n, s.in, s.bottleneck);
     f.ring = room.take(tiles);
     f.raw = room.take(std::max(tiles, raw));
     return room.bytes;

@@ -1,6 +1,7 @@
 // The shapes that the folded kernel of the backward is compiled for, and its layout of shared memory.
 #pragma once
 
+#include "folded.h"
 #include "sizes.h"
 
 namespace compacter::cuda {
@@ -30,7 +31,7 @@ struct Shape {
     static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
     static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + parts * folded_part;
     static constexpr int raw = folded2 + parts * folded_part;  // all parameters in fp32 (folded.h)
-    static constexpr int raw_floats = 2 * n * (n * n + 4) + n * (chunk + 8) + 2 * n * (chunk + 4) + 3 * d;
+    static constexpr int raw_floats = RawFactors::floats(n, chunk, d);
     static constexpr int exchange = raw + raw_floats * 4, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
     static_assert(raw_floats % 4 == 0);
 
@@ -42,7 +43,7 @@ struct Shape {
     static constexpr int plain_row = d | 1, plain = n * n * plain_row, all_bytes = sums_bytes + (2 * plain * 4 + 15) / 16 * 16;
 
     COMPACTER_BOTH static constexpr int ring(int groups) { return exchange + groups * exchange_bytes; }
-    COMPACTER_BOTH static constexpr int bytes(int groups, int stages) { 
+    COMPACTER_BOTH static constexpr int bytes(int groups, int stages) {
         return ring(groups) + (groups * of_group(stages) < all_bytes ? all_bytes : groups * of_group(stages));
     }
     COMPACTER_BOTH static constexpr int of_group(int stages) { return stages * tile < sums_bytes ? sums_bytes : stages * tile; }
