@@ -79,10 +79,14 @@ PAIRS = [
 ]
 
 
-# The shapes that backward.cu is compiled for. 300 tokens turn the ring of every group.
+# The shapes that backward.cu and backward_sides.cu are compiled for. 300 tokens turn the ring of every group.
 FOLDED = [
     dataclasses.replace(case, shape=(300,), residual=residual, bias=bias, activation=name, scale=scale)
-    for case in (Case(width=768, bottleneck=24, dtype=BF16), Case(width=1024, bottleneck=64, n=8, dtype=BF16))
+    for case in (
+        Case(width=768, bottleneck=24, dtype=BF16),
+        Case(width=1024, bottleneck=64, n=8, dtype=BF16),
+        Case(width=768, bottleneck=48, n=12, dtype=BF16),
+    )
     for residual, bias, name, scale in (
         ("x", True, "gelu_new", 1.0),
         ("other", True, "gelu", -0.5),

@@ -132,6 +132,7 @@ void pair_forward_kernel(const PairForward& forward, const Launch& launch);
 template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
 void folded_backward_kernel(const Backward& backward, const Launch& launch);  // bf16, the sizes of shapes.h
+void sides_backward_kernel(const Backward& backward, const Launch& launch);   // bf16, the sizes of sides.h
 void reduce_kernel(const Reduce& reduce, const Launch& launch);
 
 constexpr int reduce_columns = 32, reduce_threads = 512;  // of a block

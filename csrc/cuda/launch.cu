@@ -83,7 +83,9 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
         b.sizes.out_vectors &= aligned(grad_out);
         l.stream = stream;
         reduce.rows = l.blocks;
-        if (b.folded)
+        if (b.folded && p.down->n == 12)
+            sides_backward_kernel(b, l);
+        else if (b.folded)
             folded_backward_kernel(b, l);
         else
             with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });

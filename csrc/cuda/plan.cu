@@ -4,6 +4,7 @@
 
 #include "gradients.h"
 #include "shapes.h"
+#include "sides.h"
 #include "tile.h"
 
 namespace compacter::cuda {
@@ -185,6 +186,20 @@ bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& de
     }) && b.folded;
 }
 
+// The plan of the kernel in backward_sides.cu, if three tiles fit.
+bool plan_sides(PlannedBackward& plan, const Problem& problem, const Device& device) {
+    Backward& b = plan.arguments;
+    b.sizes = sizes_of(problem, 16);
+    b.pair.by_in = Divisor(b.sizes.in);
+    return with_sides(b.sizes, [&](auto shape) {
+        using S = decltype(shape);
+        const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
+        b.stages = S::stages;
+        b.folded = S::bytes <= device.shared_limit;
+        plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), S::threads, S::bytes, nullptr, false};
+    }) && b.folded;
+}
+
 }  // namespace
 
 PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned) {
@@ -204,7 +219,9 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device, bool
     b.left2 = row.begin[last + 1];
     b.right2 = row.begin[last + 2];
     b.bias2 = row.begin[last + 3];
-    if (aligned && problem.dtype == DType::bf16 && problem.up && plan_folded(plan, problem, device)) return plan;
+    if (aligned && problem.dtype == DType::bf16 && problem.up &&
+        (plan_folded(plan, problem, device) || plan_sides(plan, problem, device)))
+        return plan;
 
     // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
     // 16 rows (48 for n = 12), with or without the next tile in flight.
