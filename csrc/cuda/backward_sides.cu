@@ -176,14 +176,17 @@ struct Pass : SidePart<S> {
         bias_sum[0] += dh[0];
         bias_sum[1] += dh[1];
         const int at = S::middle + (half * 8 + lane / 4) * S::middle_row + e * 16 + lane % 4 * 4;
-        word_at(at) = pack_bf16(dh[0], dh[1]);
-        word_at(at + S::middle_bytes) = pack_bf16(y[0], y[1]);
+        const PairParts dy(dh[0], dh[1]), h(y[0], y[1]);
+        word_at(at) = dy.rounded;
+        word_at(at + S::middle_bytes) = dy.rest;
+        word_at(at + 2 * S::middle_bytes) = h.rounded;
+        word_at(at + 3 * S::middle_bytes) = h.rest;
     }
 
     // dC1 or dC2 of the pair, transposed: 16 columns c by 8 rows (p,i).
     COMPACTER_DEVICE void folded_gradients(const Operand& z, SumsOfSide<S>& sums) const {
         const unsigned lane = lane_anew();
-        const unsigned char* middle = shared_memory() + S::middle + side * S::middle_bytes +
+        const unsigned char* middle = shared_memory() + S::middle + side * 2 * S::middle_bytes +
                                       (lane % 8 + lane / 16 * 8) * S::middle_row + lane / 8 % 2 * 16;
         uint32_t rounded[3][2], rest[3][2];
 #pragma unroll
@@ -208,32 +211,34 @@ struct Pass : SidePart<S> {
     }
 
     // dZ or V2 of the pair: i < 8 of each chunk, i >= 8 of both.
-    COMPACTER_DEVICE Operand unfold(const Folded<S>& c) const {
-        float u[3][4] = {};
+    COMPACTER_DEVICE void unfold(const Folded<S>& c, float (&u)[3][4]) const {
         const unsigned lane = lane_anew();
         const unsigned char* middle =
-            shared_memory() + S::middle + side * S::middle_bytes + lane % 16 * S::middle_row + lane / 16 * 16;
+            shared_memory() + S::middle + side * 2 * S::middle_bytes + lane % 16 * S::middle_row + lane / 16 * 16;
 #pragma unroll
         for (int step = 0; step < S::steps; ++step) {
-            Four a;
-            load_matrices(a, middle + step * 32);
+            Four rounded, rest;
+            load_matrices(rounded, middle + step * 32);
+            load_matrices(rest, middle + S::middle_bytes + step * 32);
 #pragma unroll
-            for (int r = 0; r < 3; ++r)
-                mma_16x8x16(u[r], a, {transpose_matrix(c[r][2 * step]), transpose_matrix(c[r][2 * step + 1])});
+            for (int r = 0; r < 3; ++r) {
+                const uint32_t right[2] = {transpose_matrix(c[r][2 * step]), transpose_matrix(c[r][2 * step + 1])};
+                mma_16x8x16(u[r], rounded, right);
+                mma_16x8x16(u[r], rest, right);
+            }
         }
-        return Operand(u);
     }
 
     // ds1 or dt2 of the pair, 16 columns u by 8 i. Behind the i >= 8, columns 4 and 5 have the sums of `in` itself.
-    COMPACTER_DEVICE void wide_gradients(const unsigned char* in, const Operand& u, SumsOfSide<S>& sums) const {
+    COMPACTER_DEVICE void wide_gradients(const unsigned char* in, const float (&u)[3][4], SumsOfSide<S>& sums) const {
         const unsigned lane = lane_anew(), column = lane / 4;
         constexpr uint32_t ones = 0x3f803f80u;
         uint32_t first[2][2], last[2][2];  // right operands of each chunk, rounded once
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-            for (int chunk = 0; chunk < 2; ++chunk) first[chunk][h] = transpose_matrix(u.first[2 * chunk + h]);
-            const uint32_t both = transpose_matrix(u.last[h]);
+            for (int chunk = 0; chunk < 2; ++chunk) first[chunk][h] = transpose_matrix(pack_bf16(u[chunk][2 * h], u[chunk][2 * h + 1]));
+            const uint32_t both = transpose_matrix(pack_bf16(u[2][2 * h], u[2][2 * h + 1]));
             const uint32_t of_second = __shfl_xor_sync(0xffffffff, both, 16);  // i >= 8 of the second chunk
             last[0][h] = column < 4 ? both : column == 4 ? ones : 0u;
             last[1][h] = column < 4 ? of_second : column == 5 ? ones : 0u;
@@ -260,7 +265,7 @@ struct Pass : SidePart<S> {
     };
 
     // Gives dZ of the second chunk to the warp on the side of g. Each returns its chunk.
-    COMPACTER_DEVICE OfChunk share(const Operand& dz) const {
+    COMPACTER_DEVICE OfChunk share(const float (&u)[3][4]) const {
         auto* shared = shared_memory() + S::parts + (S::pairs + pair) * S::eights * 512;
         auto* four = reinterpret_cast<uint4*>(shared) + lane_anew();
         auto* two = reinterpret_cast<uint2*>(shared + 512) + lane_anew();
@@ -268,6 +273,7 @@ struct Pass : SidePart<S> {
             sync_threads(1 + pair, 64);
             return {{four->x, four->y}, {four->z, four->w}, {two->x, two->y}};
         }
+        const Operand dz(u);
         const bool lower = lane_anew() % 4 < 2;  // has i >= 8 of the first chunk
         uint32_t first[2], second[2];
 #pragma unroll
@@ -328,9 +334,10 @@ __global__ void __launch_bounds__(S::threads, 1) backward(const Backward b) {
         if (tile < tiles) pass.load(tile, stage);
         commit_copies();
     };
-    for (int stage = 0; stage < S::stages - 1; ++stage) load(tile + stage * step, stage);
+    load(tile, 0);
     stage_raw<S::n>(floats_at(S::raw), b.factors, known<S>(b.pair));
     __syncthreads();
+    load(tile + step, 1);
     const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
     pass.form_wide(raw, b.factors.scale);
     Folded<S> c;
@@ -349,10 +356,11 @@ __global__ void __launch_bounds__(S::threads, 1) backward(const Backward b) {
         pass.meet(sums.bias);
         __syncthreads();
         pass.folded_gradients(z, sums);
-        const Operand u = pass.unfold(c);
-        if (b.grad_x) pass.expand(tile, pass.rows(stage, 1), pass.share(u));
-        pass.wide_gradients(in, u, sums);
         load(tile + (S::stages - 1) * step, stage ? stage - 1 : S::stages - 1);
+        float u[3][4] = {};
+        pass.unfold(c, u);
+        pass.wide_gradients(in, u, sums);
+        if (b.grad_x) pass.expand(tile, pass.rows(stage, 1), pass.share(u));
         stage = stage + 1 == S::stages ? 0 : stage + 1;
     }
     let_next_kernel_start();

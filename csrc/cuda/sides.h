@@ -28,8 +28,8 @@ struct Sides {
     static constexpr int factor = 0, expanding = factor + 2 * factor_bytes;  // [side]; s1 in the order of dx
     static constexpr int raw = expanding + n * factor_row;                   // all parameters in fp32 (folded.h)
     static constexpr int raw_floats = RawFactors::floats(n, chunk, d);
-    static constexpr int middle = raw + raw_floats * 4;                      // dy, h: [side][token][c]
-    static constexpr int parts = middle + 2 * middle_bytes;                  // of y and dh: [warp][eight][half][lane][2]
+    static constexpr int middle = raw + raw_floats * 4;                      // dy, h: [side][part][token][c]
+    static constexpr int parts = middle + 4 * middle_bytes;                  // of y and dh: [warp][eight][half][lane][2]
     static constexpr int ring = parts + warps * eights * 512;
     static_assert(raw_floats % 4 == 0);
 
