@@ -42,8 +42,7 @@ struct Pass : Part<S> {
 
     // y and dh of the warp's share of the bottleneck, from Z and dV2.
     COMPACTER_DEVICE void to_bottleneck(const Operands<S>& z, const Operands<S>& v, Eights<S>& y, Eights<S>& dh) const {
-        const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
-        const float* bias = raw.bias + this->first_eight() * 8 + lane_anew() % 4 * 2;
+        const float* bias = floats_at(S::bias) + this->first_eight() * 8 + lane_anew() % 4 * 2;
 #pragma unroll
         for (int e = 0; e < share; ++e)
 #pragma unroll
@@ -89,17 +88,22 @@ struct Pass : Part<S> {
     // dZ and V2 of the warp's chunks, from dy and h, and what these give to dC1 and dC2.
     COMPACTER_DEVICE void from_bottleneck(const Operands<S>& z, const Operands<S>& v, const Eights<S>& h, const Eights<S>& dy,
                                           Chunks<S>& dz, Chunks<S>& v2, Sums<S>& sums) const {
-        constexpr int kept = S::group == 1 ? 2 * steps : share;
-        uint32_t of_h[kept][2] = {}, of_dy[kept][2] = {};  // of an eight: a rounded pair and what rounding took
+        constexpr int own_steps = (share + 1) / 2;
+        uint4 of_h[own_steps], of_dy[own_steps];
         uint4* shared = S::group > 1 ? exchange() + 2 * S::pairs * 32 : nullptr;
 #pragma unroll
-        for (int e = 0; e < share; ++e) {
-            split(h[e][0], h[e][1], of_h[e]);
-            split(dy[e][0], dy[e][1], of_dy[e]);
+        for (int step = 0; step < own_steps; ++step) {
+            const int e = 2 * step;
+            const bool two = e + 1 < share;
+            const auto operand = [&](const Eights<S>& a) {
+                return both_parts(a[e][0], a[e][1], two ? a[e + two][0] : 0.f, two ? a[e + two][1] : 0.f);
+            };
+            of_h[step] = operand(h);
+            of_dy[step] = operand(dy);
             if constexpr (S::group > 1) {
-                const int at = this->first_eight() + e;
-                reinterpret_cast<uint2*>(shared + at / 2 * 32)[at % 2] = make_uint2(of_h[e][0], of_h[e][1]);
-                reinterpret_cast<uint2*>(shared + (steps + at / 2) * 32)[at % 2] = make_uint2(of_dy[e][0], of_dy[e][1]);
+                const int at = this->first_eight() / 2 + step;
+                shared[at * 32] = of_h[step];
+                shared[(steps + at) * 32] = of_dy[step];
             }
         }
         if constexpr (S::group > 1) sync();
@@ -116,8 +120,8 @@ struct Pass : Part<S> {
                 a_h = shared[step * 32];
                 a_dy = shared[(steps + step) * 32];
             } else {
-                a_h = make_uint4(of_h[2 * step][0], of_h[2 * step][1], of_h[2 * step + 1][0], of_h[2 * step + 1][1]);
-                a_dy = make_uint4(of_dy[2 * step][0], of_dy[2 * step][1], of_dy[2 * step + 1][0], of_dy[2 * step + 1][1]);
+                a_h = of_h[step];
+                a_dy = of_dy[step];
             }
             unfold(*this, dz, a_dy, step, S::folded);
             unfold(*this, v2, a_h, step, S::folded2);
@@ -127,8 +131,10 @@ struct Pass : Part<S> {
 #pragma unroll
                 for (int tile = 0; tile < S::row_tiles; ++tile) {
                     float fresh[4] = {}, fresh2[4] = {};
-                    mma_16x8x16(fresh, zt[tile], {dyt, dyt});
-                    mma_16x8x16(fresh2, vt[tile], {ht, ht});
+                    mma_16x8x8(fresh, {zt[tile][0], zt[tile][1]}, dyt);
+                    mma_16x8x8(fresh2, {vt[tile][0], vt[tile][1]}, ht);
+                    mma_16x8x8(fresh, {zt[tile][2], zt[tile][3]}, dyt);
+                    mma_16x8x8(fresh2, {vt[tile][2], vt[tile][3]}, ht);
                     if constexpr (S::n == 4) {  // with what rounding took from dy and h: n = 4 sums fewer terms
                         mma_16x8x8(fresh, {zt[tile][0], zt[tile][1]}, transpose_matrix(e % 2 ? a_dy.w : a_dy.y));
                         mma_16x8x8(fresh2, {vt[tile][0], vt[tile][1]}, transpose_matrix(e % 2 ? a_h.w : a_h.y));
@@ -140,37 +146,69 @@ struct Pass : Part<S> {
         }
     }
 
-    // The sums of the wide gradients, from x, dZ and g, V2, and of g itself, over some blocks of 16 columns.
-    template <int Begin, int End>
-    COMPACTER_DEVICE void wide_gradients(const unsigned char* x, const unsigned char* g, const uint32_t (&dz)[own][2],
-                                         const uint32_t (&v2)[own][2], Sums<S>& sums) const {
+    // The sums of the wide gradients, from x, dZ and g, V2, and of g itself; and dx, in the place of x. 16 columns u by
+    // eight tokens of g are a left operand of its sums, and what the sums dx^T = s1^T dZ^T begin with.
+    COMPACTER_DEVICE void wide_gradients(unsigned char* x, const unsigned char* g, const Operands<S>& dz,
+                                         const uint32_t (&dzt)[own][2], const uint32_t (&v2t)[own][2], Sums<S>& sums) const {
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
+        constexpr int of_load = S::n == 4 ? 1 : 2;    // blocks of 16 columns in one load of s1
+        constexpr int together = 2;                   // between two branches, or the compiler lacks registers
         const int transposed = this->transposed(lane_anew());
+        const uint32_t low = b.residual_is_x ? 1u << 16 : 0u, high = b.residual_is_x ? 0xffff0000u : 0u;
+        const unsigned char* factor = left_rows<S>();
         float left[4] = {}, right[4] = {}, of_g[4] = {};
 #pragma unroll
-        for (int at = Begin * own; at < End * own; ++at) {
-            const int block = at / own, s = at % own, column = lane_anew() / 4;
-            const int offset = transposed + s * 4 * S::chunk + block * 32;
-            const bool last = block == End - 1, here = S::n == 8 || (column < 4) == (block % 2 == 0);
-            Four xt, gt;
-            load_matrices_transposed(xt, x + offset);
-            load_matrices_transposed(gt, g + offset);
-            mma_16x8x16(left, xt, {here ? dz[s][0] : 0u, here ? dz[s][1] : 0u});
-            mma_16x8x16(right, gt, v2[s]);
-            if (S::n == 8) {
-                const int c = block % per * 2 * own + s * 2;
-                mma_16x8x16(of_g, gt, {column == c ? 0x3f803f80u : 0u, column == c + 1 ? 0x3f803f80u : 0u});  // ones
+        for (int begin = 0; begin < S::blocks * own; begin += together) {
+            Four gt[together];
+#pragma unroll
+            for (int at = begin; at < begin + together; ++at) {
+                const int block = at / own, s = at % own, column = lane_anew() / 4;
+                const int offset = transposed + s * 4 * S::chunk + block * 32;
+                const bool last = block == S::blocks - 1, here = S::n == 8 || (column < 4) == (block % 2 == 0);
+                Four xt, &of_block = gt[at - begin];
+                load_matrices_transposed(xt, x + offset);
+                load_matrices_transposed(of_block, g + offset);
+                mma_16x8x16(left, xt, {here ? dzt[s][0] : 0u, here ? dzt[s][1] : 0u});
+                mma_16x8x16(right, of_block, v2t[s]);
+                if (S::n == 8) {
+                    const int c = block % per * 2 * own + s * 2;
+                    mma_16x8x16(of_g, of_block, {column == c ? 0x3f803f80u : 0u, column == c + 1 ? 0x3f803f80u : 0u});  // ones
+                }
+                if (s < own - 1) continue;
+                sums.add(S::at_right2 + block, right);
+                clear(right);
+                if (block % S::parts == S::parts - 1 || last) {
+                    sums.add(block / S::parts, left);
+                    clear(left);
+                }
+                if (S::n == 8 && (block % per == per - 1 || last)) {
+                    sums.add(S::at_bias2 + block / per, of_g);
+                    clear(of_g);
+                }
             }
-            if (s < own - 1) continue;
-            sums.add(S::at_right2 + block, right);
-            clear(right);
-            if (block % S::parts == S::parts - 1 || last) {
-                sums.add(block / S::parts, left);
-                clear(left);
-            }
-            if (S::n == 8 && (block % per == per - 1 || last)) {
-                sums.add(S::at_bias2 + block / per, of_g);
-                clear(of_g);
+            __syncwarp();  // all lanes have read x
+            if (!b.grad_x) continue;
+            Four f;
+#pragma unroll
+            for (int at = begin; at < begin + together; ++at) {
+                const int block = at / own, s = at % own, k = block % of_load * 2;
+                if (at == begin || (s == 0 && k == 0)) load_matrices_transposed(f, factor + block / of_load * of_load * 32);
+                const int next = S::n == 4 ? 2 : k;  // what rounding took from s1; for n = 8 s1 again, against that of dZ
+                Four dx;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float sum[4];
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const uint32_t pair = gt[at - begin][h * 2 + e / 2];
+                        sum[e] = __uint_as_float(e % 2 ? pair & high : pair * low);
+                    }
+                    mma_16x8x8(sum, {f[k], f[k + 1]}, dz[s][h]);
+                    mma_16x8x8(sum, {f[next], f[next + 1]}, dz[s][2 + h]);
+                    dx[h * 2] = pack_bf16(sum[0], sum[1]);
+                    dx[h * 2 + 1] = pack_bf16(sum[2], sum[3]);
+                }
+                store_matrices_transposed(x + transposed + s * 4 * S::chunk + block * 32, dx);
             }
         }
     }
@@ -202,25 +240,15 @@ struct Pass : Part<S> {
                 dzt[s][h] = transpose_matrix(parts[0]);
                 v2t[s][h] = transpose_matrix(upper ? one_of_q : of_v2);
             }
-        // In two steps: the compiler keeps more of a tile's sums at once in one, and lacks registers. The places are
-        // such that no architecture spills (benchmarks/ptxas_report.py).
-        constexpr int most = S::n == 4 ? 8 : 2;
-        wide_gradients<0, most>(x, g, dzt, v2t, sums);
-        __syncwarp();  // all lanes have read x
-        if (b.grad_x) expand(*this, operand, x, g, 0, most);
-        wide_gradients<most, S::blocks>(x, g, dzt, v2t, sums);
-        __syncwarp();
-        if (b.grad_x) expand(*this, operand, x, g, most, S::blocks);
+        wide_gradients(x, g, operand, dzt, v2t, sums);
     }
 
-    // The sums of the block, in the place of the first group's tiles, and from them its row of partials.
+    // The block's row of partials. The sums of a group take the place of its tiles.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
-        auto* first = reinterpret_cast<float4*>(shared_memory() + S::ring(this->group.count));
-        float4* places = first + this->group.rank * S::places * 32 + threadIdx.x % 32;
+        const Totals<S> totals{shared_memory() + S::ring(this->group.count), this->group.count, S::of_group(b.stages),
+                               S::at_once(b.stages)};
         sync();
-        this->in_turn(1, [&] { sums.add_to(places, this->group.index == 0); });
-        __syncthreads();
-        store_row(Totals<S>{first}, b, b.partials + blockIdx.x * b.row);
+        store_row(sums, totals, b, this->group, b.partials + blockIdx.x * b.row);
     }
 };
 
@@ -229,15 +257,16 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
     const Pass<S> pass(b);
     const int tiles = static_cast<int>((b.tokens + S::tokens - 1) / S::tokens), step = gridDim.x * pass.group.count;
     int tile = blockIdx.x + gridDim.x * pass.group.index;
-    const auto load_first = [&] {
-        for (int stage = 0; stage < b.stages; ++stage) {
-            if (tile + stage * step < tiles) pass.load(tile + stage * step, stage);
-            commit_copies();
-        }
+    const auto load = [&](int tile, int stage) {
+        if (tile < tiles) pass.load(tile, stage);
+        commit_copies();
     };
-    if (S::group > 1) load_first();
-    else pass.in_turn(2, load_first);  // so that the tile of the first warp is there first
-    prepare<S>(b.factors, b.pair);
+    pass.in_turn(S::group > 1 ? 1 : 2, [&] { load(tile, 0); });  // so that the first tile is there long before the last
+    stage_parameters<S>(b.factors);
+    if (b.stages == 2) load(tile + step, 1);
+    __syncthreads();
+    form_folded<S>();
+    __syncthreads();
     Sums<S> sums = {};
     int stage = 0;
     for (; tile < tiles; tile += step) {
@@ -249,8 +278,7 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
         __syncwarp();
         if (b.grad_x) pass.store(tile, stage);
         __syncwarp();
-        if (tile + b.stages * step < tiles) pass.load(tile + b.stages * step, stage);
-        commit_copies();
+        load(tile + b.stages * step, stage);
         stage = stage + 1 == b.stages ? 0 : stage + 1;
     }
     let_next_kernel_start();

@@ -84,7 +84,6 @@ struct Backward {
     int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
     bool folded;                                                   // the kernel in backward.cu, whose layout is in shapes.h
-    PairSizes pair;
     int stages;
 
     SharedFactors shared;

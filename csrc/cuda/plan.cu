@@ -173,11 +173,10 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
 bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
     Backward& b = plan.arguments;
     b.sizes = sizes_of(problem, 8);
-    b.pair.by_in = Divisor(b.sizes.in);
     return with_shape(b.sizes, [&](auto shape) {
         using S = decltype(shape);
         const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
-        int groups = max_warps / S::group;
+        int groups = S::most_groups;
         while (groups > 1 && S::bytes(groups, 1) > device.shared_limit) --groups;
         b.stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1;
         b.folded = S::bytes(groups, b.stages) <= device.shared_limit;

@@ -121,35 +121,12 @@ COMPACTER_DEVICE void transpose(const Operands<S>& z, int tile, Four& a) {
             }
 }
 
-// dx = dZ s1^T (+ g) of some blocks of 16 columns, in the place of x. dz: the operands against both parts of s1.
+// Where a lane points for s1^T, whose rows are columns u: of both parts for n = 4, else of two blocks of 16 columns.
 template <class S>
-COMPACTER_DEVICE void expand(const Part<S>& part, const Operands<S>& dz, unsigned char* x, const unsigned char* g,
-                             int begin, int end) {
-    const PairLane lane{lane_anew()};
-    const uint32_t diagonal = lane.g == lane.t * 2 ? 0x3f80u : lane.g == lane.t * 2 + 1 ? 0x3f800000u : 0u;
-    const uint32_t one = part.b.residual_is_x ? diagonal : 0u;
-    const int row = S::n == 4 ? lane.index % 4 + lane.index / 8 % 2 * 4 : lane.index % 8, block_at = part.block(lane.index);
-    const unsigned char* factor = shared_memory() + S::left + row * S::factor_row + lane.index / 16 * 16;
-#pragma unroll 4
-    for (int block = begin; block < end; ++block) {
-        Four f;
-        load_matrices_transposed(f, factor + block * 32);
-#pragma unroll
-        for (int s = 0; s < S::own; ++s) {
-            Four residual;
-            const int at = block_at + s * 4 * S::chunk + block * 32;
-            load_matrices(residual, g + at);
-            float out[2][4] = {};
-            mma_16x8x8(out[0], {residual[0], residual[1]}, one);
-            mma_16x8x8(out[1], {residual[2], residual[3]}, one);
-            mma_16x8x16(out[0], dz[s], {f[0], f[1]});
-            mma_16x8x16(out[1], dz[s], {f[2], f[3]});
-            Four rounded;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) rounded[e] = pack_bf16(out[e / 2][e % 2 * 2], out[e / 2][e % 2 * 2 + 1]);
-            store_matrices(x + at, rounded);
-        }
-    }
+COMPACTER_DEVICE const unsigned char* left_rows() {
+    const int lane = lane_anew(), row = S::n == 4 ? lane % 4 + lane / 16 * 4 : lane % 8;
+    const int column = S::n == 4 ? lane / 8 % 2 * 16 : lane / 8 * 16;
+    return shared_memory() + S::left + row * S::factor_row + column;
 }
 
 }  // namespace compacter::cuda

@@ -82,6 +82,13 @@ COMPACTER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
                  : "memory");
 }
 
+// A fragment of an 8 x 8 matrix, row g, columns 2t and 2t+1, becomes rows 2t and 2t+1 of column g.
+COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
 // The inverse of load_matrices: lane 8j+i points to where row i of matrix j goes.
 COMPACTER_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #if __CUDA_ARCH__ >= 900
@@ -98,11 +105,15 @@ COMPACTER_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #endif
 }
 
-// A fragment of an 8 x 8 matrix, row g, columns 2t and 2t+1, becomes rows 2t and 2t+1 of column g.
-COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
-    uint32_t transposed;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-    return transposed;
+// The inverse of load_matrices_transposed.
+COMPACTER_DEVICE void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#else
+    store_matrices(row, {transpose_matrix(r[0]), transpose_matrix(r[1]), transpose_matrix(r[2]), transpose_matrix(r[3])});
+#endif
 }
 
 // The lane of this thread, read anew: the compiler computes what follows from it there, instead of keeping it in
@@ -110,6 +121,7 @@ COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
 COMPACTER_DEVICE int lane_anew() {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    __builtin_assume(lane >= 0 && lane < 32);
     return lane;
 }
 

@@ -29,62 +29,76 @@ struct Sums {
         for (int e = 0; e < 4; ++e) at[place][e] += fresh[e];
     }
 
-    // Adds them to what is there, unless they are the first.
-    COMPACTER_DEVICE void add_to(float4* there, bool first) const {
-        constexpr int ahead = 8;
-#pragma unroll
-        for (int begin = 0; begin < S::places; begin += ahead) {
-            float4 before[ahead];
-#pragma unroll
-            for (int j = 0; j < ahead; ++j)
-                before[j] = first || begin + j >= S::places ? make_float4(0.f, 0.f, 0.f, 0.f) : there[(begin + j) * 32];
-#pragma unroll
-            for (int j = 0; j < ahead; ++j)
-                if (begin + j < S::places) {
-                    const float(&sum)[4] = at[begin + j];
-                    there[(begin + j) * 32] = before[j] + make_float4(sum[0], sum[1], sum[2], sum[3]);
-                }
-        }
+    COMPACTER_DEVICE float4 vector(int place) const {
+        const float(&sum)[4] = at[place];
+        return make_float4(sum[0], sum[1], sum[2], sum[3]);
     }
 };
 
-// The sums of a block.
+// The sum over Count lanes, each Stride after the one before, in the first of them.
+template <int Count, int Stride>
+COMPACTER_DEVICE float sum_of_lanes(float value) {
+    if constexpr (Count == 1) return value;
+    else if constexpr (Count % 2 == 0)
+        return sum_of_lanes<Count / 2, Stride>(value + __shfl_down_sync(0xffffffff, value, Count / 2 * Stride));
+    else return value + sum_of_lanes<Count - 1, Stride>(__shfl_down_sync(0xffffffff, value, Stride));
+}
+
+// The sums of a block, which the groups have written to the place of their tiles.
 template <class S>
 struct Totals {
-    const float4* first;
+    unsigned char* first;
+    int groups, stride;  // bytes from one group to the next
+    bool at_once;        // dC1 and dC2 are behind the wide sums, else in their place
 
-    COMPACTER_DEVICE const float4& vector(int rank, int place, int lane) const {
-        return first[(rank * S::places + place) * 32 + lane];
+    // The wide sums and the biases, as [rank][place][lane].
+    COMPACTER_DEVICE float4* wide(int group, int rank, int place) const {
+        return reinterpret_cast<float4*>(first + group * stride) + (rank * S::wide + place) * 32;
     }
-    COMPACTER_DEVICE float* plain(int second) const {
-        return reinterpret_cast<float*>(const_cast<float4*>(first)) + S::sums_bytes / 4 + second * S::plain;
-    }
-
-    // dC1 and dC2 as plain matrices.
-    COMPACTER_DEVICE void unpack() const {
-        const PairLane lane;
-        constexpr int each = S::row_tiles * S::eights;
-        for (int job = threadIdx.x / 32; job < S::group * 2 * each; job += blockDim.x / 32) {
-            const int rank = job % S::group, at = job / S::group;
-            const int row = (rank * S::row_tiles + at % each / S::eights) * 16 + lane.g;
-            const float4 four = vector(rank, S::at_folded + at, lane.index);
-            float* to = plain(at / each) + row * S::plain_row + at % S::eights * 8 + lane.t * 2;
-            to[0] = four.x;
-            to[1] = four.y;
-            to[8 * S::plain_row] = four.z;
-            to[8 * S::plain_row + 1] = four.w;
-        }
-    }
-
-    COMPACTER_DEVICE float bias(int c) const {
-        const int eight = c / 8, rank = eight / S::share;
-        float sum = 0.f;
+    COMPACTER_DEVICE float4 wide_total(int rank, int place, int lane) const {
+        float4 sum = wide(0, rank, place)[lane];
 #pragma unroll
-        for (int g = 0; g < 8; ++g) {
-            const float4& four = vector(rank, S::at_bias + eight % S::share, g * 4 + c % 8 / 2);
-            sum += c % 2 ? four.y : four.x;
-        }
+        for (int group = 1; group < S::most_groups; ++group)
+            if (group < groups) sum = sum + wide(group, rank, place)[lane];
         return sum;
+    }
+
+    // The block of dC1 or dC2 with rows 8r to 8r + 7 and columns 8c to 8c + 7: two neighbours of a row for each lane.
+    COMPACTER_DEVICE float2* block(int group, bool second, int r, int c) const {
+        return reinterpret_cast<float2*>(first + group * stride + at_once * S::wide_bytes + second * S::folded_bytes +
+                                         (r * S::eights + c) * S::block_bytes);
+    }
+    // Columns 2 pair and 2 pair + 1 of a row.
+    COMPACTER_DEVICE float2 folded_total(bool second, int row, int pair) const {
+        const int at = row % 8 * 4 + pair % 4;
+        float2 sum = block(0, second, row / 8, pair / 4)[at];
+#pragma unroll
+        for (int group = 1; group < S::most_groups; ++group)
+            if (group < groups) {
+                const float2 other = block(group, second, row / 8, pair / 4)[at];
+                sum = make_float2(sum.x + other.x, sum.y + other.y);
+            }
+        return sum;
+    }
+
+    COMPACTER_DEVICE void write_wide(const Sums<S>& sums, int group, int rank) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int place = 0; place < S::wide; ++place) wide(group, rank, place)[lane] = sums.vector(place);
+    }
+    COMPACTER_DEVICE void write_folded(const Sums<S>& sums, int group, int rank) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int second = 0; second < 2; ++second)
+#pragma unroll
+            for (int tile = 0; tile < S::row_tiles; ++tile)
+#pragma unroll
+                for (int e = 0; e < S::eights; ++e) {
+                    const float4 four = sums.vector((second ? S::at_folded2 : S::at_folded) + tile * S::eights + e);
+                    const int r = (rank * S::row_tiles + tile) * 2;
+                    block(group, second, r, e)[lane] = make_float2(four.x, four.y);
+                    block(group, second, r + 1, e)[lane] = make_float2(four.z, four.w);
+                }
     }
 };
 
@@ -93,9 +107,9 @@ template <class S>
 COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, float* row, int warp, int warps) {
     const PairLane lane;
     for (int job = warp; job < S::left_tiles + S::blocks; job += warps) {
-        float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
+        float4 four = totals.wide_total(0, job, lane.index);
 #pragma unroll
-        for (int rank = 0; rank < S::group; ++rank) four = four + totals.vector(rank, job, lane.index);
+        for (int rank = 1; rank < S::group; ++rank) four = four + totals.wide_total(rank, job, lane.index);
         const bool right = job >= S::left_tiles;
         const int c = lane.t * 2, second = S::n == 4 && c >= 4, i = second ? c - 4 : c;
         const int block = right ? job - S::left_tiles : job * S::parts + second, u = block * 16 + lane.g;
@@ -115,7 +129,7 @@ COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, floa
     const PairLane lane;
     for (int job = warp; job < S::group * S::bias_tiles; job += warps) {
         const int rank = job % S::group, at = job / S::group;
-        const float4 four = totals.vector(rank, S::at_bias2 + at, lane.index);
+        const float4 four = totals.wide_total(rank, S::at_bias2 + at, lane.index);
         const float sum[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -126,55 +140,71 @@ COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, floa
     }
 }
 
-// dA_i[p,q] of one side, by one thread. Neighbouring lanes have different rows of dC. Second: its rows are (q,i).
-template <class S, bool Second>
-COMPACTER_DEVICE void store_rule(const Totals<S>& totals, float* gradient, const float* factor, int e) {
-    const int i = e % S::n, row = e / S::n % S::n, other = e / (S::n * S::n);
-    const float* from = totals.plain(Second) + (row * S::n + i) * S::plain_row + other * S::inner;
-    float sum = 0.f;
-#pragma unroll
-    for (int v = 0; v < S::inner; ++v) sum = fmaf(from[v], factor[i * S::inner + v], sum);
-    gradient[(i * S::n + (Second ? other : row)) * S::n + (Second ? row : other)] = sum;
-}
-
-// dt_i[v] of one side for one i and A_i, by a warp. Lane v + inner k has the columns (q,v) of every fourth q.
-template <class S, bool Second>
-COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, float* gradient, const float* rule, int i) {
-    static_assert(S::inner <= 8, "four numbers of a row (p,i) with the same v are in a warp");
-    const int lane = threadIdx.x % 32, k = lane / S::inner, v = lane % S::inner;
-    const float* from = totals.plain(Second) + i * S::plain_row + k * S::inner + v;
-    float sum = 0.f;
-    if (k < 4)
-#pragma unroll
-        for (int row = 0; row < S::n; ++row)
-#pragma unroll
-            for (int four = 0; four < S::n; four += 4)
-                sum = fmaf(from[row * S::n * S::plain_row + four * S::inner],
-                           rule[(Second ? four + k : row) * S::n + (Second ? row : four + k)], sum);
-    sum += __shfl_down_sync(0xffffffff, sum, 2 * S::inner);
-    sum += __shfl_down_sync(0xffffffff, sum, S::inner);
-    if (k == 0) gradient[i * S::inner + v] = sum;
-}
-
-// The block's row of partials.
+// The columns of the sums of dy are the bottleneck, their rows tokens.
 template <class S>
-COMPACTER_DEVICE void store_row(const Totals<S>& totals, const Backward& b, float* row) {
+COMPACTER_DEVICE void store_bias(const Totals<S>& totals, float* gradient, int warp, int warps) {
+    const PairLane lane;
+    for (int eight = warp; eight < S::eights; eight += warps) {
+        const float4 four = totals.wide_total(eight / S::share, S::at_bias + eight % S::share, lane.index);
+        const float2 sum = make_float2(sum_of_lanes<8, 4>(four.x), sum_of_lanes<8, 4>(four.y));
+        if (lane.g == 0) reinterpret_cast<float2*>(gradient + eight * 8)[lane.t] = sum;
+    }
+}
+
+// dA_i and dt_i of both sides for one i, by a warp. A lane has two neighbours v, v + 1 of a column (q,v) of dC1, and all rows
+// (p,i). Of dC2, the rows are (q,i) and the columns (p,v).
+template <class S>
+COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, const Backward& b, int i, float* row) {
+    constexpr int pairs = S::inner / 2, lanes = S::d / 2;
+    static_assert(lanes <= 32);
+    const int lane = threadIdx.x % 32, there = lane < lanes ? lane : 0, column = there / pairs, v = there % pairs * 2;
+    float over_v[2][S::n];
+    float2 narrow[2];
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+        const float* rule = floats_at(second ? S::rule2 : S::rule) + i * S::matrix + column * (second ? S::n : 1);
+        const float2 factor = *reinterpret_cast<const float2*>(floats_at(second ? S::narrow2 : S::narrow) + i * S::inner + v);
+        narrow[second] = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int k = 0; k < S::n; ++k) {
+            const float2 sum = totals.folded_total(second, k * S::n + i, there);
+            const float a = rule[k * (second ? 1 : S::n)];
+            narrow[second] = make_float2(fmaf(sum.x, a, narrow[second].x), fmaf(sum.y, a, narrow[second].y));
+            over_v[second][k] = sum.x * factor.x + sum.y * factor.y;
+        }
+    }
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+#pragma unroll
+        for (int k = 0; k < S::n; ++k) over_v[second][k] = sum_of_lanes<pairs, 1>(over_v[second][k]);
+        narrow[second] = make_float2(sum_of_lanes<S::n, pairs>(narrow[second].x), sum_of_lanes<S::n, pairs>(narrow[second].y));
+    }
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+        float* rule = row + (second ? b.rule2 : b.rule) + i * S::n * S::n + column * (second ? S::n : 1);
+        if (v == 0 && lane < lanes)
+#pragma unroll
+            for (int k = 0; k < S::n; ++k) rule[k * (second ? 1 : S::n)] = over_v[second][k];
+        if (lane < pairs) reinterpret_cast<float2*>(row + (second ? b.left2 : b.right) + i * S::inner)[lane] = narrow[second];
+    }
+}
+
+// The block's row of partials, from the sums of its warps.
+template <class S>
+COMPACTER_DEVICE void store_row(const Sums<S>& sums, const Totals<S>& totals, const Backward& b, const Group& group, float* row) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
-    totals.unpack();
+    totals.write_wide(sums, group.index, group.rank);
+    if (totals.at_once) totals.write_folded(sums, group.index, group.rank);
+    __syncthreads();
     store_wide(totals, b, row, warp, warps);
     if (S::bias_tiles && b.has_bias2) store_bias2(totals, row + b.bias2, b.factors.scale, warp, warps);
-    __syncthreads();
-    constexpr int rules = S::n * S::n * S::n / 32;  // jobs of a warp: those of a rule, of the narrow factors, of the bias
-    for (int job = warp; job < 2 * (rules + S::n) + 1; job += warps) {
-        const int thread = job % rules * 32 + threadIdx.x % 32, i = job - 2 * rules;
-        if (job < rules) store_rule<S, false>(totals, row + b.rule, raw.right, thread);
-        else if (job < 2 * rules) store_rule<S, true>(totals, row + b.rule2, raw.left2, thread);
-        else if (i < S::n) store_narrow<S, false>(totals, row + b.right, raw.rule + i * raw.matrix, i);
-        else if (i < 2 * S::n) store_narrow<S, true>(totals, row + b.left2, raw.rule2 + (i - S::n) * raw.matrix, i - S::n);
-        else if (b.factors.bias.data)
-            for (int c = threadIdx.x % 32; c < S::d; c += 32) row[b.bias + c] = totals.bias(c);
+    if (b.factors.bias.data) store_bias(totals, row + b.bias, warp, warps);
+    if (!totals.at_once) {
+        __syncthreads();
+        totals.write_folded(sums, group.index, group.rank);
+        __syncthreads();
     }
+    for (int i = warp; i < S::n; i += warps) store_narrow(totals, b, i, row);
 }
 
 }  // namespace compacter::cuda

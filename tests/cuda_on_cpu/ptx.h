@@ -98,7 +98,8 @@ void ldmatrix(const Place& at, uint32_t (&r)[4], const void* row) {
     });
 }
 
-inline void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
+template <bool Transposed>
+void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
     struct Part {
         const uint32_t* r;
         unsigned char* row;
@@ -108,7 +109,11 @@ inline void stmatrix(const Place& at, void* row, const uint32_t (&r)[4]) {
             for (int i = 0; i < 8; ++i) {
                 unsigned char* row = parts[8 * j + i]->row;
                 touch(*block.fibres[self->index - self->lane + 8 * j + i], at, row, 16, true);
-                for (int t = 0; t < 4; ++t) memcpy(row + 4 * t, parts[i * 4 + t]->r + j, 4);
+                for (int k = 0; k < 8; ++k) {  // a lane has columns 2t and 2t + 1 of row g
+                    const int g = Transposed ? k : i, column = Transposed ? i : k;
+                    const auto number = static_cast<uint16_t>(parts[g * 4 + column / 2]->r[j] >> column % 2 * 16);
+                    memcpy(row + 2 * k, &number, 2);
+                }
             }
     });
 }
@@ -163,7 +168,10 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Place at
 }
 
 inline void store_matrices(void* row, const uint32_t (&r)[4], Place at = here("stmatrix")) {
-    cuda_on_cpu::stmatrix(at, row, r);
+    cuda_on_cpu::stmatrix<false>(at, row, r);
+}
+inline void store_matrices_transposed(void* row, const uint32_t (&r)[4], Place at = here("stmatrix.trans")) {
+    cuda_on_cpu::stmatrix<true>(at, row, r);
 }
 inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
 inline int lane_anew() { return static_cast<int>(threadIdx.x % 32); }
