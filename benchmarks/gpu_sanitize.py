@@ -31,7 +31,7 @@ SHAPES = [
     Shape(52, 26, 1),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENS = 83
+TOKENS = 99
 MULTIPROCESSORS = 2
 
 

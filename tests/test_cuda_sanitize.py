@@ -31,9 +31,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_ring_of_tiles_turns(script: Any) -> None:
-    """A block has three tiles of each call, so it fills a place of the ring again.
+    """A block has more tiles of each call than its ring has places, so it fills a place again.
 
-    With bfloat16 there are rings of one place and of two.
+    With bfloat16 there are rings of one place, of two and of three.
     """
     places = set()
     with script.few_multiprocessors():
@@ -41,10 +41,10 @@ def test_the_ring_of_tiles_turns(script: Any) -> None:
             posed = problem(case)
             plan = cuda._plan(posed.operation, native.plan_arguments(posed), cuda._device(0))
             blocks, tokens, stages = plan.division(script.TOKENS)
-            assert 2 * blocks * tokens < script.TOKENS, case
+            assert max(stages, 2) * blocks * tokens < script.TOKENS, case
             if case.dtype == BF16:
                 places.add(stages)
-    assert places == {1, 2}
+    assert places == {1, 2, 3}
 
 
 def test_the_script_runs(script: Any, capsys: pytest.CaptureFixture[str]) -> None:

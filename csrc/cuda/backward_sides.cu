@@ -65,45 +65,54 @@ struct Pass : SidePart<S> {
         return reinterpret_cast<float2*>(shared_memory() + S::parts) + warp * S::eights * 64 + lane_anew();
     }
 
-    // s1_i[u] and scale t2_i[u], and s1 in the order of the columns of dx (see expand).
-    COMPACTER_DEVICE static void form_wide(const RawFactors& raw, float scale) {
+    // s1 in the order of the columns of dx (see expand).
+    COMPACTER_DEVICE static void form_expanding() {
         for (int e = threadIdx.x; e < S::width / 2; e += S::threads) {
-            const int i = e / (S::chunk / 2), u = e % (S::chunk / 2) * 2, at = (i < 8 ? i : i + 8) * S::factor_row + u * 2;
-            const float *s = raw.left + i * raw.in + u, *t = raw.right2 + i * raw.out + u;
-            const PairParts left(s[0], s[1]), right2(t[0] * scale, t[1] * scale);
-            const int rest = (i < 8 ? 8 : 4) * S::factor_row;
-            word_at(S::factor + at) = left.rounded;
-            word_at(S::factor + at + rest) = left.rest;
-            word_at(S::factor + S::factor_bytes + at) = right2.rounded;
-            word_at(S::factor + S::factor_bytes + at + rest) = right2.rest;
+            const int i = e / (S::chunk / 2), u = e % (S::chunk / 2) * 2;
             const int place = u / 32 * 32 + u % 8 / 2 * 8 + u % 32 / 8 * 2;
-            word_at(S::expanding + i * S::factor_row + place * 2) = left.rounded;
+            word_at(S::expanding + i * S::factor_row + place * 2) = word_at(S::left + i * S::factor_row + u * 2);
         }
     }
 
-    // Rows (p,i) of C1 or (q,i) of C2.
-    COMPACTER_DEVICE void form_folded(const RawFactors& raw, Folded<S>& c) const {
+    // What rounding took from C1: of an eight of columns, [lane][two eights of rows], then [lane] of the third.
+    COMPACTER_DEVICE int rest_of_c1(int eight) const { return S::rest + (pair * S::eights + eight) * 384; }
+
+    // The rows (p,i) of C1, or (q,i) of C2.
+    COMPACTER_DEVICE void form_folded(Folded<S>& c) const {
         const PairLane lane;
-        const float *rule = side ? raw.rule2 : raw.rule, *narrow = side ? raw.left2 : raw.right;
-        const int of_row = side ? 1 : S::n, of_column = side ? S::n : 1;
+        const int of_row = side ? 1 : S::n, of_column = side ? S::n : 1, v = lane.g % S::inner;
+        const float *rule[3], *narrow[3];
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
             const int chunk = pair * 2 + (r < 2 ? r : lane.t / 2), i = r < 2 ? lane.t * 2 : 8 + lane.t * 2 % 4;
-            const float *a = rule + i * raw.matrix + chunk * of_row, *t = narrow + i * S::inner;
+            rule[r] = floats_at(side ? S::rule2 : S::rule) + i * S::matrix + chunk * of_row + lane.g / S::inner * of_column;
+            narrow[r] = floats_at(side ? S::narrow2 : S::narrow) + i * S::inner + v;
+        }
 #pragma unroll
-            for (int e = 0; e < S::eights; ++e) {
-                const int column = e * 8 + lane.g, q = column / S::inner * of_column, v = column % S::inner;
-                c[r][e] = pack_bf16(a[q] * t[v], a[raw.matrix + q] * t[S::inner + v]);
+        for (int e = 0; e < S::eights; ++e) {
+            float low[3], high[3];
+#pragma unroll
+            for (int r = 0; r < 3; ++r) {
+                const float* a = rule[r] + e * (8 / S::inner) * of_column;
+                low[r] = a[0] * narrow[r][0];
+                high[r] = a[S::matrix] * narrow[r][S::inner];
             }
+            const uint4 first = both_parts(low[0], high[0], low[1], high[1]), last = both_parts(low[2], high[2], 0.f, 0.f);
+            c[0][e] = first.x;
+            c[1][e] = first.z;
+            c[2][e] = last.x;
+            if (side == 1) continue;
+            reinterpret_cast<uint2*>(shared_memory() + rest_of_c1(e))[lane.index] = make_uint2(first.y, first.w);
+            word_at(rest_of_c1(e) + 256 + lane.index * 4) = last.y;
         }
     }
 
     // Z or dV2 of the pair.
     COMPACTER_DEVICE Operand project(const unsigned char* in) const {
-        const unsigned lane = lane_anew();
-        const unsigned char* factor = shared_memory() + S::factor + side * S::factor_bytes;
-        const unsigned char* first = factor + (lane % 8 + lane / 16 * 8) * S::factor_row + lane / 8 % 2 * 16;
-        const unsigned char* last = factor + (lane % 8 + 16) * S::factor_row + lane / 8 * 16;
+        const int lane = lane_anew();
+        const unsigned char* factor = shared_memory() + (side ? S::right2 : S::left);
+        const unsigned char* first = factor + (lane % 8 + lane / 16 * S::n) * S::factor_row + lane / 8 % 2 * 16;
+        const unsigned char* last = factor + (8 + lane % 4 + lane % 8 / 4 * S::n) * S::factor_row + lane / 8 * 16;
         in += rows_at(lane);
         float sum[2][2][4] = {};  // of a chunk: i < 8, and i >= 8 with what rounding took from s1 beside it
 #pragma unroll 1
@@ -136,26 +145,34 @@ struct Pass : SidePart<S> {
         return Operand(z);
     }
 
-    // What the pair gives to y or dh.
+    // What the pair gives to y or dh. y has the rest of C1 too, since the slope of a ReLU at y near 0 depends on its sign.
     COMPACTER_DEVICE void fold(const Operand& z, const Folded<S>& c) const {
+        const int lane = lane_anew();
         float2* to = parts(warp);
+        float sum[S::eights][4] = {};
+        if (side == 0)
+#pragma unroll
+            for (int e = 0; e < S::eights; ++e) {
+                const uint2 rest = reinterpret_cast<const uint2*>(shared_memory() + rest_of_c1(e))[lane];
+                mma_16x8x16(sum[e], z.first, {rest.x, rest.y});
+                mma_16x8x8(sum[e], {z.last[0], z.last[1]}, word_at(rest_of_c1(e) + 256 + lane * 4));
+            }
 #pragma unroll
         for (int e = 0; e < S::eights; ++e) {
-            float sum[4] = {};
-            mma_16x8x16(sum, z.first, {c[0][e], c[1][e]});
-            mma_16x8x16(sum, z.rest, {c[0][e], c[1][e]});
-            mma_16x8x16(sum, z.last, {c[2][e], c[2][e]});
-            to[e * 64] = make_float2(sum[0], sum[1]);
-            to[e * 64 + 32] = make_float2(sum[2], sum[3]);
+            mma_16x8x16(sum[e], z.first, {c[0][e], c[1][e]});
+            mma_16x8x16(sum[e], z.rest, {c[0][e], c[1][e]});
+            mma_16x8x8(sum[e], {z.last[0], z.last[1]}, c[2][e]);
+            mma_16x8x8(sum[e], {z.last[2], z.last[3]}, c[2][e]);
+            to[e * 64] = make_float2(sum[e][0], sum[e][1]);
+            to[e * 64 + 32] = make_float2(sum[e][2], sum[e][3]);
         }
     }
 
     // dy and h of half the tokens and eight c, from the parts of all pairs.
     COMPACTER_DEVICE void meet(float (&bias_sum)[2]) const {
-        const unsigned lane = lane_anew(), e = warp % S::eights, half = warp / S::eights;
-        const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
+        const int lane = lane_anew(), e = warp % S::eights, half = warp / S::eights;
         const float2* from = parts(0) + e * 64 + half * 32;
-        const float2 bias = reinterpret_cast<const float2*>(raw.bias)[e * 4 + lane % 4];
+        const float2 bias = reinterpret_cast<const float2*>(floats_at(S::bias))[e * 4 + lane % 4];
         float y[2] = {bias.x, bias.y}, dh[2] = {};
 #pragma unroll
         for (int j = 0; j < S::pairs; ++j) {
@@ -185,7 +202,7 @@ struct Pass : SidePart<S> {
 
     // dC1 or dC2 of the pair, transposed: 16 columns c by 8 rows (p,i).
     COMPACTER_DEVICE void folded_gradients(const Operand& z, SumsOfSide<S>& sums) const {
-        const unsigned lane = lane_anew();
+        const int lane = lane_anew();
         const unsigned char* middle = shared_memory() + S::middle + side * 2 * S::middle_bytes +
                                       (lane % 8 + lane / 16 * 8) * S::middle_row + lane / 8 % 2 * 16;
         uint32_t rounded[3][2], rest[3][2];
@@ -212,7 +229,7 @@ struct Pass : SidePart<S> {
 
     // dZ or V2 of the pair: i < 8 of each chunk, i >= 8 of both.
     COMPACTER_DEVICE void unfold(const Folded<S>& c, float (&u)[3][4]) const {
-        const unsigned lane = lane_anew();
+        const int lane = lane_anew();
         const unsigned char* middle =
             shared_memory() + S::middle + side * 2 * S::middle_bytes + lane % 16 * S::middle_row + lane / 16 * 16;
 #pragma unroll
@@ -231,7 +248,7 @@ struct Pass : SidePart<S> {
 
     // ds1 or dt2 of the pair, 16 columns u by 8 i. Behind the i >= 8, columns 4 and 5 have the sums of `in` itself.
     COMPACTER_DEVICE void wide_gradients(const unsigned char* in, const float (&u)[3][4], SumsOfSide<S>& sums) const {
-        const unsigned lane = lane_anew(), column = lane / 4;
+        const int lane = lane_anew(), column = lane / 4;
         constexpr uint32_t ones = 0x3f803f80u;
         uint32_t first[2][2], last[2][2];  // right operands of each chunk, rounded once
 #pragma unroll
@@ -291,9 +308,9 @@ struct Pass : SidePart<S> {
     // dx = dZ s1^T (+ g) of a chunk, to memory. Column c of product j of a segment of 32 columns is 8 (c / 2) + 2 j +
     // c % 2, so that a lane has eight neighbours.
     COMPACTER_DEVICE void expand(int tile, const unsigned char* g, const OfChunk& z) const {
-        const unsigned lane = lane_anew(), row = token_of_row(lane / 4), count = this->valid(tile);
-        const unsigned factor_row = lane / 8 % 2 ? 8 + lane % 4 : lane % 8;
-        const unsigned at = this->first() + side * S::chunk * 2 + lane % 4 * 16;
+        const int lane = lane_anew(), row = token_of_row(lane / 4), count = this->valid(tile);
+        const int factor_row = lane / 8 % 2 ? 8 + lane % 4 : lane % 8;
+        const int at = this->first() + side * S::chunk * 2 + lane % 4 * 16;
         const unsigned char* factor = shared_memory() + S::expanding + factor_row * S::factor_row + lane / 16 * 16;
         auto* to = static_cast<unsigned char*>(b.grad_x) + (int64_t{tile} * S::tokens + row) * S::width * 2 + at;
         g += row * S::row + at;
@@ -319,7 +336,7 @@ struct Pass : SidePart<S> {
                 }
             }
 #pragma unroll
-            for (unsigned h = 0; h < 2; ++h)
+            for (int h = 0; h < 2; ++h)
                 if (row + 8 * h < count) *reinterpret_cast<uint4*>(to + 8 * h * S::width * 2 + segment * 64) = out[h];
         }
     }
@@ -335,13 +352,12 @@ __global__ void __launch_bounds__(S::threads, 1) backward(const Backward b) {
         commit_copies();
     };
     load(tile, 0);
-    stage_raw<S::n>(floats_at(S::raw), b.factors, known<S>(b.pair));
+    stage_parameters<S>(b.factors);
     __syncthreads();
     load(tile + step, 1);
-    const RawFactors raw(floats_at(S::raw), known<S>(b.pair));
-    pass.form_wide(raw, b.factors.scale);
     Folded<S> c;
-    pass.form_folded(raw, c);
+    pass.form_expanding();
+    pass.form_folded(c);
     __syncthreads();
 
     SumsOfSide<S> sums = {};

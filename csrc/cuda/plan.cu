@@ -189,7 +189,6 @@ bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& de
 bool plan_sides(PlannedBackward& plan, const Problem& problem, const Device& device) {
     Backward& b = plan.arguments;
     b.sizes = sizes_of(problem, 16);
-    b.pair.by_in = Divisor(b.sizes.in);
     return with_sides(b.sizes, [&](auto shape) {
         using S = decltype(shape);
         const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;

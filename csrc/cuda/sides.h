@@ -4,9 +4,8 @@
 // side of g.
 #pragma once
 
-#include "folded.h"
-#include "sizes.h"
-#include "stage.h"
+#include "kernels.h"
+#include "pairs.h"
 
 namespace compacter::cuda {
 
@@ -22,17 +21,19 @@ struct Sides {
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
     static constexpr int row = (width / 8 | 1) * 16, factor_row = (chunk / 8 | 1) * 16, middle_row = (d / 8 | 1) * 16;
     static constexpr int tile = 2 * tokens * row;           // rows of x, then rows of g
-    static constexpr int factor_bytes = 2 * n * factor_row; // [i < 8, what rounding took, i >= 8, what rounding took][u]
     static constexpr int middle_bytes = tokens * middle_row;
 
-    static constexpr int factor = 0, expanding = factor + 2 * factor_bytes;  // [side]; s1 in the order of dx
-    static constexpr int raw = expanding + n * factor_row;                   // all parameters in fp32 (folded.h)
-    static constexpr int raw_floats = RawFactors::floats(n, chunk, d);
-    static constexpr int middle = raw + raw_floats * 4;                      // dy, h: [side][part][token][c]
-    static constexpr int parts = middle + 4 * middle_bytes;                  // of y and dh: [warp][eight][half][lane][2]
-    static constexpr int ring = parts + warps * eights * 512;
-    static_assert(raw_floats % 4 == 0);
+    // The parameters (matrices.h). C1 and C2 stay in registers. `expanding` is s1 in the order of dx.
+    static constexpr int left = 0, factor_bytes = 2 * n * factor_row, right2 = left + factor_bytes;  // [part][i][u]
+    static constexpr int expanding = right2 + factor_bytes;
+    static constexpr int rule_pad = 4, matrix = n * n + rule_pad;
+    static constexpr int rule = expanding + n * factor_row, rule2 = rule + n * matrix * 4;
+    static constexpr int narrow = rule2 + n * matrix * 4, narrow2 = narrow + d * 4, bias = narrow2 + d * 4;
 
+    static constexpr int rest = bias + d * 4;                // what rounding took from C1
+    static constexpr int middle = rest + n * n * d * 2;      // dy, h: [side][part][token][c]
+    static constexpr int parts = middle + 4 * middle_bytes;  // of y and dh: [warp][eight][half][lane][2]
+    static constexpr int ring = parts + warps * eights * 512;
     static constexpr int stages = 3, bytes = ring + stages * tile;  // of the ring
 };
 
@@ -46,7 +47,7 @@ bool with_sides(const Sizes& s, const Body& body) {
 
 // Row r of a matrix of eight tokens is this token: so that the rows of token pairs 2m, 2m + 1 are 64 bytes apart in the
 // banks, and lanes that read 16 bytes of a row each, four of a row, meet different banks.
-COMPACTER_DEVICE unsigned token_of_row(unsigned r) { return r / 2 + r % 2 * 4; }
+COMPACTER_DEVICE int token_of_row(int r) { return r / 2 + r % 2 * 4; }
 
 template <class S>
 struct SidePart {
@@ -59,10 +60,10 @@ struct SidePart {
     // The first byte of the warp's part of a token.
     COMPACTER_DEVICE int first() const { return pair * 4 * S::chunk; }
     // Where a lane points for ldmatrix in a tile: a left operand whose rows are tokens, or 16 columns.
-    COMPACTER_DEVICE unsigned rows_at(unsigned lane) const {
+    COMPACTER_DEVICE int rows_at(int lane) const {
         return (token_of_row(lane % 8) + lane / 8 % 2 * 8) * S::row + lane / 16 * 16 + first();
     }
-    COMPACTER_DEVICE unsigned columns_at(unsigned lane) const {
+    COMPACTER_DEVICE int columns_at(int lane) const {
         return (token_of_row(lane % 8) + lane / 16 * 8) * S::row + lane / 8 % 2 * 16 + first();
     }
 
@@ -80,8 +81,7 @@ struct SidePart {
         const auto* from = static_cast<const unsigned char*>(side ? b.grad_out : b.x) + int64_t{tile} * S::tokens * S::width * 2;
         constexpr int vectors = S::chunk / 4, at_once = 32 / vectors;
         static_assert(32 % vectors == 0);
-        const unsigned lane = lane_anew();
-        const int count = valid(tile), token = lane / vectors, at = first() + lane % vectors * 16;
+        const int lane = lane_anew(), count = valid(tile), token = lane / vectors, at = first() + lane % vectors * 16;
         unsigned char* to = rows(stage, side) + token * S::row + at;
         from += token * S::width * 2 + at;
         const auto copy = [&](auto all) {  // all: no token is missing

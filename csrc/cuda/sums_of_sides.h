@@ -13,7 +13,7 @@ COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
 
 // Of four numbers of each lane, the sum of number g % 4 over the four lanes that differ only in g % 4.
 COMPACTER_DEVICE float sum_own(const float (&d)[4]) {
-    const unsigned lane = lane_anew();
+    const int lane = lane_anew();
     const bool odd = lane & 4, high = lane & 8;
     float two[2];
 #pragma unroll
@@ -78,15 +78,15 @@ struct SumsOfSide {
     COMPACTER_DEVICE void folded_gradients(const SidePart<S>& part, float* gradient, float* narrow) const {
         static_assert(S::inner == 4);
         const PairLane lane;
-        const RawFactors raw(floats_at(S::raw), known<S>(part.b.pair));
-        const float *rule = part.side ? raw.rule2 : raw.rule, *factor = part.side ? raw.left2 : raw.right;
+        const float* rules = floats_at(part.side ? S::rule2 : S::rule);
+        const float* factors = floats_at(part.side ? S::narrow2 : S::narrow);
         const int of_row = part.side ? 1 : S::n, of_column = part.side ? S::n : 1, v = lane.g % 4;
         float sums[3][2] = {};  // of dt
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
             const int chunk = part.pair * 2 + (r < 2 ? r : lane.t / 2), i = r < 2 ? lane.t * 2 : 8 + lane.t * 2 % 4;
-            const float t[2] = {factor[i * 4 + v], factor[i * 4 + 4 + v]};
-            const float* a = rule + i * raw.matrix + chunk * of_row;
+            const float t[2] = {factors[i * 4 + v], factors[i * 4 + 4 + v]};
+            const float* a = rules + i * S::matrix + chunk * of_row;
 #pragma unroll
             for (int step = 0; step < S::steps; ++step) {
                 const float(&d)[4] = folded[step][r];
@@ -95,7 +95,7 @@ struct SumsOfSide {
                 gradient[(i + v % 2) * S::n * S::n + chunk * of_row + (q + v / 2 * 2) * of_column] = sum;
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    sums[r][e % 2] = fmaf(d[e], a[e % 2 * raw.matrix + (q + e / 2 * 2) * of_column], sums[r][e % 2]);
+                    sums[r][e % 2] = fmaf(d[e], a[e % 2 * S::matrix + (q + e / 2 * 2) * of_column], sums[r][e % 2]);
             }
         }
 #pragma unroll
