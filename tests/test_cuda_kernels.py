@@ -80,7 +80,7 @@ PAIRS = [
 ]
 
 
-# The shapes that backward.cu and backward_sides.cu are compiled for. 300 tokens turn the ring of every group.
+# The shapes that backward.cu and backward_sides.cu are compiled for. 300 tokens turn every ring.
 FOLDED = [
     dataclasses.replace(case, shape=(300,), residual=residual, bias=bias, activation=name, scale=scale)
     for case in (
