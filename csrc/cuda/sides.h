@@ -1,7 +1,5 @@
-// The backward for n = 12 (backward_sides.cu): its layout of shared memory, and a warp's part of the tiles.
-//
-// A block has a tile of 16 tokens at a time, and two warps for each pair of chunks: one on the side of x, one on the
-// side of g.
+// The shape that backward_sides.cu is compiled for, its layout of shared memory, and a warp's part of the tiles: x or
+// g of one pair of chunks.
 #pragma once
 
 #include "kernels.h"
@@ -14,27 +12,25 @@ template <int Dim, int Wide, int Narrow>
 struct Sides {
     static constexpr int n = Dim, width = Wide, chunk = Wide / Dim, d = Narrow, inner = Narrow / Dim;
     static constexpr int tokens = 16, pairs = n / 2, warps = 2 * pairs, threads = warps * 32;
-    static constexpr int eights = d / 8, steps = d / 16;               // of the bottleneck
+    static constexpr int eights = d / 8, steps = d / 16;              // of the bottleneck
     static constexpr int blocks = chunk / 16, segments = chunk / 32;  // columns of a chunk, in 16s and 32s
     static_assert(n == 12 && chunk % 32 == 0 && d % 16 == 0 && eights == pairs);
 
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
     static constexpr int row = (width / 8 | 1) * 16, factor_row = (chunk / 8 | 1) * 16, middle_row = (d / 8 | 1) * 16;
-    static constexpr int tile = 2 * tokens * row;           // rows of x, then rows of g
-    static constexpr int middle_bytes = tokens * middle_row;
+    static constexpr int tile = 2 * tokens * row;  // rows of x, then rows of g
 
-    // The parameters (matrices.h). C1 and C2 stay in registers. `expanding` is s1 in the order of dx.
-    static constexpr int left = 0, factor_bytes = 2 * n * factor_row, right2 = left + factor_bytes;  // [part][i][u]
-    static constexpr int expanding = right2 + factor_bytes;
+    // The parameters, as matrices.h stages them, and s1 in the order of the columns of dx. C1 and C2 are in registers.
+    static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
+    static constexpr int expanding = right2 + 2 * n * factor_row;
     static constexpr int rule_pad = 4, matrix = n * n + rule_pad;
     static constexpr int rule = expanding + n * factor_row, rule2 = rule + n * matrix * 4;
     static constexpr int narrow = rule2 + n * matrix * 4, narrow2 = narrow + d * 4, bias = narrow2 + d * 4;
 
-    static constexpr int rest = bias + d * 4;                // what rounding took from C1
-    static constexpr int middle = rest + n * n * d * 2;      // dy, h: [side][part][token][c]
+    static constexpr int rest = bias + d * 4;  // what rounding took from C1; then dy and h
+    static constexpr int middle = rest + n * n * d * 2, middle_bytes = tokens * middle_row;  // [side][part][token]
     static constexpr int parts = middle + 4 * middle_bytes;  // of y and dh: [warp][eight][half][lane][2]
-    static constexpr int ring = parts + warps * eights * 512;
-    static constexpr int stages = 3, bytes = ring + stages * tile;  // of the ring
+    static constexpr int ring = parts + warps * eights * 512, stages = 3, bytes = ring + stages * tile;
 };
 
 // Calls body(Sides{}) with the compiled shape of these sizes and returns true, or returns false.
@@ -45,8 +41,8 @@ bool with_sides(const Sizes& s, const Body& body) {
     return body(S{}), true;
 }
 
-// Row r of a matrix of eight tokens is this token: so that the rows of token pairs 2m, 2m + 1 are 64 bytes apart in the
-// banks, and lanes that read 16 bytes of a row each, four of a row, meet different banks.
+// Row r of a matrix of eight tokens is this token. Rows 2m and 2m + 1 are then 64 bytes apart in the banks. So eight
+// lanes that read 64 bytes of both meet different banks.
 COMPACTER_DEVICE int token_of_row(int r) { return r / 2 + r % 2 * 4; }
 
 template <class S>
@@ -78,7 +74,8 @@ struct SidePart {
 
     // Starts to copy the warp's part: 16 bytes a lane, zeros for the tokens that are missing.
     COMPACTER_DEVICE void load(int tile, int stage) const {
-        const auto* from = static_cast<const unsigned char*>(side ? b.grad_out : b.x) + int64_t{tile} * S::tokens * S::width * 2;
+        const int64_t start = int64_t{tile} * S::tokens * S::width * 2;
+        const auto* from = static_cast<const unsigned char*>(side ? b.grad_out : b.x) + start;
         constexpr int vectors = S::chunk / 4, at_once = 32 / vectors;
         static_assert(32 % vectors == 0);
         const int lane = lane_anew(), count = valid(tile), token = lane / vectors, at = first() + lane % vectors * 16;

@@ -17,7 +17,8 @@ COMPACTER_DEVICE float sum_own(const float (&d)[4]) {
     const bool odd = lane & 4, high = lane & 8;
     float two[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) two[e] = (high ? d[2 + e] : d[e]) + __shfl_xor_sync(0xffffffff, high ? d[e] : d[2 + e], 8);
+    for (int e = 0; e < 2; ++e)
+        two[e] = (high ? d[2 + e] : d[e]) + __shfl_xor_sync(0xffffffff, high ? d[e] : d[2 + e], 8);
     return (odd ? two[1] : two[0]) + __shfl_xor_sync(0xffffffff, odd ? two[0] : two[1], 4);
 }
 
@@ -37,8 +38,8 @@ struct SumsOfSide {
         share_wide(vectors + part.warp * S::blocks * 64);
         share_bias(of_bias + part.warp / S::eights * S::d + part.warp % S::eights * 8);
         folded_gradients(part, row + (part.side ? b.rule2 : b.rule), narrow + part.warp * S::d);
-        if (b.has_bias2 && part.side == 1) store_bias2(row + b.bias2 + part.pair * 2 * S::chunk, b.factors.scale);
         __syncthreads();
+        if (b.has_bias2 && part.side == 1) store_bias2(row + b.bias2 + part.pair * 2 * S::chunk, b.factors.scale);
         store_wide(part, vectors, row);
         if (threadIdx.x < 2 * S::d) {
             const int side = threadIdx.x / S::d, c = threadIdx.x % S::d;
