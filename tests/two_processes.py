@@ -16,13 +16,15 @@ from typing import Any
 
 from torch.multiprocessing import start_processes
 
-IMPORTED = ("torch", "torch.distributed.fsdp", "transformers.trainer", "transformers.models.bert.modeling_bert",
-            "transformers.models.t5.modeling_t5", "datasets", "compacter_kernels.cli")  # fmt: skip
+IMPORTED = [
+    *("torch.distributed.fsdp", "datasets", "compacter_kernels.cli", "transformers.trainer"),
+    *("transformers.models.bert.modeling_bert", "transformers.models.t5.modeling_t5"),
+]
 
 
 def run_two(function: Callable[..., Any], *arguments: Any) -> None:
-    """Run function(rank, *arguments) in two processes. An exception of one of them is raised here."""
-    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    """Run function(rank, *arguments) in two processes. An exception of one is raised here."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
     start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
@@ -38,7 +40,7 @@ def _run_command(rank: int, command: list[str], port: int, output: Path) -> None
 
 
 def run_command(command: list[str], output: Path) -> str:
-    """Run a command of the package as torchrun would in two processes. Returns what both printed."""
+    """Run a command of the package in two processes, as torchrun does. Returns what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
