@@ -152,7 +152,7 @@ struct Pass : Part<S> {
                                          const uint32_t (&dzt)[own][2], const uint32_t (&v2t)[own][2], Sums<S>& sums) const {
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
         constexpr int of_load = S::n == 4 ? 1 : 2;    // blocks of 16 columns in one load of s1
-        constexpr int together = 2;                   // between two branches, or the compiler lacks registers
+        constexpr int together = 3;                   // between two branches, or the compiler lacks registers
         const int transposed = this->transposed(lane_anew());
         const uint32_t low = b.residual_is_x ? 1u << 16 : 0u, high = b.residual_is_x ? 0xffff0000u : 0u;
         const unsigned char* factor = left_rows<S>();
@@ -161,7 +161,7 @@ struct Pass : Part<S> {
         for (int begin = 0; begin < S::blocks * own; begin += together) {
             Four gt[together];
 #pragma unroll
-            for (int at = begin; at < begin + together; ++at) {
+            for (int at = begin; at < begin + together && at < S::blocks * own; ++at) {
                 const int block = at / own, s = at % own, column = lane_anew() / 4;
                 const int offset = transposed + s * 4 * S::chunk + block * 32;
                 const bool last = block == S::blocks - 1, here = S::n == 8 || (column < 4) == (block % 2 == 0);
@@ -190,7 +190,7 @@ struct Pass : Part<S> {
             if (!b.grad_x) continue;
             Four f;
 #pragma unroll
-            for (int at = begin; at < begin + together; ++at) {
+            for (int at = begin; at < begin + together && at < S::blocks * own; ++at) {
                 const int block = at / own, s = at % own, k = block % of_load * 2;
                 if (at == begin || (s == 0 && k == 0)) load_matrices_transposed(f, factor + block / of_load * of_load * 32);
                 const int next = S::n == 4 ? 2 : k;  // what rounding took from s1; for n = 8 s1 again, against that of dZ
@@ -279,10 +279,10 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
         if (b.grad_x) pass.store(tile, stage);
         __syncwarp();
         load(tile + b.stages * step, stage);
-        stage = stage + 1 == b.stages ? 0 : stage + 1;
+        stage = b.stages - 1 - stage;
     }
     let_next_kernel_start();
-    pass.finish(sums);
+    Pass<S>(b).finish(sums);  // the warp's number is read anew, instead of held in a register from the start
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "numbers.h"
 #include "pairs.h"
+#include "ring.h"
 #include "shapes.h"
 #include "stage.h"
 
@@ -104,7 +105,7 @@ COMPACTER_DEVICE void stage_parameters(const Factors& f) {
 // C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp writes a row at once.
 template <class S>
 COMPACTER_DEVICE void form_folded() {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int warp = warp_index(), warps = blockDim.x / 32;
 #pragma unroll
     for (int c = threadIdx.x % 32 * 2; c < S::d; c += 64) {
         const int q = c / S::inner, v = c % S::inner;

@@ -22,7 +22,7 @@ struct Shape {
     static constexpr int parts = n == 4 ? 2 : 1;                   // of C1 and C2
     static constexpr int row_tiles = own * n / 8;                  // of 16 rows (p,i) of the warp in dC1
     static constexpr int left_tiles = (blocks + parts - 1) / parts, bias_tiles = n == 4 ? 0 : (blocks * own + 3) / 4;
-    static_assert((n == 4 || n == 8) && chunk % 16 == 0 && d % 8 == 0 && inner % 2 == 0 && blocks * own % 2 == 0);
+    static_assert((n == 4 || n == 8) && chunk % 16 == 0 && d % 8 == 0 && inner % 2 == 0);
     static_assert(pairs % group == 0 && eights % group == 0 && (group == 1 || share % 2 == 0));
 
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
