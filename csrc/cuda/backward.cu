@@ -50,6 +50,7 @@ struct Pass : Part<S> {
                 y[e][j] = j < 2 ? bias[e * 8 + j] : 0.f;
                 dh[e][j] = 0.f;
             }
+        constexpr int of_y = S::n == 4 ? 1 : 2;  // y has both parts of C1: less would flip the sign of a y near 0, and so relu'
         const auto vector = [](const Four& a) { return make_uint4(a[0], a[1], a[2], a[3]); };
         if constexpr (S::group > 1) {
             uint4* shared = exchange();
@@ -59,11 +60,11 @@ struct Pass : Part<S> {
                 shared[(S::pairs + this->pair(s)) * 32] = vector(v[s]);
             }
             sync();
-            fold(*this, y, [&](int j) { return shared[j * 32]; }, S::folded);
-            fold(*this, dh, [&](int j) { return shared[(S::pairs + j) * 32]; }, S::folded2);
+            fold<of_y>(*this, y, [&](int j) { return shared[j * 32]; }, S::folded);
+            fold<1>(*this, dh, [&](int j) { return shared[(S::pairs + j) * 32]; }, S::folded2);
         } else {
-            fold(*this, y, [&](int j) { return vector(z[j]); }, S::folded);
-            fold(*this, dh, [&](int j) { return vector(v[j]); }, S::folded2);
+            fold<of_y>(*this, y, [&](int j) { return vector(z[j]); }, S::folded);
+            fold<1>(*this, dh, [&](int j) { return vector(v[j]); }, S::folded2);
         }
     }
 
