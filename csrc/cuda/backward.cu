@@ -50,6 +50,7 @@ struct Pass : Part<S> {
                 y[e][j] = j < 2 ? bias[e * 8 + j] : 0.f;
                 dh[e][j] = 0.f;
             }
+        constexpr int of_y = S::n == 4 ? 1 : 2;  // y has both parts of C1: less would flip the sign of a y near 0, and so relu'
         const auto vector = [](const Four& a) { return make_uint4(a[0], a[1], a[2], a[3]); };
         if constexpr (S::group > 1) {
             uint4* shared = exchange();
@@ -59,11 +60,11 @@ struct Pass : Part<S> {
                 shared[(S::pairs + this->pair(s)) * 32] = vector(v[s]);
             }
             sync();
-            fold(*this, y, [&](int j) { return shared[j * 32]; }, S::folded);
-            fold(*this, dh, [&](int j) { return shared[(S::pairs + j) * 32]; }, S::folded2);
+            fold<of_y>(*this, y, [&](int j) { return shared[j * 32]; }, S::folded);
+            fold<1>(*this, dh, [&](int j) { return shared[(S::pairs + j) * 32]; }, S::folded2);
         } else {
-            fold(*this, y, [&](int j) { return vector(z[j]); }, S::folded);
-            fold(*this, dh, [&](int j) { return vector(v[j]); }, S::folded2);
+            fold<of_y>(*this, y, [&](int j) { return vector(z[j]); }, S::folded);
+            fold<1>(*this, dh, [&](int j) { return vector(v[j]); }, S::folded2);
         }
     }
 
@@ -152,7 +153,7 @@ struct Pass : Part<S> {
                                          const uint32_t (&dzt)[own][2], const uint32_t (&v2t)[own][2], Sums<S>& sums) const {
         constexpr int per = S::n == 4 ? 1 : 4 / own;  // blocks of 16 columns in one accumulator of bias2
         constexpr int of_load = S::n == 4 ? 1 : 2;    // blocks of 16 columns in one load of s1
-        constexpr int together = 2;                   // between two branches, or the compiler lacks registers
+        constexpr int together = 3;                   // between two branches, or the compiler lacks registers
         const int transposed = this->transposed(lane_anew());
         const uint32_t low = b.residual_is_x ? 1u << 16 : 0u, high = b.residual_is_x ? 0xffff0000u : 0u;
         const unsigned char* factor = left_rows<S>();
@@ -161,7 +162,7 @@ struct Pass : Part<S> {
         for (int begin = 0; begin < S::blocks * own; begin += together) {
             Four gt[together];
 #pragma unroll
-            for (int at = begin; at < begin + together; ++at) {
+            for (int at = begin; at < begin + together && at < S::blocks * own; ++at) {
                 const int block = at / own, s = at % own, column = lane_anew() / 4;
                 const int offset = transposed + s * 4 * S::chunk + block * 32;
                 const bool last = block == S::blocks - 1, here = S::n == 8 || (column < 4) == (block % 2 == 0);
@@ -190,7 +191,7 @@ struct Pass : Part<S> {
             if (!b.grad_x) continue;
             Four f;
 #pragma unroll
-            for (int at = begin; at < begin + together; ++at) {
+            for (int at = begin; at < begin + together && at < S::blocks * own; ++at) {
                 const int block = at / own, s = at % own, k = block % of_load * 2;
                 if (at == begin || (s == 0 && k == 0)) load_matrices_transposed(f, factor + block / of_load * of_load * 32);
                 const int next = S::n == 4 ? 2 : k;  // what rounding took from s1; for n = 8 s1 again, against that of dZ
@@ -279,10 +280,10 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
         if (b.grad_x) pass.store(tile, stage);
         __syncwarp();
         load(tile + b.stages * step, stage);
-        stage = stage + 1 == b.stages ? 0 : stage + 1;
+        stage = b.stages - 1 - stage;
     }
     let_next_kernel_start();
-    pass.finish(sums);
+    Pass<S>(b).finish(sums);  // the warp's number is read anew, instead of held in a register from the start
 }
 
 }  // namespace

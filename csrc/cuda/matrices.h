@@ -4,13 +4,14 @@
 //     g:  dV2 = g t2^T      dh = dV2 C2,  C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]      V2 = h C2^T
 //
 // ldmatrix reads them as right operands of a product, transposed or not, so that each serves both directions. A wide
-// factor has two parts: its n rows i rounded, then what rounding took. So have C1 and C2 for n = 4. The narrow
+// factor has two parts: its n rows i rounded, then what rounding took. So has C1, and C2 for n = 4. The narrow
 // parameters, from which C1 and C2 are formed and which the end of the kernel needs, are there in fp32.
 #pragma once
 
 #include "kernels.h"
 #include "numbers.h"
 #include "pairs.h"
+#include "ring.h"
 #include "shapes.h"
 #include "stage.h"
 
@@ -104,7 +105,7 @@ COMPACTER_DEVICE void stage_parameters(const Factors& f) {
 // C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp writes a row at once.
 template <class S>
 COMPACTER_DEVICE void form_folded() {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int warp = warp_index(), warps = blockDim.x / 32;
 #pragma unroll
     for (int c = threadIdx.x % 32 * 2; c < S::d; c += 64) {
         const int q = c / S::inner, v = c % S::inner;
@@ -119,10 +120,8 @@ COMPACTER_DEVICE void form_folded() {
             constexpr int rest = S::folded_part;
             word_at(S::folded + at) = one.rounded;
             word_at(S::folded2 + at) = two.rounded;
-            if (S::parts == 2) {
-                word_at(S::folded + rest + at) = one.rest;
-                word_at(S::folded2 + rest + at) = two.rest;
-            }
+            word_at(S::folded + rest + at) = one.rest;
+            if (S::parts == 2) word_at(S::folded2 + rest + at) = two.rest;
         }
     }
 }

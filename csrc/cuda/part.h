@@ -72,7 +72,7 @@ struct Part {
     template <class Body>
     COMPACTER_DEVICE void in_turn(int at_once, const Body& body) const {
         constexpr int barriers = 8;  // from this one on, two warps each
-        const int warp = threadIdx.x / 32;
+        const int warp = group.index * S::group + group.rank;
         if (group.index >= at_once) sync_threads(barriers + warp - at_once * S::group, 64);
         body();
         if (group.index + at_once < group.count) sync_threads(barriers + warp, 64);

@@ -67,8 +67,9 @@ COMPACTER_DEVICE void project(const Part<S>& part, Operands<S>& z, Operands<S>& 
         }
 }
 
-// y += Z C of the warp's eights of the bottleneck, over all pairs of chunks. z(j) is pair j of Z.
-template <class S, class Pairs>
+// y += Z C of the warp's eights of the bottleneck, over all pairs of chunks. z(j) is pair j of Z. Matrices: of C, one after
+// the other.
+template <int Matrices, class S, class Pairs>
 COMPACTER_DEVICE void fold(const Part<S>& part, Eights<S>& y, const Pairs& z, int folded) {
     const int lane = lane_anew();
     const unsigned char* right =
@@ -77,12 +78,14 @@ COMPACTER_DEVICE void fold(const Part<S>& part, Eights<S>& y, const Pairs& z, in
     for (int j = 0; j < S::pairs; j += 2) {
         const uint4 first = z(j), second = z(j + 1);
 #pragma unroll
-        for (int e = 0; e < S::share; ++e) {
-            Four f;
-            load_matrices_transposed(f, right + j * 2 * S::n * S::folded_row + e * 16);
-            multiply(y[e], first, f[0], f[1]);
-            multiply(y[e], second, f[2], f[3]);
-        }
+        for (int e = 0; e < S::share; ++e)
+#pragma unroll
+            for (int matrix = 0; matrix < Matrices; ++matrix) {
+                Four f;
+                load_matrices_transposed(f, right + matrix * S::folded_part + j * 2 * S::n * S::folded_row + e * 16);
+                multiply(y[e], first, f[0], f[1]);
+                multiply(y[e], second, f[2], f[3]);
+            }
     }
 }
 

@@ -7,12 +7,15 @@
 
 namespace compacter::cuda {
 
+// The number of the warp, of which the compiler then knows that all lanes have the same.
+COMPACTER_DEVICE int warp_index() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32), 0); }
+
 // The warps that share a tile: `owners` for its chunks, and 2^log_shares for the columns of each.
 struct Group {
     int warps, index, rank, count;
 
-    COMPACTER_DEVICE Group(int owners, int log_shares)
-        : warps(owners << log_shares), index((threadIdx.x / 32 >> log_shares) / owners), rank(threadIdx.x / 32 - index * warps),
+    COMPACTER_DEVICE Group(int owners, int log_shares, int warp = warp_index())
+        : warps(owners << log_shares), index((warp >> log_shares) / owners), rank(warp - index * warps),
           count((blockDim.x / 32 >> log_shares) / owners) {}
     COMPACTER_DEVICE void sync() const { sync_threads(index + 1, warps * 32); }
 };

@@ -19,10 +19,10 @@ struct Shape {
     static constexpr int blocks = chunk / 16;                      // of 16 columns of a chunk
 
     // Four of the eight columns of a product are free for n = 4: they have a second part, or another block.
-    static constexpr int parts = n == 4 ? 2 : 1;                   // of C1 and C2
+    static constexpr int parts = n == 4 ? 2 : 1;                   // of C2
     static constexpr int row_tiles = own * n / 8;                  // of 16 rows (p,i) of the warp in dC1
     static constexpr int left_tiles = (blocks + parts - 1) / parts, bias_tiles = n == 4 ? 0 : (blocks * own + 3) / 4;
-    static_assert((n == 4 || n == 8) && chunk % 16 == 0 && d % 8 == 0 && inner % 2 == 0 && blocks * own % 2 == 0);
+    static_assert((n == 4 || n == 8) && chunk % 16 == 0 && d % 8 == 0 && inner % 2 == 0);
     static_assert(pairs % group == 0 && eights % group == 0 && (group == 1 || share % 2 == 0));
 
     // Rows in shared memory are odd multiples of 16 bytes, so that ldmatrix meets eight different banks.
@@ -31,7 +31,7 @@ struct Shape {
     static constexpr int tile = 2 * tokens * row;  // rows of x, then rows of g
 
     static constexpr int left = 0, right2 = left + 2 * n * factor_row;  // [part][i][u]
-    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + parts * folded_part;
+    static constexpr int folded = right2 + 2 * n * factor_row, folded2 = folded + 2 * folded_part;
     // The narrow parameters in fp32. The matrices of a rule are padded, so that the lanes read from different banks.
     static constexpr int rule_pad = 4, matrix = n * n + rule_pad;
     static constexpr int rule = folded2 + parts * folded_part, rule2 = rule + n * matrix * 4;

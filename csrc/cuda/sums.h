@@ -13,6 +13,7 @@
 #pragma once
 
 #include "matrices.h"
+#include "ring.h"
 
 namespace compacter::cuda {
 
@@ -68,26 +69,27 @@ struct Totals {
         return reinterpret_cast<float2*>(first + group * stride + at_once * S::wide_bytes + second * S::folded_bytes +
                                          (r * S::eights + c) * S::block_bytes);
     }
-    // Columns 2 pair and 2 pair + 1 of a row.
-    COMPACTER_DEVICE float2 folded_total(bool second, int row, int pair) const {
-        const int at = row % 8 * 4 + pair % 4;
-        float2 sum = block(0, second, row / 8, pair / 4)[at];
+    // Columns 2 pair and 2 pair + 1 of row k n + i.
+    COMPACTER_DEVICE float2 folded_total(bool second, int k, int i, int pair) const {
+        static_assert(8 % S::n == 0, "a block of eight rows has all i of its k");
+        const int r = k * S::n / 8, at = (k * S::n % 8 + i) * 4 + pair % 4;
+        float2 sum = block(0, second, r, pair / 4)[at];
 #pragma unroll
         for (int group = 1; group < S::most_groups; ++group)
             if (group < groups) {
-                const float2 other = block(group, second, row / 8, pair / 4)[at];
+                const float2 other = block(group, second, r, pair / 4)[at];
                 sum = make_float2(sum.x + other.x, sum.y + other.y);
             }
         return sum;
     }
 
     COMPACTER_DEVICE void write_wide(const Sums<S>& sums, int group, int rank) const {
-        const int lane = threadIdx.x % 32;
+        const int lane = lane_anew();
 #pragma unroll
         for (int place = 0; place < S::wide; ++place) wide(group, rank, place)[lane] = sums.vector(place);
     }
     COMPACTER_DEVICE void write_folded(const Sums<S>& sums, int group, int rank) const {
-        const int lane = threadIdx.x % 32;
+        const int lane = lane_anew();
 #pragma unroll
         for (int second = 0; second < 2; ++second)
 #pragma unroll
@@ -105,7 +107,7 @@ struct Totals {
 // The gradients of the wide factors: a warp writes 16 columns u of all c at once, eight neighbours of each.
 template <class S>
 COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, float* row, int warp, int warps) {
-    const PairLane lane;
+    const PairLane lane{lane_anew()};
     for (int job = warp; job < S::left_tiles + S::blocks; job += warps) {
         float4 four = totals.wide_total(0, job, lane.index);
 #pragma unroll
@@ -126,7 +128,7 @@ COMPACTER_DEVICE void store_wide(const Totals<S>& totals, const Backward& b, flo
 // A place of bias2 is 16 columns u of 4 / own blocks; its column c is chunk c % (2 own) of the rank.
 template <class S>
 COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, float scale, int warp, int warps) {
-    const PairLane lane;
+    const PairLane lane{lane_anew()};
     for (int job = warp; job < S::group * S::bias_tiles; job += warps) {
         const int rank = job % S::group, at = job / S::group;
         const float4 four = totals.wide_total(rank, S::at_bias2 + at, lane.index);
@@ -143,7 +145,7 @@ COMPACTER_DEVICE void store_bias2(const Totals<S>& totals, float* gradient, floa
 // The columns of the sums of dy are the bottleneck, their rows tokens.
 template <class S>
 COMPACTER_DEVICE void store_bias(const Totals<S>& totals, float* gradient, int warp, int warps) {
-    const PairLane lane;
+    const PairLane lane{lane_anew()};
     for (int eight = warp; eight < S::eights; eight += warps) {
         const float4 four = totals.wide_total(eight / S::share, S::at_bias + eight % S::share, lane.index);
         const float2 sum = make_float2(sum_of_lanes<8, 4>(four.x), sum_of_lanes<8, 4>(four.y));
@@ -157,7 +159,7 @@ template <class S>
 COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, const Backward& b, int i, float* row) {
     constexpr int pairs = S::inner / 2, lanes = S::d / 2;
     static_assert(lanes <= 32);
-    const int lane = threadIdx.x % 32, there = lane < lanes ? lane : 0, column = there / pairs, v = there % pairs * 2;
+    const int lane = lane_anew(), there = lane < lanes ? lane : 0, column = there / pairs, v = there % pairs * 2;
     float over_v[2][S::n];
     float2 narrow[2];
 #pragma unroll
@@ -167,7 +169,7 @@ COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, const Backward& b, i
         narrow[second] = make_float2(0.f, 0.f);
 #pragma unroll
         for (int k = 0; k < S::n; ++k) {
-            const float2 sum = totals.folded_total(second, k * S::n + i, there);
+            const float2 sum = totals.folded_total(second, k, i, there);
             const float a = rule[k * (second ? 1 : S::n)];
             narrow[second] = make_float2(fmaf(sum.x, a, narrow[second].x), fmaf(sum.y, a, narrow[second].y));
             over_v[second][k] = sum.x * factor.x + sum.y * factor.y;
@@ -192,7 +194,7 @@ COMPACTER_DEVICE void store_narrow(const Totals<S>& totals, const Backward& b, i
 // The block's row of partials, from the sums of its warps.
 template <class S>
 COMPACTER_DEVICE void store_row(const Sums<S>& sums, const Totals<S>& totals, const Backward& b, const Group& group, float* row) {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int warp = warp_index(), warps = totals.groups * S::group;
     totals.write_wide(sums, group.index, group.rank);
     if (totals.at_once) totals.write_folded(sums, group.index, group.rank);
     __syncthreads();
