@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "pairs.h"
+#include "ring.h"
 
 namespace compacter::cuda {
 
@@ -48,8 +48,7 @@ COMPACTER_DEVICE int token_of_row(int r) { return r / 2 + r % 2 * 4; }
 template <class S>
 struct SidePart {
     const Backward& b;
-    const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32), 0);  // the same for all lanes
-    const int side = warp / S::pairs, pair = warp % S::pairs;                         // side 0 has x, side 1 has g
+    const int warp = warp_index(), side = warp / S::pairs, pair = warp % S::pairs;  // side 0 has x, side 1 has g
 
     COMPACTER_DEVICE explicit SidePart(const Backward& b) : b(b) {}
 
