@@ -84,6 +84,7 @@ struct Backward {
     int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
     bool folded;                                                   // the kernel in backward.cu, whose layout is in shapes.h
+    bool wide;                                                     // the kernel in backward_wide.cu: see wide.h
     PairSizes pair;
     int stages;
 
@@ -132,6 +133,7 @@ void pair_forward_kernel(const PairForward& forward, const Launch& launch);
 template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
 void folded_backward_kernel(const Backward& backward, const Launch& launch);  // bf16, the sizes of shapes.h
+void wide_backward_kernel(const Backward& backward, const Launch& launch);
 void reduce_kernel(const Reduce& reduce, const Launch& launch);
 
 constexpr int reduce_columns = 32, reduce_threads = 512;  // of a block

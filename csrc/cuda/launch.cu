@@ -85,6 +85,8 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
         reduce.rows = l.blocks;
         if (b.folded)
             folded_backward_kernel(b, l);
+        else if (b.wide)
+            wide_backward_kernel(b, l);
         else
             with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
     }

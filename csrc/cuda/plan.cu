@@ -5,6 +5,7 @@
 #include "gradients.h"
 #include "shapes.h"
 #include "tile.h"
+#include "wide.h"
 
 namespace compacter::cuda {
 namespace {
@@ -185,6 +186,21 @@ bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& de
     }) && b.folded;
 }
 
+// The plan of the kernel in backward_wide.cu.
+bool plan_wide(PlannedBackward& plan, const Problem& problem, const Device& device) {
+    using S = Widest;
+    Backward& b = plan.arguments;
+    b.sizes = sizes_of(problem, S::tokens);
+    b.stages = S::stages;
+    Room room{S::bytes};
+    b.shared = SharedFactors(b.sizes, room);
+    b.wide = S::has(b.sizes) && room.bytes <= device.shared_limit;
+    const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
+    plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), 32 * S::warps, room.bytes, nullptr,
+                   false};
+    return b.wide;
+}
+
 }  // namespace
 
 PlannedBackward plan_backward(const Problem& problem, const Device& device, bool aligned) {
@@ -204,7 +220,8 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device, bool
     b.left2 = row.begin[last + 1];
     b.right2 = row.begin[last + 2];
     b.bias2 = row.begin[last + 3];
-    if (aligned && problem.dtype == DType::bf16 && problem.up && plan_folded(plan, problem, device)) return plan;
+    if (aligned && problem.dtype == DType::bf16 && problem.up)
+        if (plan_folded(plan, problem, device) || plan_wide(plan, problem, device)) return plan;
 
     // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
     // 16 rows (48 for n = 12), with or without the next tile in flight.

@@ -1,0 +1,334 @@
+// Backward of a wide adapter in bf16 whose sizes are known: the formulas are those of backward.cu, but here all warps of
+// a block share each tile. A warp has a share of the columns of all chunks (wide.h), and one chunk of the bottleneck.
+//
+// Four tokens make a tile, so that the next one is loaded meanwhile. Between the projections, a matrix is transposed: its
+// eight columns are the four tokens, rounded, and then what rounding took. So the tokens are the columns of a product:
+//
+//                                            left operand           right operand           sums
+//     Z^T  = s1 x^T,      dV2^T = t2 g^T     both parts of s1, t2   x, g: a pair of chunks  8 i by chunk and token
+//     y^T  = C1^T Z^T,    dh^T  = C2^T dV2^T C1, C2: in registers   Z, dV2                  16 (q,v) by part and token
+//     dZ^T = C1 dy^T,     V2^T  = C2 h^T     C1, C2: in registers   dy, h                   16 (p,i) by part and token
+//     dC1^T += dy^T Z,    dC2^T += h^T dV2   dy, h of the warp      Z, dV2                  16 (q,v) by 8 (p,i)
+//     ds1  += x^T dZ,     dt2   += g^T V2    x^T, g^T               dZ, V2                  16 columns u by 8 i
+//     dx    = dZ s1 (+ g)                    both parts of dZ       s1                      4 chunks' tokens by 8 u
+//
+// What warps exchange lies in shared memory as rows of 16 bytes, which ldmatrix reads as they are or transposed.
+// Tensor cores truncate, so each tile has fresh accumulators, which are then added to the sums.
+#include "activations.h"
+#include "wide_sums.h"
+
+namespace compacter::cuda {
+namespace {
+
+// C1 and C2 as left operands. A warp has the columns of its chunk of the bottleneck, for y and dh, and the rows of two
+// chunks: of C1 for dZ, or of C2 for V2.
+template <class S>
+struct Mixes {
+    uint32_t y[S::pairs][4], dh[S::pairs][4], mixed[S::n][4];
+
+    COMPACTER_DEVICE explicit Mixes(const WideRaw<S>& raw, int warp) {
+        const PairLane lane;
+        const int i = lane.t * 2, pair = warp % S::pairs;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int v = lane.g + e % 2 * 8;
+#pragma unroll
+            for (int s = 0; s < S::pairs; ++s) {
+                const int p = s * 2 + e / 2;
+                y[s][e] = pack_bf16(raw.c1(p, i, warp, v), raw.c1(p, i + 1, warp, v));
+                dh[s][e] = pack_bf16(raw.c2(p, i, warp, v), raw.c2(p, i + 1, warp, v));
+            }
+            const int row = pair * 2 + e % 2, w = lane.t * 2 + e / 2 * 8;
+#pragma unroll
+            for (int q = 0; q < S::n; ++q)
+                mixed[q][e] = warp < S::pairs ? pack_bf16(raw.c1(row, lane.g, q, w), raw.c1(row, lane.g, q, w + 1))
+                                              : pack_bf16(raw.c2(row, lane.g, q, w), raw.c2(row, lane.g, q, w + 1));
+        }
+    }
+};
+
+template <class S>
+struct Pass : WidePart<S> {
+    using WidePart<S>::b, WidePart<S>::warp, WidePart<S>::own;
+
+    COMPACTER_DEVICE explicit Pass(const Backward& b) : WidePart<S>(b) {}
+
+    // Sums of both parts of a number: those of rows g for lanes with t < 2, those of rows g + 8 for the others, of
+    // tokens 2 (t % 2) and 2 (t % 2) + 1.
+    COMPACTER_DEVICE static void join(const float (&sum)[4], float (&joined)[2]) {
+        const bool second = lane_anew() % 4 >= 2;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            joined[e] = (second ? sum[2 + e] : sum[e]) + __shfl_xor_sync(0xffffffff, second ? sum[e] : sum[2 + e], 2);
+    }
+
+    // Two tokens of a row [part][token], tokens 2 (t % 2) and 2 (t % 2) + 1.
+    COMPACTER_DEVICE static void put(int rows, int row, const float (&value)[2]) {
+        uint32_t parts[2];
+        split(value[0], value[1], parts);
+        uint32_t* to = reinterpret_cast<uint32_t*>(shared_memory() + rows + row * 16) + lane_anew() % 2;
+        to[0] = parts[0];
+        to[2] = parts[1];
+    }
+
+    // The lines of s1 and t2 of the warp's columns.
+    COMPACTER_DEVICE void form(int side, const Array& factor, float scale) const {
+        const int lane = threadIdx.x % 32, i = lane / 4;
+#pragma unroll
+        for (int eight = lane % 4; eight < 8; eight += 4) {
+            float v[8];
+            read_eight(factor, i * S::chunk + warp * S::columns + eight * 8, v);
+            uint4 rounded, rest;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const PairParts parts(v[2 * j] * scale, v[2 * j + 1] * scale);
+                word(rounded, j) = parts.rounded;
+                word(rest, j) = parts.rest;
+            }
+            unsigned char* lines = own() + S::factors + side * S::factor;
+            *reinterpret_cast<uint4*>(lines + in_lines(i, eight)) = rounded;
+            *reinterpret_cast<uint4*>(lines + in_lines(S::n + i, eight)) = rest;
+        }
+    }
+
+    // Right operands of dx: s1 of the columns that a lane stores, eight neighbours of each half line.
+    COMPACTER_DEVICE void form_expansion(uint32_t (&s1)[8]) const {
+        const PairLane lane;
+#pragma unroll
+        for (int m = 0; m < 8; ++m) {
+            const auto number = [&](int i) {
+                const unsigned char* eight = own() + S::factors + in_lines(i, m / 4 * 4 + lane.g / 2);
+                return uint32_t{reinterpret_cast<const uint16_t*>(eight)[m % 4 * 2 + lane.g % 2]};
+            };
+            s1[m] = number(lane.t * 2) | number(lane.t * 2 + 1) << 16;
+        }
+    }
+
+    // Z and dV2, over the columns of the warp and then over those of all warps.
+    COMPACTER_DEVICE void project(const unsigned char* tile) const {
+        const int lane = lane_anew();
+        const unsigned char* factors = own() + S::factors;
+        float2* to = reinterpret_cast<float2*>(shared_memory() + S::partial) + warp * 32 + lane;
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            float sum[S::pairs][4] = {};
+#pragma unroll
+            for (int block = 0; block < S::blocks; ++block) {
+                Four f;
+                load_matrices(f, factors + side * S::factor + (in_lines(lane / 8 % 2 * 8 + lane % 8, lane / 16) ^ block * 32));
+#pragma unroll
+                for (int j = 0; j < S::pairs; j += 2) {
+                    Four a;
+                    load_matrices(a, tile + side * S::side + j * 8 * S::line + (this->block_at(lane) ^ block * 32));
+                    mma_16x8x16(sum[j], f, {a[0], a[1]});
+                    mma_16x8x16(sum[j + 1], f, {a[2], a[3]});
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < S::pairs; ++j)
+                to[(side * S::pairs + j) * S::warps * 32] = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
+        }
+        __syncthreads();
+        const float2* from = reinterpret_cast<const float2*>(shared_memory() + S::partial + warp * S::partial_job) + lane;
+        float sum[2] = {};
+#pragma unroll
+        for (int other = 0; other < S::warps; ++other) {
+            sum[0] += from[other * 32].x;
+            sum[1] += from[other * 32].y;
+        }
+        const int side = warp / S::pairs, chunk = warp % S::pairs * 2 + lane % 4 / 2;
+        put(S::z, side * S::n * S::n + chunk * S::n + lane / 4, sum);
+        __syncthreads();
+    }
+
+    // h and dy of the warp's chunk of the bottleneck.
+    COMPACTER_DEVICE void bottleneck(const Mixes<S>& mixes, WideSums<S>& sums) const {
+        const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
+        float y[4] = {}, dh[4] = {};
+#pragma unroll
+        for (int s = 0; s < S::pairs; s += 2) {
+            Four z, dv2;
+            load_matrices_transposed(z, shared_memory() + S::z + (s * 16 + lane) * 16);
+            load_matrices_transposed(dv2, shared_memory() + S::z + (S::n * S::n + s * 16 + lane) * 16);
+            mma_16x8x16(y, mixes.y[s], {z[0], z[1]});
+            mma_16x8x16(dh, mixes.dh[s], {dv2[0], dv2[1]});
+            mma_16x8x16(y, mixes.y[s + 1], {z[2], z[3]});
+            mma_16x8x16(dh, mixes.dh[s + 1], {dv2[2], dv2[3]});
+        }
+        float h[2], dy[2];
+        join(y, h);
+        join(dh, dy);
+        const float bias = WideRaw<S>(b).bias(warp, v);
+        with_activation(b.factors.activation, [&](auto function) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const ValueAndSlope a = function(h[e] + bias);
+                h[e] = a.value;
+                dy[e] *= a.slope;
+            }
+        });
+        sums.bias += dy[0] + dy[1];
+        put(S::narrow, warp * S::inner + v, dy);
+        put(S::narrow, S::d + warp * S::inner + v, h);
+        __syncthreads();
+    }
+
+    // dZ or V2 of two chunks: [part][pair][i], each row i a pair of chunks by four tokens.
+    COMPACTER_DEVICE void mix(const Mixes<S>& mixes) const {
+        const int lane = lane_anew(), side = warp / S::pairs;
+        float sum[2][4] = {};
+#pragma unroll
+        for (int q = 0; q < S::n; q += 2) {
+            Four a;
+            load_matrices_transposed(a, shared_memory() + S::narrow + (side * S::d + q * 16 + lane) * 16);
+            mma_16x8x16(sum[0], mixes.mixed[q], {a[0], a[1]});
+            mma_16x8x16(sum[1], mixes.mixed[q + 1], {a[2], a[3]});
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[0][e] += sum[1][e];
+        float joined[2];
+        join(sum[0], joined);
+        uint32_t parts[2];
+        split(joined[0], joined[1], parts);
+        auto* to = reinterpret_cast<uint32_t*>(shared_memory() + S::mixed + side * S::mixed_side + warp % S::pairs * 128) + lane;
+        to[0] = parts[0];
+        to[S::pairs * 32] = parts[1];
+        __syncthreads();
+    }
+
+    // The sums of the wide gradients, from x, dZ and g, V2, and of g itself.
+    COMPACTER_DEVICE void wide_gradients(const unsigned char* tile, WideSums<S>& sums) const {
+        const int lane = lane_anew();
+        Four dz, v2;
+        load_matrices(dz, shared_memory() + S::mixed + lane * 16);
+        load_matrices(v2, shared_memory() + S::mixed + S::mixed_side + lane * 16);
+        const auto ones = [&](int chunk) { return lane / 4 == chunk + lane % 4 / 2 ? 0x3f803f80u : 0u; };
+#pragma unroll
+        for (int block = 0; block < S::blocks; ++block) {
+            float left[4] = {}, right[4] = {}, of_g[4] = {};
+#pragma unroll
+            for (int j = 0; j < S::pairs; j += 2) {
+                const unsigned char* x = tile + j * 8 * S::line + (this->block_at(lane) ^ block * 32);
+                Four xt, gt;
+                load_matrices_transposed(xt, x);
+                load_matrices_transposed(gt, x + S::side);
+                mma_16x8x16(left, xt, {dz[j], dz[j + 1]});
+                mma_16x8x16(right, gt, {v2[j], v2[j + 1]});
+                mma_16x8x16(of_g, gt, {ones(j * 2), ones(j * 2 + 2)});
+            }
+            add(sums.left[block], left);
+            add(sums.right2[block], right);
+            add(sums.bias2[block], of_g);
+        }
+    }
+
+    // dx = dZ s1 (+ g). A lane has eight neighbouring columns of a row: column 2t + e of product m is 8t + 2m + e.
+    COMPACTER_DEVICE void expand(const unsigned char* g, int tile, const uint32_t (&s1)[8]) const {
+        const int lane = lane_anew(), row = lane / 4, t = lane % 4, token = row % S::tokens;
+        unsigned char* first = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + t * 16;
+        const bool real = this->exists(tile, token);
+#pragma unroll
+        for (int j = 0; j < S::pairs; j += 2) {
+            Four dz;
+            load_matrices_transposed(dz, shared_memory() + S::mixed + ((lane / 16 * S::pairs + j + lane / 8 % 2) * 8 + lane % 8) * 16);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint4 out[2] = {};  // of rows g and g + 8
+                if (b.residual_is_x)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        out[e] = *reinterpret_cast<const uint4*>(g + in_lines((j + e) * 8 + row, half * 4 + t));
+#pragma unroll
+                for (int m = 0; m < 4; ++m) {
+                    const uint32_t right = s1[half * 4 + m];
+                    float sum[4] = {low_of(word(out[0], m)), high_of(word(out[0], m)), low_of(word(out[1], m)),
+                                    high_of(word(out[1], m))};
+                    mma_16x8x16(sum, dz, {right, right});
+                    word(out[0], m) = pack_bf16(sum[0], sum[1]);
+                    word(out[1], m) = pack_bf16(sum[2], sum[3]);
+                }
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (real)
+                        store_global(reinterpret_cast<uint4*>(first + ((j + e) * 2 + row / S::tokens) * S::chunk * 2 + half * 64), out[e]);
+            }
+        }
+    }
+
+    // What the tile gives to dC1 and dC2, with both parts of both factors: k 0-7 are the parts and tokens of the one
+    // against the same of the other, k 8-15 the other part against them.
+    COMPACTER_DEVICE void narrow_gradients(WideSums<S>& sums) const {
+        const int lane = lane_anew();
+        Four own[2];  // dy, h
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            Four rows;
+            load_matrices(rows, shared_memory() + S::narrow + (side * S::d + warp * S::inner + lane % 16) * 16);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                own[side][e] = rows[e];
+                own[side][2 + e] = __shfl_xor_sync(0xffffffff, rows[e], 2);
+            }
+        }
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int p = 0; p < S::n; p += 4) {
+                Four z;
+                load_matrices(z, shared_memory() + S::z + (side * S::n * S::n + p * S::n + lane) * 16);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float fresh[4] = {};
+                    mma_16x8x16(fresh, own[side], {z[e], z[e]});
+                    add(sums.folded[side][p + e], fresh);
+                }
+            }
+    }
+};
+
+template <class S>
+__global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
+    const Pass<S> pass(b);
+    const int tiles = static_cast<int>((b.tokens + S::tokens - 1) / S::tokens), step = gridDim.x;
+    int tile = blockIdx.x;
+    for (int stage = 0; stage < S::stages; ++stage) {
+        if (tile + stage * step < tiles) {
+            pass.load(b.x, pass.rows(stage), tile + stage * step);
+            pass.load(b.grad_out, pass.rows(stage) + S::side, tile + stage * step);
+        }
+        commit_copies();
+    }
+    stage_factors(b.shared, b.factors, b.sizes);
+    pass.form(0, b.factors.left, 1.f);
+    pass.form(1, b.factors.right2, b.factors.scale);
+    __syncthreads();
+    const Mixes<S> mixes(WideRaw<S>(b), pass.warp);
+    uint32_t s1[8];
+    pass.form_expansion(s1);
+    WideSums<S> sums = {};
+    for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
+        wait_copies<1>();
+        __syncwarp();
+        unsigned char *x = pass.rows(stage), *g = x + S::side;
+        const int next = tile + S::stages * step;
+        pass.project(x);
+        pass.bottleneck(mixes, sums);
+        pass.mix(mixes);
+        pass.wide_gradients(x, sums);
+        __syncwarp();
+        if (next < tiles) pass.load(b.x, x, next);
+        if (b.grad_x) pass.expand(g, tile, s1);
+        __syncwarp();
+        if (next < tiles) pass.load(b.grad_out, g, next);
+        commit_copies();
+        pass.narrow_gradients(sums);
+    }
+    let_next_kernel_start();
+    sums.store(b, pass.warp, b.partials + blockIdx.x * b.row);
+}
+
+}  // namespace
+
+void wide_backward_kernel(const Backward& b, const Launch& l) { launch(backward<Widest>, l, b); }
+
+}  // namespace compacter::cuda
