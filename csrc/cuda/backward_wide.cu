@@ -71,57 +71,43 @@ struct Pass : WidePart<S> {
         to[2] = parts[1];
     }
 
-    // The lines of s1 and t2 of the warp's columns.
+    // The lines of s1 and t2 of the warp's columns, each half line [pair j][t][2] instead of [t][pair j][2]. So a lane t
+    // meets its own eight neighbours of x, g and dx in a half line.
     COMPACTER_DEVICE void form(int side, const Array& factor, float scale) const {
-        const int lane = threadIdx.x % 32, i = lane / 4;
+        const int lane = threadIdx.x % 32, i = lane / 4, t = lane % 4;
+        unsigned char* lines = own() + S::factors + side * S::factor + t * 4;
 #pragma unroll
-        for (int eight = lane % 4; eight < 8; eight += 4) {
+        for (int half = 0; half < 2; ++half) {
             float v[8];
-            read_eight(factor, i * S::chunk + warp * S::columns + eight * 8, v);
-            uint4 rounded, rest;
+            read_eight(factor, i * S::chunk + warp * S::columns + half * 32 + t * 8, v);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const PairParts parts(v[2 * j] * scale, v[2 * j + 1] * scale);
-                word(rounded, j) = parts.rounded;
-                word(rest, j) = parts.rest;
+                *reinterpret_cast<uint32_t*>(lines + in_lines(i, half * 4 + j)) = parts.rounded;
+                *reinterpret_cast<uint32_t*>(lines + in_lines(S::n + i, half * 4 + j)) = parts.rest;
             }
-            unsigned char* lines = own() + S::factors + side * S::factor;
-            *reinterpret_cast<uint4*>(lines + in_lines(i, eight)) = rounded;
-            *reinterpret_cast<uint4*>(lines + in_lines(S::n + i, eight)) = rest;
-        }
-    }
-
-    // Right operands of dx: s1 of the columns that a lane stores, eight neighbours of each half line.
-    COMPACTER_DEVICE void form_expansion(uint32_t (&s1)[8]) const {
-        const PairLane lane;
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-            const auto number = [&](int i) {
-                const unsigned char* eight = own() + S::factors + in_lines(i, m / 4 * 4 + lane.g / 2);
-                return uint32_t{reinterpret_cast<const uint16_t*>(eight)[m % 4 * 2 + lane.g % 2]};
-            };
-            s1[m] = number(lane.t * 2) | number(lane.t * 2 + 1) << 16;
         }
     }
 
     // Z and dV2, over the columns of the warp and then over those of all warps.
     COMPACTER_DEVICE void project(const unsigned char* tile) const {
-        const int lane = lane_anew();
+        const int lane = lane_anew(), at = in_lines(lane / 4, lane % 4);
         const unsigned char* factors = own() + S::factors;
         float2* to = reinterpret_cast<float2*>(shared_memory() + S::partial) + warp * 32 + lane;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             float sum[S::pairs][4] = {};
 #pragma unroll
-            for (int block = 0; block < S::blocks; ++block) {
-                Four f;
-                load_matrices(f, factors + side * S::factor + (in_lines(lane / 8 % 2 * 8 + lane % 8, lane / 16) ^ block * 32));
+            for (int half = 0; half < 2; ++half) {
+                Four f[2];
 #pragma unroll
-                for (int j = 0; j < S::pairs; j += 2) {
-                    Four a;
-                    load_matrices(a, tile + side * S::side + j * 8 * S::line + (this->block_at(lane) ^ block * 32));
-                    mma_16x8x16(sum[j], f, {a[0], a[1]});
-                    mma_16x8x16(sum[j + 1], f, {a[2], a[3]});
+                for (int k = 0; k < 2; ++k)
+                    load_matrices(f[k], factors + side * S::factor + (in_lines(lane % 16, lane / 16) ^ (half * 64 + k * 32)));
+#pragma unroll
+                for (int j = 0; j < S::pairs; ++j) {
+                    const uint4 a = *reinterpret_cast<const uint4*>(tile + side * S::side + j * 8 * S::line + (at ^ half * 64));
+                    mma_16x8x16(sum[j], f[0], {a.x, a.y});
+                    mma_16x8x16(sum[j], f[1], {a.z, a.w});
                 }
             }
 #pragma unroll
@@ -223,36 +209,40 @@ struct Pass : WidePart<S> {
     }
 
     // dx = dZ s1 (+ g). A lane has eight neighbouring columns of a row: column 2t + e of product m is 8t + 2m + e.
-    COMPACTER_DEVICE void expand(const unsigned char* g, int tile, const uint32_t (&s1)[8]) const {
-        const int lane = lane_anew(), row = lane / 4, t = lane % 4, token = row % S::tokens;
-        unsigned char* first = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + t * 16;
+    COMPACTER_DEVICE void expand(const unsigned char* g, int tile) const {
+        const int lane = lane_anew(), row = lane / 4, t = lane % 4, at = in_lines(row, t), token = row % S::tokens;
+        unsigned char* to = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + row / S::tokens * S::chunk * 2 + t * 16;
         const bool real = this->exists(tile, token);
+        Four s1[2], dz[2];  // of half lines; of 16 rows
 #pragma unroll
-        for (int j = 0; j < S::pairs; j += 2) {
-            Four dz;
-            load_matrices_transposed(dz, shared_memory() + S::mixed + ((lane / 16 * S::pairs + j + lane / 8 % 2) * 8 + lane % 8) * 16);
+        for (int e = 0; e < 2; ++e) {
+            load_matrices_transposed(s1[e], own() + S::factors + (in_lines(lane % 8, lane / 8) ^ e * 64));
+            load_matrices_transposed(dz[e], shared_memory() + S::mixed + lane / 16 * S::pairs * 128 + e * 256 + lane % 16 * 16);
+        }
+#pragma unroll
+        for (int pair = 0; pair < S::pairs; pair += 2)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint4 out[2] = {};  // of rows g and g + 8
                 if (b.residual_is_x)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        out[e] = *reinterpret_cast<const uint4*>(g + in_lines((j + e) * 8 + row, half * 4 + t));
+                        out[e] = *reinterpret_cast<const uint4*>(g + (pair + e) * 8 * S::line + (at ^ half * 64));
 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
-                    const uint32_t right = s1[half * 4 + m];
                     float sum[4] = {low_of(word(out[0], m)), high_of(word(out[0], m)), low_of(word(out[1], m)),
                                     high_of(word(out[1], m))};
-                    mma_16x8x16(sum, dz, {right, right});
+                    const Four& a = dz[pair / 2];
+                    mma_16x8x8(sum, {a[0], a[1]}, s1[half][m]);
+                    mma_16x8x8(sum, {a[2], a[3]}, s1[half][m]);
                     word(out[0], m) = pack_bf16(sum[0], sum[1]);
                     word(out[1], m) = pack_bf16(sum[2], sum[3]);
                 }
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
                     if (real)
-                        store_global(reinterpret_cast<uint4*>(first + ((j + e) * 2 + row / S::tokens) * S::chunk * 2 + half * 64), out[e]);
+                        store_global(reinterpret_cast<uint4*>(to + (pair + e) * 4 * S::chunk + half * 64), out[e]);
             }
-        }
     }
 
     // What the tile gives to dC1 and dC2, with both parts of both factors: k 0-7 are the parts and tokens of the one
@@ -279,7 +269,8 @@ struct Pass : WidePart<S> {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float fresh[4] = {};
-                    mma_16x8x16(fresh, own[side], {z[e], z[e]});
+                    mma_16x8x8(fresh, {own[side][0], own[side][1]}, z[e]);
+                    mma_16x8x8(fresh, {own[side][2], own[side][3]}, z[e]);
                     add(sums.folded[side][p + e], fresh);
                 }
             }
@@ -303,8 +294,6 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
     pass.form(1, b.factors.right2, b.factors.scale);
     __syncthreads();
     const Mixes<S> mixes(WideRaw<S>(b), pass.warp);
-    uint32_t s1[8];
-    pass.form_expansion(s1);
     WideSums<S> sums = {};
     for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
         wait_copies<1>();
@@ -317,7 +306,7 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         pass.wide_gradients(x, sums);
         __syncwarp();
         if (next < tiles) pass.load(b.x, x, next);
-        if (b.grad_x) pass.expand(g, tile, s1);
+        if (b.grad_x) pass.expand(g, tile);
         __syncwarp();
         if (next < tiles) pass.load(b.grad_out, g, next);
         commit_copies();

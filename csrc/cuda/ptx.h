@@ -110,6 +110,7 @@ COMPACTER_DEVICE uint32_t transpose_matrix(uint32_t pair) {
 COMPACTER_DEVICE int lane_anew() {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    __builtin_assume(lane >= 0 && lane < 32);
     return lane;
 }
 

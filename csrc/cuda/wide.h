@@ -62,12 +62,12 @@ struct WidePart {
 
     // Starts to copy x or g of a tile. Eight lanes copy a line; those of absent tokens are zeros.
     COMPACTER_DEVICE void load(const void* tensor, unsigned char* to, int tile) const {
-        const int lane = lane_anew(), token = lane / 8;
+        const int lane = lane_anew(), token = lane / 8, at = in_lines(token, lane % 8);
         const bool real = exists(tile, token);
         const unsigned char* from = static_cast<const unsigned char*>(tensor) + (real ? first(tile, token) : 0) + lane % 8 * 16;
 #pragma unroll
         for (int chunk = 0; chunk < S::n; ++chunk)
-            copy_async(to + in_lines(chunk * S::tokens + token, lane % 8), from + chunk * S::chunk * 2, real);
+            copy_async(to + chunk * S::tokens * S::line + (at ^ chunk % 2 * 32), from + chunk * S::chunk * 2, real);
     }
 };
 
