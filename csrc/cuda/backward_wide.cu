@@ -20,33 +20,6 @@
 namespace compacter::cuda {
 namespace {
 
-// C1 and C2 as left operands. A warp has the columns of its chunk of the bottleneck, for y and dh, and the rows of two
-// chunks: of C1 for dZ, or of C2 for V2.
-template <class S>
-struct Mixes {
-    uint32_t y[S::pairs][4], dh[S::pairs][4], mixed[S::n][4];
-
-    COMPACTER_DEVICE explicit Mixes(const WideRaw<S>& raw, int warp) {
-        const PairLane lane;
-        const int i = lane.t * 2, pair = warp % S::pairs;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int v = lane.g + e % 2 * 8;
-#pragma unroll
-            for (int s = 0; s < S::pairs; ++s) {
-                const int p = s * 2 + e / 2;
-                y[s][e] = pack_bf16(raw.c1(p, i, warp, v), raw.c1(p, i + 1, warp, v));
-                dh[s][e] = pack_bf16(raw.c2(p, i, warp, v), raw.c2(p, i + 1, warp, v));
-            }
-            const int row = pair * 2 + e % 2, w = lane.t * 2 + e / 2 * 8;
-#pragma unroll
-            for (int q = 0; q < S::n; ++q)
-                mixed[q][e] = warp < S::pairs ? pack_bf16(raw.c1(row, lane.g, q, w), raw.c1(row, lane.g, q, w + 1))
-                                              : pack_bf16(raw.c2(row, lane.g, q, w), raw.c2(row, lane.g, q, w + 1));
-        }
-    }
-};
-
 template <class S>
 struct Pass : WidePart<S> {
     using WidePart<S>::b, WidePart<S>::warp, WidePart<S>::own;
@@ -73,8 +46,8 @@ struct Pass : WidePart<S> {
 
     // The lines of s1 and t2 of the warp's columns, each half line [pair j][t][2] instead of [t][pair j][2]. So a lane t
     // meets its own eight neighbours of x, g and dx in a half line.
-    COMPACTER_DEVICE void form(int side, const Array& factor, float scale) const {
-        const int lane = threadIdx.x % 32, i = lane / 4, t = lane % 4;
+    COMPACTER_DEVICE void form_lines(int side, const Array& factor, float scale) const {
+        const int lane = lane_anew(), i = lane / 4, t = lane % 4;
         unsigned char* lines = own() + S::factors + side * S::factor + t * 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -86,6 +59,34 @@ struct Pass : WidePart<S> {
                 *reinterpret_cast<uint32_t*>(lines + in_lines(i, half * 4 + j)) = parts.rounded;
                 *reinterpret_cast<uint32_t*>(lines + in_lines(S::n + i, half * 4 + j)) = parts.rest;
             }
+        }
+    }
+
+    // C1 and C2 as left operands. A warp has the columns of its chunk of the bottleneck, for y and dh, in shared memory,
+    // and for dZ or V2 the rows of two chunks of one of them, in registers.
+    COMPACTER_DEVICE uint4* columns() const { return reinterpret_cast<uint4*>(own() + S::fold); }
+    COMPACTER_DEVICE void form(Four (&rows)[S::n]) const {
+        const WideRaw<S> raw(b);
+        const PairLane lane{lane_anew()};
+        const int i = lane.t * 2, side = warp / S::pairs;
+#pragma unroll
+        for (int of = 0; of < 2; ++of)
+#pragma unroll
+            for (int s = 0; s < S::pairs; ++s) {
+                uint4 a;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int p = s * 2 + e / 2, v = lane.g + e % 2 * 8;
+                    word(a, e) = pack_bf16(raw.folded(of, p, i, warp, v), raw.folded(of, p, i + 1, warp, v));
+                }
+                columns()[(of * S::pairs + s) * 32 + lane.index] = a;
+            }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int p = warp % S::pairs * 2 + e % 2, v = lane.t * 2 + e / 2 * 8;
+#pragma unroll
+            for (int q = 0; q < S::n; ++q)
+                rows[q][e] = pack_bf16(raw.folded(side, p, lane.g, q, v), raw.folded(side, p, lane.g, q, v + 1));
         }
     }
 
@@ -128,18 +129,21 @@ struct Pass : WidePart<S> {
     }
 
     // h and dy of the warp's chunk of the bottleneck.
-    COMPACTER_DEVICE void bottleneck(const Mixes<S>& mixes, WideSums<S>& sums) const {
+    COMPACTER_DEVICE void bottleneck(WideSums<S>& sums) const {
         const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
+        const uint4* c = columns() + lane;
         float y[4] = {}, dh[4] = {};
 #pragma unroll
         for (int s = 0; s < S::pairs; s += 2) {
             Four z, dv2;
             load_matrices_transposed(z, shared_memory() + S::z + (s * 16 + lane) * 16);
             load_matrices_transposed(dv2, shared_memory() + S::z + (S::n * S::n + s * 16 + lane) * 16);
-            mma_16x8x16(y, mixes.y[s], {z[0], z[1]});
-            mma_16x8x16(dh, mixes.dh[s], {dv2[0], dv2[1]});
-            mma_16x8x16(y, mixes.y[s + 1], {z[2], z[3]});
-            mma_16x8x16(dh, mixes.dh[s + 1], {dv2[2], dv2[3]});
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const uint4 a = c[(s + k) * 32], d = c[(S::pairs + s + k) * 32];
+                mma_16x8x16(y, {a.x, a.y, a.z, a.w}, {z[2 * k], z[2 * k + 1]});
+                mma_16x8x16(dh, {d.x, d.y, d.z, d.w}, {dv2[2 * k], dv2[2 * k + 1]});
+            }
         }
         float h[2], dy[2];
         join(y, h);
@@ -160,15 +164,15 @@ struct Pass : WidePart<S> {
     }
 
     // dZ or V2 of two chunks: [part][pair][i], each row i a pair of chunks by four tokens.
-    COMPACTER_DEVICE void mix(const Mixes<S>& mixes) const {
+    COMPACTER_DEVICE void mix(const Four (&rows)[S::n]) const {
         const int lane = lane_anew(), side = warp / S::pairs;
         float sum[2][4] = {};
 #pragma unroll
         for (int q = 0; q < S::n; q += 2) {
             Four a;
             load_matrices_transposed(a, shared_memory() + S::narrow + (side * S::d + q * 16 + lane) * 16);
-            mma_16x8x16(sum[0], mixes.mixed[q], {a[0], a[1]});
-            mma_16x8x16(sum[1], mixes.mixed[q + 1], {a[2], a[3]});
+            mma_16x8x16(sum[0], rows[q], {a[0], a[1]});
+            mma_16x8x16(sum[1], rows[q + 1], {a[2], a[3]});
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[0][e] += sum[1][e];
@@ -290,10 +294,11 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         commit_copies();
     }
     stage_factors(b.shared, b.factors, b.sizes);
-    pass.form(0, b.factors.left, 1.f);
-    pass.form(1, b.factors.right2, b.factors.scale);
+    pass.form_lines(0, b.factors.left, 1.f);
+    pass.form_lines(1, b.factors.right2, b.factors.scale);
     __syncthreads();
-    const Mixes<S> mixes(WideRaw<S>(b), pass.warp);
+    Four rows[S::n];
+    pass.form(rows);
     WideSums<S> sums = {};
     for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
         wait_copies<1>();
@@ -301,8 +306,8 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         unsigned char *x = pass.rows(stage), *g = x + S::side;
         const int next = tile + S::stages * step;
         pass.project(x);
-        pass.bottleneck(mixes, sums);
-        pass.mix(mixes);
+        pass.bottleneck(sums);
+        pass.mix(rows);
         pass.wide_gradients(x, sums);
         __syncwarp();
         if (next < tiles) pass.load(b.x, x, next);

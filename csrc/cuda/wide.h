@@ -17,9 +17,9 @@ struct Wide {
     static constexpr int columns = chunk / warps, blocks = columns / 16;  // of a chunk, of a warp: single, and in 16s
     static_assert(n == 8 && columns == 64 && inner == 16, "a line is 128 bytes; a warp has 16 numbers of the bottleneck");
 
-    // Of a warp: the tiles, x and then g of each, and the lines [part][i] of s1 and of t2.
+    // Of a warp: the tiles, x and then g of each; the lines [part][i] of s1 and of t2; its columns of C1 and C2.
     static constexpr int line = columns * 2, side = tokens * n * line, factor = 2 * n * line;
-    static constexpr int factors = stages * 2 * side, of_warp = factors + 2 * factor;
+    static constexpr int factors = stages * 2 * side, fold = factors + 2 * factor, of_warp = fold + 2 * pairs * 512;
     // Of the block: what the warps exchange (backward_wide.cu); the small parameters in fp32 follow.
     static constexpr int partial = warps * of_warp, partial_job = warps * 256;  // [side][pair][warp][lane]
     static constexpr int z = partial + 2 * pairs * partial_job;                 // Z and dV2: [side][(p,i)]

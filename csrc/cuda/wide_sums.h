@@ -38,17 +38,16 @@ struct WideRaw {
     }
     COMPACTER_DEVICE float bias(int q, int v) const { return floats_at(b.shared.bias)[v * S::n + q]; }
 
-    // C1[(p,i),(q,v)] and C2[(q,i),(p,v)], where `chunk` is p of C1, q of C2, and `inner` the other.
-    COMPACTER_DEVICE float folded_rule(int side, int chunk, int i, int inner) const {
-        return side ? rule(1, i, inner, chunk) : rule(0, i, chunk, inner);
+    // C1[(p,i),(q,v)], or C2[(q,i),(p,v)] with q and p exchanged here.
+    COMPACTER_DEVICE float folded_rule(int side, int p, int i, int q) const { return side ? rule(1, i, q, p) : rule(0, i, p, q); }
+    COMPACTER_DEVICE float folded(int side, int p, int i, int q, int v) const {
+        return folded_rule(side, p, i, q) * factor(side, i, v);
     }
-    COMPACTER_DEVICE float c1(int p, int i, int q, int v) const { return folded_rule(0, p, i, q) * factor(0, i, v); }
-    COMPACTER_DEVICE float c2(int q, int i, int p, int v) const { return folded_rule(1, q, i, p) * factor(1, i, v); }
 };
 
 // Sums of eight numbers over the eight g of a warp: lane (g, t) gets that of number g.
 COMPACTER_DEVICE float sum_over_rows(float (&v)[8]) {
-    const int g = threadIdx.x % 32 / 4;
+    const int g = lane_anew() / 4;
 #pragma unroll
     for (int half = 4; half; half /= 2)
 #pragma unroll
@@ -65,7 +64,7 @@ struct WideSums {
 
     // The block's row of partials.
     COMPACTER_DEVICE void store(const Backward& b, int warp, float* row) {
-        const PairLane lane;
+        const PairLane lane{lane_anew()};
         const int u = warp * S::columns + lane.g, c = lane.t * 2;
         const auto store_columns = [&](const float (&sum)[S::blocks][4], int at, float scale) {
             float* to = row + at + c * S::chunk + u;
