@@ -217,10 +217,11 @@ struct Pass : WidePart<S> {
         const int lane = lane_anew(), row = lane / 4, t = lane % 4, at = in_lines(row, t), token = row % S::tokens;
         unsigned char* to = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + row / S::tokens * S::chunk * 2 + t * 16;
         const bool real = this->exists(tile, token);
-        Four s1[2], dz[2];  // of half lines; of 16 rows
+        Four s1[2], rest[2], dz[2];  // of half lines; of 16 rows
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             load_matrices_transposed(s1[e], own() + S::factors + (in_lines(lane % 8, lane / 8) ^ e * 64));
+            load_matrices_transposed(rest[e], own() + S::factors + (in_lines(S::n + lane % 8, lane / 8) ^ e * 64));
             load_matrices_transposed(dz[e], shared_memory() + S::mixed + lane / 16 * S::pairs * 128 + e * 256 + lane % 16 * 16);
         }
 #pragma unroll
@@ -239,6 +240,7 @@ struct Pass : WidePart<S> {
                     const Four& a = dz[pair / 2];
                     mma_16x8x8(sum, {a[0], a[1]}, s1[half][m]);
                     mma_16x8x8(sum, {a[2], a[3]}, s1[half][m]);
+                    mma_16x8x8(sum, {a[0], a[1]}, rest[half][m]);
                     word(out[0], m) = pack_bf16(sum[0], sum[1]);
                     word(out[1], m) = pack_bf16(sum[2], sum[3]);
                 }
