@@ -189,8 +189,9 @@ struct Pass : WidePart<S> {
     // The sums of the wide gradients, from x, dZ and g, V2, and of g itself.
     COMPACTER_DEVICE void wide_gradients(const unsigned char* tile, WideSums<S>& sums) const {
         const int lane = lane_anew();
-        Four dz, v2;
+        Four dz, rest, v2;
         load_matrices(dz, shared_memory() + S::mixed + lane * 16);
+        load_matrices(rest, shared_memory() + S::mixed + S::pairs * 128 + lane * 16);
         load_matrices(v2, shared_memory() + S::mixed + S::mixed_side + lane * 16);
         const auto ones = [&](int chunk) { return lane / 4 == chunk + lane % 4 / 2 ? 0x3f803f80u : 0u; };
 #pragma unroll
@@ -203,6 +204,7 @@ struct Pass : WidePart<S> {
                 load_matrices_transposed(xt, x);
                 load_matrices_transposed(gt, x + S::side);
                 mma_16x8x16(left, xt, {dz[j], dz[j + 1]});
+                mma_16x8x16(left, xt, {rest[j], rest[j + 1]});
                 mma_16x8x16(right, gt, {v2[j], v2[j + 1]});
                 mma_16x8x16(of_g, gt, {ones(j * 2), ones(j * 2 + 2)});
             }
