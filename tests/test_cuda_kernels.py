@@ -155,6 +155,19 @@ def test_folded_backward_without_a_gradient(case: Case, without: str) -> None:
     assert_same_bits(rest, whole)
 
 
+@pytest.mark.parametrize("case", FOLDED[::4], ids=str)
+def test_folded_backward_keeps_a_nan_in_its_token(case: Case) -> None:
+    token = 6
+    tensors = case.tensors()
+    clean = run(case, tensors, "cuda")["x"]
+    with torch.no_grad():
+        tensors["x"][token, 13] = float("nan")
+    spoiled = run(case, tensors, "cuda")["x"]
+    assert spoiled[token].isnan().all()
+    others = torch.arange(len(clean)) != token
+    assert torch.equal(spoiled[others], clean[others])
+
+
 @pytest.mark.parametrize("params", [FP64, FP16, BF16], ids=str)
 @pytest.mark.parametrize("case", FOLDED[::4], ids=str)
 def test_folded_backward_with_any_parameters(case: Case, params: torch.dtype) -> None:
@@ -229,12 +242,13 @@ def test_no_bank_conflicts_of_ldmatrix(case: Case, library: ctypes.CDLL) -> None
 
 
 @pytest.mark.parametrize("moved", ["x", "residual", "grad", "down.rule", "up.right"])
-def test_unaligned_addresses(moved: str) -> None:
+@pytest.mark.parametrize("case", FOLDED[1::4], ids=str)
+def test_unaligned_addresses(case: Case, moved: str) -> None:
     """A tensor whose address is no multiple of 16 bytes moves one number at a time.
 
     Its width allows wide accesses otherwise.
     """
-    case = Case(width=768, bottleneck=24, shape=(6,), residual="other", dtype=BF16)
+    case = dataclasses.replace(case, shape=(6,))
     tensors = {**case.tensors(), "grad": case.grad_output()}
     there = tensors[moved].detach()
     shifted = there.new_empty(there.numel() + 1)[1:].view(there.shape).copy_(there)

@@ -44,52 +44,6 @@ struct Pass : WidePart<S> {
         to[2] = parts[1];
     }
 
-    // The lines of s1 and t2 of the warp's columns, each half line [pair j][t][2] instead of [t][pair j][2]. So a lane t
-    // meets its own eight neighbours of x, g and dx in a half line.
-    COMPACTER_DEVICE void form_lines(int side, const Array& factor, float scale) const {
-        const int lane = lane_anew(), i = lane / 4, t = lane % 4;
-        unsigned char* lines = own() + S::factors + side * S::factor + t * 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float v[8];
-            read_eight(factor, i * S::chunk + warp * S::columns + half * 32 + t * 8, v);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const PairParts parts(v[2 * j] * scale, v[2 * j + 1] * scale);
-                *reinterpret_cast<uint32_t*>(lines + in_lines(i, half * 4 + j)) = parts.rounded;
-                *reinterpret_cast<uint32_t*>(lines + in_lines(S::n + i, half * 4 + j)) = parts.rest;
-            }
-        }
-    }
-
-    // C1 and C2 as left operands. A warp has the columns of its chunk of the bottleneck, for y and dh, in shared memory,
-    // and for dZ or V2 the rows of two chunks of one of them, in registers.
-    COMPACTER_DEVICE uint4* columns() const { return reinterpret_cast<uint4*>(own() + S::fold); }
-    COMPACTER_DEVICE void form(Four (&rows)[S::n]) const {
-        const WideRaw<S> raw(b);
-        const PairLane lane{lane_anew()};
-        const int i = lane.t * 2, side = warp / S::pairs;
-#pragma unroll
-        for (int of = 0; of < 2; ++of)
-#pragma unroll
-            for (int s = 0; s < S::pairs; ++s) {
-                uint4 a;
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int p = s * 2 + e / 2, v = lane.g + e % 2 * 8;
-                    word(a, e) = pack_bf16(raw.folded(of, p, i, warp, v), raw.folded(of, p, i + 1, warp, v));
-                }
-                columns()[(of * S::pairs + s) * 32 + lane.index] = a;
-            }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int p = warp % S::pairs * 2 + e % 2, v = lane.t * 2 + e / 2 * 8;
-#pragma unroll
-            for (int q = 0; q < S::n; ++q)
-                rows[q][e] = pack_bf16(raw.folded(side, p, lane.g, q, v), raw.folded(side, p, lane.g, q, v + 1));
-        }
-    }
-
     // Z and dV2, over the columns of the warp and then over those of all warps.
     COMPACTER_DEVICE void project(const unsigned char* tile) const {
         const int lane = lane_anew(), at = in_lines(lane / 4, lane % 4);
@@ -131,7 +85,7 @@ struct Pass : WidePart<S> {
     // h and dy of the warp's chunk of the bottleneck.
     COMPACTER_DEVICE void bottleneck(WideSums<S>& sums) const {
         const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
-        const uint4* c = columns() + lane;
+        const uint4* c = this->columns() + lane;
         float y[4] = {}, dh[4] = {};
 #pragma unroll
         for (int s = 0; s < S::pairs; s += 2) {
@@ -148,7 +102,7 @@ struct Pass : WidePart<S> {
         float h[2], dy[2];
         join(y, h);
         join(dh, dy);
-        const float bias = WideRaw<S>(b).bias(warp, v);
+        const float bias = Small<S>(b).bias(warp, v);
         with_activation(b.factors.activation, [&](auto function) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -257,31 +211,25 @@ struct Pass : WidePart<S> {
     // against the same of the other, k 8-15 the other part against them.
     COMPACTER_DEVICE void narrow_gradients(WideSums<S>& sums) const {
         const int lane = lane_anew();
-        Four own[2];  // dy, h
+        Four rows;  // of dy, of h
+        load_matrices(rows, shared_memory() + S::narrow + (lane / 16 * S::d + warp * S::inner + lane % 16) * 16);
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            Four rows;
-            load_matrices(rows, shared_memory() + S::narrow + (side * S::d + warp * S::inner + lane % 16) * 16);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                own[side][e] = rows[e];
-                own[side][2 + e] = __shfl_xor_sync(0xffffffff, rows[e], 2);
-            }
-        }
-#pragma unroll
-        for (int side = 0; side < 2; ++side)
+            const uint32_t a[2] = {rows[side * 2], rows[side * 2 + 1]};
+            const uint32_t other[2] = {__shfl_xor_sync(0xffffffff, a[0], 2), __shfl_xor_sync(0xffffffff, a[1], 2)};
 #pragma unroll
             for (int p = 0; p < S::n; p += 4) {
                 Four z;
-                load_matrices(z, shared_memory() + S::z + (side * S::n * S::n + p * S::n + lane) * 16);
+                load_matrices(z, shared_memory() + S::z + ((side * S::n + p) * S::n + lane) * 16);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float fresh[4] = {};
-                    mma_16x8x8(fresh, {own[side][0], own[side][1]}, z[e]);
-                    mma_16x8x8(fresh, {own[side][2], own[side][3]}, z[e]);
+                    mma_16x8x8(fresh, a, z[e]);
+                    mma_16x8x8(fresh, other, z[e]);
                     add(sums.folded[side][p + e], fresh);
                 }
             }
+        }
     }
 };
 
@@ -298,11 +246,12 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         commit_copies();
     }
     stage_factors(b.shared, b.factors, b.sizes);
-    pass.form_lines(0, b.factors.left, 1.f);
-    pass.form_lines(1, b.factors.right2, b.factors.scale);
+    form_lines(pass, 0, b.factors.left, 1.f);
+    form_lines(pass, 1, b.factors.right2, b.factors.scale);
     __syncthreads();
     Four rows[S::n];
-    pass.form(rows);
+    form_columns(pass, Small<S>(b));
+    form_rows(pass, Small<S>(b), rows);
     WideSums<S> sums = {};
     for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
         wait_copies<1>();

@@ -54,6 +54,8 @@ struct Pairs {
     COMPACTER_BOTH static int v_index(int f, int c) { return f == 2 ? 8 + c % 4 : N == 4 ? c % 4 : c; }
 };
 
+using Four = uint32_t[4];  // a left operand
+
 struct PairLane {
     int index = threadIdx.x % 32, g = index / 4, t = index % 4;
 };

@@ -9,8 +9,6 @@
 
 namespace compacter::cuda {
 
-using Four = uint32_t[4];  // a left operand: see pairs.h
-
 template <class S>
 using Operands = Four[S::own];  // of the warp's pairs
 template <class S>

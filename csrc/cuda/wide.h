@@ -43,12 +43,17 @@ COMPACTER_DEVICE int in_lines(int line, int eight) { return line * 128 + (eight 
 template <class S>
 struct WidePart {
     const Backward& b;
-    int warp = threadIdx.x / 32;
+    int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // which the compiler knows to be the same in all lanes
 
     COMPACTER_DEVICE explicit WidePart(const Backward& b) : b(b) {}
 
     COMPACTER_DEVICE unsigned char* own() const { return shared_memory() + warp * S::of_warp; }
     COMPACTER_DEVICE unsigned char* rows(int stage) const { return own() + stage * 2 * S::side; }
+    COMPACTER_DEVICE uint4* columns() const { return reinterpret_cast<uint4*>(own() + S::fold); }
+
+    // Between the projections, half of the warps have the side of x, the others that of g, and each a pair of chunks.
+    COMPACTER_DEVICE int side() const { return warp / S::pairs; }
+    COMPACTER_DEVICE int pair() const { return warp % S::pairs; }
 
     // Where a lane points for ldmatrix of a pair of chunks and the next one, 16 columns: the matrices are the first eight
     // columns of the first pair, the next eight, then both of the second pair. Rows are a pair's chunks and tokens.

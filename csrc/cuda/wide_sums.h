@@ -10,40 +10,14 @@
 // They are accumulators, 16 rows by 8 columns. Only dt1 and ds2 are sums over warps.
 #pragma once
 
-#include "folded.h"
-#include "stage.h"
-#include "wide.h"
+#include "wide_weights.h"
 
 namespace compacter::cuda {
-
-using Four = uint32_t[4];  // a left operand, or four matrices of ldmatrix
 
 COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
 }
-
-// The small parameters in shared memory (stage.h), and the matrices that follow from them.
-template <class S>
-struct WideRaw {
-    const Backward& b;
-    static constexpr int matrix = S::n * S::n + 4, row = S::inner | 1;  // floats to the next matrix of a rule, factor
-
-    COMPACTER_DEVICE explicit WideRaw(const Backward& b) : b(b) {}
-    COMPACTER_DEVICE float rule(int side, int i, int p, int q) const {
-        return floats_at(side ? b.shared.rule2 : b.shared.rule)[i * matrix + p * S::n + q];
-    }
-    COMPACTER_DEVICE float factor(int side, int i, int v) const {
-        return floats_at(side ? b.shared.left2 : b.shared.right)[i * row + v];
-    }
-    COMPACTER_DEVICE float bias(int q, int v) const { return floats_at(b.shared.bias)[v * S::n + q]; }
-
-    // C1[(p,i),(q,v)], or C2[(q,i),(p,v)] with q and p exchanged here.
-    COMPACTER_DEVICE float folded_rule(int side, int p, int i, int q) const { return side ? rule(1, i, q, p) : rule(0, i, p, q); }
-    COMPACTER_DEVICE float folded(int side, int p, int i, int q, int v) const {
-        return folded_rule(side, p, i, q) * factor(side, i, v);
-    }
-};
 
 // Sums of eight numbers over the eight g of a warp: lane (g, t) gets that of number g.
 COMPACTER_DEVICE float sum_over_rows(float (&v)[8]) {
@@ -79,7 +53,7 @@ struct WideSums {
         bias += __shfl_xor_sync(0xffffffff, bias, 1);
         if (b.factors.bias.data && lane.t % 2 == 0) row[b.bias + warp * S::inner + lane.g + lane.t / 2 * 8] = bias;
 
-        const WideRaw<S> raw(b);
+        const Small<S> small(b);
         auto* shared = reinterpret_cast<float*>(shared_memory() + S::partial);  // dt1 and ds2: [side][warp][i][v]
         constexpr int all = S::n * S::inner;
 #pragma unroll
@@ -88,11 +62,11 @@ struct WideSums {
             for (int e = 0; e < 2; ++e) {
                 const int i = c + e;
                 float of_rule[S::n], of_factor[2] = {};  // of each p, or q, summed over v later; of v = g and g + 8
-                const float f0 = raw.factor(side, i, lane.g), f1 = raw.factor(side, i, lane.g + 8);
+                const float f0 = small.factor(side, i, lane.g), f1 = small.factor(side, i, lane.g + 8);
 #pragma unroll
                 for (int p = 0; p < S::n; ++p) {
                     const float* sum = folded[side][p];
-                    const float rule = raw.folded_rule(side, p, i, warp);
+                    const float rule = small.rule(side, i, p, warp);
                     of_rule[p] = sum[e] * f0 + sum[2 + e] * f1;
                     of_factor[0] += sum[e] * rule;
                     of_factor[1] += sum[2 + e] * rule;
