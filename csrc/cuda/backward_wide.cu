@@ -1,19 +1,20 @@
-// Backward of a wide adapter in bf16 whose sizes are known: the formulas are those of backward.cu, but here all warps of
-// a block share each tile. A warp has a share of the columns of all chunks (wide.h), and one chunk of the bottleneck.
+// Backward of a wide adapter in bf16 whose sizes are known. The formulas are those of backward.cu, but all warps of a
+// block share each tile: a warp has a share of the columns of every chunk (wide.h), and a chunk of the bottleneck.
 //
-// Four tokens make a tile, so that the next one is loaded meanwhile. Between the projections, a matrix is transposed: its
-// eight columns are the four tokens, rounded, and then what rounding took. So the tokens are the columns of a product:
+// Four tokens make a tile, so that the next one can be loaded meanwhile. Between the projections, the tokens are the
+// columns of a product, not its rows. The eight columns are the four tokens, rounded, and then what rounding took:
 //
-//                                            left operand           right operand           sums
-//     Z^T  = s1 x^T,      dV2^T = t2 g^T     both parts of s1, t2   x, g: a pair of chunks  8 i by chunk and token
-//     y^T  = C1^T Z^T,    dh^T  = C2^T dV2^T C1, C2: in registers   Z, dV2                  16 (q,v) by part and token
-//     dZ^T = C1 dy^T,     V2^T  = C2 h^T     C1, C2: in registers   dy, h                   16 (p,i) by part and token
-//     dC1^T += dy^T Z,    dC2^T += h^T dV2   dy, h of the warp      Z, dV2                  16 (q,v) by 8 (p,i)
-//     ds1  += x^T dZ,     dt2   += g^T V2    x^T, g^T               dZ, V2                  16 columns u by 8 i
-//     dx    = dZ s1 (+ g)                    both parts of dZ       s1                      4 chunks' tokens by 8 u
+//                                              left operand           right operand            sums
+//     Z^T   = s1 x^T     dV2^T  = t2 g^T       both parts of s1, t2   x, g: a pair of chunks   8 i by chunk, token
+//     y^T   = C1^T Z^T   dh^T   = C2^T dV2^T   C1, C2: a chunk q      Z, dV2                   16 (q,v) by part, token
+//     dZ^T  = C1 dy^T    V2^T   = C2 h^T       C1, C2: two chunks p   dy, h                    16 (p,i) by part, token
+//     ds1  += x^T dZ     dt2   += g^T V2       x, g transposed        dZ, V2                   16 columns u by 8 i
+//     dx    = dZ s1^T (+ g)                    dZ: both parts         s1: both parts           chunk, token by 8 u
+//     dC1^T += dy^T Z    dC2^T += h^T dV2      dy, h: a chunk q       Z, dV2                   16 (q,v) by 8 (p,i)
 //
-// What warps exchange lies in shared memory as rows of 16 bytes, which ldmatrix reads as they are or transposed.
-// Tensor cores truncate, so each tile has fresh accumulators, which are then added to the sums.
+// What the warps exchange are rows of 16 bytes, which ldmatrix reads as they are or transposed. Side 0 is that of x
+// and Z, dy, dZ, side 1 that of g and dV2, h, V2. Tensor cores truncate, so each tile has fresh accumulators, which are
+// then added to the sums.
 #include "activations.h"
 #include "wide_sums.h"
 
@@ -39,46 +40,45 @@ struct Pass : WidePart<S> {
     COMPACTER_DEVICE static void put(int rows, int row, const float (&value)[2]) {
         uint32_t parts[2];
         split(value[0], value[1], parts);
-        uint32_t* to = reinterpret_cast<uint32_t*>(shared_memory() + rows + row * 16) + lane_anew() % 2;
+        uint32_t* to = reinterpret_cast<uint32_t*>(row_at(rows, row)) + lane_anew() % 2;
         to[0] = parts[0];
         to[2] = parts[1];
     }
 
-    // Z and dV2, over the columns of the warp and then over those of all warps.
+    // Z and dV2 over the columns of the warp, and then, of a side and pair of chunks, over those of all warps.
     COMPACTER_DEVICE void project(const unsigned char* tile) const {
-        const int lane = lane_anew(), at = in_lines(lane / 4, lane % 4);
-        const unsigned char* factors = own() + S::factors;
-        float2* to = reinterpret_cast<float2*>(shared_memory() + S::partial) + warp * 32 + lane;
+        const int lane = lane_anew(), at = in_lines(lane / 4, lane % 4), of_factor = in_lines(lane % 16, lane / 16);
+        auto* partial = reinterpret_cast<float2*>(shared_memory() + S::partial) + lane;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
+            const unsigned char *factor = own() + S::factors + side * S::factor, *rows = tile + side * S::side;
             float sum[S::pairs][4] = {};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 Four f[2];
 #pragma unroll
-                for (int k = 0; k < 2; ++k)
-                    load_matrices(f[k], factors + side * S::factor + (in_lines(lane % 16, lane / 16) ^ (half * 64 + k * 32)));
+                for (int k = 0; k < 2; ++k) load_matrices(f[k], factor + (of_factor ^ (half * 64 + k * 32)));
 #pragma unroll
                 for (int j = 0; j < S::pairs; ++j) {
-                    const uint4 a = *reinterpret_cast<const uint4*>(tile + side * S::side + j * 8 * S::line + (at ^ half * 64));
+                    const uint4 a = *reinterpret_cast<const uint4*>(rows + j * 8 * S::line + (at ^ half * 64));
                     mma_16x8x16(sum[j], f[0], {a.x, a.y});
                     mma_16x8x16(sum[j], f[1], {a.z, a.w});
                 }
             }
 #pragma unroll
             for (int j = 0; j < S::pairs; ++j)
-                to[(side * S::pairs + j) * S::warps * 32] = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
+                partial[((side * S::pairs + j) * S::warps + warp) * 32] = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
         }
         __syncthreads();
-        const float2* from = reinterpret_cast<const float2*>(shared_memory() + S::partial + warp * S::partial_job) + lane;
         float sum[2] = {};
 #pragma unroll
         for (int other = 0; other < S::warps; ++other) {
-            sum[0] += from[other * 32].x;
-            sum[1] += from[other * 32].y;
+            const float2 part = partial[(warp * S::warps + other) * 32];
+            sum[0] += part.x;
+            sum[1] += part.y;
         }
-        const int side = warp / S::pairs, chunk = warp % S::pairs * 2 + lane % 4 / 2;
-        put(S::z, side * S::n * S::n + chunk * S::n + lane / 4, sum);
+        const int chunk = this->pair() * 2 + lane % 4 / 2;
+        put(S::z, (this->side() * S::n + chunk) * S::n + lane / 4, sum);
         __syncthreads();
     }
 
@@ -90,8 +90,8 @@ struct Pass : WidePart<S> {
 #pragma unroll
         for (int s = 0; s < S::pairs; s += 2) {
             Four z, dv2;
-            load_matrices_transposed(z, shared_memory() + S::z + (s * 16 + lane) * 16);
-            load_matrices_transposed(dv2, shared_memory() + S::z + (S::n * S::n + s * 16 + lane) * 16);
+            load_matrices_transposed(z, row_at(S::z, s * 2 * S::n + lane));
+            load_matrices_transposed(dv2, row_at(S::z, (S::n + s * 2) * S::n + lane));
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const uint4 a = c[(s + k) * 32], d = c[(S::pairs + s + k) * 32];
@@ -119,12 +119,12 @@ struct Pass : WidePart<S> {
 
     // dZ or V2 of two chunks: [part][pair][i], each row i a pair of chunks by four tokens.
     COMPACTER_DEVICE void mix(const Four (&rows)[S::n]) const {
-        const int lane = lane_anew(), side = warp / S::pairs;
+        const int lane = lane_anew(), side = this->side();
         float sum[2][4] = {};
 #pragma unroll
         for (int q = 0; q < S::n; q += 2) {
             Four a;
-            load_matrices_transposed(a, shared_memory() + S::narrow + (side * S::d + q * 16 + lane) * 16);
+            load_matrices_transposed(a, row_at(S::narrow, side * S::d + q * S::inner + lane));
             mma_16x8x16(sum[0], rows[q], {a[0], a[1]});
             mma_16x8x16(sum[1], rows[q + 1], {a[2], a[3]});
         }
@@ -134,7 +134,7 @@ struct Pass : WidePart<S> {
         join(sum[0], joined);
         uint32_t parts[2];
         split(joined[0], joined[1], parts);
-        auto* to = reinterpret_cast<uint32_t*>(shared_memory() + S::mixed + side * S::mixed_side + warp % S::pairs * 128) + lane;
+        auto* to = reinterpret_cast<uint32_t*>(row_at(S::mixed, (side * 2 * S::pairs + this->pair()) * S::n)) + lane;
         to[0] = parts[0];
         to[S::pairs * 32] = parts[1];
         __syncthreads();
@@ -144,9 +144,9 @@ struct Pass : WidePart<S> {
     COMPACTER_DEVICE void wide_gradients(const unsigned char* tile, WideSums<S>& sums) const {
         const int lane = lane_anew();
         Four dz, rest, v2;
-        load_matrices(dz, shared_memory() + S::mixed + lane * 16);
-        load_matrices(rest, shared_memory() + S::mixed + S::pairs * 128 + lane * 16);
-        load_matrices(v2, shared_memory() + S::mixed + S::mixed_side + lane * 16);
+        load_matrices(dz, row_at(S::mixed, lane));
+        load_matrices(rest, row_at(S::mixed, 32 + lane));
+        load_matrices(v2, row_at(S::mixed, 64 + lane));
         const auto ones = [&](int chunk) { return lane / 4 == chunk + lane % 4 / 2 ? 0x3f803f80u : 0u; };
 #pragma unroll
         for (int block = 0; block < S::blocks; ++block) {
@@ -168,17 +168,20 @@ struct Pass : WidePart<S> {
         }
     }
 
-    // dx = dZ s1 (+ g). A lane has eight neighbouring columns of a row: column 2t + e of product m is 8t + 2m + e.
+    // dx = dZ s1^T (+ g). A lane has eight neighbouring columns of a row in each half line: column 2t + e of product m
+    // is 8t + 2m + e. Two of its rows are 8 lines apart.
     COMPACTER_DEVICE void expand(const unsigned char* g, int tile) const {
         const int lane = lane_anew(), row = lane / 4, t = lane % 4, at = in_lines(row, t), token = row % S::tokens;
-        unsigned char* to = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + row / S::tokens * S::chunk * 2 + t * 16;
+        unsigned char* to = static_cast<unsigned char*>(b.grad_x) + this->first(tile, token) + t * 16;
+        to += row / S::tokens * S::chunk * 2;
         const bool real = this->exists(tile, token);
+        const unsigned char* factor = own() + S::factors;
         Four s1[2], rest[2], dz[2];  // of half lines; of 16 rows
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            load_matrices_transposed(s1[e], own() + S::factors + (in_lines(lane % 8, lane / 8) ^ e * 64));
-            load_matrices_transposed(rest[e], own() + S::factors + (in_lines(S::n + lane % 8, lane / 8) ^ e * 64));
-            load_matrices_transposed(dz[e], shared_memory() + S::mixed + lane / 16 * S::pairs * 128 + e * 256 + lane % 16 * 16);
+            load_matrices_transposed(s1[e], factor + (in_lines(lane % 8, lane / 8) ^ e * 64));
+            load_matrices_transposed(rest[e], factor + (in_lines(S::n + lane % 8, lane / 8) ^ e * 64));
+            load_matrices_transposed(dz[e], row_at(S::mixed, lane / 16 * 32 + e * 16 + lane % 16));
         }
 #pragma unroll
         for (int pair = 0; pair < S::pairs; pair += 2)
@@ -207,12 +210,12 @@ struct Pass : WidePart<S> {
             }
     }
 
-    // What the tile gives to dC1 and dC2, with both parts of both factors: k 0-7 are the parts and tokens of the one
-    // against the same of the other, k 8-15 the other part against them.
+    // What the tile gives to dC1 and dC2. Along k are the part and token. With each part once more against the other
+    // part, this is the product of the whole numbers.
     COMPACTER_DEVICE void narrow_gradients(WideSums<S>& sums) const {
         const int lane = lane_anew();
         Four rows;  // of dy, of h
-        load_matrices(rows, shared_memory() + S::narrow + (lane / 16 * S::d + warp * S::inner + lane % 16) * 16);
+        load_matrices(rows, row_at(S::narrow, lane / 16 * S::d + warp * S::inner + lane % 16));
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const uint32_t a[2] = {rows[side * 2], rows[side * 2 + 1]};
@@ -220,7 +223,7 @@ struct Pass : WidePart<S> {
 #pragma unroll
             for (int p = 0; p < S::n; p += 4) {
                 Four z;
-                load_matrices(z, shared_memory() + S::z + ((side * S::n + p) * S::n + lane) * 16);
+                load_matrices(z, row_at(S::z, (side * S::n + p) * S::n + lane));
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float fresh[4] = {};

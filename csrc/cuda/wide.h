@@ -15,17 +15,17 @@ struct Wide {
     static constexpr int n = Dim, width = Width, chunk = Width / Dim, d = Narrow, inner = Narrow / Dim;
     static constexpr int tokens = 4, stages = 2, warps = n, pairs = n / 2;
     static constexpr int columns = chunk / warps, blocks = columns / 16;  // of a chunk, of a warp: single, and in 16s
-    static_assert(n == 8 && columns == 64 && inner == 16, "a line is 128 bytes; a warp has 16 numbers of the bottleneck");
+    static_assert(n == 8 && columns == 64 && inner == 16, "a line has 128 bytes, a chunk of the bottleneck 16 numbers");
 
     // Of a warp: the tiles, x and then g of each; the lines [part][i] of s1 and of t2; its columns of C1 and C2.
     static constexpr int line = columns * 2, side = tokens * n * line, factor = 2 * n * line;
     static constexpr int factors = stages * 2 * side, fold = factors + 2 * factor, of_warp = fold + 2 * pairs * 512;
     // Of the block: what the warps exchange (backward_wide.cu); the small parameters in fp32 follow.
-    static constexpr int partial = warps * of_warp, partial_job = warps * 256;  // [side][pair][warp][lane]
-    static constexpr int z = partial + 2 * pairs * partial_job;                 // Z and dV2: [side][(p,i)]
-    static constexpr int narrow = z + 2 * n * n * 16;                           // dy and h: [side][(q,v)]
-    static constexpr int mixed = narrow + 2 * d * 16, mixed_side = 2 * pairs * 128;  // dZ and V2: [side][part][pair][i]
-    static constexpr int bytes = mixed + 2 * mixed_side;
+    static constexpr int partial = warps * of_warp;                // of Z and dV2: [side][pair][warp][lane]
+    static constexpr int z = partial + 2 * pairs * warps * 256;    // Z and dV2: [side][(p,i)]
+    static constexpr int narrow = z + 2 * n * n * 16;              // dy and h: [side][(q,v)]
+    static constexpr int mixed = narrow + 2 * d * 16;              // dZ and V2: [side][part][pair][i]
+    static constexpr int bytes = mixed + 2 * 2 * pairs * n * 16;
 
     static bool has(const Sizes& s) {
         return s.n == n && s.rank == 1 && s.in == chunk && s.out == chunk && s.inner == inner;
@@ -33,6 +33,9 @@ struct Wide {
 };
 
 using Widest = Wide<8, 4096, 128>;
+
+// Row `row` of 16 bytes of what begins at byte `rows`.
+COMPACTER_DEVICE unsigned char* row_at(int rows, int row) { return shared_memory() + rows + row * 16; }
 
 // The byte in a warp's lines where eight columns of a line begin. Eights have other places in each of eight lines, so
 // that ldmatrix meets different banks, and in two neighbouring lines, of which a 128-bit load reads four eights each.
@@ -55,8 +58,8 @@ struct WidePart {
     COMPACTER_DEVICE int side() const { return warp / S::pairs; }
     COMPACTER_DEVICE int pair() const { return warp % S::pairs; }
 
-    // Where a lane points for ldmatrix of a pair of chunks and the next one, 16 columns: the matrices are the first eight
-    // columns of the first pair, the next eight, then both of the second pair. Rows are a pair's chunks and tokens.
+    // Where a lane points for ldmatrix of 16 columns of two pairs of chunks: the matrices are the first eight columns
+    // of the first pair, the next eight, then both of the second pair. Rows are a pair's chunks and tokens.
     COMPACTER_DEVICE static int block_at(int lane) { return in_lines(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
 
     // Where a token's columns of the warp begin in a row of x, in bytes.
@@ -69,7 +72,7 @@ struct WidePart {
     COMPACTER_DEVICE void load(const void* tensor, unsigned char* to, int tile) const {
         const int lane = lane_anew(), token = lane / 8, at = in_lines(token, lane % 8);
         const bool real = exists(tile, token);
-        const unsigned char* from = static_cast<const unsigned char*>(tensor) + (real ? first(tile, token) : 0) + lane % 8 * 16;
+        const auto* from = static_cast<const unsigned char*>(tensor) + (real ? first(tile, token) : 0) + lane % 8 * 16;
 #pragma unroll
         for (int chunk = 0; chunk < S::n; ++chunk)
             copy_async(to + chunk * S::tokens * S::line + (at ^ chunk % 2 * 32), from + chunk * S::chunk * 2, real);

@@ -1,7 +1,7 @@
 // The sums over tokens that a warp of the wide backward keeps in registers, and the gradients that follow from them.
 //
 //     left[u,i]   = sum_{tok,p} x[p,u] dZ[p,i]    right2[u,i] = sum_{tok,q} g[q,u] V2[q,i]    of the warp's columns u
-//     bias2[u,q]  = sum_tok g[q,u]                bias[q,v]   = sum_tok dy[q,v]               of the warp's chunk q of y
+//     bias2[u,q]  = sum_tok g[q,u]                bias[q,v]   = sum_tok dy[q,v]               of the warp's chunk q
 //     folded[0]   = dC1^T[(q,v),(p,i)]            folded[1]   = dC2^T[(p,v),(q,i)]            of the warp's chunk of y
 // and at the end
 //     dA1_i[p,q] = sum_v dC1[(p,i),(q,v)] t1_i[v]     dt1_i[v] = sum_{p,q} dC1[(p,i),(q,v)] A1_i[p,q]
@@ -71,8 +71,8 @@ struct WideSums {
                     of_factor[0] += sum[e] * rule;
                     of_factor[1] += sum[2 + e] * rule;
                 }
-                const float rule = sum_over_rows(of_rule);  // of p = g
-                row[side ? b.rule2 + (i * S::n + warp) * S::n + lane.g : b.rule + (i * S::n + lane.g) * S::n + warp] = rule;
+                const int p = side ? warp : lane.g, q = side ? lane.g : warp;
+                row[(side ? b.rule2 : b.rule) + (i * S::n + p) * S::n + q] = sum_over_rows(of_rule);
                 float* to = shared + (side * S::warps + warp) * all + i * S::inner + lane.g;
                 to[0] = of_factor[0];
                 to[8] = of_factor[1];

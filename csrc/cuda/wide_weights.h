@@ -24,7 +24,9 @@ struct Small {
         const int at = i * matrix + (side ? q * S::n + p : p * S::n + q);
         return floats_at(side ? b.shared.rule2 : b.shared.rule)[at];
     }
-    COMPACTER_DEVICE float folded(int side, int p, int i, int q, int v) const { return rule(side, i, p, q) * factor(side, i, v); }
+    COMPACTER_DEVICE float folded(int side, int p, int i, int q, int v) const {
+        return rule(side, i, p, q) * factor(side, i, v);
+    }
 };
 
 // The lines of s1 or t2 of the warp's columns. The eight columns of lane t of a half line, pairs j = 0 to 3, are in
