@@ -67,7 +67,8 @@ struct Pass : WidePart<S> {
             }
 #pragma unroll
             for (int j = 0; j < S::pairs; ++j)
-                partial[((side * S::pairs + j) * S::warps + warp) * 32] = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
+                partial[((side * S::pairs + j) * S::warps + warp) * 32] =
+                    make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
         }
         __syncthreads();
         float sum[2] = {};
@@ -102,7 +103,7 @@ struct Pass : WidePart<S> {
         float h[2], dy[2];
         join(y, h);
         join(dh, dy);
-        const float bias = Small<S>(b).bias(warp, v);
+        const float bias = Small<S>().biases()[warp * S::inner + v];
         with_activation(b.factors.activation, [&](auto function) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -239,6 +240,7 @@ struct Pass : WidePart<S> {
 template <class S>
 __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
     const Pass<S> pass(b);
+    const AskedFactors<S> parameters(b.factors, pass.warp);
     const int tiles = static_cast<int>((b.tokens + S::tokens - 1) / S::tokens), step = gridDim.x;
     int tile = blockIdx.x;
     for (int stage = 0; stage < S::stages; ++stage) {
@@ -248,13 +250,13 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         }
         commit_copies();
     }
-    stage_factors(b.shared, b.factors, b.sizes);
-    form_lines(pass, 0, b.factors.left, 1.f);
-    form_lines(pass, 1, b.factors.right2, b.factors.scale);
+    parameters.store(Small<S>(), b.factors.bias.data);
+    form_lines(pass, 0, parameters.wide[0], 1.f);
+    form_lines(pass, 1, parameters.wide[1], b.factors.scale);
     __syncthreads();
     Four rows[S::n];
-    form_columns(pass, Small<S>(b));
-    form_rows(pass, Small<S>(b), rows);
+    form_columns(pass, Small<S>());
+    form_rows(pass, Small<S>(), rows);
     WideSums<S> sums = {};
     for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
         wait_copies<1>();

@@ -192,12 +192,9 @@ bool plan_wide(PlannedBackward& plan, const Problem& problem, const Device& devi
     Backward& b = plan.arguments;
     b.sizes = sizes_of(problem, S::tokens);
     b.stages = S::stages;
-    Room room{S::bytes};
-    b.shared = SharedFactors(b.sizes, room);
-    b.wide = S::has(b.sizes) && room.bytes <= device.shared_limit;
+    b.wide = S::has(b.sizes) && S::bytes <= device.shared_limit;
     const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
-    plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), 32 * S::warps, room.bytes, nullptr,
-                   false};
+    plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), 32 * S::warps, S::bytes, nullptr, false};
     return b.wide;
 }
 

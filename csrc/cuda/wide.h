@@ -20,12 +20,13 @@ struct Wide {
     // Of a warp: the tiles, x and then g of each; the lines [part][i] of s1 and of t2; its columns of C1 and C2.
     static constexpr int line = columns * 2, side = tokens * n * line, factor = 2 * n * line;
     static constexpr int factors = stages * 2 * side, fold = factors + 2 * factor, of_warp = fold + 2 * pairs * 512;
-    // Of the block: what the warps exchange (backward_wide.cu); the small parameters in fp32 follow.
+    // Of the block: what the warps exchange (backward_wide.cu), and the small parameters in fp32 (wide_weights.h).
     static constexpr int partial = warps * of_warp;                // of Z and dV2: [side][pair][warp][lane]
     static constexpr int z = partial + 2 * pairs * warps * 256;    // Z and dV2: [side][(p,i)]
     static constexpr int narrow = z + 2 * n * n * 16;              // dy and h: [side][(q,v)]
     static constexpr int mixed = narrow + 2 * d * 16;              // dZ and V2: [side][part][pair][i]
-    static constexpr int bytes = mixed + 2 * 2 * pairs * n * 16;
+    static constexpr int small = mixed + 2 * 2 * pairs * n * 16;
+    static constexpr int bytes = small + (2 * n * (n * n + 4 + inner + 1) + d) * 4;
 
     static bool has(const Sizes& s) {
         return s.n == n && s.rank == 1 && s.in == chunk && s.out == chunk && s.inner == inner;

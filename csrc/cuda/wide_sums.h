@@ -53,7 +53,7 @@ struct WideSums {
         bias += __shfl_xor_sync(0xffffffff, bias, 1);
         if (b.factors.bias.data && lane.t % 2 == 0) row[b.bias + warp * S::inner + lane.g + lane.t / 2 * 8] = bias;
 
-        const Small<S> small(b);
+        const Small<S> small;
         auto* shared = reinterpret_cast<float*>(shared_memory() + S::partial);  // dt1 and ds2: [side][warp][i][v]
         constexpr int all = S::n * S::inner;
 #pragma unroll

@@ -128,7 +128,7 @@ BUGS = [
     ("wide.h", "(at ^ chunk % 2 * 32)", "at"),
     ("wide.h", "line % 8 / 2", "line % 4 / 2"),
     ("wide_sums.h", "sum[block][e] * scale", "sum[block][e]"),
-    ("wide_weights.h", "v[2 * j] * scale", "v[2 * j]"),
+    ("wide_weights.h", "wide[half][2 * j] * scale", "wide[half][2 * j]"),
 ]
 
 # name of a bug: the reason why the kernels are right with it too
