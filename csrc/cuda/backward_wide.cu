@@ -27,8 +27,8 @@ struct Pass : WidePart<S> {
 
     COMPACTER_DEVICE explicit Pass(const Backward& b) : WidePart<S>(b) {}
 
-    // Sums of both parts of a number: those of rows g for lanes with t < 2, those of rows g + 8 for the others, of
-    // tokens 2 (t % 2) and 2 (t % 2) + 1.
+    // The sums of two tokens over both parts, which lanes t and t ^ 2 have: of row g for t < 2, else of row g + 8. The
+    // tokens are 2 (t % 2) and the next one.
     COMPACTER_DEVICE static void join(const float (&sum)[4], float (&joined)[2]) {
         const bool second = lane_anew() % 4 >= 2;
 #pragma unroll
@@ -36,7 +36,7 @@ struct Pass : WidePart<S> {
             joined[e] = (second ? sum[2 + e] : sum[e]) + __shfl_xor_sync(0xffffffff, second ? sum[e] : sum[2 + e], 2);
     }
 
-    // Two tokens of a row [part][token], tokens 2 (t % 2) and 2 (t % 2) + 1.
+    // Writes these two tokens of a row [part][token].
     COMPACTER_DEVICE static void put(int rows, int row, const float (&value)[2]) {
         uint32_t parts[2];
         split(value[0], value[1], parts);
@@ -206,8 +206,7 @@ struct Pass : WidePart<S> {
                 }
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
-                    if (real)
-                        store_global(reinterpret_cast<uint4*>(to + (pair + e) * 4 * S::chunk + half * 64), out[e]);
+                    if (real) *reinterpret_cast<uint4*>(to + (pair + e) * 4 * S::chunk + half * 64) = out[e];
             }
     }
 

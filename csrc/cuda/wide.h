@@ -25,8 +25,9 @@ struct Wide {
     static constexpr int z = partial + 2 * pairs * warps * 256;    // Z and dV2: [side][(p,i)]
     static constexpr int narrow = z + 2 * n * n * 16;              // dy and h: [side][(q,v)]
     static constexpr int mixed = narrow + 2 * d * 16;              // dZ and V2: [side][part][pair][i]
-    static constexpr int small = mixed + 2 * 2 * pairs * n * 16;
-    static constexpr int bytes = small + (2 * n * (n * n + 4 + inner + 1) + d) * 4;
+    static constexpr int small = mixed + 2 * 2 * pairs * n * 16;   // rules, t1 and s2, b1
+    static constexpr int matrix = n * n + 4, row = inner + 1;      // of a rule, of t1 or s2: the lanes meet other banks
+    static constexpr int bytes = small + (2 * n * (matrix + row) + d) * 4;
 
     static bool has(const Sizes& s) {
         return s.n == n && s.rank == 1 && s.in == chunk && s.out == chunk && s.inner == inner;

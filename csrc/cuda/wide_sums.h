@@ -61,7 +61,7 @@ struct WideSums {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = c + e;
-                float of_rule[S::n], of_factor[2] = {};  // of each p, or q, summed over v later; of v = g and g + 8
+                float of_rule[S::n], of_factor[2] = {};  // of each p, before the sum over v; of v = g and g + 8
                 const float f0 = small.factor(side, i, lane.g), f1 = small.factor(side, i, lane.g + 8);
 #pragma unroll
                 for (int p = 0; p < S::n; ++p) {

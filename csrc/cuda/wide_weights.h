@@ -10,20 +10,18 @@ namespace compacter::cuda {
 // The small parameters in fp32 in shared memory. Side 0 is that of x, side 1 that of g.
 template <class S>
 struct Small {
-    static constexpr int matrix = S::n * S::n + 4, row = S::inner + 1;  // floats to the next matrix of a rule, factor
-
-    COMPACTER_DEVICE float* rules(int side) const { return floats_at(S::small) + side * S::n * matrix; }
-    COMPACTER_DEVICE float* factors(int side) const { return rules(2) + side * S::n * row; }
+    COMPACTER_DEVICE float* rules(int side) const { return floats_at(S::small) + side * S::n * S::matrix; }
+    COMPACTER_DEVICE float* factors(int side) const { return rules(2) + side * S::n * S::row; }
     COMPACTER_DEVICE float* biases() const { return factors(2); }
 
-    COMPACTER_DEVICE float factor(int side, int i, int v) const { return factors(side)[i * row + v]; }
+    COMPACTER_DEVICE float factor(int side, int i, int v) const { return factors(side)[i * S::row + v]; }
     // A1_i[p,q], or A2_i[q,p]: p is a chunk of x or g, q of the bottleneck.
     COMPACTER_DEVICE float rule(int side, int i, int p, int q) const {
-        return rules(side)[i * matrix + (side ? q * S::n + p : p * S::n + q)];
+        return rules(side)[i * S::matrix + (side ? q * S::n + p : p * S::n + q)];
     }
 };
 
-// All parameters. The loads start first, and then wait for none of the others.
+// All parameters, as a thread loads them. No load waits for another one.
 template <class S>
 struct AskedFactors {
     static constexpr int threads = 32 * S::warps, matrix = S::n * S::n, rules = S::n * matrix / threads;
@@ -55,10 +53,10 @@ struct AskedFactors {
 #pragma unroll
             for (int j = 0; j < rules; ++j) {
                 const int at = threadIdx.x + j * threads;
-                small.rules(side)[at / matrix * Small<S>::matrix + at % matrix] = rule[side][j].value();
+                small.rules(side)[at / matrix * S::matrix + at % matrix] = rule[side][j].value();
             }
         const int at = threadIdx.x % S::d;
-        small.factors(threadIdx.x >= S::d)[at / S::inner * Small<S>::row + at % S::inner] = narrow.value();
+        small.factors(threadIdx.x >= S::d)[at / S::inner * S::row + at % S::inner] = narrow.value();
         if (threadIdx.x < S::d) small.biases()[at] = has_bias ? bias.value() : 0.f;
     }
 };
