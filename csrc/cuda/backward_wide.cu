@@ -83,22 +83,26 @@ struct Pass : WidePart<S> {
         __syncthreads();
     }
 
-    // h and dy of the warp's chunk of the bottleneck.
-    COMPACTER_DEVICE void bottleneck(WideSums<S>& sums) const {
+    // h and dy of the warp's chunk of the bottleneck. rest: what rounding took from C1. Without it, some y would have the
+    // other sign, which a ReLU shows.
+    COMPACTER_DEVICE void bottleneck(const Four (&rest)[S::pairs], WideSums<S>& sums) const {
         const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
-        const uint4* c = this->columns() + lane;
+        const int row = lane / 16 * S::n + lane % 8, c = warp * S::inner + lane / 8 % 2 * 8;
         float y[4] = {}, dh[4] = {};
+        Four z, dv2;  // of two pairs of chunks
 #pragma unroll
-        for (int s = 0; s < S::pairs; s += 2) {
-            Four z, dv2;
-            load_matrices_transposed(z, row_at(S::z, s * 2 * S::n + lane));
-            load_matrices_transposed(dv2, row_at(S::z, (S::n + s * 2) * S::n + lane));
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const uint4 a = c[(s + k) * 32], d = c[(S::pairs + s + k) * 32];
-                mma_16x8x16(y, {a.x, a.y, a.z, a.w}, {z[2 * k], z[2 * k + 1]});
-                mma_16x8x16(dh, {d.x, d.y, d.z, d.w}, {dv2[2 * k], dv2[2 * k + 1]});
+        for (int j = 0; j < S::pairs; ++j) {
+            Four c1, c2;
+            load_matrices_transposed(c1, folded_at<S>(0, j * 2 * S::n + row, c));
+            load_matrices_transposed(c2, folded_at<S>(1, j * 2 * S::n + row, c));
+            if (j % 2 == 0) {
+                load_matrices_transposed(z, row_at(S::z, j * 2 * S::n + lane));
+                load_matrices_transposed(dv2, row_at(S::z, (S::n + j * 2) * S::n + lane));
             }
+            const uint32_t of_z[2] = {z[j % 2 * 2], z[j % 2 * 2 + 1]};
+            mma_16x8x16(y, c1, of_z);
+            mma_16x8x16(dh, c2, {dv2[j % 2 * 2], dv2[j % 2 * 2 + 1]});
+            mma_16x8x16(y, rest[j], of_z);
         }
         float h[2], dy[2];
         join(y, h);
@@ -119,15 +123,18 @@ struct Pass : WidePart<S> {
     }
 
     // dZ or V2 of two chunks: [part][pair][i], each row i a pair of chunks by four tokens.
-    COMPACTER_DEVICE void mix(const Four (&rows)[S::n]) const {
-        const int lane = lane_anew(), side = this->side();
+    COMPACTER_DEVICE void mix() const {
+        const int lane = lane_anew(), side = this->side(), row = this->pair() * 2 * S::n + lane % 16;
         float sum[2][4] = {};
 #pragma unroll
         for (int q = 0; q < S::n; q += 2) {
-            Four a;
-            load_matrices_transposed(a, row_at(S::narrow, side * S::d + q * S::inner + lane));
-            mma_16x8x16(sum[0], rows[q], {a[0], a[1]});
-            mma_16x8x16(sum[1], rows[q + 1], {a[2], a[3]});
+            Four of_bottleneck, c[2];
+            load_matrices_transposed(of_bottleneck, row_at(S::narrow, side * S::d + q * S::inner + lane));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                load_matrices(c[e], folded_at<S>(side, row, (q + e) * S::inner + lane / 16 * 8));
+                mma_16x8x16(sum[e], c[e], {of_bottleneck[e * 2], of_bottleneck[e * 2 + 1]});
+            }
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[0][e] += sum[1][e];
@@ -253,9 +260,9 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
     form_lines(pass, 0, parameters.wide[0], 1.f);
     form_lines(pass, 1, parameters.wide[1], b.factors.scale);
     __syncthreads();
-    Four rows[S::n];
-    form_columns(pass, Small<S>());
-    form_rows(pass, Small<S>(), rows);
+    Four rest[S::pairs];
+    form_folded(Small<S>(), pass.warp);  // other warps read it after two barriers of the first tile
+    form_rest(Small<S>(), pass.warp, rest);
     WideSums<S> sums = {};
     for (int stage = 0; tile < tiles; tile += step, stage ^= 1) {
         wait_copies<1>();
@@ -263,8 +270,8 @@ __global__ void __launch_bounds__(32 * S::warps, 1) backward(const Backward b) {
         unsigned char *x = pass.rows(stage), *g = x + S::side;
         const int next = tile + S::stages * step;
         pass.project(x);
-        pass.bottleneck(sums);
-        pass.mix(rows);
+        pass.bottleneck(rest, sums);
+        pass.mix();
         pass.wide_gradients(x, sums);
         __syncwarp();
         if (next < tiles) pass.load(b.x, x, next);

@@ -17,11 +17,13 @@ struct Wide {
     static constexpr int columns = chunk / warps, blocks = columns / 16;  // of a chunk, of a warp: single, and in 16s
     static_assert(n == 8 && columns == 64 && inner == 16, "a line has 128 bytes, a chunk of the bottleneck 16 numbers");
 
-    // Of a warp: the tiles, x and then g of each; the lines [part][i] of s1 and of t2; its columns of C1 and C2.
+    // Of a warp: the tiles, x and then g of each; the lines [part][i] of s1 and of t2.
     static constexpr int line = columns * 2, side = tokens * n * line, factor = 2 * n * line;
-    static constexpr int factors = stages * 2 * side, fold = factors + 2 * factor, of_warp = fold + 2 * pairs * 512;
-    // Of the block: what the warps exchange (backward_wide.cu), and the small parameters in fp32 (wide_weights.h).
-    static constexpr int partial = warps * of_warp;                // of Z and dV2: [side][pair][warp][lane]
+    static constexpr int factors = stages * 2 * side, of_warp = factors + 2 * factor;
+    // Of the block: C1 and C2, whose rows are an odd multiple of 16 bytes, so that ldmatrix meets different banks.
+    static constexpr int folded = warps * of_warp, folded_row = (d / 8 | 1) * 16, folded_side = n * n * folded_row;
+    // What the warps exchange (backward_wide.cu), and the small parameters in fp32 (wide_weights.h).
+    static constexpr int partial = folded + 2 * folded_side;       // of Z and dV2: [side][pair][warp][lane]
     static constexpr int z = partial + 2 * pairs * warps * 256;    // Z and dV2: [side][(p,i)]
     static constexpr int narrow = z + 2 * n * n * 16;              // dy and h: [side][(q,v)]
     static constexpr int mixed = narrow + 2 * d * 16;              // dZ and V2: [side][part][pair][i]
@@ -54,7 +56,6 @@ struct WidePart {
 
     COMPACTER_DEVICE unsigned char* own() const { return shared_memory() + warp * S::of_warp; }
     COMPACTER_DEVICE unsigned char* rows(int stage) const { return own() + stage * 2 * S::side; }
-    COMPACTER_DEVICE uint4* columns() const { return reinterpret_cast<uint4*>(own() + S::fold); }
 
     // Between the projections, half of the warps have the side of x, the others that of g, and each a pair of chunks.
     COMPACTER_DEVICE int side() const { return warp / S::pairs; }

@@ -1,4 +1,4 @@
-// The weights of the wide backward: s1 and t2 in the lines of each warp, C1 and C2 (folded.h) as left operands.
+// The weights of the wide backward: s1 and t2 in the lines of each warp, C1 and C2 (matrices.h) as plain matrices.
 #pragma once
 
 #include "folded.h"
@@ -77,46 +77,44 @@ COMPACTER_DEVICE void form_lines(const WidePart<S>& part, int side, const float 
         }
 }
 
-// The columns of C1 and C2 of the warp's chunk q, transposed, for y and dh: [side][two p][lane] in its shared memory.
+// Where eight columns of C1 or C2 begin, from c on, in a row (p,i).
 template <class S>
-COMPACTER_DEVICE void form_columns(const WidePart<S>& part, const Small<S>& small) {
-    const PairLane lane{lane_anew()};
-    const int i = lane.t * 2;
+COMPACTER_DEVICE unsigned char* folded_at(int side, int row, int c) {
+    return shared_memory() + S::folded + side * S::folded_side + row * S::folded_row + c * 2;
+}
+
+// C1[(p,i),(q,v)] and C2 alike, rounded, for a chunk q. A lane has row i of each p, and of it two pairs v.
+template <class S>
+COMPACTER_DEVICE void form_folded(const Small<S>& small, int q) {
+    const int lane = lane_anew(), i = lane / 4, v = lane % 4 * 2;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-        float rule[S::n][2], factor[2][2];
+        float factor[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
+        for (int e = 0; e < 4; ++e) factor[e] = small.factor(side, i, v + e % 2 + e / 2 * 8);
 #pragma unroll
-            for (int p = 0; p < S::n; ++p) rule[p][e] = small.rule(side, i + e, p, part.warp);
-#pragma unroll
-            for (int eight = 0; eight < 2; ++eight) factor[eight][e] = small.factor(side, i + e, lane.g + eight * 8);
-        }
-#pragma unroll
-        for (int step = 0; step < S::pairs; ++step) {
-            uint4 a;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float(&r)[2] = rule[step * 2 + e / 2], (&f)[2] = factor[e % 2];
-                word(a, e) = pack_bf16(r[0] * f[0], r[1] * f[1]);
-            }
-            part.columns()[(side * S::pairs + step) * 32 + lane.index] = a;
+        for (int p = 0; p < S::n; ++p) {
+            const float rule = small.rule(side, i, p, q);
+            auto* to = reinterpret_cast<uint32_t*>(folded_at<S>(side, p * S::n + i, q * S::inner + v));
+            to[0] = pack_bf16(rule * factor[0], rule * factor[1]);
+            to[4] = pack_bf16(rule * factor[2], rule * factor[3]);
         }
     }
 }
 
-// The rows of two chunks p, of C1 for dZ or of C2 for V2: a left operand for each chunk q.
+// What rounding took from C1, as left operands of y.
 template <class S>
-COMPACTER_DEVICE void form_rows(const WidePart<S>& part, const Small<S>& small, Four (&rows)[S::n]) {
+COMPACTER_DEVICE void form_rest(const Small<S>& small, int q, Four (&rest)[S::pairs]) {
     const PairLane lane{lane_anew()};
-    const int side = part.side(), i = lane.g;
+    const int i = lane.t * 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        const int p = part.pair() * 2 + e % 2, v = lane.t * 2 + e / 2 * 8;
+        const int v = lane.g + e % 2 * 8;
+        const float factor[2] = {small.factor(0, i, v), small.factor(0, i + 1, v)};
 #pragma unroll
-        for (int q = 0; q < S::n; ++q) {
-            const float rule = small.rule(side, i, p, q);
-            rows[q][e] = pack_bf16(rule * small.factor(side, i, v), rule * small.factor(side, i, v + 1));
+        for (int j = 0; j < S::pairs; ++j) {
+            const int p = j * 2 + e / 2;
+            rest[j][e] = PairParts(small.rule(0, i, p, q) * factor[0], small.rule(0, i + 1, p, q) * factor[1]).rest;
         }
     }
 }
