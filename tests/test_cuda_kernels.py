@@ -18,6 +18,7 @@ import torch
 from executed_cuda import DEVICE, VARIABLE, load, serve
 from oracle import BF16, FP16, FP32, FP64, Case, assert_same_bits, problem, reference, run
 
+from compacter_kernels.activations import FUSED as ACTIVATIONS
 from compacter_kernels.impl import cuda, native
 
 if not os.environ.get(VARIABLE):
@@ -153,6 +154,13 @@ def test_folded_backward_without_a_gradient(case: Case, without: str) -> None:
     rest = run(case, tensors, "cuda")
     del whole[without]
     assert_same_bits(rest, whole)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("case", [FOLDED[0], FOLDED[8]], ids=str)
+def test_folded_backward_with_any_activation(case: Case, activation: str) -> None:
+    case = dataclasses.replace(case, shape=(37,), activation=activation)
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
 
 
 @pytest.mark.parametrize("case", FOLDED[::4], ids=str)

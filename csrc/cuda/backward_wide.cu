@@ -83,12 +83,12 @@ struct Pass : WidePart<S> {
         __syncthreads();
     }
 
-    // h and dy of the warp's chunk of the bottleneck. rest: what rounding took from C1. Without it, some y would have the
-    // other sign, which a ReLU shows.
+    // h and dy of the warp's chunk of the bottleneck. rest: what rounding took from C1. Without it, some y would have
+    // the other sign, which a ReLU shows.
     COMPACTER_DEVICE void bottleneck(const Four (&rest)[S::pairs], WideSums<S>& sums) const {
         const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
         const int row = lane / 16 * S::n + lane % 8, c = warp * S::inner + lane / 8 % 2 * 8;
-        float y[4] = {}, dh[4] = {};
+        float y[4] = {}, y_rest[4] = {}, dh[4] = {};
         Four z, dv2;  // of two pairs of chunks
 #pragma unroll
         for (int j = 0; j < S::pairs; ++j) {
@@ -102,8 +102,9 @@ struct Pass : WidePart<S> {
             const uint32_t of_z[2] = {z[j % 2 * 2], z[j % 2 * 2 + 1]};
             mma_16x8x16(y, c1, of_z);
             mma_16x8x16(dh, c2, {dv2[j % 2 * 2], dv2[j % 2 * 2 + 1]});
-            mma_16x8x16(y, rest[j], of_z);
+            mma_16x8x16(y_rest, rest[j], of_z);
         }
+        add(y, y_rest);
         float h[2], dy[2];
         join(y, h);
         join(dh, dy);
@@ -136,8 +137,7 @@ struct Pass : WidePart<S> {
                 mma_16x8x16(sum[e], c[e], {of_bottleneck[e * 2], of_bottleneck[e * 2 + 1]});
             }
         }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[0][e] += sum[1][e];
+        add(sum[0], sum[1]);
         float joined[2];
         join(sum[0], joined);
         uint32_t parts[2];
