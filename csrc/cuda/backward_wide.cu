@@ -184,11 +184,12 @@ struct Pass : WidePart<S> {
         to += row / S::tokens * S::chunk * 2;
         const bool real = this->exists(tile, token);
         const unsigned char* factor = own() + S::factors;
-        Four s1[2], rest[2], dz[2];  // of half lines; of 16 rows
+        Four s1[2][2], dz[2];  // of parts and half lines; of 16 rows
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            load_matrices_transposed(s1[e], factor + (in_lines(lane % 8, lane / 8) ^ e * 64));
-            load_matrices_transposed(rest[e], factor + (in_lines(S::n + lane % 8, lane / 8) ^ e * 64));
+#pragma unroll
+            for (int part = 0; part < 2; ++part)
+                load_matrices_transposed(s1[part][e], factor + (in_lines(part * S::n + lane % 8, lane / 8) ^ e * 64));
             load_matrices_transposed(dz[e], row_at(S::mixed, lane / 16 * 32 + e * 16 + lane % 16));
         }
 #pragma unroll
@@ -205,9 +206,9 @@ struct Pass : WidePart<S> {
                     float sum[4] = {low_of(word(out[0], m)), high_of(word(out[0], m)), low_of(word(out[1], m)),
                                     high_of(word(out[1], m))};
                     const Four& a = dz[pair / 2];
-                    mma_16x8x8(sum, {a[0], a[1]}, s1[half][m]);
-                    mma_16x8x8(sum, {a[2], a[3]}, s1[half][m]);
-                    mma_16x8x8(sum, {a[0], a[1]}, rest[half][m]);
+                    mma_16x8x8(sum, {a[0], a[1]}, s1[0][half][m]);
+                    mma_16x8x8(sum, {a[2], a[3]}, s1[0][half][m]);
+                    mma_16x8x8(sum, {a[0], a[1]}, s1[1][half][m]);
                     word(out[0], m) = pack_bf16(sum[0], sum[1]);
                     word(out[1], m) = pack_bf16(sum[2], sum[3]);
                 }
