@@ -89,20 +89,21 @@ struct Pass : WidePart<S> {
         const int lane = lane_anew(), v = lane / 4 + lane % 4 / 2 * 8;
         const int row = lane / 16 * S::n + lane % 8, c = warp * S::inner + lane / 8 % 2 * 8;
         float y[4] = {}, y_rest[4] = {}, dh[4] = {};
-        Four z, dv2;  // of two pairs of chunks
+        Four z[2], dv2[2];  // of two pairs of chunks each
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            load_matrices_transposed(z[half], row_at(S::z, half * 32 + lane));
+            load_matrices_transposed(dv2[half], row_at(S::z, (2 + half) * 32 + lane));
+        }
 #pragma unroll
         for (int j = 0; j < S::pairs; ++j) {
             Four c1, c2;
             load_matrices_transposed(c1, folded_at<S>(0, j * 2 * S::n + row, c));
             load_matrices_transposed(c2, folded_at<S>(1, j * 2 * S::n + row, c));
-            if (j % 2 == 0) {
-                load_matrices_transposed(z, row_at(S::z, j * 2 * S::n + lane));
-                load_matrices_transposed(dv2, row_at(S::z, (S::n + j * 2) * S::n + lane));
-            }
-            const uint32_t of_z[2] = {z[j % 2 * 2], z[j % 2 * 2 + 1]};
-            mma_16x8x16(y, c1, of_z);
-            mma_16x8x16(dh, c2, {dv2[j % 2 * 2], dv2[j % 2 * 2 + 1]});
-            mma_16x8x16(y_rest, rest[j], of_z);
+            const int half = j / 2, at = j % 2 * 2;
+            mma_16x8x16(y, c1, {z[half][at], z[half][at + 1]});
+            mma_16x8x16(y_rest, rest[j], {z[half][at], z[half][at + 1]});
+            mma_16x8x16(dh, c2, {dv2[half][at], dv2[half][at + 1]});
         }
         add(y, y_rest);
         float h[2], dy[2];
