@@ -83,7 +83,7 @@ COMPACTER_DEVICE void stage_raw(float* to, const Factors& f, const PairSizes& s)
 
 // s1 as right operands [block of 16 columns][fragment][lane]: a warp forms one eight of i.
 template <int N>
-COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors& raw, const PairSizes& s) {
+COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors& raw) {
     using P = Pairs<N>;
     const PairLane lane;
     const auto* from = reinterpret_cast<const float2*>(raw.left + P::z_index(tile, lane.g) * raw.in + block * 16) + lane.t;
@@ -101,7 +101,7 @@ COMPACTER_DEVICE void form_left(uint2* to, int block, int tile, const RawFactors
 // t2 and b2 as right operands [block of 16 columns][operand][lane][two eights of columns]: a warp forms
 // one eight of columns.
 template <int N>
-COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, const RawFactors& raw, const PairSizes& s) {
+COMPACTER_DEVICE void form_right2(uint2* to, int block, int eight, float scale, const RawFactors& raw) {
     using P = Pairs<N>;
     const PairLane lane;
     const int r = lane.t * 2, u = block * 16 + eight * 8 + lane.g;

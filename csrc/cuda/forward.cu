@@ -61,9 +61,9 @@ struct Pass {
         for (int job = from_last; job < P::v_fragments * s.steps(); job += warps)
             form_rows<N>(fragments(f.c2), job / P::v_fragments, job % P::v_fragments, raw, s);
         for (int job = warp; job < P::z_tiles * blocks; job += warps)
-            form_left<N>(fragments(f.left), job / P::z_tiles, job % P::z_tiles, raw, s);
+            form_left<N>(fragments(f.left), job / P::z_tiles, job % P::z_tiles, raw);
         for (int job = from_last; job < 2 * blocks; job += warps)
-            form_right2<N>(fragments(f.right2), job / 2, job % 2, f.factors.scale, raw, s);
+            form_right2<N>(fragments(f.right2), job / 2, job % 2, f.factors.scale, raw);
         __syncthreads();
     }
 

@@ -71,6 +71,10 @@ struct PairSizes {
     COMPACTER_BOTH int tile_bytes() const { return 8 * row; }
 };
 
+// The kernels of the backward. All but the general one are for bf16 and sizes that are known: those of shapes.h,
+// sides.h and wide.h.
+enum class BackwardKernel { general, folded, sides, wide };
+
 struct Backward {
     Sizes sizes;
     Factors factors;
@@ -83,7 +87,7 @@ struct Backward {
     int64_t row;                                                   // floats of a row
     int rule, left, right, bias, rule2, left2, right2, bias2;      // offsets of the gradients in a row
     bool has_bias2;
-    bool folded;                                                   // the kernel in backward.cu, whose layout is in shapes.h
+    BackwardKernel kernel;
     int stages;
 
     SharedFactors shared;
@@ -130,8 +134,9 @@ void forward_kernel(const Forward& forward, const Launch& launch);
 void pair_forward_kernel(const PairForward& forward, const Launch& launch);
 template <class T>
 void backward_kernel(const Backward& backward, const Launch& launch);
-void folded_backward_kernel(const Backward& backward, const Launch& launch);  // bf16, the sizes of shapes.h
-void sides_backward_kernel(const Backward& backward, const Launch& launch);   // bf16, the sizes of sides.h
+void folded_backward_kernel(const Backward& backward, const Launch& launch);
+void sides_backward_kernel(const Backward& backward, const Launch& launch);
+void wide_backward_kernel(const Backward& backward, const Launch& launch);
 void reduce_kernel(const Reduce& reduce, const Launch& launch);
 
 constexpr int reduce_columns = 32, reduce_threads = 512;  // of a block

@@ -83,12 +83,13 @@ void backward(const Problem& p, const void* x, const void* grad_out, void* grad_
         b.sizes.out_vectors &= aligned(grad_out);
         l.stream = stream;
         reduce.rows = l.blocks;
-        if (b.folded && p.down->n == 12)
-            sides_backward_kernel(b, l);
-        else if (b.folded)
-            folded_backward_kernel(b, l);
-        else
-            with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
+        switch (b.kernel) {
+            case BackwardKernel::folded: folded_backward_kernel(b, l); break;
+            case BackwardKernel::sides: sides_backward_kernel(b, l); break;
+            case BackwardKernel::wide: wide_backward_kernel(b, l); break;
+            case BackwardKernel::general:
+                with_element(p.dtype, [&](auto element) { backward_kernel<decltype(element)>(b, l); });
+        }
     }
     if (!wanted) return;
     const int blocks = (row.begin[row.count] + reduce_columns - 1) / reduce_columns;

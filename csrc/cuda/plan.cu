@@ -6,6 +6,7 @@
 #include "shapes.h"
 #include "sides.h"
 #include "tile.h"
+#include "wide.h"
 
 namespace compacter::cuda {
 namespace {
@@ -169,33 +170,41 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
     return room.bytes;
 }
 
-// The plan of the kernel in backward.cu: as many groups as fit, with two tiles in flight for each if there is room.
-bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
+// The plan of a kernel of known sizes, if it has these and fits: one block for each multiprocessor.
+template <class S>
+bool plan_known(PlannedBackward& plan, const Problem& problem, const Device& device, BackwardKernel kernel, int stages,
+                int threads, int bytes) {
     Backward& b = plan.arguments;
-    b.sizes = sizes_of(problem, 8);
-    return with_shape(b.sizes, [&](auto shape) {
-        using S = decltype(shape);
-        const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
-        int groups = S::most_groups;
-        while (groups > 1 && S::bytes(groups, 1) > device.shared_limit) --groups;
-        b.stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1;
-        b.folded = S::bytes(groups, b.stages) <= device.shared_limit;
-        plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), groups * S::group * 32,
-                       S::bytes(groups, b.stages), nullptr, false};
-    }) && b.folded;
+    const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
+    b.sizes = sizes_of(problem, S::tokens);
+    b.kernel = kernel;
+    b.stages = stages;
+    plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), threads, bytes, nullptr, false};
+    return bytes <= device.shared_limit;
 }
 
-// The plan of the kernel in backward_sides.cu, if three tiles fit.
-bool plan_sides(PlannedBackward& plan, const Problem& problem, const Device& device) {
-    Backward& b = plan.arguments;
-    b.sizes = sizes_of(problem, 16);
-    return with_sides(b.sizes, [&](auto shape) {
-        using S = decltype(shape);
-        const int64_t tiles = (problem.tokens + S::tokens - 1) / S::tokens;
-        b.stages = S::stages;
-        b.folded = S::bytes <= device.shared_limit;
-        plan.launch = {static_cast<int>(std::clamp<int64_t>(tiles, 1, device.multiprocessors)), S::threads, S::bytes, nullptr, false};
-    }) && b.folded;
+// The plan of the kernel in backward.cu: as many groups as fit, with two tiles in flight for each if there is room.
+template <class S>
+bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
+    int groups = S::most_groups;
+    while (groups > 1 && S::bytes(groups, 1) > device.shared_limit) --groups;
+    const int stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1;
+    return plan_known<S>(plan, problem, device, BackwardKernel::folded, stages, groups * S::group * 32, S::bytes(groups, stages));
+}
+
+bool plan_for_sizes(PlannedBackward& plan, const Problem& problem, const Device& device) {
+    const Sizes sizes = sizes_of(problem, 1);
+    bool fits = false;
+    with_shape(sizes, [&](auto shape) { fits = plan_folded<decltype(shape)>(plan, problem, device); }) ||
+        with_sides(sizes, [&](auto shape) {
+            using S = decltype(shape);
+            fits = plan_known<S>(plan, problem, device, BackwardKernel::sides, S::stages, S::threads, S::bytes);
+        }) ||
+        with_wide(sizes, [&](auto shape) {
+            using S = decltype(shape);
+            fits = plan_known<S>(plan, problem, device, BackwardKernel::wide, S::stages, 32 * S::warps, S::bytes);
+        });
+    return fits;
 }
 
 }  // namespace
@@ -217,9 +226,8 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device, bool
     b.left2 = row.begin[last + 1];
     b.right2 = row.begin[last + 2];
     b.bias2 = row.begin[last + 3];
-    if (aligned && problem.dtype == DType::bf16 && problem.up &&
-        (plan_folded(plan, problem, device) || plan_sides(plan, problem, device)))
-        return plan;
+    if (aligned && problem.dtype == DType::bf16 && problem.up && plan_for_sizes(plan, problem, device)) return plan;
+    b.kernel = BackwardKernel::general;
 
     // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
     // 16 rows (48 for n = 12), with or without the next tile in flight.

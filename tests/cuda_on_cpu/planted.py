@@ -43,6 +43,11 @@ BUGS = [
     ("backward_general.cu", "blockIdx.x * b.row", "blockIdx.x * (b.row - 1)"),
     ("backward_general.cu", "sum * b.factors.scale", "sum", 0),
     ("backward_general.cu", "sum * b.factors.scale", "sum", 1),
+    ("backward_wide.cu", "stage ^= 1)", "stage ^= 0)"),
+    ("backward_wide.cu", "tile + S::stages * step;", "tile + step;"),
+    ("backward_wide.cu", "if (b.residual_is_x)", "if (true)"),
+    ("backward_wide.cu", "if (real)", ""),
+    ("backward_wide.cu", "ones(j * 2 + 2)", "ones(j * 2)"),
     ("columns.h", "value[e / 2][2 * j + e % 2]", "value[e % 2][2 * j + e / 2]"),
     ("columns.h", "sum[j / 2][half * 2 + j % 2]", "sum[j / 2][half + j % 2 * 2]"),
     ("columns.h", "value[half]), width - column,", "value[half]), width - column + 1,"),
@@ -104,6 +109,7 @@ BUGS = [
     ("launch.cu", "reduce.rows = l.blocks", "reduce.rows = l.blocks - 1"),
     ("middle.h", "* count; e += team.size", "* count - 1; e += team.size"),
     ("middle.h", "rank - by + size", "rank - by + size - 1"),
+    ("plan.cu", "S::has(b.sizes) && ", ""),
     ("plan.cu", "s.in % 8 == 0", "s.in % 4 == 0"),
     ("plan.cu", "s.out % 8 == 0", "s.out % 4 == 0"),
     ("plan.cu", "f.scratch_bytes = warp.bytes", "f.scratch_bytes = warp.bytes - 16"),
@@ -118,6 +124,11 @@ BUGS = [
     ("tile.h", "segment * static_cast<int>(sizeof(T)) + 16", "segment * static_cast<int>(sizeof(T))"),
     ("tile.h", " && column < width", ""),
     ("tile.h", "row < valid ? width - column : 0", "row < valid ? width - column + 1 : 0"),
+    ("wide.h", "int64_t{tile} * S::tokens + token < b.tokens", "true"),
+    ("wide.h", "(at ^ chunk % 2 * 32)", "at"),
+    ("wide.h", "line % 8 / 2", "line % 4 / 2"),
+    ("wide_sums.h", "sum[block][e] * scale", "sum[block][e]"),
+    ("wide_weights.h", "wide[half][2 * j] * scale", "wide[half][2 * j]"),
 ]
 
 # name of a bug: the reason why the kernels are right with it too
