@@ -11,7 +11,7 @@
 //     sums      ds1 = x^T dZ          dt2 = g^T V2           wide_gradients
 //               dC1 = Z^T dy          dC2 = dV2^T h          folded_gradients
 //               db1 = sum of dy       db2 = sum of g
-//     out       dx = dZ s1^T (+ g)                           expand
+//     out       dx = dZ s1^T (+ g)                           share, expand: a chunk each
 //
 // C1 and C2 are those of matrices.h. A warp has one side of one pair of chunks. It needs no other part of C than the
 // 24 rows of its chunks, which stay in registers. The rows of all products are the 16 tokens of a tile, except for sums
@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(S::threads, 1) backward(const Backward b) {
         pass.meet(sums.bias);
         __syncthreads();
         pass.folded_gradients(z, sums);
+        // In the place of the tile before, which no warp reads after the first barrier.
         load(tile + (S::stages - 1) * step, stage ? stage - 1 : S::stages - 1);
         float u[3][4] = {};
         pass.unfold(c, u);
