@@ -80,7 +80,7 @@ PAIRS = [
 ]
 
 
-# The shapes that backward.cu, backward_sides.cu and backward_wide.cu are compiled for. The tokens turn every ring.
+# The shapes that have a backward of their own. The tokens turn every ring.
 FOLDED = [
     dataclasses.replace(case, residual=residual, bias=bias, activation=name, scale=scale)
     for case in (

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "pairs.h"
+#include "ring.h"
 
 namespace compacter::cuda {
 
@@ -52,7 +52,7 @@ COMPACTER_DEVICE int in_lines(int line, int eight) { return line * 128 + (eight 
 template <class S>
 struct WidePart {
     const Backward& b;
-    int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // which the compiler knows to be the same in all lanes
+    int warp = warp_index();
 
     COMPACTER_DEVICE explicit WidePart(const Backward& b) : b(b) {}
 
