@@ -177,6 +177,13 @@ def test_folded_backward_keeps_a_nan_in_its_token(case: Case) -> None:
     assert torch.equal(spoiled[others], clean[others])
 
 
+@pytest.mark.parametrize("case", FOLDED[::4], ids=str)
+def test_folded_backward_with_relu(case: Case) -> None:
+    """Its slope jumps at 0, so that y must be as exact as elsewhere."""
+    case = dataclasses.replace(case, shape=(200,), activation="relu")
+    reference(case).accept(run(case, case.tensors(), "cuda"), "cuda")
+
+
 @pytest.mark.parametrize("params", [FP64, FP16, BF16], ids=str)
 @pytest.mark.parametrize("case", FOLDED[::4], ids=str)
 def test_folded_backward_with_any_parameters(case: Case, params: torch.dtype) -> None:

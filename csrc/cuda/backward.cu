@@ -246,8 +246,8 @@ struct Pass : Part<S> {
 
     // The block's row of partials. The sums of a group take the place of its tiles.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
-        const Totals<S> totals{shared_memory() + S::ring(this->group.count), this->group.count, S::of_group(b.stages),
-                               S::at_once(b.stages)};
+        const int groups = threads_anew() / (32 * S::group);
+        const Totals<S> totals{shared_memory() + S::ring(groups), groups, S::of_group(b.stages), S::at_once(b.stages)};
         sync();
         store_row(sums, totals, b, this->group, b.partials + blockIdx.x * b.row);
     }
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
         stage = b.stages - 1 - stage;
     }
     let_next_kernel_start();
-    Pass<S>(b).finish(sums);  // the warp's number is read anew, instead of held in a register from the start
+    Pass<S>(b).finish(sums);  // reads the number of the warp anew
 }
 
 }  // namespace

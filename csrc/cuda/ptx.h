@@ -125,6 +125,13 @@ COMPACTER_DEVICE int lane_anew() {
     return lane;
 }
 
+// The threads of the block, read anew.
+COMPACTER_DEVICE int threads_anew() {
+    int threads;
+    asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(threads));
+    return threads;
+}
+
 // Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.
 COMPACTER_DEVICE void copy_async(void* shared, const void* global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
