@@ -77,7 +77,8 @@ aot: $(READY) $(INTERPRETER)
 # every device under the address and undefined-behaviour sanitizers, which the plain build need not repeat
 SANITIZED := every_instance or every_device or unaligned
 cuda-on-cpu: $(READY)
-	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python)
+	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python) \
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=
 	cmake --build $(EXECUTED)
 	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' tests/test_cuda_kernels.py tests/test_cuda_sanitize.py \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \

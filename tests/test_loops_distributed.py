@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from small_models import adamw, assert_only_adapters_trained, batch, make, trained, values
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from two_processes import run_two
 
 pytestmark = pytest.mark.slow
 STEPS, SIZE = 6, 8
@@ -68,7 +69,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_two_processes_train_as_one(wrap: str, kind: str, tmp_path: Path) -> None:
-    multiprocessing.spawn(_worker, (wrap, kind, str(tmp_path)), nprocs=2)
+    run_two(_worker, wrap, kind, str(tmp_path))
     first, second = (_load(tmp_path / f"{rank}.pt") for rank in range(2))
     model, base = make(kind)
     start = values(model)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from families import build, output
 from test_save_load import trained
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from two_processes import run_two
 
 from compacter_kernels import CompacterConfig, inject
 from compacter_kernels.checkpoints.files import TENSORS
@@ -73,7 +74,7 @@ def _of_fsdp1(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_two_processes(tmp_path: Path) -> None:
-    multiprocessing.spawn(_work, (tmp_path,), nprocs=2)
+    run_two(_work, tmp_path)
     save_adapter(trained(build("bert")), tmp_path / "expected")
     expected = (tmp_path / "expected" / TENSORS).read_bytes()
     assert not (tmp_path / "no").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_text import rows, save_model, save_rows
+from two_processes import run_command
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -60,14 +61,7 @@ def kill_after_a_checkpoint(command: list[str], folder: Path) -> None:
     assert not (folder / "result.json").exists()
 
 
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "compacter_kernels"]
-
-
-def torchrun(command: list[str]) -> str:
-    process = start([*TWO_PROCESSES, *command])
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return output
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "compacter_kernels"]
 
 
 def assert_same_bits(folder: Path, seed: str, method: str) -> None:
@@ -211,7 +205,8 @@ def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> N
     """For T5 the parts of the processes have different numbers of target tokens."""
     prepare(tmp_path, kind, dropout=False)
     assert main(arguments(tmp_path, method, "one", "--accumulate", "2")) == 0
-    assert torchrun(arguments(tmp_path, method, "two", "--accumulate", "2")).count("written into") == 1
+    printed = run_command(arguments(tmp_path, method, "two", "--accumulate", "2"), tmp_path / "printed")
+    assert printed.count("written into") == 1
     one, two = (tmp_path / name / "seed-0" for name in ("one", "two"))
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
     for key in ("loss", "train_loss", "exact match" if kind == "t5" else "accuracy"):
@@ -228,8 +223,8 @@ def test_two_processes_train_as_one(kind: str, method: str, tmp_path: Path) -> N
 def test_two_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
     """The run has dropout. Each process restores its own random state."""
     prepare(tmp_path, "bert", dropout=True)
-    torchrun(arguments(tmp_path, "compacter", "whole"))
+    run_command(arguments(tmp_path, "compacter", "whole"), tmp_path / "printed")
     broken = arguments(tmp_path, "compacter", "broken")
-    kill_after_a_checkpoint([*TWO_PROCESSES, *broken], tmp_path / "broken" / "seed-0")
-    torchrun([*broken, "--resume"])
+    kill_after_a_checkpoint([*TORCHRUN, *broken], tmp_path / "broken" / "seed-0")
+    run_command([*broken, "--resume"], tmp_path / "printed again")
     assert_same_bits(tmp_path, "seed-0", "compacter")

@@ -28,8 +28,8 @@ int lay_out(PairForward& f, int groups) {
     return room.bytes;
 }
 
-// As many groups as memory and warps allow. If warps are left, they share the columns. This does not
-// depend on the number of tokens, and so the order of a sum does not. Fewer groups serve few tokens.
+// As many groups as memory and warps allow, with few tokens too, since all warps prepare the weights. If warps
+// are left, they share the columns. Only the grid depends on the number of tokens, and so no order of a sum does.
 template <class P>
 PlannedPairForward plan(const Problem& problem, const Device& device) {
     PlannedPairForward plan{};
@@ -54,10 +54,8 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
     while (2 << log_shares < s.in / 16 && fit(groups, log_shares + 1)) ++log_shares;
     s.log_shares = log_shares;
 
-    const int64_t tiles = (problem.tokens + 7) / 8, spread = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-    groups = static_cast<int>(std::clamp<int64_t>(spread, 1, groups));
     const int bytes = lay_out<P>(f, groups);
-    const int64_t blocks = std::clamp<int64_t>((tiles + groups - 1) / groups, 1, device.multiprocessors);
+    const int64_t blocks = std::clamp<int64_t>((problem.tokens + 7) / 8, 1, device.multiprocessors);
     plan.launch = {static_cast<int>(blocks), groups * s.group * 32, bytes, nullptr, false};
     return plan;
 }

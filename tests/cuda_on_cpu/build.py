@@ -32,7 +32,7 @@ LANGUAGE = [
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILE = {
     "plain": ["-O1"],
-    "sanitized": ["-O1", "-g1", *SANITIZE],
+    "sanitized": ["-O0", "-g1", *SANITIZE],
     "race": ["-O1", "-g1", "-fsanitize=thread"],  # without the runtime of the sanitizer, see race_check.h
 }
 LINK = {"sanitized": SANITIZE}

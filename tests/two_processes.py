@@ -1,0 +1,49 @@
+"""Two processes of one run on this machine.
+
+They are forks of a server that has imported the libraries already, which takes each of them seconds
+otherwise.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import start_processes
+
+IMPORTED = [
+    *("torch.distributed.fsdp", "datasets", "compacter_kernels.cli", "transformers.trainer"),
+    *("transformers.models.bert.modeling_bert", "transformers.models.t5.modeling_t5"),
+]
+
+
+def run_two(function: Callable[..., Any], *arguments: Any) -> None:
+    """Run function(rank, *arguments) in two processes. An exception of one is raised here."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
+def _run_command(rank: int, command: list[str], port: int, output: Path) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    from compacter_kernels.cli import main
+
+    with (output / str(rank)).open("w", encoding="utf-8") as sys.stdout:
+        code = main(command)
+    if code:
+        raise SystemExit(code)
+
+
+def run_command(command: list[str], output: Path) -> str:
+    """Run a command of the package in two processes, as torchrun does. Returns what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output.mkdir()
+    run_two(_run_command, command, port, output)
+    return "".join((output / str(rank)).read_text(encoding="utf-8") for rank in range(2))
