@@ -170,7 +170,7 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
     return room.bytes;
 }
 
-// The plan of a kernel of known sizes, if it has these and fits: one block for each multiprocessor.
+// Plans a kernel for known sizes, with a block on each multiprocessor. Returns whether it fits.
 template <class S>
 bool plan_known(PlannedBackward& plan, const Problem& problem, const Device& device, BackwardKernel kernel, int stages,
                 int threads, int bytes) {
@@ -183,7 +183,7 @@ bool plan_known(PlannedBackward& plan, const Problem& problem, const Device& dev
     return bytes <= device.shared_limit;
 }
 
-// The plan of the kernel in backward.cu: as many groups as fit, with two tiles in flight for each if there is room.
+// The kernel in backward.cu: as many groups as fit, with two tiles in flight for each if there is room.
 template <class S>
 bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
     int groups = S::most_groups;
@@ -192,6 +192,7 @@ bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& de
     return plan_known<S>(plan, problem, device, BackwardKernel::folded, stages, groups * S::group * 32, S::bytes(groups, stages));
 }
 
+// Plans the kernel that knows the sizes of the problem. Returns false if there is none, or if it does not fit.
 bool plan_for_sizes(PlannedBackward& plan, const Problem& problem, const Device& device) {
     const Sizes sizes = sizes_of(problem, 1);
     bool fits = false;
