@@ -17,7 +17,7 @@ import triton.language as tl
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows
 from compacter_kernels.impl.triton.middle import held_weights
 from compacter_kernels.impl.triton.middle_backward import held_backward, zero_held_sums
-from compacter_kernels.impl.triton.partials import store_held_sums, store_left, store_out_side, sum_dz
+from compacter_kernels.impl.triton.partials import store_factor, store_held_sums, store_out_side, sum_dz
 from compacter_kernels.impl.triton.tiles import (
     add_product,
     dz_operand,
@@ -88,7 +88,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         d_out = next_out
     row = PART + tl.program_id(0).to(tl.int64) * P.O.ROW
     for b in tl.static_range(NB1):
-        store_left(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN)
+        store_factor(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN, True)
     for b in tl.static_range(NB2):
         store_out_side(row, d_out[b], block(b, P.BK), scale, P)
     store_held_sums(row, sums, A1, T1, A2, S2, P)

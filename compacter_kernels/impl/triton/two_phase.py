@@ -27,8 +27,8 @@ from compacter_kernels.impl.triton.middle_backward import (
     zero_unfolded_sums,
 )  # fmt: skip
 from compacter_kernels.impl.triton.partials import (
+    store_factor,
     store_folded_sums,
-    store_left,
     store_out_side,
     store_rule_sum,
     store_unfolded_sums,
@@ -162,6 +162,6 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             d_out = add_product(d_out, tl.trans(g.to(LP)), v, 1, WIDE)
     row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
     if IN_SIDE:
-        store_left(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN)
+        store_factor(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN, True)
     if OUT_SIDE:
         store_out_side(row, d_out, u, scale, P)
