@@ -88,7 +88,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         for b in tl.static_range(NB2):
             next_out = next_out + (add_product(d_out[b], tl.trans(gs[b].to(LP)), v, 1, SUMS),)
         d_out = next_out
-    row = PART + tl.program_id(0).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(0).to(tl.int64) * P.OFFSETS.ROW
     for b in tl.static_range(NB1):
         store_factor(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN, True)
     for b in tl.static_range(NB2):

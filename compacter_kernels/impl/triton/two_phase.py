@@ -93,7 +93,7 @@ def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
             total = in_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
         else:
             total = out_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
-    row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     if P.ACTIVATION is None:
         store_rule_sum(row, total[0], P)
     elif P.FOLD:
@@ -118,7 +118,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
     u = block(tl.program_id(0), P.BK)
     m_u = (u < K)[None, :]
     if IN_SIDE:
-        NI: tl.constexpr = P.IN.NI if SPLIT else P.IN.NW
+        NI: tl.constexpr = P.IN.NI if SPLIT or P.IN.NI > 16 else 16  # the least inner size of a product
         c1 = tl.arange(0, NI)
         s_rows = s_operand(factor(S1, u[:, None], c1[None, :], P.IN.K, P.IN, True), LP, SPLIT)
         d_s1 = tl.zeros((P.BK, s_rows.shape[0]), tl.float32)
@@ -150,7 +150,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             v = tl.load(V2 + first * P.OUT.C + o_v, mask=m_r & (c2 < P.OUT.C)[None, :], other=0.0)
             v = v_operand(v, ((first % N).to(tl.int32) + r) % N, N, LP)
             d_out = add_product(d_out, tl.trans(g.to(LP)), v, 1, WIDE)
-    row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     if IN_SIDE:
         store_factor(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN, True)
     if OUT_SIDE:
