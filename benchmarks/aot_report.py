@@ -168,7 +168,7 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
     both = OPTIONS if adapter else Options(HAS_BIAS=True)
     used = served_by(job).get(job.kernel)
     apart = used is not None and (
-        (job.kernel == "columns" and not used.sizes.square)
+        (job.kernel == "columns" and not used.sizes.SQUARE)
         or (job.kernel == "sums" and adapter and not used.sizes.FOLD)
     )  # a launch for each side
     options = [replace(both, OUT_SIDE=False), replace(both, IN_SIDE=False)] if apart else [both]

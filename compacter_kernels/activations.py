@@ -22,34 +22,18 @@ class Activation(NamedTuple):
     function: Callable[[Tensor], Tensor]
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _gelu_new(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": _identity,
+    "identity": lambda x: x,
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": _gelu_new,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "leakyrelu": F.leaky_relu,
     "mish": F.mish,
-    "relu2": _relu2,
-    "quick_gelu": _quick_gelu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 FUSED = {name: Activation(name, code, function) for code, (name, function) in enumerate(_FUNCTIONS.items())}
 _ALIASES = {

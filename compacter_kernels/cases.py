@@ -138,13 +138,13 @@ class Case:
             return dict(weights.named(side))
 
         named = {"x": leaf((*self.shape, self.width), 1.0, self.dtype)}
-        if self.operation == "linear":
-            return named | projection("down", self.n, self.rank, self.width, self.bottleneck)
-        if self.residual in ("other", "both"):
+        adapter = self.operation == "adapter"
+        if adapter and self.residual in ("other", "both"):
             named["residual"] = leaf((*self.shape, self.width), 1.0, self.dtype)
-        down = projection("down", self.n, self.rank, self.width, self.bottleneck)
-        up = projection("up", self.up_n or self.n, self.up_rank or self.rank, self.bottleneck, self.width)
-        return named | down | up
+        named |= projection("down", self.n, self.rank, self.width, self.bottleneck)
+        if adapter:
+            named |= projection("up", self.up_n or self.n, self.up_rank or self.rank, self.bottleneck, self.width)
+        return named
 
     def grad_output(self) -> Tensor:
         """The gradient that a backward starts from."""
@@ -162,10 +162,6 @@ class Case:
             return Inputs(x, weights(tensors), None, None, grad)
         residual = {"x": x, "other": other, "both": (x, other), "none": None}[self.residual]
         return Inputs(x, weights(tensors), weights(tensors, "up."), residual, grad, self.activation, self.scale)
-
-    def call(self, tensors: Tensors, impl: str = "auto", **options: Any) -> Tensor:
-        """The public function on these tensors, with these arguments more."""
-        return call(impl, **options)(self.inputs(tensors, grad=tensors["x"]))
 
 
 def weights(tensors: Tensors, prefix: str = "down.") -> PHMWeights:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import compacter_kernels as ck
+from compacter_kernels.impl.module import BUILD, MISSING, MODULE
 
 
 def _proc(file: str, field: str) -> str | None:
@@ -51,11 +52,9 @@ def git_revision() -> str | None:
 
 def native() -> dict[str, Any]:
     """Return the compiler and options of the native part, or why it is not built."""
-    try:
-        module = importlib.import_module("compacter_kernels._C")
-    except ImportError:
-        return {"built": False, "reason": ck.available_impls()["cpu"]}
-    return {"built": True, "isa_in_use": module.isa(), **module.build_info()}
+    if MODULE is None:
+        return {"built": False, "reason": MISSING}
+    return {"built": True, "isa_in_use": MODULE.isa(), **BUILD}
 
 
 def describe() -> dict[str, Any]:
@@ -77,12 +76,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def l2_bytes() -> int:
-    """Return the L2 cache of the current CUDA device; 64 MiB where torch does not know it."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
-
-
 def _triton_version() -> str | None:
     try:
         return str(importlib.import_module("triton").__version__)
@@ -98,7 +91,7 @@ def gpu() -> dict[str, Any]:
         "gpu": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
         "sms": properties.multi_processor_count,
-        "l2_bytes": l2_bytes(),
+        "l2_bytes": properties.L2_cache_size,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "driver": driver.split()[0] if driver else None,
         "cuda": torch.version.cuda,

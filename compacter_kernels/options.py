@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from compacter_kernels.cases import Shape
+from compacter_kernels.config import DTYPES as DTYPES
 from compacter_kernels.problem import divisors
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import compacter_kernels as ck
-from compacter_kernels import accuracy
+from compacter_kernels import accuracy, cases
 from compacter_kernels.accuracy import Oracle
 from compacter_kernels.activations import resolve
-from compacter_kernels.cases import Case, Tensors, call, weights
+from compacter_kernels.cases import Tensors, call, weights
 from compacter_kernels.dispatch import IMPLS as MODULES, PLAIN
 from compacter_kernels.problem import Problem, Projection, adapter_problem, linear_problem
 
@@ -35,6 +36,14 @@ ABSENT = {name: reason for name in MODULES if (reason := _why_not(name)) is not 
 IMPLS = [name for name in MODULES if name not in ABSENT]
 FUSED = [name for name in IMPLS if name not in PLAIN]
 NOT_DENSE = [name for name in IMPLS if name != "dense"]
+
+
+class Case(cases.Case):
+    """A case that tests call on tensors of their own."""
+
+    def call(self, tensors: Tensors, impl: str = "auto", **options: Any) -> Tensor:
+        """The public function on these tensors, with these arguments more."""
+        return call(impl, **options)(self.inputs(tensors, grad=tensors["x"]))
 
 
 def run(case: Case, tensors: Tensors, impl: str, grad: Tensor | None = None) -> Tensors:

@@ -38,7 +38,7 @@ case = Case.of(Shape(64, 16, 4), 16, dtype=torch.bfloat16).inputs()
 kernels = served(adapter_problem(case.x, case.down, case.up, case.activation), "sm_90")
 out, options = torch.empty_like(case.x), Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 s = kernels["backward"].sizes
-part, params = torch.empty(4, s.offsets.ROW), (*case.down, *case.up)
+part, params = torch.empty(4, s.OFFSETS.ROW), (*case.down, *case.up)
 for name, tensors in (
     ("forward", (case.x, case.x, out, *params)),
     ("backward", (case.x, case.grad, out, part, *params[:7])),

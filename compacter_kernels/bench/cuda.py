@@ -173,7 +173,7 @@ class Timer(timer.Timer):
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
         super().__init__(cell)
-        l2 = machine.l2_bytes()
+        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.needed = {each: copies_needed(cell, dtype, each, l2) for each in cost.DIRECTIONS}
         base = Case.of(cell.shape, 1, dtype=dtype).inputs().map(lambda t: t.to("cuda"))
         generator = torch.Generator("cuda").manual_seed(0)

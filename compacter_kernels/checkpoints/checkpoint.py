@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.nn.adapter import CompacterAdapter, reduction_factor_of
 
 POSITIONS = ("down", "up")
 RULES = ("phm_rule", "phm_rule_left", "phm_rule_right")
@@ -85,7 +85,7 @@ class Checkpoint:
         factorised = "down.W_left" in first
         left = first["down.W_left" if factorised else "down.W"]
         return {
-            "reduction_factor": _reduction_factor(*sizes(first)),
+            "reduction_factor": reduction_factor_of(*sizes(first)),
             "phm_dim": left.shape[0],
             "phm_rank": left.shape[2] if factorised else 1,
             "phm_bias": "down.b" in first,
@@ -126,7 +126,7 @@ def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[st
     if isinstance(given, int | float) and hidden // given != bottleneck:
         raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
     try:
-        factor = _reduction_factor(hidden, bottleneck)
+        factor = reduction_factor_of(hidden, bottleneck)
         adapter = CompacterAdapter(hidden, reduction_factor=factor, device="meta", **config.of_each_adapter())
     except (TypeError, RuntimeError, OverflowError) as error:  # no tensor can have these sizes
         raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
@@ -147,10 +147,3 @@ def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     if left.dim() != 3 or right.dim() != 3:
         raise ValueError(f"W of a PHM layer has three dimensions, got {tuple(left.shape)} and {tuple(right.shape)}")
     return left.shape[0] * left.shape[1], right.shape[0] * right.shape[2]
-
-
-def _reduction_factor(hidden: int, bottleneck: int) -> float:
-    if bottleneck and hidden % bottleneck == 0:
-        return hidden // bottleneck
-    exact = hidden / max(bottleneck, 1)
-    return exact if int(hidden // exact) == bottleneck else hidden / (bottleneck + 0.5)

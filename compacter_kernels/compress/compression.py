@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.compress.dense_source import Dense, read_adapters
 from compacter_kernels.kronecker_fit import fit, least_error, relative_error
-from compacter_kernels.nn.adapter import CompacterAdapter
+from compacter_kernels.nn.adapter import CompacterAdapter, reduction_factor_of
 from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, rounded
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights
@@ -270,7 +270,7 @@ def _adapters(
         return [
             CompacterAdapter(
                 dense.hidden_size,
-                reduction_factor=_reduction_factor(dense.hidden_size, dense.bottleneck),
+                reduction_factor=reduction_factor_of(dense.hidden_size, dense.bottleneck),
                 phm_dim=n,
                 phm_rank=r or 1,
                 phm_bias=dense.has_bias,
@@ -280,13 +280,3 @@ def _adapters(
             )
             for dense in sources
         ]
-
-
-def _reduction_factor(hidden_size: int, bottleneck: int) -> float:
-    """A factor with hidden_size // factor == bottleneck, an int if possible."""
-    if hidden_size % bottleneck == 0:
-        return hidden_size // bottleneck
-    factor = hidden_size / bottleneck
-    while hidden_size // factor < bottleneck:  # rounded up
-        factor = math.nextafter(factor, 0.0)
-    return factor

@@ -21,6 +21,9 @@ PHM_DIMS = (1, 2, 4, 8, 12, 16)
 RANKS = (1, 2, 4)
 OLDEST = 80  # the least compute capability, 10 * major + minor
 
+# The versions of CUDA that the driver serves and that is linked in, 1000 major + 10 minor.
+_versions = functools.cache(lambda module: module.cuda_versions())
+
 # Tests replace this, _C, _BUILD and the functions of the device, so that the CPU executes kernels.
 _DEVICE_TYPE = "cuda"
 
@@ -84,13 +87,6 @@ def _other_architecture(capability: int) -> str | None:
     if capability > max(compiled):  # runs the PTX of the last architecture
         return _old_driver(needs_ptx=True)
     return f"compiled for {', '.join(f'sm_{a}' for a in compiled)}; the device is sm_{capability}"
-
-
-@functools.cache
-def _versions(module: Any) -> tuple[int, int]:
-    """The versions of CUDA that the driver serves and that is linked in, 1000 major + 10 minor."""
-    driver, built = module.cuda_versions()
-    return driver, built
 
 
 @evaluated_when_compiled

@@ -36,7 +36,7 @@ class Injection(Adapters, nn.Module):
         self.configs = {}
         self.active = None
         self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
-        self._added: dict[str, AddedModules] = {}  # By the path of their module, also if it was exchanged.
+        self._added: dict[str, TargetAdapters | TrainedCopies] = {}  # By the path of their module, also if exchanged.
         self._fast_path = FastPath(model)
         # The copied heads by path, without wrappers: the parent of the head, and its copies.
         self._heads: dict[str, tuple[nn.Module, TrainedCopies]] = {}

@@ -206,3 +206,13 @@ def _bottleneck(hidden_size: int, reduction_factor: float) -> int:
     if bottleneck < 1:
         raise ValueError(f"reduction_factor={reduction_factor} leaves no bottleneck of hidden_size={hidden_size}")
     return bottleneck
+
+
+def reduction_factor_of(hidden_size: int, bottleneck: int) -> float:
+    """A factor with hidden_size // factor == bottleneck, an int if possible."""
+    if bottleneck and hidden_size % bottleneck == 0:
+        return hidden_size // bottleneck
+    factor = hidden_size / max(bottleneck, 1)
+    while hidden_size // factor < bottleneck:  # rounded up
+        factor = math.nextafter(factor, 0.0)
+    return factor

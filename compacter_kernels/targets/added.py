@@ -33,10 +33,6 @@ class AddedModules(Added, nn.ModuleDict):
         """The module of the active name, or None."""
         return self._modules.get(self.active) if self.active is not None else None
 
-    def detach(self) -> None:
-        """Restore the module of the base."""
-        raise NotImplementedError
-
 
 def added_modules(module: nn.Module) -> AddedModules | None:
     """The modules that `inject` has added beside a module, or None."""

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from compacter_kernels.impl.triton.columns import block, contract, load_blocks, rows
 from compacter_kernels.impl.triton.middle import held_weights
-from compacter_kernels.impl.triton.middle_backward import held_backward, zero_held_sums
-from compacter_kernels.impl.triton.partials import store_held_sums, store_left, store_out_side, sum_dz
+from compacter_kernels.impl.triton.middle_backward import held_backward, zero_folded_sums
+from compacter_kernels.impl.triton.partials import store_factor, store_held_sums, store_out_side, sum_dz
 from compacter_kernels.impl.triton.tiles import (
     add_product,
     dz_operand,
@@ -55,7 +55,9 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         t2 = t2 + (wide_split(t, LP, SPLIT),)
         d_out = d_out + (tl.zeros((P.BK, (4 if P.OUT.NI == 4 else 2) * P.OUT.NI), tl.float32),)
     held = held_weights(A1, T1, B1, A2, S2, P)
-    sums = zero_held_sums(P)
+    sums = ()
+    for _b in tl.static_range(P.DP // P.EB):
+        sums = sums + zero_folded_sums(P)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
         _, first, o_x, m_x = rows(tile, T, P.IN.K, P.IN, P)
         p2 = tl.arange(0, P.BT * P.OUT.NP) % P.OUT.NP
@@ -86,9 +88,9 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         for b in tl.static_range(NB2):
             next_out = next_out + (add_product(d_out[b], tl.trans(gs[b].to(LP)), v, 1, SUMS),)
         d_out = next_out
-    row = PART + tl.program_id(0).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(0).to(tl.int64) * P.OFFSETS.ROW
     for b in tl.static_range(NB1):
-        store_left(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN)
+        store_factor(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN, True)
     for b in tl.static_range(NB2):
         store_out_side(row, d_out[b], block(b, P.BK), scale, P)
     store_held_sums(row, sums, A1, T1, A2, S2, P)

@@ -19,7 +19,7 @@ class Config(NamedTuple):
 
     tokens: the tokens of a tile; for the kernel `columns`, its rows (token, p).
     columns: the columns of a chunk of x or of the output that a program handles at once.
-    stages: the tiles, or blocks of a streamed row, in flight; 0: a program has one tile only.
+    stages: the tiles, or blocks of a streamed row, in flight.
     programs: the most programs for each multiprocessor.
     """
 

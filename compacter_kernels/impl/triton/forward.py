@@ -17,9 +17,9 @@ from compacter_kernels.impl.triton.middle import held_middle, held_weights, midd
 from compacter_kernels.impl.triton.tiles import factor, output, product, t_operand, v_operand, wide_split
 
 
-@triton.jit
-def wide_weights(S1, T2, B2, scale, P: tl.constexpr):
-    """The operands s1 and t2, which all tiles share, by column blocks."""
+@triton.jit(do_not_specialize=["T"])
+def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
+    """Each program loops over tiles of BT tokens, whose x stays on chip."""
     c1 = tl.arange(0, P.IN.NI)
     s1 = ()
     for b in tl.static_range((P.IN.K + P.BK - 1) // P.BK):
@@ -28,42 +28,21 @@ def wide_weights(S1, T2, B2, scale, P: tl.constexpr):
     t2 = ()
     for b in tl.static_range((P.OUT.K + P.BK - 1) // P.BK):
         t2 = t2 + (t_operand(T2, B2, scale, block(b, P.BK), P.OUT, P.PRECISION.LP),)
-    return s1, t2
-
-
-@triton.jit
-def forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P: tl.constexpr):
-    """Compute one tile from its blocks xs of x."""
-    z = contract(xs, s1, P.IN, P)
-    v2 = held_middle(z, held, P)
-    p, first, o_out, m_out = rows(tile, T, P.OUT.K, P.OUT, P)
-    v = v_operand(v2, p, P.OUT.N, P.PRECISION.LP)
-    for b in tl.static_range((P.OUT.K + P.BK - 1) // P.BK):
-        u = block(b, P.BK)
-        m = m_out[:, None] & (u < P.OUT.K)[None, :]
-        o = product(v, t2[b], P.PRECISION.WIDE)
-        if P.OPTIONS.SAME:
-            o += xs[b].to(tl.float32)
-        elif RESIDUAL is not None:
-            o += tl.load(RESIDUAL + first + (o_out[:, None] + u[None, :]), mask=m, other=0.0).to(tl.float32)
-        tl.store(OUT + first + (o_out[:, None] + u[None, :]), o.to(OUT.dtype.element_ty), mask=m)
-
-
-@triton.jit(do_not_specialize=["T"])
-def forward(X, RESIDUAL, OUT, A1, S1, T1, B1, A2, S2, T2, B2, scale, T, P: tl.constexpr):
-    """A program loops over tiles; with STAGES = 0 it has one, and loads it before the weights."""
-    if P.STAGES == 0:
-        tile = tl.program_id(0)
+    held = held_weights(A1, T1, B1, A2, S2, P)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
         xs = load_blocks(tile, X, T, P.IN, P)
-        s1, t2 = wide_weights(S1, T2, B2, scale, P)
-        held = held_weights(A1, T1, B1, A2, S2, P)
-        forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P)
-    else:
-        s1, t2 = wide_weights(S1, T2, B2, scale, P)
-        held = held_weights(A1, T1, B1, A2, S2, P)
-        for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
-            xs = load_blocks(tile, X, T, P.IN, P)
-            forward_tile(tile, xs, s1, t2, held, RESIDUAL, OUT, T, P)
+        v2 = held_middle(contract(xs, s1, P.IN, P), held, P)
+        p, first, o_out, m_out = rows(tile, T, P.OUT.K, P.OUT, P)
+        v = v_operand(v2, p, P.OUT.N, P.PRECISION.LP)
+        for b in tl.static_range((P.OUT.K + P.BK - 1) // P.BK):
+            u = block(b, P.BK)
+            m = m_out[:, None] & (u < P.OUT.K)[None, :]
+            o = product(v, t2[b], P.PRECISION.WIDE)
+            if P.OPTIONS.SAME:
+                o += xs[b].to(tl.float32)
+            elif RESIDUAL is not None:
+                o += tl.load(RESIDUAL + first + (o_out[:, None] + u[None, :]), mask=m, other=0.0).to(tl.float32)
+            tl.store(OUT + first + (o_out[:, None] + u[None, :]), o.to(OUT.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -19,11 +19,6 @@ QUICK = tl.constexpr(1.702)
 
 
 @triton.jit
-def _sigmoid(y):
-    return 1.0 / (1.0 + tl.exp(-y))
-
-
-@triton.jit
 def _tanh(y):
     # (1 - e^-2|y|) / (1 + e^-2|y|) with the sign of y. Near 0, where the difference loses digits,
     # the Taylor series.
@@ -58,13 +53,13 @@ def activate(y, CODE: tl.constexpr):
     elif CODE == GELU:
         h = 0.5 * y * (1.0 + tl.erf(y * SQRT_HALF))
     elif CODE == GELU_NEW:
-        h = y * _sigmoid(_gelu_new_argument(y))
+        h = y * tl.sigmoid(_gelu_new_argument(y))
     elif CODE == SILU:
-        h = y * _sigmoid(y)
+        h = y * tl.sigmoid(y)
     elif CODE == TANH:
         h = _tanh(y)
     elif CODE == SIGMOID:
-        h = _sigmoid(y)
+        h = tl.sigmoid(y)
     elif CODE == LEAKYRELU:
         h = tl.where(y <= 0.0, y * SLOPE, y)
     elif CODE == MISH:
@@ -73,7 +68,7 @@ def activate(y, CODE: tl.constexpr):
         h = tl.where(y <= 0.0, 0.0, y * y)
     else:
         tl.static_assert(CODE == QUICK_GELU)
-        h = y * _sigmoid(y * QUICK)
+        h = y * tl.sigmoid(y * QUICK)
     return h
 
 
@@ -87,28 +82,28 @@ def derivative(y, CODE: tl.constexpr):
     elif CODE == GELU:
         d = 0.5 * (1.0 + tl.erf(y * SQRT_HALF)) + y * INV_SQRT_2PI * tl.exp(-0.5 * y * y)
     elif CODE == GELU_NEW:
-        s = _sigmoid(_gelu_new_argument(y))
+        s = tl.sigmoid(_gelu_new_argument(y))
         q = y * s * (1.0 - s)
         # q times the sum would take up to 70 registers more, and spill
         d = s + q * (2.0 * SQRT_2_OVER_PI) + q * (y * y * (6.0 * CUBIC * SQRT_2_OVER_PI))
     elif CODE == SILU:
-        s = _sigmoid(y)
+        s = tl.sigmoid(y)
         d = s * (1.0 + y * (1.0 - s))
     elif CODE == TANH:
         t = _tanh(y)
         d = 1.0 - t * t
     elif CODE == SIGMOID:
-        s = _sigmoid(y)
+        s = tl.sigmoid(y)
         d = s * (1.0 - s)
     elif CODE == LEAKYRELU:
         d = tl.where(y > 0.0, 1.0, SLOPE)
     elif CODE == MISH:
         t = _tanh_softplus(y)
-        d = t + y * _sigmoid(y) * (1.0 - t * t)
+        d = t + y * tl.sigmoid(y) * (1.0 - t * t)
     elif CODE == RELU2:
         d = tl.where(y <= 0.0, 0.0, 2.0 * y)
     else:
         tl.static_assert(CODE == QUICK_GELU)
-        s = _sigmoid(y * QUICK)
+        s = tl.sigmoid(y * QUICK)
         d = s + y * s * (1.0 - s) * QUICK
     return d

@@ -32,7 +32,7 @@ KERNELS = {function.__name__: function for function in _FUNCTIONS}
 def reduction(s: Sizes) -> dict[str, Any]:
     """The compile-time arguments of the second stage."""
     sizes, copies = zip(*s.gradients, strict=True)
-    return {"SIZES": sizes, "COPIES": copies, "ROW": s.offsets.ROW, **REDUCE}
+    return {"SIZES": sizes, "COPIES": copies, "ROW": s.OFFSETS.ROW, **REDUCE}
 
 
 class TritonKernel:
@@ -49,7 +49,7 @@ class TritonKernel:
             name = architecture(problem.device)
         self.served = served(problem, name)
         self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
-        self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.square, problem.dtype == torch.float32
+        self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.SQUARE, problem.dtype == torch.float32
         self.out_features = problem.projections[-1].out_features
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
@@ -180,4 +180,4 @@ class TritonKernel:
     def _partials(self, x: Tensor, *names: str) -> Tensor:
         """Memory with a row for each program of these kernels in any of their configurations."""
         rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
-        return x.new_empty(rows, self.sizes.offsets.ROW, dtype=torch.float32)
+        return x.new_empty(rows, self.sizes.OFFSETS.ROW, dtype=torch.float32)

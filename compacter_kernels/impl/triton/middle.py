@@ -76,15 +76,6 @@ def left_factor(S2, P: tl.constexpr):
 
 
 @triton.jit
-def rule_weights(A1, P: tl.constexpr):
-    """The rule of a call with one projection."""
-    if P.FOLD:
-        return folded_rule(A1, P.IN)
-    else:
-        return unfolded(A1, P.IN, False)
-
-
-@triton.jit
 def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
     """The weights of `held_middle`: C1, C2 and b1 of each block, or the rule of one projection."""
     if P.ACTIVATION is None:
@@ -97,8 +88,9 @@ def held_weights(A1, T1, B1, A2, S2, P: tl.constexpr):
 
 
 @triton.jit
-def into_bottleneck(v1, T1, B1, P: tl.constexpr):
-    """y = V1 t1 + b1, [BT * NP, DP], without folding."""
+def into_bottleneck(z, A1, T1, B1, P: tl.constexpr):
+    """V1 and y = V1 t1 + b1, [BT * NP, DP], without folding."""
+    v1 = mix(z, unfolded(A1, P.IN, False), P.IN, P)
     y = product(v1, right_factor(T1, P), P.PRECISION.MIDDLE)
     if B1 is not None:
         p = tl.arange(0, P.IN.NP)
@@ -106,7 +98,7 @@ def into_bottleneck(v1, T1, B1, P: tl.constexpr):
         m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
         b1 = tl.load(B1 + p[:, None] * P.IN.D + v[None, :], mask=m, other=0.0).to(tl.float32)
         y = tl.reshape(tl.reshape(y, (P.BT, P.IN.NP, P.DP)) + b1[None, :, :], (P.BT * P.IN.NP, P.DP))
-    return y
+    return v1, y
 
 
 @triton.jit
@@ -144,22 +136,19 @@ def middle(z, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     """Z [BT * NP, NI] of x's side -> V2 [BT * NP, NI] of the output's, float32."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     zero = again(tile, T)
-    if P.ACTIVATION is None:
-        a = rule_weights(A1 + zero, P)
-        if P.FOLD:
-            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-            nothing = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
-            v2 = tl.reshape(dot_apart(zj, a, nothing, once(T), PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
-        else:
-            v2 = mix(z, a, P.IN, P)
-    elif P.FOLD:
+    if P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
-        for b in tl.range(0, blocks(T, P)):
-            v2 = through_block(b, zj, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
+        if P.ACTIVATION is None:
+            v2 = dot_apart(zj, folded_rule(A1 + zero, P.IN), v2, once(T), PRECISION)
+        else:
+            for b in tl.range(0, blocks(T, P)):
+                v2 = through_block(b, zj, v2, folded_weights(b, A1, T1, B1, A2, S2, P), P)
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
+    elif P.ACTIVATION is None:
+        v2 = mix(z, unfolded(A1 + zero, P.IN, False), P.IN, P)
     else:
-        y = into_bottleneck(mix(z, unfolded(A1 + zero, P.IN, False), P.IN, P), T1 + zero, B1, P)
+        _, y = into_bottleneck(z, A1 + zero, T1 + zero, B1, P)
         h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
         z2 = product(h, tl.trans(left_factor(S2 + zero, P)), PRECISION)
         v2 = mix(z2, unfolded(A2 + zero, P.OUT, False), P.OUT, P)

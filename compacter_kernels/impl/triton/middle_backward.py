@@ -19,13 +19,13 @@ from compacter_kernels.impl.triton.functions import activate, derivative
 from compacter_kernels.impl.triton.middle import (
     again,
     blocks,
+    folded_rule,
     folded_weights,
     inside,
     into_bottleneck,
     left_factor,
     once,
     right_factor,
-    rule_weights,
     unpadded,
 )
 from compacter_kernels.impl.triton.tiles import add_product, by_column, dot, dot_apart, mix, product, unfolded
@@ -56,31 +56,29 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     """Z, dV2 [BT * NP, NI] -> dZ, V2 of the same shapes, float32."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     zero = again(tile, T)
-    if P.ACTIVATION is None:
-        a = rule_weights(A1 + zero, P)
-        if P.FOLD:
-            zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-            dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
-            nothing = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
-            v2 = tl.reshape(dot_apart(zj, a, nothing, once(T), PRECISION), (P.BT * P.OUT.NP, P.OUT.NI))
-            dz = tl.reshape(dot_apart(dvj, tl.trans(a), nothing, once(T), PRECISION), (P.BT * P.IN.NP, P.IN.NI))
-        else:
-            v2 = mix(z, a, P.IN, P)
-            dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
-    elif P.FOLD:
+    if P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
         dz = tl.zeros((P.BT, P.IN.NP * P.IN.NI), tl.float32)
-        for b in tl.range(0, blocks(T, P)):
-            weights = folded_weights(b, A1, T1, B1, A2, S2, P)
-            h, dy = block_gradients(b, zj, dvj, weights, 1, P)
-            dz, v2 = through_block(dz, v2, h, dy, weights, P)
+        if P.ACTIVATION is None:
+            a = folded_rule(A1 + zero, P.IN)
+            v2 = dot_apart(zj, a, v2, once(T), PRECISION)
+            dz = dot_apart(dvj, tl.trans(a), dz, once(T), PRECISION)
+        else:
+            for b in tl.range(0, blocks(T, P)):
+                weights = folded_weights(b, A1, T1, B1, A2, S2, P)
+                h, dy = block_gradients(b, zj, dvj, weights, 1, P)
+                dz, v2 = through_block(dz, v2, h, dy, weights, P)
         dz = tl.reshape(dz, (P.BT * P.IN.NP, P.IN.NI))
         v2 = tl.reshape(v2, (P.BT * P.OUT.NP, P.OUT.NI))
+    elif P.ACTIVATION is None:
+        a = unfolded(A1 + zero, P.IN, False)
+        v2 = mix(z, a, P.IN, P)
+        dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
     else:
         m = unpadded(P)
-        y = into_bottleneck(mix(z, unfolded(A1 + zero, P.IN, False), P.IN, P), T1 + zero, B1, P)
+        _, y = into_bottleneck(z, A1 + zero, T1 + zero, B1, P)
         h = tl.where(m, activate(y, P.ACTIVATION), 0.0)
         z2 = product(h, tl.trans(left_factor(S2 + zero, P)), PRECISION)
         v2 = mix(z2, unfolded(A2 + zero, P.OUT, False), P.OUT, P)
@@ -102,22 +100,13 @@ def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
 
 @triton.jit
 def zero_folded_sums(P: tl.constexpr):
-    """The initial sums of `folded_sums`."""
-    c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
-    c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
-    return c1, c2, tl.zeros((1, P.EB), tl.float32)
-
-
-@triton.jit
-def zero_held_sums(P: tl.constexpr):
-    """The initial sums of `held_backward`: (dC1, dC2, db1) of each block, or one folded rule."""
+    """The initial sums of a block, (dC1, dC2, db1), or of the one folded rule."""
     if P.ACTIVATION is None:
         return (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
     else:
-        sums = ()
-        for _ in tl.static_range(P.DP // P.EB):
-            sums = sums + zero_folded_sums(P)
-        return sums
+        c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
+        c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
+        return c1, c2, tl.zeros((1, P.EB), tl.float32)
 
 
 @triton.jit
@@ -151,15 +140,11 @@ def add_rule(a, z, dv, side: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def by_chunk(a, P: tl.constexpr):
-    """[BT * NP, C] as [NP, BT, C]."""
-    return tl.permute(tl.reshape(a, (P.BT, P.IN.NP, a.shape[1])), (1, 0, 2))
-
-
-@triton.jit
 def add_factor(total, v, dy, P: tl.constexpr):
     """total + V^T dy by chunks, [NP, NI, DP]. Every warp would repeat one product over all rows."""
-    return add_product(total, tl.permute(by_chunk(v, P), (0, 2, 1)), by_chunk(dy, P), 1, P.PRECISION.SUMS)
+    vt = tl.permute(tl.reshape(v, (P.BT, P.IN.NP, v.shape[1])), (1, 2, 0))
+    dy = tl.permute(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), (1, 0, 2))
+    return add_product(total, vt, dy, 1, P.PRECISION.SUMS)
 
 
 @triton.jit
@@ -175,8 +160,7 @@ def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
     """dA1, dt1 and db1 with a tile's share added, not folded. z, dv2: pointers and mask."""
     dz2 = mix(tl.load(dv2[0], mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
     dh = product(dz2, left_factor(S2 + zero, P), P.PRECISION.MIDDLE)
-    v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
-    y = into_bottleneck(v1, T1 + zero, B1, P)
+    v1, y = into_bottleneck(tl.load(z[0], mask=z[1], other=0.0), A1 + zero, T1 + zero, B1, P)
     dy = tl.where(unpadded(P), dh * derivative(y, P.ACTIVATION), 0.0)
     d_t1 = add_factor(sums[1], v1, dy, P)
     d_b1 = sums[2] + tl.sum(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), 0)
@@ -188,8 +172,7 @@ def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
 @triton.jit
 def out_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
     """dA2 and ds2 in the same way."""
-    v1 = mix(tl.load(z[0], mask=z[1], other=0.0), unfolded(A1 + zero, P.IN, False), P.IN, P)
-    y = into_bottleneck(v1, T1 + zero, B1, P)
+    _, y = into_bottleneck(tl.load(z[0], mask=z[1], other=0.0), A1 + zero, T1 + zero, B1, P)
     h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
     z2 = product(h, tl.trans(left_factor(S2 + zero, P)), P.PRECISION.MIDDLE)
     d_a2 = add_rule(sums[0], z2, tl.load(dv2[0], mask=dv2[1], other=0.0), P.OUT, P)

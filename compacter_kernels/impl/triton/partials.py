@@ -9,19 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compacter_kernels.impl.triton.tiles import factor, merge, product, rule_at
+from compacter_kernels.impl.triton.tiles import factor, factor_pointers, merge, product, rule_at
 
 
 @triton.jit
-def store_left(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
-    """Store d at (u, c), broadcast, as left (n, K, r)."""
-    tl.store(TO + (c // side.R) * (K * side.R) + u * side.R + c % side.R, d, mask=(u < K) & (c < side.C))
-
-
-@triton.jit
-def store_right(TO, d, u, c, K: tl.constexpr, side: tl.constexpr):
-    """Store d at (u, c), broadcast, as right (n, r, K)."""
-    tl.store(TO + c * K + u, d, mask=(u < K) & (c < side.C))
+def store_factor(TO, d, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
+    """Store d at (u, c), broadcast, as a factor: left (n, K, r) or right (n, r, K)."""
+    tl.store(factor_pointers(TO, u, c, K, side, LEFT), d, mask=(u < K) & (c < side.C))
 
 
 @triton.jit
@@ -39,11 +33,11 @@ def store_out_side(row, d, u, scale, P: tl.constexpr):
     o = tl.arange(0, d.shape[1])[None, :]
     c = tl.arange(0, P.OUT.NI)[None, :]
     d_t2 = merge(tl.where(o % 2 == 0, d, 0.0), P.OUT.NI)
-    store_right(row + P.O.T2, d_t2 * scale, u[:, None], c, P.OUT.K, P.OUT)
+    store_factor(row + P.OFFSETS.T2, d_t2 * scale, u[:, None], c, P.OUT.K, P.OUT, False)
     if P.OPTIONS.HAS_BIAS:
         d_b2 = merge(tl.where(o % M == 1, d, 0.0), P.OUT.NI)
         m = (u < P.OUT.K)[:, None] & (c < P.OUT.N)
-        tl.store(row + P.O.B2 + c * P.OUT.K + u[:, None], d_b2 * scale, mask=m)
+        tl.store(row + P.OFFSETS.B2 + c * P.OUT.K + u[:, None], d_b2 * scale, mask=m)
 
 
 @triton.jit
@@ -56,15 +50,6 @@ def store_rule(TO, d, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
         o_rule = outer * N + inner
     o_rule += (c % side.R) * (N * N * N) + (c // side.R) * (N * N)
     tl.store(TO + o_rule, d, mask=(c < side.C) & (outer < N) & (inner < N))
-
-
-@triton.jit
-def store_factor(TO, d, v, c, side: tl.constexpr, LEFT: tl.constexpr):
-    """Store d at (c, v), broadcast, as the factor at the bottleneck: left (up) or right (down)."""
-    if LEFT:
-        store_left(TO, d, v, c, side.D, side)
-    else:
-        store_right(TO, d, v, c, side.D, side)
 
 
 @triton.jit
@@ -101,17 +86,17 @@ def store_folded(D_RULE, D_FACTOR, b, d, A, W, side: tl.constexpr, P: tl.constex
         store_rule(D_RULE, d_rule, j % side.NI, j // side.NI, inner, side, LEFT)
         d_factor = tl.sum(tl.reshape(d_factor, (side.NP, side.NI, P.DP)), 0)
         c = tl.arange(0, side.NI)
-    store_factor(D_FACTOR, d_factor, v[None, :], c[:, None], side, LEFT)
+    store_factor(D_FACTOR, d_factor, v[None, :], c[:, None], side.D, side, LEFT)
 
 
 @triton.jit
 def store_folded_sums(row, b, sums, A1, T1, A2, S2, P: tl.constexpr):
     """Store the sums of block b of a folded bottleneck: dC1, dC2, db1."""
-    store_folded(row + P.O.A1, row + P.O.T1, b, sums[0], A1, T1, P.IN, P, False)
-    store_folded(row + P.O.A2, row + P.O.S2, b, sums[1], A2, S2, P.OUT, P, True)
+    store_folded(row + P.OFFSETS.A1, row + P.OFFSETS.T1, b, sums[0], A1, T1, P.IN, P, False)
+    store_folded(row + P.OFFSETS.A2, row + P.OFFSETS.S2, b, sums[1], A2, S2, P.OUT, P, True)
     e = b * P.EB + tl.arange(0, P.EB)
     m = (e // P.IN.E < P.IN.N) & (e % P.IN.E < P.IN.D)
-    tl.store(row + P.O.B1 + e // P.IN.E * P.IN.D + e % P.IN.E, tl.sum(sums[2], 0), mask=m)
+    tl.store(row + P.OFFSETS.B1 + e // P.IN.E * P.IN.D + e % P.IN.E, tl.sum(sums[2], 0), mask=m)
 
 
 @triton.jit
@@ -122,11 +107,11 @@ def store_rule_sum(row, d, P: tl.constexpr):
         c, p = j % P.IN.NI, j // P.IN.NI
         m = (p < P.IN.N) & (c < P.IN.C)
         o_rule = (c % P.IN.R * P.IN.N + c // P.IN.R)[:, None] * (P.IN.N * P.IN.N) + p[:, None] * P.IN.N + p[None, :]
-        tl.store(row + P.O.A1 + o_rule, d, mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
+        tl.store(row + P.OFFSETS.A1 + o_rule, d, mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
     else:
         c = tl.arange(0, P.IN.NI)[:, None, None]
         p = tl.arange(0, P.IN.NP)
-        store_rule(row + P.O.A1, d, c, p[None, :, None], p[None, None, :], P.IN, False)
+        store_rule(row + P.OFFSETS.A1, d, c, p[None, :, None], p[None, None, :], P.IN, False)
 
 
 @triton.jit
@@ -147,12 +132,12 @@ def store_unfolded_sums(row, sums, P: tl.constexpr):
     if P.OPTIONS.IN_SIDE:
         c = tl.arange(0, P.IN.NI)
         p = tl.arange(0, P.IN.NP)
-        store_rule(row + P.O.A1, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.IN, False)
-        store_factor(row + P.O.T1, d_factor, v[None, :], c[:, None], P.IN, False)
+        store_rule(row + P.OFFSETS.A1, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.IN, False)
+        store_factor(row + P.OFFSETS.T1, d_factor, v[None, :], c[:, None], P.IN.D, P.IN, False)
         m = (p < P.IN.N)[:, None] & (v < P.IN.D)[None, :]
-        tl.store(row + P.O.B1 + p[:, None] * P.IN.D + v[None, :], sums[2], mask=m)
+        tl.store(row + P.OFFSETS.B1 + p[:, None] * P.IN.D + v[None, :], sums[2], mask=m)
     else:
         c = tl.arange(0, P.OUT.NI)
         p = tl.arange(0, P.OUT.NP)
-        store_rule(row + P.O.A2, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.OUT, False)
-        store_factor(row + P.O.S2, d_factor, v[None, :], c[:, None], P.OUT, True)
+        store_rule(row + P.OFFSETS.A2, sums[0], c[:, None, None], p[None, :, None], p[None, None, :], P.OUT, False)
+        store_factor(row + P.OFFSETS.S2, d_factor, v[None, :], c[:, None], P.OUT.D, P.OUT, True)

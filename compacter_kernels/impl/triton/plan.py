@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from compacter_kernels.impl.triton.config import Config, configurations
-from compacter_kernels.impl.triton.sizes import Offsets, Sizes, sizes
+from compacter_kernels.impl.triton.sizes import Sizes, sizes
 from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.problem import Problem
 
@@ -52,11 +52,8 @@ class Plan(Sizes):
     """The problem and the configuration of a kernel (sizes.py, config.py).
 
     BT: tokens of a tile, or rows in a second phase. BK: wide columns that are computed at once.
-    O: the offsets of the gradients in a row of partials. SQUARE: x and the output have equal rows.
     """
 
-    SQUARE: bool
-    O: Offsets
     BT: int
     BK: int
     STAGES: int
@@ -85,7 +82,7 @@ class Static:
 def plan(s: Sizes, config: Config, rounding: Precision, options: Options) -> Static:
     """The argument P of a kernel."""
     tiles: dict[str, Any] = {"BT": config.tokens, "BK": config.columns, "STAGES": config.stages}
-    return Static(Plan(**vars(s), SQUARE=s.square, O=s.offsets, **tiles, OPTIONS=options, PRECISION=rounding))
+    return Static(Plan(**vars(s), **tiles, OPTIONS=options, PRECISION=rounding))
 
 
 class Served(NamedTuple):

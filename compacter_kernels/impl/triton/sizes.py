@@ -38,11 +38,6 @@ class Side:
     NI: int
 
     @property
-    def NW(self) -> int:
-        """NI, but at least 16, the least inner size of a product."""
-        return max(self.NI, 16)
-
-    @property
     def C(self) -> int:
         """The number of columns: slices of the rule times rank."""
         return self.N * self.R
@@ -78,7 +73,7 @@ class Sizes:
     FOLD: bool
 
     @property
-    def square(self) -> bool:
+    def SQUARE(self) -> bool:
         """Whether x and the output have equal rows."""
         return (self.IN.N, self.IN.K) == (self.OUT.N, self.OUT.K)
 
@@ -110,7 +105,7 @@ class Sizes:
         return (*wide_and_rule, (a.C * a.D, blocks), (a.N * a.D, 1), (b.N**3, b.R), (b.C * b.D, blocks))
 
     @property
-    def offsets(self) -> Offsets:
+    def OFFSETS(self) -> Offsets:
         """The starts of the gradients and the length of a row, which is a multiple of 4."""
         ends = list(accumulate(elements * copies for elements, copies in self.gradients))
         ends[-1] += -ends[-1] % 4

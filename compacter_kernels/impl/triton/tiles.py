@@ -16,21 +16,14 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def operands(a, b, PRECISION: tl.constexpr):
-    """Both operands of a product. PRECISION is that of float32 operands; "bf16" rounds them."""
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, summed in float32. PRECISION is that of float32 operands; "bf16" rounds them."""
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return a, b
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, summed in float32."""
-    a, b = operands(a, b, PRECISION)
     if PRECISION == "bf16" or INTERPRETED:
         return tl.dot(a, b, acc, input_precision="ieee")
     else:
@@ -40,11 +33,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32."""
-    a, b = operands(a, b, PRECISION)
-    if PRECISION == "bf16" or INTERPRETED:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
+    return dot(a, b, None, PRECISION)
 
 
 @triton.jit
@@ -137,12 +126,18 @@ def merge(a, C: tl.constexpr):
 
 
 @triton.jit
-def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
-    """s_c[u] of left (n, K, r) or t_c[u] of right (n, r, K): float32, 0 outside; u, c broadcast."""
+def factor_pointers(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
+    """Pointers to s_c[u] of left (n, K, r) or t_c[u] of right (n, r, K); u and c broadcast."""
     if LEFT:
-        p_w = W + (c // side.R) * (K * side.R) + u * side.R + c % side.R
+        return W + (c // side.R) * (K * side.R) + u * side.R + c % side.R
     else:
-        p_w = W + c * K + u
+        return W + c * K + u
+
+
+@triton.jit
+def factor(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
+    """s_c[u] or t_c[u], float32, 0 outside."""
+    p_w = factor_pointers(W, u, c, K, side, LEFT)
     return tl.load(p_w, mask=(u < K) & (c < side.C), other=0.0).to(tl.float32)
 
 

@@ -27,8 +27,8 @@ from compacter_kernels.impl.triton.middle_backward import (
     zero_unfolded_sums,
 )  # fmt: skip
 from compacter_kernels.impl.triton.partials import (
+    store_factor,
     store_folded_sums,
-    store_left,
     store_out_side,
     store_rule_sum,
     store_unfolded_sums,
@@ -60,22 +60,6 @@ def tokens(X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.cons
         tl.store(V2 + o_out, v2, mask=m_out)
 
 
-@triton.jit
-def sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P: tl.constexpr):
-    """Add a tile's share to total, for block b of a folded bottleneck or one projection's rule."""
-    if P.FOLD:
-        zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
-        dvj = tl.reshape(dv, (P.BT, P.OUT.NP * P.OUT.NI))
-    if P.ACTIVATION is None and P.FOLD:
-        return (add_product(total[0], tl.trans(zj), dvj, 1, P.PRECISION.SUMS),)
-    elif P.ACTIVATION is None:
-        return (add_rule(total[0], z, dv, P.IN, P),)
-    else:
-        weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
-        h, dy = block_gradients(b, zj, dvj, weights, once(T), P)
-        return folded_sums(total, zj, dvj, h, dy, once(T), P)
-
-
 @triton.jit(do_not_specialize=["T"])
 def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
     """Phase 2 for the small gradients, over every num_programs(1)-th tile of BT tokens.
@@ -83,27 +67,33 @@ def sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
     A program sums a block of a folded bottleneck, or one unfolded side: it cannot hold both.
     """
     b = tl.program_id(0)
-    if P.ACTIVATION is None and P.FOLD:
-        total = (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
+    if P.FOLD:
+        total = zero_folded_sums(P)
     elif P.ACTIVATION is None:
         total = (tl.zeros((P.IN.NI, P.IN.NP, P.IN.NP), tl.float32),)
-    elif P.FOLD:
-        total = zero_folded_sums(P)
     else:
         total = zero_unfolded_sums(P.IN if P.OPTIONS.IN_SIDE else P.OUT, P)
     for tile in tl.range(tl.program_id(1), tl.cdiv(T, P.BT), tl.num_programs(1)):
         o_in, m_in = narrow(tile, T, P.IN, P)
         o_out, m_out = narrow(tile, T, P.OUT, P)
         zero = again(tile, T)
-        if P.FOLD or P.ACTIVATION is None:
+        if P.FOLD:
+            zj = tl.reshape(tl.load(Z + o_in, mask=m_in, other=0.0), (P.BT, P.IN.NP * P.IN.NI))
+            dvj = tl.reshape(tl.load(DV + o_out, mask=m_out, other=0.0), (P.BT, P.OUT.NP * P.OUT.NI))
+            if P.ACTIVATION is None:
+                total = (add_product(total[0], tl.trans(zj), dvj, 1, P.PRECISION.SUMS),)
+            else:
+                weights = folded_weights(b + zero, A1, T1, B1, A2, S2, P)
+                h, dy = block_gradients(b, zj, dvj, weights, once(T), P)
+                total = folded_sums(total, zj, dvj, h, dy, once(T), P)
+        elif P.ACTIVATION is None:
             z = tl.load(Z + o_in, mask=m_in, other=0.0)
-            dv = tl.load(DV + o_out, mask=m_out, other=0.0)
-            total = sum_tile(b, total, z, dv, zero, T, A1, T1, B1, A2, S2, P)
+            total = (add_rule(total[0], z, tl.load(DV + o_out, mask=m_out, other=0.0), P.IN, P),)
         elif P.OPTIONS.IN_SIDE:
             total = in_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
         else:
             total = out_sums(total, (Z + o_in, m_in), (DV + o_out, m_out), zero, A1, T1, B1, A2, S2, P)
-    row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     if P.ACTIVATION is None:
         store_rule_sum(row, total[0], P)
     elif P.FOLD:
@@ -128,7 +118,7 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
     u = block(tl.program_id(0), P.BK)
     m_u = (u < K)[None, :]
     if IN_SIDE:
-        NI: tl.constexpr = P.IN.NI if SPLIT else P.IN.NW
+        NI: tl.constexpr = P.IN.NI if SPLIT or P.IN.NI > 16 else 16  # the least inner size of a product
         c1 = tl.arange(0, NI)
         s_rows = s_operand(factor(S1, u[:, None], c1[None, :], P.IN.K, P.IN, True), LP, SPLIT)
         d_s1 = tl.zeros((P.BK, s_rows.shape[0]), tl.float32)
@@ -160,8 +150,8 @@ def columns(X, G, DX, DZ, V2, PART, S1, scale, T, P: tl.constexpr):
             v = tl.load(V2 + first * P.OUT.C + o_v, mask=m_r & (c2 < P.OUT.C)[None, :], other=0.0)
             v = v_operand(v, ((first % N).to(tl.int32) + r) % N, N, LP)
             d_out = add_product(d_out, tl.trans(g.to(LP)), v, 1, WIDE)
-    row = PART + tl.program_id(1).to(tl.int64) * P.O.ROW
+    row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     if IN_SIDE:
-        store_left(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN)
+        store_factor(row, sum_dz(d_s1, NI), u[:, None], c1[None, :], P.IN.K, P.IN, True)
     if OUT_SIDE:
         store_out_side(row, d_out, u, scale, P)
