@@ -93,4 +93,10 @@ COMPACTER_DEVICE int block_offset(int lane, int row, int chunk) {
     return lane % 8 * row + lane / 8 % 2 * chunk + lane / 16 * 16;
 }
 
+// Adds the fresh accumulators of a tile to sums over tiles.
+COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
+}
+
 }  // namespace compacter::cuda

@@ -25,10 +25,7 @@ template <class S>
 struct Sums {
     float at[S::places][4];
 
-    COMPACTER_DEVICE void add(int place, const float (&fresh)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) at[place][e] += fresh[e];
-    }
+    COMPACTER_DEVICE void add(int place, const float (&fresh)[4]) { cuda::add(at[place], fresh); }
 
     COMPACTER_DEVICE float4 vector(int place) const {
         const float(&sum)[4] = at[place];

@@ -6,11 +6,6 @@
 
 namespace compacter::cuda {
 
-COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
-}
-
 // Of four numbers of each lane, the sum of number g % 4 over the four lanes that differ only in g % 4.
 COMPACTER_DEVICE float sum_own(const float (&d)[4]) {
     const int lane = lane_anew();

@@ -14,11 +14,6 @@
 
 namespace compacter::cuda {
 
-COMPACTER_DEVICE void add(float (&sum)[4], const float (&fresh)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += fresh[e];
-}
-
 // Sums of eight numbers over the eight g of a warp: lane (g, t) gets that of number g.
 COMPACTER_DEVICE float sum_over_rows(float (&v)[8]) {
     const int g = lane_anew() / 4;
