@@ -43,7 +43,7 @@ struct Part {
         const auto* x = static_cast<const unsigned char*>(b.x) + start;
         const auto* g = static_cast<const unsigned char*>(b.grad_out) + start;
         unsigned char* to = rows(stage);
-        const int count = valid(tile);
+        const int count = valid_tokens<S>(b, tile);
         const auto copy = [&](auto all) {  // all: no token is missing
             for_each_vector([&](int token, int at) {
                 const bool real = decltype(all)::value || token < count;
@@ -60,7 +60,7 @@ struct Part {
     COMPACTER_DEVICE void store(int tile, int stage) const {
         auto* to = static_cast<unsigned char*>(b.grad_x) + int64_t{tile} * S::tokens * S::width * 2;
         const unsigned char* from = rows(stage);
-        const int count = valid(tile);
+        const int count = valid_tokens<S>(b, tile);
         for_each_vector([&](int token, int at) {
             if (token < count)
                 *reinterpret_cast<uint4*>(to + token * S::width * 2 + at) =
@@ -79,11 +79,6 @@ struct Part {
     }
 
   private:
-    COMPACTER_DEVICE int valid(int tile) const {
-        const int64_t remaining = b.tokens - int64_t{tile} * S::tokens;
-        return remaining < S::tokens ? static_cast<int>(remaining) : S::tokens;
-    }
-
     // body(token, bytes from its start) for the vectors of this lane.
     template <class Body>
     COMPACTER_DEVICE void for_each_vector(const Body& body) const {

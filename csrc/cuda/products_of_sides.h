@@ -202,7 +202,7 @@ struct SideProducts : SidePart<S> {
     // dx = dZ s1^T (+ g) of a chunk, to memory. Column c of product j of a segment of 32 columns is 8 (c / 2) + 2 j +
     // c % 2, so that a lane has eight neighbours.
     COMPACTER_DEVICE void expand(int tile, const unsigned char* g, const OfChunk& z) const {
-        const int lane = lane_anew(), row = token_of_row(lane / 4), count = this->valid(tile);
+        const int lane = lane_anew(), row = token_of_row(lane / 4), count = valid_tokens<S>(b, tile);
         const int factor_row = lane / 8 % 2 ? 8 + lane % 4 : lane % 8;
         const int at = this->first() + side * S::chunk * 2 + lane % 4 * 16;
         const unsigned char* factor = shared_memory() + S::expanding + factor_row * S::factor_row + lane / 16 * 16;

@@ -10,6 +10,13 @@ namespace compacter::cuda {
 // The number of the warp, of which the compiler then knows that all lanes have the same.
 COMPACTER_DEVICE int warp_index() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32), 0); }
 
+// The tokens of a tile that exist.
+template <class S>
+COMPACTER_DEVICE int valid_tokens(const Backward& b, int tile) {
+    const int64_t remaining = b.tokens - int64_t{tile} * S::tokens;
+    return remaining < S::tokens ? static_cast<int>(remaining) : S::tokens;
+}
+
 // The warps that share a tile: `owners` for its chunks, and 2^log_shares for the columns of each.
 struct Group {
     int warps, index, rank, count;

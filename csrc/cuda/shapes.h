@@ -59,12 +59,8 @@ struct Shape {
 // Calls body(Shape{}) with the compiled shape of these sizes and returns true, or returns false.
 template <class Body>
 bool with_shape(const Sizes& s, const Body& body) {
-    const auto is = [&](int n, int width, int d) {
-        return s.n == n && s.rank == 1 && s.in * n == width && s.out * n == width && s.inner * n == d;
-    };
-    if (is(4, 768, 24)) return body(Shape<4, 768, 24, 1>{}), true;
-    if (is(8, 1024, 64)) return body(Shape<8, 1024, 64, 4>{}), true;
-    return false;
+    const auto serves = [&](auto shape) { return are_of<decltype(shape)>(s) && (body(shape), true); };
+    return serves(Shape<4, 768, 24, 1>{}) || serves(Shape<8, 1024, 64, 4>{});
 }
 
 }  // namespace compacter::cuda

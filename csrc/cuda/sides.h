@@ -37,8 +37,7 @@ struct Sides {
 template <class Body>
 bool with_sides(const Sizes& s, const Body& body) {
     using S = Sides<12, 768, 48>;
-    if (s.n != S::n || s.rank != 1 || s.in != S::chunk || s.out != S::chunk || s.inner != S::inner) return false;
-    return body(S{}), true;
+    return are_of<S>(s) && (body(S{}), true);
 }
 
 // Row r of a matrix of eight tokens is this token. Rows 2m and 2m + 1 are then 64 bytes apart in the banks. So eight
@@ -66,10 +65,6 @@ struct SidePart {
     COMPACTER_DEVICE static unsigned char* rows(int stage, int side) {
         return shared_memory() + S::ring + stage * S::tile + side * (S::tile / 2);
     }
-    COMPACTER_DEVICE int valid(int tile) const {
-        const int64_t remaining = b.tokens - int64_t{tile} * S::tokens;
-        return remaining < S::tokens ? static_cast<int>(remaining) : S::tokens;
-    }
 
     // Starts to copy the warp's part: 16 bytes a lane, zeros for the tokens that are missing.
     COMPACTER_DEVICE void load(int tile, int stage) const {
@@ -77,7 +72,7 @@ struct SidePart {
         const auto* from = static_cast<const unsigned char*>(side ? b.grad_out : b.x) + start;
         constexpr int vectors = S::chunk / 4, at_once = 32 / vectors;
         static_assert(32 % vectors == 0);
-        const int lane = lane_anew(), count = valid(tile), token = lane / vectors, at = first() + lane % vectors * 16;
+        const int lane = lane_anew(), count = valid_tokens<S>(b, tile), token = lane / vectors, at = first() + lane % vectors * 16;
         unsigned char* to = rows(stage, side) + token * S::row + at;
         from += token * S::width * 2 + at;
         const auto copy = [&](auto all) {  // all: no token is missing

@@ -67,6 +67,12 @@ struct Known {
     }
 };
 
+// Whether these are the sizes of the shape S, an adapter of rank 1 that a kernel of the backward knows.
+template <class S>
+bool are_of(const Sizes& s) {
+    return s.n == S::n && s.rank == 1 && s.in == S::chunk && s.out == S::chunk && s.inner == S::inner;
+}
+
 // Calls body with the compiled instance for these sizes. WithKnown: there are instances that know n.
 template <bool WithKnown = true, class Body>
 auto with_instance(const Sizes& s, const Body& body) {

@@ -36,8 +36,7 @@ struct Wide {
 template <class Body>
 bool with_wide(const Sizes& s, const Body& body) {
     using S = Wide<8, 4096, 128>;
-    if (s.n != S::n || s.rank != 1 || s.in != S::chunk || s.out != S::chunk || s.inner != S::inner) return false;
-    return body(S{}), true;
+    return are_of<S>(s) && (body(S{}), true);
 }
 
 // Row `row` of 16 bytes of what begins at byte `rows`.
