@@ -79,7 +79,7 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
     for target in targets:
-        adapter = _adapter(model, config, target, impl, device)
+        adapter = build_adapter(model, config, target, impl, device)
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
         if shared is not None:
@@ -91,9 +91,10 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     return Prepared(targets, shared, adapters, copies)
 
 
-def _adapter(
+def build_adapter(
     model: nn.Module, config: CompacterConfig, target: Target, impl: str, device: str | None
 ) -> CompacterAdapter:
+    """The adapter of a target, on that device or the target's own; ValueError if it cannot be."""
     module = unwrapped(model.get_submodule(target.write))
     like, width = computes_like(model, module), width_of(model, module, target.write)
     if config.is_parallel:

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
+from compacter_kernels.nn.borrower import Borrower, LayerNorm
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
-from compacter_kernels.private import children, parameter, runs
+from compacter_kernels.private import children, runs
 from compacter_kernels.problem import check_phm_dim
 
 
-class CompacterAdapter(nn.Module):
+class CompacterAdapter(Borrower):
     """scale * up(act(down(x))) + x, the adapter of Compacter (arXiv 2106.04647, section 3).
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
@@ -111,8 +112,8 @@ class CompacterAdapter(nn.Module):
         self.up = PHMLinear(bottleneck, hidden_size, **options)
         scaling = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
         self.register_parameter("scaling", scaling)
-        self.norm_before = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
-        self.norm_after = nn.LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
+        self.norm_before = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
+        self.norm_after = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
         self._reset_shared_rule()
 
     def _reset_shared_rule(self) -> None:
@@ -143,7 +144,7 @@ class CompacterAdapter(nn.Module):
         late |= residual is not None and residual.dtype != h.dtype
         modules = children(self)
         down, up = modules["down"], modules["up"]
-        scaling = parameter(self, "scaling")
+        scaling = self._weight("scaling")
         scale = self.scale if scaling is None else scaling
         if runs(PHMLinear.forward, down, up):
             y = compacter_adapter(
@@ -185,7 +186,7 @@ class CompacterAdapter(nn.Module):
         """The arguments that rebuild this adapter. A rule passed in appears as phm_rule."""
         if not self._as_built():
             return f"{self.hidden_size}"
-        values = {**vars(self.down), **vars(self), "phm_bias": self.down.b is not None}
+        values = {**vars(self.down), **vars(self), "phm_bias": self.down.bias is not None}
         shared_rule = self.down.shared_phm_rule and not self._own_rule
         return arguments(self, "hidden_size", shared_rule=shared_rule, values=values)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compacter_kernels.dispatch import check_name
 from compacter_kernels.functional import phm_linear, phm_matrix
 from compacter_kernels.kronecker_fit import fit, relative_error
+from compacter_kernels.nn.borrower import Borrower
 from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, read_projection, rounded
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.partitioned import full_shape, gathered
@@ -28,7 +29,7 @@ def rule_shapes(phm_dim: int, factorized_phm_rule: bool) -> tuple[tuple[int, int
     return ((n, n, 1), (n, 1, n)) if factorized_phm_rule else ((n, n, n),)
 
 
-class PHMLinear(nn.Module):
+class PHMLinear(Borrower):
     """y = x H + b with H = sum_i A_i (x) (s_i t_i) (arXiv 2106.04647, equation 5).
 
     It is a drop-in for nn.Linear. Its parameters, with n = phm_dim and r = phm_rank:
@@ -100,7 +101,6 @@ class PHMLinear(nn.Module):
         for name, rule in zip(self.rule_names(), rules, strict=True):
             self.register_parameter(name, rule)
         self.register_parameter("b", parameter(out_features) if bias else None)
-        self._borrowed: dict[str, tuple[nn.Module, str]] = {}
         self.reset_parameters()
 
     @classmethod
@@ -134,30 +134,13 @@ class PHMLinear(nn.Module):
         load_weights(layer, weights._replace(bias=bias))
         return layer, relative_error(matrix, weights)
 
-    def borrow(self, owner: nn.Module, **names: str) -> None:
-        """Use the parameters of another module instead of this layer's own, which are deleted.
-
-        The layer then does not hold, move or save them. It reads them from the owner in every call,
-        and so follows a sharded model, for example, that replaces them.
-
-        names: the owner's name of each parameter, as in phm_rule="phm_rule", W_left="W_down_left".
-        """
-        for name, owner_name in names.items():
-            shape = full_shape(getattr(self, name))
-            if full_shape(getattr(owner, owner_name)) != shape:
-                raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {owner_name} another")
-        for name, owner_name in names.items():
-            delattr(self, name)
-            self._borrowed[name] = (owner, owner_name)
-
-    def _weight(self, name: str) -> nn.Parameter:
+    def _weight(self, name: str) -> Any:
         """A parameter of this layer, or a borrowed one, on the device of this layer."""
         if name not in self._borrowed:
-            return parameter(self, name)  # type: ignore[no-any-return]
-        owner, owner_name = self._borrowed[name]
-        weight: nn.Parameter = getattr(owner, owner_name)
-        b = parameter(self, "b")
-        return weight if b is None or weight.device == b.device else weight.to(b.device)  # type: ignore[return-value]
+            return parameter(self, name)
+        weight, b = super()._weight(name), super()._weight("b")
+        like = super()._weight(self.factor_names()[0]) if b is None else b
+        return weight if weight.device == like.device else weight.to(like.device)
 
     def rule_names(self) -> tuple[str, ...]:
         """The names of the slow weights."""
@@ -176,9 +159,10 @@ class PHMLinear(nn.Module):
         reset_factors([getattr(self, name) for name in self.factor_names() if name not in self._borrowed], self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
-        if self.b is not None:
-            with gathered([self.b], change=True):
-                nn.init.zeros_(self.b)
+        b = None if "b" in self._borrowed else self.b
+        if b is not None:
+            with gathered([b], change=True):
+                nn.init.zeros_(b)
 
     def weights(self) -> PHMWeights:
         """The parameters for the functions: a factorised rule multiplied, a fixed one detached."""
@@ -188,7 +172,7 @@ class PHMLinear(nn.Module):
             rule = self._weight("phm_rule")
         if not self.learn_phm and rule.requires_grad:
             rule = rule.detach()
-        b = parameter(self, "b")
+        b = self._weight("b")
         if self.factorized_phm_W:
             return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), b)
         return PHMWeights(rule, self._weight("W"), None, b)
@@ -207,7 +191,7 @@ class PHMLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The parameter `b`, by nn.Linear's name."""
-        return parameter(self, "b")  # type: ignore[no-any-return]
+        return self._weight("b")  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out) in x's dtype."""
@@ -215,7 +199,7 @@ class PHMLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that rebuild this layer. A shared rule appears as phm_rule."""
-        values = {"bias": self.b is not None}
+        values = {"bias": self.bias is not None}
         return arguments(self, "in_features", "out_features", shared_rule=self.shared_phm_rule, values=values)
 
 
@@ -238,7 +222,7 @@ def arguments(module: nn.Module, *positional: str, shared_rule: bool, values: Ma
     not an attribute of the same name. A shared rule and functions are printed as bare names.
     """
     parts = [repr(getattr(module, name)) for name in positional]
-    first = next(module.parameters())
+    first = next(module.parameters(), torch.empty(0))
     for name, spec in inspect.signature(type(module)).parameters.items():
         if name in positional:
             continue

@@ -55,14 +55,19 @@ def names_ending_with(model: nn.Module, ends: Sequence[str], option: str, hint: 
     if missing:
         raise ValueError(f"{option}: no module's name ends with {', '.join(missing)}{hint()}")
     chosen = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
-    for name in chosen:
+    check_called(model, chosen, option)
+    return chosen
+
+
+def check_called(model: nn.Module, names: Sequence[str], option: str) -> None:
+    """Raise ValueError, which names the option, if the model never calls one of these modules."""
+    for name in names:
         if not is_called(model, name):
             attention = name.rpartition(".")[0] or type(model).__name__
             raise ValueError(
                 f"{option}: {name} is never called, {attention} reads its weights itself; name the attention, "
                 f"{attention.rpartition('.')[2]!r}"
             )
-    return chosen
 
 
 def is_called(model: nn.Module, path: str) -> bool:
@@ -94,17 +99,26 @@ def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
 
     ValueError lists likely names, if the table does not list the model or the model has none.
     """
-    targets = list(_of_table(model, config) if config.target_modules is None else _by_name(model, config))
+    if config.target_modules is None:
+        targets = list(_of_table(model, config))
+    else:
+        ends = config.target_modules
+        targets = numbered(names_ending_with(model, ends, "target_modules", lambda: f". {_likely(model)}"))
     if not targets:
         kinds = model_types(model)
         if any(kind in ARCHITECTURES for kind in kinds):
             raise ValueError(f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)")
         subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
         raise ValueError(f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}")
-    kept = [target for target in targets if target.layer not in config.leave_out]
-    if not kept:
+    return without_layers(targets, config.leave_out)
+
+
+def without_layers(targets: Sequence[Target], leave_out: Sequence[int]) -> list[Target]:
+    """The targets of the other layers; ValueError if there are none."""
+    kept = [target for target in targets if target.layer not in leave_out]
+    if targets and not kept:
         layers = sorted({target.layer for target in targets})
-        raise ValueError(f"leave_out={list(config.leave_out)} leaves no layer an adapter; there are {layers}")
+        raise ValueError(f"leave_out={list(leave_out)} leaves no layer an adapter; there are {layers}")
     return kept
 
 
@@ -139,15 +153,20 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
                 break
 
 
-def _by_name(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
+def numbered(names: Sequence[str]) -> list[Target]:
+    """Targets that are modules of these names, each with the number of its layer.
+
+    The number is the first one in the name. Those of a second stack count on after the first's.
+    """
     stacks: dict[str, dict[str, int]] = {}
-    for name in names_ending_with(model, config.target_modules or (), "target_modules", lambda: f". {_likely(model)}"):
+    for name in names:
         stack, layer = (re.match(r"(.*?)\.?(\d+)\.", name) or re.match(r"()(0?)", name)).groups()  # type: ignore[union-attr]
         stacks.setdefault(stack, {})[name] = int(layer or 0)
-    offset = 0
+    targets, offset = [], 0
     for layers in stacks.values():
-        yield from (Target(name, name, offset + layer) for name, layer in layers.items())
+        targets += [Target(name, name, offset + layer) for name, layer in layers.items()]
         offset += max(layers.values()) + 1
+    return targets
 
 
 def _likely(model: nn.Module) -> str:
