@@ -21,6 +21,16 @@ from compacter_kernels.targets.find import Target, find_modules_to_save, find_ta
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
 
 
+def shared_names(adapter: CompacterAdapter, config: CompacterConfig) -> dict[str, dict[str, str]]:
+    """The names of shared weights, for each projection by its own name of them."""
+    rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
+    factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
+    return {
+        projection: {name: name.replace("W", f"W_{projection}") for name in (*rule_names, *factor_names)}
+        for projection in ("down", "up")
+    }
+
+
 class SharedWeights(nn.Module):
     """Owns the shared parameters, for example phm_rule, W_down_left and W_up_right.
 
@@ -31,17 +41,13 @@ class SharedWeights(nn.Module):
     def __init__(self, adapter: CompacterAdapter, config: CompacterConfig) -> None:
         """Take over the parameters of the first adapter."""
         super().__init__()
-        # For each projection: its name for a parameter, and the name here.
-        self.names: dict[str, dict[str, str]] = {}
-        rule_names = adapter.down.rule_names() if config.shared_phm_rule else ()
-        factor_names = adapter.down.factor_names() if config.shared_W_phm else ()
-        for projection in ("down", "up"):
-            names = {name: name.replace("W", f"W_{projection}") for name in (*rule_names, *factor_names)}
-            self.names[projection] = names
+        self.names = shared_names(adapter, config)
+        for projection, names in self.names.items():
             for name, shared_name in names.items():
                 self.register_parameter(shared_name, getattr(getattr(adapter, projection), name))
-        if rule_names:
-            reset_rule([getattr(self, name) for name in rule_names], config.phm_init_range, config.phm_c_init)
+        if config.shared_phm_rule:
+            rules = [getattr(self, name) for name in adapter.down.rule_names()]
+            reset_rule(rules, config.phm_init_range, config.phm_c_init)
 
 
 class Prepared(NamedTuple):

@@ -1,0 +1,13 @@
+"""Compacter and bottleneck adapters as methods of the library peft.
+
+An import of this module registers the methods. Then `peft.get_peft_model` takes the configs below,
+and `peft.PeftModel.from_pretrained` reads what was saved with them.
+"""
+
+from compacter_kernels.peft.compacter import CompacterModel
+from compacter_kernels.peft.config import CompacterConfig, CompacterPlusPlusConfig
+from compacter_kernels.peft.registration import register
+
+register("compacter", CompacterConfig, CompacterModel)
+
+__all__ = ["CompacterConfig", "CompacterModel", "CompacterPlusPlusConfig"]

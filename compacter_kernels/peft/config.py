@@ -1,0 +1,57 @@
+"""The configs of the methods, which `peft.get_peft_model` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from compacter_kernels import config as options
+from compacter_kernels.peft.registration import peft_type
+
+
+@dataclass
+class CompacterConfig(PeftConfig, options.CompacterConfig):
+    """Compacter (arXiv 2106.04647) as a method of peft.
+
+    It has the options of `compacter_kernels.CompacterConfig` and those of `peft.PeftConfig`, such
+    as task_type. As in every method of peft, target_modules may also be a regular expression for
+    whole names. Layer norms and heads that are trained become a part of modules_to_save.
+
+    Raises:
+        TypeError, ValueError: at construction. The message names the option, the value that was
+            given and the values that are allowed.
+    """
+
+    target_modules: Sequence[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "ends of module names, or a regular expression for whole names; None: as the table of "
+            "compacter_kernels says for the type of the model"
+        },
+    )
+    exclude_modules: Sequence[str] | str | None = field(
+        default=None, metadata={"help": "names or a regular expression of modules that get no adapter"}
+    )
+
+    def __post_init__(self) -> None:
+        PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
+        given: Any = self.target_modules
+        if isinstance(given, str):
+            self.target_modules = (given,)
+        elif isinstance(given, set | frozenset):
+            self.target_modules = tuple(sorted(given))
+        options.CompacterConfig.__post_init__(self)
+        # peft adds names to these lists, and tells a regular expression from names by its type.
+        self.target_modules = given if isinstance(given, str | None) else list(self.target_modules or ())
+        self.modules_to_save: Any = None if self.modules_to_save is None else list(self.modules_to_save)
+        self.peft_type = peft_type("COMPACTER")
+
+
+@dataclass
+class CompacterPlusPlusConfig(CompacterConfig):
+    """Compacter++: `CompacterConfig` with adapters after the feed-forward block only."""
+
+    mh_adapter: bool = field(default=False, metadata={"help": "an adapter after self-attention"})
