@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from torch import nn
 
 from compacter_kernels import config as options
+from compacter_kernels.checkpoints.files import VERSION, of_model
 from compacter_kernels.peft.registration import peft_type
 
 
@@ -36,9 +38,22 @@ class CompacterConfig(PeftConfig, options.CompacterConfig):
         default=None, metadata={"help": "names or a regular expression of modules that get no adapter"}
     )
 
-    def __post_init__(self) -> None:
+    format_version: int = field(default=VERSION, metadata={"help": "of the folder that holds the adapters"})
+    model_type: str | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    hidden_size: int | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    adapter_model_sha256: InitVar[str | None] = None  # `save_adapter` writes it, and peft has no use for it.
+
+    def __post_init__(self, adapter_model_sha256: str | None) -> None:
+        if self.format_version != VERSION:
+            raise ValueError(
+                f"these adapters have format_version {self.format_version!r}, and peft reads version {VERSION}: "
+                "`compacter-kernels convert FOLDER --to compacter-kernels --out NEW` brings version 1 to it"
+            )
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         given: Any = self.target_modules
+        if given == "all-linear":
+            raise ValueError("target_modules='all-linear' is no place for adapters; name the layers that end blocks")
         if isinstance(given, str):
             self.target_modules = (given,)
         elif isinstance(given, set | frozenset):
@@ -48,6 +63,12 @@ class CompacterConfig(PeftConfig, options.CompacterConfig):
         self.target_modules = given if isinstance(given, str | None) else list(self.target_modules or ())
         self.modules_to_save: Any = None if self.modules_to_save is None else list(self.modules_to_save)
         self.peft_type = peft_type("COMPACTER")
+
+    def describe(self, model: nn.Module) -> None:
+        """Set what the folder says about the model."""
+        about = of_model(model)
+        self.model_type, self.hidden_size = about["model_type"], about["hidden_size"]
+        self.num_hidden_layers = about["num_hidden_layers"]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import first_input, map_first
 from compacter_kernels.nn.borrower import Borrower
+from compacter_kernels.nn.flat_names import flat
 
 BASE = "__base__"  # The name that peft gives in adapter_names to a sample that has no adapter.
 CANNOT_MERGE = (
@@ -62,7 +63,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         the input of the block; None for an adapter that is not parallel.
         """
         for key, parameter in list(adapter.named_parameters()):
-            kind = self._prefix + key.replace(".", "_")
+            kind = flat(key, self._prefix)
             if kind not in self.adapter_layer_names:
                 setattr(self, kind, nn.ParameterDict())
                 self.adapter_layer_names += (kind,)
