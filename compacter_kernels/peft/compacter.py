@@ -29,7 +29,7 @@ class CompacterModel(AdapterTuner):
         return not config.learn_phm and "phm_rule" in parameter
 
     def unload(self) -> nn.Module:
-        """The base model without adapters and without what they share."""
-        model: nn.Module = super().unload()
+        """The base model as it was."""
+        model = super().unload()
         shared.remove(model)
         return model

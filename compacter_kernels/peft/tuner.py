@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
@@ -119,6 +120,15 @@ class AdapterTuner(BaseTuner):
         sizes = (source.get(size) or 1 for source in sources for size in ("num_beams", "num_return_sequences"))
         with given_names(self, AdapterLayer, Names(names, max(sizes))):
             yield
+
+    def unload(self) -> nn.Module:
+        """The base model as it was. peft alone would leave in it what was trained whole."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        model: nn.Module = super().unload()
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
