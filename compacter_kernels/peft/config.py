@@ -52,8 +52,6 @@ class CompacterConfig(PeftConfig, options.CompacterConfig):
             )
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         given: Any = self.target_modules
-        if given == "all-linear":
-            raise ValueError("target_modules='all-linear' is no place for adapters; name the layers that end blocks")
         if isinstance(given, str):
             self.target_modules = (given,)
         elif isinstance(given, set | frozenset):

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, map_first
-from compacter_kernels.nn.borrower import Borrower
+from compacter_kernels.inject.hidden_states import map_first
 from compacter_kernels.nn.flat_names import flat
+from compacter_kernels.peft.block_input import BlockInput, forget
+from compacter_kernels.peft.mixed_batch import Names
+from compacter_kernels.peft.shared import SharedParameters
+from compacter_kernels.targets.fast_path import FastPath
 
-BASE = "__base__"  # The name that peft gives in adapter_names to a sample that has no adapter.
 CANNOT_MERGE = (
     "a bottleneck adapter has a nonlinear function inside and cannot be merged into the weights of the base; keep it "
     "beside them (a call costs little), or call unload() to go back to the base without it"
 )
-# The input of the block that this thread computes, and the layer at the end of the block.
-_block_input = threading.local()
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """y = base_layer(x), and then y + sum over active adapters of (adapter(y) - y).
+    """y = base_layer(x), and then y = adapter(x or y, residual=y) for each active adapter.
 
-    A parallel adapter takes the input of the block instead of y. y may also be the first element of
-    what base_layer returns.
+    All active adapters take the same input, the output of base_layer, and each adds its own to the
+    sum. A parallel adapter takes the input of the block instead. base_layer may also return a
+    tuple, list or dict that begins with its output.
 
     All parameters lie flat in ParameterDicts, one for each kind, keyed by the name of the adapter:
     peft before 0.21 loads no parameters of nested modules. The modules that compute, in `adapters`,
@@ -37,17 +35,31 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: a module of the base, or another layer of peft around it.
         prefix: what the names of the ParameterDicts begin with.
+        fast_path: of the torch encoders in the model, which is off while an adapter is in use.
     """
 
-    def __init__(self, base_layer: nn.Module, prefix: str) -> None:
+    def __init__(self, base_layer: nn.Module, prefix: str, fast_path: FastPath) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.other_param_names = (f"{prefix}adapters", "reads")
+        self.other_param_names = (f"{prefix}adapters", "reads", "fixed")
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
         self.reads: dict[str, BlockInput] = {}
-        self._prefix = prefix
+        self.fixed: dict[str, list[str]] = {}
+        self._prefix, self._shared = prefix, list[SharedParameters]()
+        self.fast_path = fast_path
+        fast_path.allow(False, self)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of base_layer, such as out_features, or batch_first of an attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Libraries mark modules by private attributes; this one says how an attention computes.
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
+                raise
+            return getattr(self.base_layer, name)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -55,12 +67,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._modules[f"{self._prefix}adapters"]  # type: ignore[return-value]
 
     def add_adapter(
-        self, name: str, adapter: nn.Module, shared: Mapping[str, nn.ParameterDict], read: nn.Module | None
+        self,
+        name: str,
+        adapter: nn.Module,
+        *,
+        shared: Mapping[str, SharedParameters],
+        fixed: Sequence[str],
+        read: nn.Module | None,
     ) -> None:
         """Add an adapter, whose own parameters move into the dicts of this layer.
 
-        shared: the dicts of the model that the adapter borrows from. read: the module that takes
-        the input of the block; None for an adapter that is not parallel.
+        shared: the dicts of the model that the adapter borrows from. fixed: the names of the dicts
+        whose parameters are never trained. read: the module that takes the input of the block;
+        None for an adapter that is not parallel.
         """
         for key, parameter in list(adapter.named_parameters()):
             kind = flat(key, self._prefix)
@@ -71,30 +90,37 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             values[name] = parameter
             path, _, leaf = key.rpartition(".")
             adapter.get_submodule(path).borrow(values, **{leaf: name})  # type: ignore[operator]
-        for kind, values in shared.items():
+        for kind, shared_values in shared.items():
             if kind not in self.adapter_layer_names:
-                self.__dict__[kind] = values  # No child: the model owns it.
+                self.__dict__[kind] = shared_values  # No child: the model owns it.
                 self.adapter_layer_names += (kind,)
+                self._shared.append(shared_values)
         self.adapters[name] = adapter
+        self.fixed[name] = list(fixed)
         if read is not None:
-            self.reads[name] = BlockInput(read, self, name)
+            self.reads[name] = BlockInput(read, self)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use and train these adapters, and no others. A fixed phm_rule stays fixed."""
+        """Use and train these adapters, and no others. What is fixed stays fixed."""
         super().set_adapter(adapter_names, inference_mode)
-        self._fix_rules()
+        self._fix()
+        for shared in self._shared:
+            shared.set_adapter(self.active_adapters)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters or not. A fixed phm_rule stays fixed."""
+        """Train these adapters or not. What is fixed stays fixed."""
         super().set_requires_grad(adapter_names, requires_grad)
-        self._fix_rules()
+        self._fix()
 
-    def _fix_rules(self) -> None:
-        for adapter in self.adapters.values():
-            for projection in adapter.children():
-                if getattr(projection, "learn_phm", True) is False:
-                    for rule in projection.rule_names():  # type: ignore[operator]
-                        Borrower._weight(projection, rule).requires_grad_(False)  # type: ignore[arg-type]
+    def _fix(self) -> None:
+        for name, kinds in self.fixed.items():
+            for kind in kinds:
+                getattr(self, kind)[name].requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active adapters, or none: then the layer computes as base_layer, bit by bit."""
+        super().enable_adapters(enabled)
+        self.fast_path.allow(not enabled, self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter of that name, with its parameters."""
@@ -102,35 +128,31 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.reads[adapter_name].remove()
         super().delete_adapter(adapter_name)
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call base_layer and apply the active adapters, or those that adapter_names says.
-
-        adapter_names: the name of the adapter of each sample, or "__base__".
-        """
+    def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """Call base_layer and apply the active adapters, or those of adapter_names."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
-        if adapter_names is not None:
-            return map_first(lambda y: self._mixed(y, adapter_names, args, kwargs), output, self.base_layer)
-        names = [name for name in self.active_adapters if name in self.adapters]
-        return map_first(lambda y: self._applied(names, y, args, kwargs), output, self.base_layer) if names else output
 
-    def _applied(self, names: Sequence[str], y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        result = y
-        for name in names:
-            x = self.reads[name].of_call(args, kwargs) if name in self.reads else y
-            result = self.adapters[name](x, result)
-        return result
+        def input_of(name: str, y: Tensor) -> Tensor:
+            return self.reads[name].of_call(args, kwargs) if name in self.reads else y
 
-    def _mixed(self, y: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if len(names) != len(y):
-            raise ValueError(f"adapter_names has {len(names)} names for a batch of {len(y)} samples")
-        result = y
-        for name in dict.fromkeys(names):
-            if name in self.adapters:
-                x = self.reads[name].of_call(args, kwargs) if name in self.reads else y
-                rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=y.device)
-                result = result.index_copy(0, rows, self.adapters[name](x[rows], y[rows]).to(y.dtype))
+        def apply_active(y: Tensor) -> Tensor:
+            result = y
+            for name in self.active_adapters:
+                if name in self.adapters:
+                    result = self.adapters[name](input_of(name, y), result)
+            return result
+
+        def apply_named(y: Tensor) -> Tensor:
+            assert adapter_names is not None
+            return adapter_names.change(
+                y, self.adapters, lambda name, rows: self.adapters[name](input_of(name, y)[rows], y[rows])
+            )
+
+        result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+        if self.reads:
+            forget()
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -147,42 +169,5 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise NotImplementedError(CANNOT_MERGE)
         for read in self.reads.values():
             read.remove()
+        self.fast_path.allow(True, self)
         return self.base_layer
-
-
-class BlockInput:
-    """The input of a block, kept from the call of its first module to that of its last one.
-
-    read: the module that takes the input. layer, name: the parallel adapter that uses it.
-    """
-
-    def __init__(self, read: nn.Module, layer: AdapterLayer, name: str) -> None:
-        self._read, self._layer, self._name = read, layer, name
-        self._first = next(iter(inspect.signature(read.forward).parameters), "")
-        self._handle: Any = None
-        if read is not layer.get_base_layer():
-            self._handle = read.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._layer.disable_adapters:
-            _block_input.waiting = (self._layer, first_input(module, args, kwargs, self._first))
-
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The input of the block whose last module, the layer, gets these arguments.
-
-        RuntimeError: `read` was not called before it.
-        """
-        if self._handle is None:
-            return first_input(self._read, args, kwargs, self._first)
-        waiting: tuple[AdapterLayer, Tensor] | None = getattr(_block_input, "waiting", None)
-        if waiting is None or waiting[0] is not self._layer:
-            raise RuntimeError(
-                f"a parallel adapter takes the input of a {type(self._read).__name__}, which was not called before "
-                "the module that ends its block"
-            )
-        return waiting[1]
-
-    def remove(self) -> None:
-        """Stop keeping the input."""
-        if self._handle is not None:
-            self._handle.remove()
