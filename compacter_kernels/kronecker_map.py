@@ -18,11 +18,13 @@ from torch import Tensor
 from compacter_kernels.impl.plain import without_autocast
 from compacter_kernels.modes import alone
 
-_AXES = ("pqs", "uvw")  # the letters of the chunks, and of the numbers in a chunk, after 0, 1, 2 products
+# The letters of the chunks, and of the numbers in a chunk, after 0, 1 and 2 products. einsum sums in
+# the order of the alphabet, and copies a tensor that has another order in memory.
+_AXES = ("bcd", "uvw")
 
 
 class _Step(NamedTuple):
-    """The letters of a product: input and weight give output. t: the tokens, i: the terms."""
+    """The letters of a product: input and weight give output. a: the tokens, i: the terms."""
 
     input: str
     weight: str
@@ -30,10 +32,10 @@ class _Step(NamedTuple):
 
 
 def kronecker_map(x: Tensor, rules: Sequence[Tensor], factors: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """Scale * x H, in the dtype that all tensors have.
+    """scale * x H, computed in the dtype of the weights.
 
     Args:
-        x: (..., in), with any strides.
+        x: (..., in), of any float dtype, with any strides.
         rules: the A_i, one tensor (terms, n_in, n_out), or two, (terms, n_in, s) and
             (terms, s, n_out), whose products they are.
         factors: the W_i, one tensor (terms, in/n_in, out/n_out), or two, (terms, in/n_in, r) and
@@ -41,22 +43,23 @@ def kronecker_map(x: Tensor, rules: Sequence[Tensor], factors: Sequence[Tensor],
         scale: a number.
 
     Returns:
-        (..., out), contiguous. For backward it keeps x and the weights, and computes again what
-        lies between the products. It is differentiable any number of times.
+        (..., out), contiguous, in the dtype of the weights, which all have one. For backward it
+        keeps x and the weights, and computes again what lies between the products. It is
+        differentiable any number of times.
     """
-    sides = _multiplied(rules), _multiplied(factors)
     with without_autocast(x.device):
+        sides = _multiplied(rules), _multiplied(factors)
         order = _order(*(_sizes(side) for side in sides))
         steps, taken = list(_steps(order)), [iter(side) for side in sides]
         weights = [next(taken[side]) for side in order]
         if scale != 1.0:
             smallest = min(range(len(weights)), key=lambda index: weights[index].numel())
             weights[smallest] = weights[smallest] * scale
-        rows = x.reshape(-1, rules[0].shape[1], factors[0].shape[1])
+        chunks = rules[0].shape[1]
         if torch.compiler.is_compiling() or not alone():  # they see the products as torch's own operations
-            y = _values(steps, rows, weights)[-1]
+            y = _values(steps, chunks, x, weights)[-1]
         else:
-            y = _Chain.apply(steps, rows, *weights)
+            y = _Chain.apply(steps, chunks, x, *weights)
     return y.reshape(*x.shape[:-1], y.shape[1] * y.shape[2])
 
 
@@ -95,46 +98,51 @@ def _order(*sizes: list[int]) -> list[int]:
 
 def _steps(order: list[int]) -> Iterator[_Step]:
     """The letters of each product. Only between the first and the last are the terms apart."""
-    done, letters = [0, 0], "tpu"
+    done, letters = [0, 0], "abu"
     for index, side in enumerate(order):
         axis, before = _AXES[side], letters
         done[side] += 1
         chunk, number = _AXES[0][done[0]], _AXES[1][done[1]]
-        letters = f"t{chunk}{number}" if index == len(order) - 1 else f"t{chunk}i{number}"
+        letters = f"a{chunk}{number}" if index == len(order) - 1 else f"a{chunk}i{number}"
         yield _Step(before, f"i{axis[done[side] - 1]}{axis[done[side]]}", letters)
 
 
-def _values(steps: Sequence[_Step], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Every value: x (tokens, n_in, in/n_in), then the result of each product."""
+def _values(steps: Sequence[_Step], chunks: int, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Every value: x as (tokens, n_in, in/n_in), then the result of each product."""
 
     def product(z: Tensor, pair: tuple[_Step, Tensor]) -> Tensor:
         step, weight = pair
         return torch.einsum(f"{step.input},{step.weight}->{step.output}", z, weight)
 
-    return list(accumulate(zip(steps, weights, strict=False), product, initial=x))
+    rows = x.reshape(-1, chunks, x.shape[-1] // chunks).to(weights[0].dtype)
+    return list(accumulate(zip(steps, weights, strict=False), product, initial=rows))
 
 
 class _Chain(torch.autograd.Function):
     """The products as one operation, which keeps nothing that lies between them."""
 
     @staticmethod
-    def forward(ctx: Any, steps: list[_Step], x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.steps = steps
+    def forward(ctx: Any, steps: list[_Step], chunks: int, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.steps, ctx.chunks = steps, chunks
         ctx.save_for_backward(x, *weights)
-        return _values(steps, x, weights)[-1]
+        return _values(steps, chunks, x, weights)[-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """For z' = z w: dw = z^T dz' and dz = dz' w^T, from the last product to the first."""
         x, *weights = ctx.saved_tensors
-        _, for_x, *wanted = ctx.needs_input_grad
+        _, _, for_x, *wanted = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * len(weights)
         with without_autocast(x.device):
-            inputs = _values(ctx.steps[:-1], x, weights)
+            inputs = _values(ctx.steps[:-1], ctx.chunks, x, weights)
             for index in reversed(range(len(weights))):
                 step = ctx.steps[index]
                 if wanted[index]:
-                    grads[index] = torch.einsum(f"{step.input},{step.output}->{step.weight}", inputs[index], grad)
+                    z = inputs[index]
+                    if z.numel() < grad.numel():  # the smaller one first: few rows and many columns are faster
+                        grads[index] = torch.einsum(f"{step.input},{step.output}->{step.weight}", z, grad)
+                    else:
+                        grads[index] = torch.einsum(f"{step.output},{step.input}->{step.weight}", grad, z)
                 if index or for_x:
                     grad = torch.einsum(f"{step.output},{step.weight}->{step.input}", grad, weights[index])
-        return None, grad if for_x else None, *grads
+        return None, None, grad.reshape(x.shape).to(x.dtype) if for_x else None, *grads

@@ -58,22 +58,20 @@ def _with_adapter(layer: Any, name: str, x: Tensor, result: Tensor) -> Tensor:
 
 
 def _added(layer: Any, name: str, x: Tensor) -> Tensor:
-    """What the adapter adds, in the dtype in which `peft` computes it."""
+    """What the adapter adds, in the dtype in which `peft` computes it, rounded to that once."""
     rules, factors = _matrices(layer, "w1", name), _matrices(layer, "w2", name)
     dtype = reduce(torch.promote_types, [matrix.dtype for matrix in rules + factors])
     if autocasts(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-    else:
-        x = layer._cast_input_dtype(x, dtype)
-    rules, factors = ([matrix.to(dtype) for matrix in side] for side in (rules, factors))
+    working = torch.promote_types(dtype, torch.float32)
+    rules, factors = ([matrix.to(working) for matrix in side] for side in (rules, factors))
     y = kronecker_map(x, rules, factors, layer.scaling[name])
     if layer.training and layer.rank_dropout[name]:
         kept = (torch.rand(y.shape[-1]) > layer.rank_dropout[name]).float().to(y.device)
         if layer.rank_dropout_scale[name]:
             kept /= kept.mean()
-        y = (y * kept).to(y.dtype)
-    return y
+        y = y * kept
+    return y.to(dtype)
 
 
 def _matrices(layer: Any, side: str, name: str) -> list[Tensor]:
