@@ -9,7 +9,7 @@ order of the two factors. The order with the fewest multiplications is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, combinations
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from compacter_kernels.impl.plain import without_autocast
 from compacter_kernels.modes import alone
 
-# The letters of the chunks, and of the numbers in a chunk, after 0, 1 and 2 products. einsum sums in
-# the order of the alphabet, and copies a tensor that has another order in memory.
+# The letters of the chunks, and of the numbers in a chunk, after 0, 1 and 2 products. einsum sums
+# in the order of the alphabet, and copies a tensor that has another order in memory.
 _AXES = ("bcd", "uvw")
 
 
@@ -53,7 +53,7 @@ def kronecker_map(x: Tensor, rules: Sequence[Tensor], factors: Sequence[Tensor],
         steps, taken = list(_steps(order)), [iter(side) for side in sides]
         weights = [next(taken[side]) for side in order]
         if scale != 1.0:
-            smallest = min(range(len(weights)), key=lambda index: weights[index].numel())
+            smallest, *_ = sorted(range(len(weights)), key=lambda index: weights[index].numel())
             weights[smallest] = weights[smallest] * scale
         chunks = rules[0].shape[1]
         if torch.compiler.is_compiling() or not alone():  # they see the products as torch's own operations
@@ -77,15 +77,12 @@ def _sizes(matrices: Sequence[Tensor]) -> list[int]:
     return [matrices[0].shape[1], *(matrix.shape[2] for matrix in matrices)]
 
 
-def _order(*sizes: list[int]) -> list[int]:
+def _order(*sizes: list[int]) -> tuple[int, ...]:
     """The side of each product, 0 for a rule and 1 for a factor: the order of least work."""
-    count = len(sizes[0]) + len(sizes[1]) - 2
-    candidates = [
-        [0 if index in rules else 1 for index in range(count)]
-        for rules in reversed(list(combinations(range(count), len(sizes[0]) - 1)))
-    ]
+    rules, factors = (len(axis) - 1 for axis in sizes)
+    candidates = [order for order in product((1, 0), repeat=rules + factors) if order.count(0) == rules]
 
-    def multiplications(order: list[int]) -> int:
+    def multiplications(order: tuple[int, ...]) -> int:
         done, total = [0, 0], 0
         for side in order:
             axis, other = sizes[side], sizes[1 - side][done[1 - side]]
@@ -93,10 +90,10 @@ def _order(*sizes: list[int]) -> list[int]:
             done[side] += 1
         return total
 
-    return min(candidates, key=multiplications)
+    return sorted(candidates, key=multiplications)[0]  # torch.compile has no rule for min with a key
 
 
-def _steps(order: list[int]) -> Iterator[_Step]:
+def _steps(order: tuple[int, ...]) -> Iterator[_Step]:
     """The letters of each product. Only between the first and the last are the terms apart."""
     done, letters = [0, 0], "abu"
     for index, side in enumerate(order):
@@ -110,12 +107,12 @@ def _steps(order: list[int]) -> Iterator[_Step]:
 def _values(steps: Sequence[_Step], chunks: int, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """Every value: x as (tokens, n_in, in/n_in), then the result of each product."""
 
-    def product(z: Tensor, pair: tuple[_Step, Tensor]) -> Tensor:
+    def following(z: Tensor, pair: tuple[_Step, Tensor]) -> Tensor:
         step, weight = pair
         return torch.einsum(f"{step.input},{step.weight}->{step.output}", z, weight)
 
     rows = x.reshape(-1, chunks, x.shape[-1] // chunks).to(weights[0].dtype)
-    return list(accumulate(zip(steps, weights, strict=False), product, initial=rows))
+    return list(accumulate(zip(steps, weights, strict=False), following, initial=rows))
 
 
 class _Chain(torch.autograd.Function):
