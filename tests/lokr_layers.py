@@ -73,8 +73,8 @@ def step(model: Any, x: Tensor, grad: Tensor, autocast: torch.dtype | None = Non
         y = model(x)
     y.backward(grad.to(y.dtype))
     assert x.grad is not None
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **found}
+    named = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}  # compiled or not
+    return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in named.items() if p.grad is not None}}
 
 
 def exact_step(model: Any, x: Tensor, grad: Tensor, seed: int = 1) -> dict[str, Tensor]:

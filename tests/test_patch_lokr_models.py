@@ -92,8 +92,14 @@ def test_compiles_without_a_break(setup: str, training: bool) -> None:
     model = make(setup, count=2).train(training)
     x, grad = batch(model)
     got = step(compiled(patched(model)), x, grad)
-    got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
     assert_within_contract(got, step(model, x, grad), exact_step(model, x, grad))
+
+
+def test_compiled_under_autocast() -> None:
+    model = make(rank_dropout=0.4).eval()
+    x, grad = batch(model)
+    got = step(compiled(patched(model)), x, grad, autocast=torch.bfloat16)
+    assert_within_contract(got, step(model, x, grad, autocast=torch.bfloat16), exact_step(model, x, grad))
 
 
 @pytest.mark.parametrize("dropout", ["rank_dropout", "module_dropout"])
@@ -122,7 +128,7 @@ def test_compiled_by_inductor(setup: str) -> None:
     again = compiled(patched(model), backend="inductor", dynamic=True)
     for leading in ((3, 5), (2, 7)):
         x, grad = batch(model, leading=leading)
-        got = {name.removeprefix("_orig_mod."): value for name, value in step(again, x, grad).items()}
+        got = step(again, x, grad)
         assert_within_contract(got, step(model, x, grad), exact_step(model, x, grad))
 
 
@@ -274,7 +280,7 @@ def test_hooks_of_the_layer_run() -> None:
 def test_a_version_of_peft_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft, "__version__", "0.99.0")
     model = make()
-    with pytest.raises(RuntimeError, match=r"peft 0\.99\.0 is not known to ck\.patch, which knows LoKr of 0\.18 to"):
+    with pytest.raises(RuntimeError, match=r"peft 0\.99\.0 is not known to ck\.patch, .*0\.18 to 0\.21; install"):
         ck.patch(model)
     assert "forward" not in vars(layer(model))
 

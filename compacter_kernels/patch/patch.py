@@ -125,7 +125,9 @@ def _imported_lokr() -> Any:
     """`peft_lokr`, where `peft` has a version that it is written for."""
     version = sys.modules["peft"].__version__
     if not version.startswith(SUPPORTED_PEFT):
-        raise RuntimeError(f"peft {version} is not known to ck.patch, which knows LoKr of 0.18 to 0.21; install one")
+        raise RuntimeError(
+            f"peft {version} is not known to ck.patch, which replaces a method of 0.18 to 0.21; install one of these"
+        )
     return importlib.import_module(LOKR)
 
 
