@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import adapters
@@ -175,14 +174,8 @@ def serve(connection: Connection, *setting: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """The peak memory of this process: allocated on the GPU, or resident on the CPU.
-
-    `ru_maxrss` would include the memory of the parent process.
-    """
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    """The peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else load.peak_resident_bytes()
 
 
 def main() -> int:

@@ -41,6 +41,17 @@ STEPS_LEGEND = """
 {threads} threads of a 2-core {cpu}, torch {torch}, transformers {transformers}, adapters {adapters}.
 """
 
+LOKR = Path("benchmarks/results/epyc-2core/lokr.json")
+LOKR_HEAD = """\
+| | without LoKr | as shipped | patched | shipped / patched | share | kept, shipped | kept, patched |
+|---|---|---|---|---|---|---|---|
+"""
+LOKR_LEGEND = """
+Peak memory of three steps of the transformer: {base:.0f} MiB without LoKr, {shipped:.0f} MiB as shipped,
+{patched:.0f} MiB patched. fp32, {threads} thread of a 2-core {cpu}, torch {torch}, peft {peft},
+diffusers {diffusers} ([{results}](../{results})).
+"""
+
 
 def _row(rows: list[dict[str, Any]], cell: tuple[int, ...], provider: str, direction: str) -> dict[str, Any]:
     for row in rows:
@@ -97,7 +108,22 @@ def steps() -> str:
     return "".join(lines[:-1]) + STEPS_LEGEND.format(**report["machine"], **report["versions"])
 
 
-REGIONS = (("README.md", "results", table), ("docs/models.md", "steps", steps))
+def lokr() -> str:
+    """The region of docs/models.md: the steps with LoKr of peft, as shipped and patched."""
+    report = json.loads((ROOT / LOKR).read_text(encoding="utf-8"))
+    lines = []
+    for line in (*report["layers"], report["transformer"]):
+        base, shipped, patched = line["rows"].values()
+        times = [f"{row['ms']:.0f} ms" + ("" if row["quiet"] else "*") for row in (base, shipped, patched)]
+        ratios = [f"{line[key]:.1f}" for key in ("step_ratio", "share_ratio")]
+        kept = [f"{row['saved_bytes'] / 2**20:.0f} MiB" for row in (shipped, patched)]
+        lines.append(f"| {' | '.join([line['what'], *times, *ratios, *kept])} |\n")
+    peaks = {name: row["peak_bytes"] / 2**20 for name, row in report["transformer"]["rows"].items()}
+    about = {**report["machine"], **report["versions"], "results": LOKR.with_suffix(".txt")}
+    return LOKR_HEAD + "".join(lines) + LOKR_LEGEND.format(**peaks, **about)
+
+
+REGIONS = (("README.md", "results", table), ("docs/models.md", "steps", steps), ("docs/models.md", "lokr", lokr))
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ RANKS = (
     ("proof",),
     ("dispatch",),
     ("ops",),
-    ("autograd",),
+    ("autograd", "kronecker_map"),
     ("route",),
     ("functional",),
     ("nn",),

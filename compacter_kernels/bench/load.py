@@ -31,6 +31,12 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def peak_resident_bytes() -> int:
+    """Return the peak memory of this process; `ru_maxrss` would include that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def preempted(switches: int, seconds: float) -> bool:
     """Return whether that many involuntary switches are more than an idle machine makes."""
     return switches > 1 + SWITCHES_PER_SECOND * seconds

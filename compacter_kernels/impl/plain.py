@@ -18,14 +18,15 @@ from compacter_kernels.problem import Problem
 from compacter_kernels.weights import PHMWeights
 
 
-def _autocasts(device: torch.device) -> bool:
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this type of device."""
     kind = device.type
     return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast for this type of device: matmuls keep their own dtype."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class Plain:
         self.parameters.readable(call.differentiable()[1:])
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
-        if _autocasts(call.x.device):
+        if autocasts(call.x.device):
             with without_autocast(call.x.device):
                 result = self._compute(call)
         else:  # avoids the time to enter a context

@@ -1,4 +1,4 @@
-"""ck.patch and ck.unpatch: the kernels under the Compacter modules of other libraries, in place."""
+"""ck.patch and ck.unpatch: faster computation under the modules of other libraries, in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from compacter_kernels.patch import Entry, Report, phm_modules
 from compacter_kernels.patch.methods import is_ours, restore
 
 SUPPORTED = ("1.2.", "1.3.")  # versions of `adapters` in which the replaced methods are the same
-LIBRARY = "compacter_kernels.patch.adapters_library"  # imports `adapters`, so it is imported only where that is needed
+SUPPORTED_PEFT = ("0.18.", "0.19.", "0.20.", "0.21.")  # the same of `peft`
+# These import `adapters` and `peft`, so they are imported only where that is needed.
+LIBRARY = "compacter_kernels.patch.adapters_library"
+LOKR = "compacter_kernels.patch.peft_lokr"
 
 
 def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
@@ -25,6 +28,9 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     kernel does not have, before, between or after the projections. Otherwise each PHM layer runs
     as one kernel. `patch` does not change which parameters train: the `train_adapter` of
     `adapters` trains the rule in spite of `learn_phm=False`, patched or not.
+
+    The linear layers of LoKr in `peft` 0.18 to 0.21 are recognised, too. They are computed from
+    their factors by plain torch (`peft_lokr`), and no matrix of the size of the weight is built.
 
     Patching again is harmless, and covers adapters that were added since. A patched model can be
     copied and pickled. It cannot run under nn.DataParallel, whose replicas would use the weights
@@ -45,15 +51,17 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
 
     Raises:
         TypeError: model is no module.
-        ValueError: a model without any PHM layer, or shortcuts of a model without `adapters`.
-        RuntimeError: `adapters` is not installed (without a model), or is of a version not known.
+        ValueError: a model without any PHM or LoKr layer, or shortcuts of a model without
+            `adapters`.
+        RuntimeError: `adapters` is not installed (without a model), or it or `peft` is of a version
+            not known.
     """
     if model is None:
         return Report(patched=_imported_library().patch_classes())
     _check_model(model)
-    modeling = sys.modules.get("adapters.methods.modeling")  # imported by every model that has these modules
-    kinds = (modeling.Adapter, modeling.PHMLayer) if modeling else ()
-    library: Any = _imported_library() if any(isinstance(module, kinds) for module in model.modules()) else None
+    library: Any = _imported_library() if _has(model, "adapters.methods.modeling", "Adapter", "PHMLayer") else None
+    lokr = _imported_lokr() if _has(model, "peft.tuners.lokr.layer", "LoKrLayer") else None
+    handlers = [part.patch_module for part in (library, lokr, phm_modules) if part is not None]
     if shortcuts and library is None:
         raise ValueError(
             f"shortcuts=True replaces functions of the library `adapters`, and {type(model).__name__} has no adapters "
@@ -63,7 +71,7 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     skipped: list[Entry] = []
     reported: set[int] = set()  # modules that a line of the report covers, with the parts of whole adapters
     for name, module in model.named_modules():
-        done, note = (library and library.patch_module(module)) or phm_modules.patch_module(module) or (False, "")
+        done, note = next(filter(None, (handle(module) for handle in handlers)), (False, ""))
         if done and id(module) not in reported:
             patched.append(Entry(name, note))
             reported.update(map(id, module.modules()))
@@ -72,8 +80,8 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     if not patched and not skipped:
         raise ValueError(
             f"{type(model).__name__} has no PHM layer: no module with phm_dim, phm_rule and W_left, W_right or W, as "
-            "`adapters`, OpenDelta, T-Few and the original repository have them. Add the adapter first; "
-            "ck.patch() without a model covers `adapters` models made later"
+            "`adapters`, OpenDelta, T-Few and the original repository have them. It has no LoKr layer of `peft` "
+            "either. Add the adapter first; ck.patch() without a model covers `adapters` models made later"
         )
     if shortcuts and patched:
         patched += library.take_shortcuts(model)
@@ -106,6 +114,23 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def _has(model: nn.Module, path: str, *kinds: str) -> bool:
+    """Whether the model has a module of these classes, whose file every such model has imported."""
+    file = sys.modules.get(path)
+    known = tuple(getattr(file, kind) for kind in kinds) if file else ()
+    return any(isinstance(module, known) for module in model.modules())
+
+
+def _imported_lokr() -> Any:
+    """`peft_lokr`, where `peft` has a version that it is written for."""
+    version = sys.modules["peft"].__version__
+    if not version.startswith(SUPPORTED_PEFT):
+        raise RuntimeError(
+            f"peft {version} is not known to ck.patch, which replaces a method of 0.18 to 0.21; install one of these"
+        )
+    return importlib.import_module(LOKR)
+
+
 def _imported_library() -> Any:
     """`adapters_library`, where `adapters` is installed in a version that it is written for."""
     try:
@@ -113,7 +138,7 @@ def _imported_library() -> Any:
     except ImportError as error:
         raise RuntimeError(
             f"ck.patch() without a model speeds up the library `adapters`, which cannot be imported ({error}); "
-            "pip install adapters"
+            "pip install adapters, or pass the model"
         ) from error
     version = sys.modules["adapters"].__version__
     if not version.startswith(SUPPORTED):
