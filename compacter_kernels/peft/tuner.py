@@ -98,6 +98,13 @@ class AdapterTuner(BaseTuner):
         elif adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast from a half precision to float32. peft alone would then train all that is cast."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Give the adapter_names of this call of the model to the modules that use adapters."""
@@ -120,6 +127,10 @@ class AdapterTuner(BaseTuner):
         sizes = (source.get(size) or 1 for source in sources for size in ("num_beams", "num_return_sequences"))
         with given_names(self, AdapterLayer, Names(names, max(sizes))):
             yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a base layer back. peft's own function needs a weight, which attention has not."""
+        setattr(parent, child_name, new_module)
 
     def unload(self) -> nn.Module:
         """The base model as it was. peft alone would leave in it what was trained whole."""
