@@ -114,7 +114,7 @@ def test_disabled_adapters_and_unload_give_the_base_bit_by_bit(options: dict[str
     before = output("bert", model)
     with model.disable_adapter():
         assert torch.equal(output("bert", model), plain)
-        assert not trained(model)
+        assert not [name for name in trained(model) if "original_module" not in name]
     assert torch.equal(output("bert", model), before)
     if hasattr(peft, "get_base_model_state_dict"):  # Since peft 0.20.
         assert list(peft.get_base_model_state_dict(model)) == keys
@@ -183,7 +183,7 @@ def test_the_bits_do_not_depend_on_how_the_adapters_come_in() -> None:
     transformed = build("bert")
     transformed.add_adapter(config())  # type: ignore[operator]
     for other in (plain, transformed):
-        result = peft.set_peft_model_state_dict(other, values)
+        result = peft.set_peft_model_state_dict(other, dict(values))
         assert not result.unexpected_keys
         assert torch.equal(output("bert", other), expected)
         saved: dict[str, Tensor] = peft.get_peft_model_state_dict(other)

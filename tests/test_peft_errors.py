@@ -24,7 +24,12 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         r"intermediate\.dense: phm_dim=16 does not divide bottleneck=8",
         {"target_modules": ["intermediate.dense"], "reduction_factor": 8, "phm_dim": 16},
     ),
-    "no such module": (ValueError, "[Nn]o modules were targeted|not found", {"target_modules": ["nowhere"]}),
+    "no such module": (
+        ValueError,
+        r"target_modules=\['nowhere'\] .* leave no module .*likely ones: \[",
+        {"target_modules": ["nowhere"]},
+    ),
+    "all excluded": (ValueError, "exclude_modules=.* leave no module", {"exclude_modules": ["dense"]}),
     "no layer": (ValueError, r"leave_out=\[0, 1\] leaves no layer", {"leave_out": [0, 1]}),
     "no block": (ValueError, "has no block of the kind asked for", {"mh_adapter": False, "output_adapter": False,
                                                                     "cross_adapter": True}),

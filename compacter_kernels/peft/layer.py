@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import map_first
+from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.peft.block_input import BlockInput, forget
 from compacter_kernels.peft.mixed_batch import Names
 from compacter_kernels.peft.shared import SharedParameters
@@ -149,7 +150,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 y, self.adapters, lambda name, rows: self.adapters[name](input_of(name, y)[rows], y[rows])
             )
 
-        result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+        with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):
+            result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
         if self.reads:
             forget()
         return result

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from compacter_kernels.inject.offload import HOOK
 from compacter_kernels.peft.config import CompacterConfig
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.find import (
@@ -16,6 +17,7 @@ from compacter_kernels.targets.find import (
     check_called,
     find_modules_to_save,
     find_targets,
+    likely_targets,
     numbered,
     without_layers,
 )
@@ -24,9 +26,9 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft itself adds names 
 
 
 def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
-    """The targets of the config in a model; none if target_modules fits no name.
+    """The targets of the config in a model.
 
-    ValueError: the model is not in the table, or never calls a target.
+    ValueError: target_modules fits no name, the model is not in the table, or never calls a target.
     """
     if adapters_of(model) is not None:
         raise ValueError("the model has adapters by compacter_kernels.inject already; call remove_adapters first")
@@ -38,6 +40,11 @@ def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
         targets = numbered([name for name, _ in model.named_modules() if name in names])
         check_called(model, [target.write for target in targets], "target_modules")
         targets = without_layers(targets, config.leave_out)
+    if not targets:
+        given = f"exclude_modules={config.exclude_modules}"
+        if config.target_modules is not None:
+            given = f"target_modules={config.target_modules} and {given}"
+        raise ValueError(f"{given} leave no module that could get an adapter. {likely_targets(model)}")
     return targets
 
 
@@ -62,6 +69,22 @@ def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]
         end = name.rpartition(".")[2]
         ends.append(end if all(other in found for other in names if other.endswith(end)) else name)
     return list(dict.fromkeys([*given, *ends])) or None
+
+
+def check_not_offloaded(model: nn.Module, config: CompacterConfig) -> None:
+    """Raise ValueError if accelerate has offloaded a module that is to be trained whole.
+
+    peft would copy it without its values.
+    """
+    for name, module in base_modules(model):
+        hooked = (part for part in module.modules() if HOOK in vars(part))
+        if name.endswith(tuple(config.modules_to_save or ())) and any(
+            p.is_meta for part in hooked for p in part.parameters(recurse=False)
+        ):
+            raise ValueError(
+                f"modules_to_save: {name} is offloaded and cannot be trained whole; offload after get_peft_model, or "
+                "set train_layer_norms=False and modules_to_save=[]"
+            )
 
 
 def _outside_peft(model: nn.Module, name: str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
-from compacter_kernels.peft.plan import plan_modules_to_save, plan_targets
+from compacter_kernels.peft.plan import check_not_offloaded, plan_modules_to_save, plan_targets
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.find import Target
@@ -55,12 +55,20 @@ class AdapterTuner(BaseTuner):
         config = copy.copy(peft_config)
         _maybe_include_all_linear_layers(config, model)
         config.modules_to_save = plan_modules_to_save(model, config)
+        check_not_offloaded(model, config)
         self._targets = {target.write: target for target in plan_targets(model, config)}
         for target in self._targets.values():
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
         layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
         self._fast_path = next((layer.fast_path for layer in layers), None) or FastPath(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put adapters into the model. A state dict says which modules get one, by its names."""
+        if kwargs.get("state_dict"):  # The names of shared weights are no names of modules.
+            tensors = kwargs["state_dict"].items()
+            kwargs["state_dict"] = {key: value for key, value in tensors if f".{self.prefix}" in key}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._targets:
@@ -80,7 +88,7 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._targets[current_key]
+        plan = self._targets.get(current_key, Target(current_key, current_key, 0))
         adapter = self._build(self.model, peft_config, plan)
         shared = self._borrow(adapter_name, adapter, peft_config)
         names = [*(self.prefix + key.replace(".", "_") for key, _ in adapter.named_parameters()), *shared]
