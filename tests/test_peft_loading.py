@@ -20,6 +20,17 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 
 
+def in_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdecimal()]
+
+
+# transformers 5.24 asks for a peft that is not released yet.
+through_transformers = pytest.mark.skipif(
+    in_numbers(peft.__version__) < in_numbers(transformers.integrations.peft.MIN_PEFT_VERSION),
+    reason=f"transformers needs peft {transformers.integrations.peft.MIN_PEFT_VERSION} for its own functions",
+)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Tensor]:
     """A folder with a saved adapter of a saved model, and the output of that model."""
@@ -75,6 +86,7 @@ def test_an_id_of_the_hub(saved: tuple[Path, Tensor], monkeypatch: pytest.Monkey
     assert torch.equal(output("bert", auto.eval()), expected)
 
 
+@through_transformers
 def test_transformers_itself(saved: tuple[Path, Tensor]) -> None:
     """load_adapter, add_adapter, set_adapter, disable_adapters and get_adapter_state_dict."""
     folder, expected = saved
@@ -106,6 +118,7 @@ def test_transformers_itself(saved: tuple[Path, Tensor]) -> None:
     assert torch.equal(output("bert", model), second)
 
 
+@through_transformers
 def test_transformers_saves_what_peft_loads(tmp_path: Path) -> None:
     model: Any = build("bert")
     model.add_adapter(config())

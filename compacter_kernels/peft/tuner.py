@@ -126,7 +126,8 @@ class AdapterTuner(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
                 f"{', '.join(self.peft_config)}"
             )
-        if torch.is_grad_enabled() and self.training and getattr(self.model, "is_gradient_checkpointing", False):
+        checkpointed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+        if checkpointed and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing computes the model again after the call, without its adapter_names; call "
                 "gradient_checkpointing_disable() first"
