@@ -47,7 +47,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
         self.reads: dict[str, BlockInput] = {}
         self.fixed: dict[str, list[str]] = {}
-        self._prefix, self._shared = prefix, list[SharedParameters]()
+        self.prefix, self._shared = prefix, list[SharedParameters]()
         self.fast_path = fast_path
         fast_path.allow(False, self)
 
@@ -64,7 +64,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def adapters(self) -> nn.ModuleDict:
         """The modules that compute, by the names of the adapters."""
-        return self._modules[f"{self._prefix}adapters"]  # type: ignore[return-value]
+        return self._modules[f"{self.prefix}adapters"]  # type: ignore[return-value]
 
     def add_adapter(
         self,
@@ -82,7 +82,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         None for an adapter that is not parallel.
         """
         for key, parameter in list(adapter.named_parameters()):
-            kind = self._prefix + key.replace(".", "_")
+            kind = self.prefix + key.replace(".", "_")
             if kind not in self.adapter_layer_names:
                 setattr(self, kind, nn.ParameterDict())
                 self.adapter_layer_names += (kind,)

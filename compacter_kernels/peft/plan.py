@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -35,9 +35,10 @@ def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     if config.target_modules is None:
         targets = [t for t in find_targets(model, config) if not _excluded(config, t.write)]
     else:
-        modules = {name for name, _ in base_modules(model)}
-        names = [name for name in modules if name and check_target_module_exists(config, name)]
-        targets = numbered([name for name, _ in model.named_modules() if name in names])
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
+        modules = (name for name, _ in base_modules(model) if name and not name.startswith(inside))
+        targets = numbered([name for name in modules if check_target_module_exists(config, name)])
         check_called(model, [target.write for target in targets], "target_modules")
         targets = without_layers(targets, config.leave_out)
     if not targets:
@@ -46,6 +47,18 @@ def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
             given = f"target_modules={config.target_modules} and {given}"
         raise ValueError(f"{given} leave no module that could get an adapter. {likely_targets(model)}")
     return targets
+
+
+def expand_all_linear(model: nn.Module, config: CompacterConfig) -> None:
+    """Put the names of the linear layers in place of "all-linear", also of those with adapters.
+
+    peft itself recognises layers with adapters only by names of classes, such as lora.Linear.
+    """
+    if str(config.target_modules).lower() == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        layers = ((name, m.get_base_layer()) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        linear = {name for name, m in layers if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+        config.target_modules = sorted(linear.union(config.target_modules or ()))
 
 
 def _excluded(config: CompacterConfig, name: str) -> bool:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
-from compacter_kernels.peft.plan import check_not_offloaded, plan_modules_to_save, plan_targets
+from compacter_kernels.peft.plan import check_not_offloaded, expand_all_linear, plan_modules_to_save, plan_targets
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.find import Target
@@ -53,13 +53,13 @@ class AdapterTuner(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find all targets and check that each can have an adapter, before the model changes."""
         config = copy.copy(peft_config)
-        _maybe_include_all_linear_layers(config, model)
+        expand_all_linear(model, config)
         config.modules_to_save = plan_modules_to_save(model, config)
         check_not_offloaded(model, config)
         self._targets = {target.write: target for target in plan_targets(model, config)}
         for target in self._targets.values():
             self._build(model, config, target, "meta")
-        peft_config.modules_to_save = config.modules_to_save
+        peft_config.target_modules, peft_config.modules_to_save = config.target_modules, config.modules_to_save
         layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
         self._fast_path = next((layer.fast_path for layer in layers), None) or FastPath(model)
 
@@ -92,7 +92,9 @@ class AdapterTuner(BaseTuner):
         adapter = self._build(self.model, peft_config, plan)
         shared = self._borrow(adapter_name, adapter, peft_config)
         names = [*(self.prefix + key.replace(".", "_") for key, _ in adapter.named_parameters()), *shared]
-        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix, self._fast_path)
+        layer = target if isinstance(target, AdapterLayer) else None
+        if layer is None or layer.prefix != self.prefix:
+            layer = AdapterLayer(target, self.prefix, self._fast_path)
         layer.add_adapter(
             adapter_name,
             adapter.train(target.training),
@@ -126,15 +128,16 @@ class AdapterTuner(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
                 f"{', '.join(self.peft_config)}"
             )
-        checkpointed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+        checkpointed = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing") and m.training]
         if checkpointed and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing computes the model again after the call, without its adapter_names; call "
                 "gradient_checkpointing_disable() first"
             )
-        sources = (kwargs, vars(kwargs.get("generation_config", object)))
-        sizes = (source.get(size) or 1 for source in sources for size in ("num_beams", "num_return_sequences"))
-        with given_names(self, AdapterLayer, Names(names, max(sizes))):
+        generation = kwargs.get("generation_config")
+        sizes = ("num_beams", "num_return_sequences")
+        repeats = max(kwargs.get(size) or getattr(generation, size, None) or 1 for size in sizes)
+        with given_names(self, AdapterLayer, Names(names, repeats)):
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
