@@ -9,6 +9,7 @@ BENCH ?= --quick
 TRAIN ?=
 TRITON ?= 3.9.0
 TRANSFORMERS ?= 5.24.0
+PEFT ?= 0.18.1
 AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -22,8 +23,10 @@ TESTS := OMP_NUM_THREADS=1 python -m pytest $(PARALLEL)
 INTERPRETER := build/triton-$(TRITON)
 EXECUTED := build/cuda_on_cpu
 LATER := build/transformers-$(TRANSFORMERS)
+EARLIER := build/peft-$(PEFT)
+PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
-.PHONY: ready demo test instruction-sets transformers interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: ready demo test instruction-sets transformers peft interpret aot cuda-on-cpu ptxas lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -63,6 +66,14 @@ $(LATER): | $(READY)
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY) $(LATER)
 	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py tests/test_trainers.py
+
+$(EARLIER): | $(READY)
+	$(PIP) --no-deps --target $@ peft==$(PEFT)
+
+# the methods of peft under the oldest version that is supported, and under the newest with that of transformers
+peft: $(READY) $(EARLIER) $(LATER)
+	PYTHONPATH=$(EARLIER) $(TESTS) -W ignore -rN $(PEFT_TESTS)
+	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN $(PEFT_TESTS)
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton",
 # without the largest sizes

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import CROSS_ATTENTION, FAMILIES, build, output
-from peft_models import IN_PEFT, adapter_values, ckp, config, injected_like, name_in_file, peft, randomise, wrapped
+from peft_models import IN_PEFT, adapter_values, add, ckp, config, injected_like, name_in_file, peft, randomise, wrapped
 from torch import Tensor, nn
 
 import compacter_kernels as ck
@@ -119,6 +119,32 @@ def test_exclude_modules(target_modules: Any, excluded: Any) -> None:
     model = wrapped(build("bert"), target_modules=target_modules, exclude_modules=excluded)
     adapted = {key.partition(".compacter_")[0] for key in adapter_values(model) if ".compacter_" in key}
     assert adapted == {f"bert.encoder.layer.{layer}.output.dense" for layer in range(2)}
+
+
+@pytest.mark.parametrize("given", ["all-linear", r".*output\.dense.*", None])
+def test_a_second_adapter_has_the_same_targets(given: Any) -> None:
+    """And none inside the first."""
+    options = {"target_modules": given, "phm_dim": 2}
+    model = add(wrapped(build("bert"), **options), "second", 1, **options)
+    names = {name: {key for key, _ in model.named_parameters() if f".{name}" in key} for name in ("default", "second")}
+    assert {key.replace(".second", ".default") for key in names["second"]} == names["default"]
+    model.set_adapter("second")
+    assert torch.equal(output("bert", model), output("bert", wrapped(build("bert"), seed=1, **options)))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_another_method_of_peft_beneath() -> None:
+    """Adapters follow a layer with LoRA, whose output they take."""
+    lora = peft.LoraConfig(target_modules=["output.dense"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = peft.inject_adapter_in_model(lora, build("bert"))
+    before = output("bert", base)
+    model = wrapped(base, target_modules=["output.dense"])
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    assert len(layers) == 4 and all(type(layer.base_layer).__name__ == "Linear" for layer in layers)
+    assert all(hasattr(layer.base_layer, "lora_A") for layer in layers)
+    assert not torch.allclose(output("bert", model), before, atol=1e-2)
 
 
 def test_all_linear_has_the_numbers_of_layers() -> None:

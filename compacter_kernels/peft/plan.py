@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from compacter_kernels.inject.offload import HOOK
 from compacter_kernels.peft.config import CompacterConfig
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.find import (
@@ -17,6 +17,7 @@ from compacter_kernels.targets.find import (
     check_called,
     find_modules_to_save,
     find_targets,
+    likely_targets,
     numbered,
     without_layers,
 )
@@ -24,34 +25,45 @@ from compacter_kernels.targets.find import (
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft itself adds names of heads for these.
 
 
-class Plan(NamedTuple):
-    """The targets of a config in a model by their names, and the config that tells them by name."""
+def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
+    """The targets of the config in a model.
 
-    targets: dict[str, Target]
-    config: CompacterConfig
-
-    def asks_for(self, name: str) -> Any:
-        """What peft's own question about this module gives: also whether it was excluded."""
-        found = check_target_module_exists(self.config, name)
-        return name in self.targets if found else found
-
-
-def plan_targets(model: nn.Module, config: CompacterConfig) -> Plan:
-    """The targets of the config in a model; none if target_modules fits no name.
-
-    ValueError: the model is not in the table, or never calls a target.
+    ValueError: target_modules fits no name, the model is not in the table, or never calls a target.
     """
     if adapters_of(model) is not None:
         raise ValueError("the model has adapters by compacter_kernels.inject already; call remove_adapters first")
     if config.target_modules is None:
-        targets = find_targets(model, config)
-        config = dataclasses.replace(config, target_modules=[target.write for target in targets])
-        targets = [target for target in targets if check_target_module_exists(config, target.write)]
+        targets = [t for t in find_targets(model, config) if not _excluded(config, t.write)]
     else:
-        named = [name for name, _ in base_modules(model) if name and check_target_module_exists(config, name)]
-        check_called(model, named, "target_modules")
-        targets = without_layers(numbered(named), config.leave_out)
-    return Plan({target.write: target for target in targets}, config)
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
+        modules = (name for name, _ in base_modules(model) if name and not name.startswith(inside))
+        targets = numbered([name for name in modules if check_target_module_exists(config, name)])
+        check_called(model, [target.write for target in targets], "target_modules")
+        targets = without_layers(targets, config.leave_out)
+    if not targets:
+        given = f"exclude_modules={config.exclude_modules}"
+        if config.target_modules is not None:
+            given = f"target_modules={config.target_modules} and {given}"
+        raise ValueError(f"{given} leave no module that could get an adapter. {likely_targets(model)}")
+    return targets
+
+
+def expand_all_linear(model: nn.Module, config: CompacterConfig) -> None:
+    """Put the names of the linear layers in place of "all-linear", also of those with adapters.
+
+    peft itself recognises layers with adapters only by names of classes, such as lora.Linear.
+    """
+    if str(config.target_modules).lower() == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        layers = ((name, m.get_base_layer()) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        linear = {name for name, m in layers if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+        config.target_modules = sorted(linear.union(config.target_modules or ()))
+
+
+def _excluded(config: CompacterConfig, name: str) -> bool:
+    """Whether exclude_modules or modules_to_save take a target of the table away."""
+    return not check_target_module_exists(dataclasses.replace(config, target_modules=[name]), name)
 
 
 def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
@@ -70,6 +82,22 @@ def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]
         end = name.rpartition(".")[2]
         ends.append(end if all(other in found for other in names if other.endswith(end)) else name)
     return list(dict.fromkeys([*given, *ends]))
+
+
+def check_not_offloaded(model: nn.Module, config: CompacterConfig) -> None:
+    """Raise ValueError if accelerate has offloaded a module that is to be trained whole.
+
+    peft would copy it without its values.
+    """
+    for name, module in base_modules(model):
+        hooked = (part for part in module.modules() if HOOK in vars(part))
+        if name.endswith(tuple(config.modules_to_save or ())) and any(
+            p.is_meta for part in hooked for p in part.parameters(recurse=False)
+        ):
+            raise ValueError(
+                f"modules_to_save: {name} is offloaded and cannot be trained whole; offload after get_peft_model, or "
+                "set train_layer_norms=False and modules_to_save=[]"
+            )
 
 
 def _outside_peft(model: nn.Module, name: str) -> str:

@@ -7,6 +7,8 @@ also `inject_adapter_in_model`, which returns the model alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -24,6 +26,10 @@ class SharedParameters(nn.ParameterDict, BaseTunerLayer):
     """
 
     in_features = out_features = 0  # It maps nothing by itself.
+
+    def __call__(self, x: Any) -> Any:
+        """Return the input. An nn.Sequential calls all its children, so also this one."""
+        return x
 
     def get_base_layer(self) -> nn.Module:
         """An empty module, as this is no layer around a module of the base."""

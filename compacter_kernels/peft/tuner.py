@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
-from compacter_kernels.peft.plan import plan_modules_to_save, plan_targets
+from compacter_kernels.peft.plan import check_not_offloaded, expand_all_linear, plan_modules_to_save, plan_targets
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.find import Target
@@ -54,18 +54,31 @@ class AdapterTuner(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find all targets and check that each can have an adapter, before the model changes."""
         config = copy.copy(peft_config)
-        _maybe_include_all_linear_layers(config, model)
+        expand_all_linear(model, config)
         config.modules_to_save = plan_modules_to_save(model, config)
-        self._plan = plan_targets(model, config)
-        for target in self._plan.targets.values():
+        check_not_offloaded(model, config)
+        self._targets = {target.write: target for target in plan_targets(model, config)}
+        for target in self._targets.values():
             self._build(model, config, target, "meta")
-        peft_config.modules_to_save = config.modules_to_save
+        peft_config.target_modules, peft_config.modules_to_save = config.target_modules, config.modules_to_save
         peft_config.describe(model)
         layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
         self._fast_path = next((layer.fast_path for layer in layers), None) or FastPath(model)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put adapters into the model. A state dict says which modules get one, by its names."""
+        if kwargs.get("state_dict"):  # The names of shared weights are no names of modules.
+            tensors = kwargs["state_dict"].items()
+            kwargs["state_dict"] = {key: value for key, value in tensors if f".{self.prefix}" in key}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return self._plan.asks_for(key)
+        if key in self._targets:
+            return True
+        config = copy.copy(peft_config)
+        config.target_modules = [key] if config.target_modules is None else config.target_modules
+        found = check_target_module_exists(config, key)
+        return False if found else found  # What is not found may be peft's mark of an excluded module.
 
     def _create_and_replace(
         self,
@@ -77,11 +90,13 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._plan.targets.get(current_key) or Target(current_key, current_key, 0)  # Of a state dict alone.
+        plan = self._targets.get(current_key, Target(current_key, current_key, 0))
         adapter = self._build(self.model, peft_config, plan)
         shared = self._borrow(adapter_name, adapter, peft_config)
         names = [*(flat(key, self.prefix) for key, _ in adapter.named_parameters()), *shared]
-        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix, self._fast_path)
+        layer = target if isinstance(target, AdapterLayer) else None
+        if layer is None or layer.prefix != self.prefix:
+            layer = AdapterLayer(target, self.prefix, self._fast_path)
         layer.add_adapter(
             adapter_name,
             adapter.train(target.training),
@@ -94,6 +109,13 @@ class AdapterTuner(BaseTuner):
             setattr(parent, target_name, layer)
         elif adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast from a half precision to float32. peft alone would then train all that is cast."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -108,15 +130,21 @@ class AdapterTuner(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
                 f"{', '.join(self.peft_config)}"
             )
-        if torch.is_grad_enabled() and self.training and getattr(self.model, "is_gradient_checkpointing", False):
+        checkpointed = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing") and m.training]
+        if checkpointed and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing computes the model again after the call, without its adapter_names; call "
                 "gradient_checkpointing_disable() first"
             )
-        sources = (kwargs, vars(kwargs.get("generation_config", object)))
-        sizes = (source.get(size) or 1 for source in sources for size in ("num_beams", "num_return_sequences"))
-        with given_names(self, AdapterLayer, Names(names, max(sizes))):
+        generation = kwargs.get("generation_config")
+        sizes = ("num_beams", "num_return_sequences")
+        repeats = max(kwargs.get(size) or getattr(generation, size, None) or 1 for size in sizes)
+        with given_names(self, AdapterLayer, Names(names, repeats)):
             yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a base layer back. peft's own function needs a weight, which attention has not."""
+        setattr(parent, child_name, new_module)
 
     def unload(self) -> nn.Module:
         """The base model as it was. peft alone would leave in it what was trained whole."""

@@ -103,13 +103,13 @@ def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
         targets = list(_of_table(model, config))
     else:
         ends = config.target_modules
-        targets = numbered(names_ending_with(model, ends, "target_modules", lambda: f". {_likely(model)}"))
+        targets = numbered(names_ending_with(model, ends, "target_modules", lambda: f". {likely_targets(model)}"))
     if not targets:
         kinds = model_types(model)
         if any(kind in ARCHITECTURES for kind in kinds):
             raise ValueError(f"a model of type {', '.join(kinds)} has no block of the kind asked for (mh_adapter, ...)")
         subject = f"model_type={kinds[0]!r} is" if kinds else "a model without config.model_type is"
-        raise ValueError(f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {_likely(model)}")
+        raise ValueError(f"{subject} not in the table ({', '.join(ARCHITECTURES)}). {likely_targets(model)}")
     return without_layers(targets, config.leave_out)
 
 
@@ -169,7 +169,7 @@ def numbered(names: Sequence[str]) -> list[Target]:
     return targets
 
 
-def _likely(model: nn.Module) -> str:
+def likely_targets(model: nn.Module) -> str:
     """Names of linear layers that occur in several layers, usual names of a block's end first."""
     counts: dict[str, int] = {}
     for name, module in base_modules(model):
