@@ -76,6 +76,11 @@ class Prepared(NamedTuple):
 def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | None = None) -> Prepared:
     """Build what the config asks for, on that device or each target's own; raise as `inject`."""
     check_nested(model)
+    if config.original_ln_before:
+        raise ValueError(
+            "original_ln_before=True: adapters of compacter_kernels.inject take the output of a block alone; the config "
+            "of the same name in compacter_kernels.peft has those that take its residual too"
+        )
     targets = find_targets(model, config)
     copied = find_modules_to_save(model, config)
     adapted = [target.write for target in targets]

@@ -4,10 +4,12 @@ An import of this module registers the methods. Then `peft.get_peft_model` takes
 and `peft.PeftModel.from_pretrained` reads what was saved with them.
 """
 
+from compacter_kernels.peft.bottleneck import BottleneckModel
 from compacter_kernels.peft.compacter import CompacterModel
-from compacter_kernels.peft.config import CompacterConfig, CompacterPlusPlusConfig
+from compacter_kernels.peft.config import BottleneckConfig, CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.peft.registration import register
 
 register("compacter", CompacterConfig, CompacterModel)
+register("bottleneck", BottleneckConfig, BottleneckModel)
 
-__all__ = ["CompacterConfig", "CompacterModel", "CompacterPlusPlusConfig"]
+__all__ = ["BottleneckConfig", "BottleneckModel", "CompacterConfig", "CompacterModel", "CompacterPlusPlusConfig"]

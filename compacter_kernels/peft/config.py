@@ -13,18 +13,7 @@ from compacter_kernels.peft.registration import peft_type
 
 
 @dataclass
-class CompacterConfig(PeftConfig, options.CompacterConfig):
-    """Compacter (arXiv 2106.04647) as a method of peft.
-
-    It has the options of `compacter_kernels.CompacterConfig` and those of `peft.PeftConfig`, such
-    as task_type. As in every method of peft, target_modules may also be a regular expression for
-    whole names. Layer norms and heads that are trained become a part of modules_to_save.
-
-    Raises:
-        TypeError, ValueError: at construction. The message names the option, the value that was
-            given and the values that are allowed.
-    """
-
+class _Modules(PeftConfig):
     target_modules: Sequence[str] | str | None = field(
         default=None,
         metadata={
@@ -36,17 +25,35 @@ class CompacterConfig(PeftConfig, options.CompacterConfig):
         default=None, metadata={"help": "names or a regular expression of modules that get no adapter"}
     )
 
-    def __post_init__(self) -> None:
+    def _check_options(self, kind: type[options.AdapterConfig]) -> None:
+        """Check all options, as the config without peft does, and give them the types of peft."""
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         given: Any = self.target_modules
         if isinstance(given, str):
             self.target_modules = (given,)
         elif isinstance(given, set | frozenset):
             self.target_modules = tuple(sorted(given))
-        options.CompacterConfig.__post_init__(self)
+        kind.__post_init__(self)  # type: ignore[arg-type]
         # peft adds names to these lists, and tells a regular expression from names by its type.
         self.target_modules = given if isinstance(given, str | None) else list(self.target_modules or ())
         self.modules_to_save: Any = None if self.modules_to_save is None else list(self.modules_to_save)
+
+
+@dataclass
+class CompacterConfig(_Modules, options.CompacterConfig):
+    """Compacter (arXiv 2106.04647) as a method of peft.
+
+    It has the options of `compacter_kernels.CompacterConfig` and those of `peft.PeftConfig`, such
+    as task_type. As in every method of peft, target_modules may also be a regular expression for
+    whole names. Layer norms and heads that are trained become a part of modules_to_save.
+
+    Raises:
+        TypeError, ValueError: at construction. The message names the option, the value that was
+            given and the values that are allowed.
+    """
+
+    def __post_init__(self) -> None:
+        self._check_options(options.CompacterConfig)
         self.peft_type = peft_type("COMPACTER")
 
 
@@ -55,3 +62,29 @@ class CompacterPlusPlusConfig(CompacterConfig):
     """Compacter++: `CompacterConfig` with adapters after the feed-forward block only."""
 
     mh_adapter: bool = field(default=False, metadata={"help": "an adapter after self-attention"})
+
+
+@dataclass
+class BottleneckConfig(_Modules, options.BottleneckConfig):
+    """The plain bottleneck adapter as a method of peft, with dense projections.
+
+    It computes what the `adapters` library does for the same options, and has those of
+    `peft.PeftConfig` too. The defaults are those of Houlsby et al. (arXiv 1902.00751), in the
+    library DoubleSeqBnConfig. Its other two configs are
+
+        SeqBnConfig (Pfeiffer et al., arXiv 2005.00247): mh_adapter=False, original_ln_before=True,
+            non_linearity="relu"
+        ParBnConfig (He et al., arXiv 2110.04366): mh_adapter=False, is_parallel=True, scaling=4.0,
+            non_linearity="relu", reduction_factor=2, init_weights="mam_adapter"
+
+    A parallel adapter takes the residual of the block, which in models with the layer norm before a
+    block is the input of the norm. With target_modules it is the input of the module itself.
+
+    Raises:
+        TypeError, ValueError: at construction. The message names the option, the value that was
+            given and the values that are allowed.
+    """
+
+    def __post_init__(self) -> None:
+        self._check_options(options.BottleneckConfig)
+        self.peft_type = peft_type("BOTTLENECK")

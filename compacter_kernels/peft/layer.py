@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,23 +9,22 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, map_first
+from compacter_kernels.inject.hidden_states import map_first
 from compacter_kernels.nn.borrower import Borrower
+from compacter_kernels.peft.sources import BlockInput, numbers
 
 BASE = "__base__"  # The name that peft gives in adapter_names to a sample that has no adapter.
 CANNOT_MERGE = (
     "a bottleneck adapter has a nonlinear function inside and cannot be merged into the weights of the base; keep it "
     "beside them (a call costs little), or call unload() to go back to the base without it"
 )
-# The input of the block that this thread computes, and the layer at the end of the block.
-_block_input = threading.local()
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """y = base_layer(x), and then y + sum over active adapters of (adapter(y) - y).
 
-    A parallel adapter takes the input of the block instead of y. y may also be the first element of
-    what base_layer returns.
+    Some adapters take another input than y, which `sources` gives. y may also be the first element
+    of what base_layer returns.
 
     All parameters lie flat in ParameterDicts, one for each kind, keyed by the name of the adapter:
     peft before 0.21 loads no parameters of nested modules. The modules that compute, in `adapters`,
@@ -43,9 +40,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.other_param_names = (f"{prefix}adapters", "reads")
+        self.other_param_names = (f"{prefix}adapters", "sources")
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
-        self.reads: dict[str, BlockInput] = {}
+        self.sources: dict[str, BlockInput] = {}
+        self.number = next(numbers)  # A copy of this layer has the same one.
         self._prefix = prefix
 
     @property
@@ -54,12 +52,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._modules[f"{self._prefix}adapters"]  # type: ignore[return-value]
 
     def add_adapter(
-        self, name: str, adapter: nn.Module, shared: Mapping[str, nn.ParameterDict], read: nn.Module | None
+        self, name: str, adapter: nn.Module, shared: Mapping[str, nn.ParameterDict], source: BlockInput | None
     ) -> None:
         """Add an adapter, whose own parameters move into the dicts of this layer.
 
-        shared: the dicts of the model that the adapter borrows from. read: the module that takes
-        the input of the block; None for an adapter that is not parallel.
+        shared: the dicts of the model that the adapter borrows from. source: of its input; None for
+        an adapter that takes the output of base_layer.
         """
         for key, parameter in list(adapter.named_parameters()):
             kind = self._prefix + key.replace(".", "_")
@@ -75,8 +73,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self.__dict__[kind] = values  # No child: the model owns it.
                 self.adapter_layer_names += (kind,)
         self.adapters[name] = adapter
-        if read is not None:
-            self.reads[name] = BlockInput(read, self, name)
+        if source is not None:
+            self.sources[name] = source
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Use and train these adapters, and no others. A fixed phm_rule stays fixed."""
@@ -97,8 +95,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter of that name, with its parameters."""
-        if adapter_name in self.reads:
-            self.reads[adapter_name].remove()
+        if adapter_name in self.sources:
+            self.sources[adapter_name].remove()
         super().delete_adapter(adapter_name)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -114,11 +112,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.adapters]
         return map_first(lambda y: self._applied(names, y, args, kwargs), output, self.base_layer) if names else output
 
+    def _inputs(self, name: str, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the adapter of that name takes and what it adds to."""
+        return self.sources[name](y, args, kwargs) if name in self.sources else (y, y)
+
     def _applied(self, names: Sequence[str], y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        result = y
-        for name in names:
-            x = self.reads[name].of_call(args, kwargs) if name in self.reads else y
-            result = self.adapters[name](x, result)
+        outputs = [self.adapters[name](*self._inputs(name, y, args, kwargs)) for name in names]
+        result: Tensor = outputs[0]
+        for other in outputs[1:]:
+            result = result + (other - y)
         return result
 
     def _mixed(self, y: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -127,9 +129,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         result = y
         for name in dict.fromkeys(names):
             if name in self.adapters:
-                x = self.reads[name].of_call(args, kwargs) if name in self.reads else y
+                x, residual = self._inputs(name, y, args, kwargs)
                 rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=y.device)
-                result = result.index_copy(0, rows, self.adapters[name](x[rows], y[rows]).to(y.dtype))
+                result = result.index_copy(0, rows, self.adapters[name](x[rows], residual[rows]).to(y.dtype))
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -144,44 +146,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The base layer, as peft's unload() asks for it; NotImplementedError if merge."""
         if merge:
             raise NotImplementedError(CANNOT_MERGE)
-        for read in self.reads.values():
-            read.remove()
+        for source in self.sources.values():
+            source.remove()
         return self.base_layer
-
-
-class BlockInput:
-    """The input of a block, kept from the call of its first module to that of its last one.
-
-    read: the module that takes the input. layer, name: the parallel adapter that uses it.
-    """
-
-    def __init__(self, read: nn.Module, layer: AdapterLayer, name: str) -> None:
-        self._read, self._layer, self._name = read, layer, name
-        self._first = next(iter(inspect.signature(read.forward).parameters), "")
-        self._handle: Any = None
-        if read is not layer.get_base_layer():
-            self._handle = read.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._layer.disable_adapters:
-            _block_input.waiting = (self._layer, first_input(module, args, kwargs, self._first))
-
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The input of the block whose last module, the layer, gets these arguments.
-
-        RuntimeError: `read` was not called before it.
-        """
-        if self._handle is None:
-            return first_input(self._read, args, kwargs, self._first)
-        waiting: tuple[AdapterLayer, Tensor] | None = getattr(_block_input, "waiting", None)
-        if waiting is None or waiting[0] is not self._layer:
-            raise RuntimeError(
-                f"a parallel adapter takes the input of a {type(self._read).__name__}, which was not called before "
-                "the module that ends its block"
-            )
-        return waiting[1]
-
-    def remove(self) -> None:
-        """Stop keeping the input."""
-        if self._handle is not None:
-            self._handle.remove()

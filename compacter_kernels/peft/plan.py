@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from compacter_kernels.peft.config import CompacterConfig
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.find import (
     Target,
@@ -23,7 +23,7 @@ from compacter_kernels.targets.find import (
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft itself adds names of heads for these.
 
 
-def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
+def plan_targets(model: nn.Module, config: Any) -> list[Target]:
     """The targets of the config in a model; none if target_modules fits no name.
 
     ValueError: the model is not in the table, or never calls a target.
@@ -41,12 +41,12 @@ def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     return targets
 
 
-def _excluded(config: CompacterConfig, name: str) -> bool:
+def _excluded(config: Any, name: str) -> bool:
     """Whether exclude_modules or modules_to_save take a target of the table away."""
     return not check_target_module_exists(dataclasses.replace(config, target_modules=[name]), name)
 
 
-def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str] | None:
+def plan_modules_to_save(model: nn.Module, config: Any) -> list[str] | None:
     """modules_to_save, and the heads and layer norms that the config asks for; None if none are.
 
     The names are such that peft, which takes every module whose name ends with one, takes no other

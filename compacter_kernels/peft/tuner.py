@@ -12,6 +12,7 @@ from torch import nn
 
 from compacter_kernels.peft.layer import BASE, CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.plan import plan_modules_to_save, plan_targets
+from compacter_kernels.peft.sources import BlockInput, BlockOutput
 from compacter_kernels.targets.find import Target
 
 
@@ -38,6 +39,20 @@ class AdapterTuner(BaseTuner):
         """Let an adapter borrow what those of its name share; return the dicts that own it."""
         return {}
 
+    def _parallel_input(self, target: Target) -> str:
+        """The name of the module whose input a parallel adapter takes."""
+        return target.read
+
+    def _source(self, config: Any, target: Target, layer: AdapterLayer) -> BlockInput | None:
+        """The source of the adapter's input; None for the output of its target."""
+        if config.is_parallel:
+            return BlockInput(self.model.get_submodule(self._parallel_input(target)), layer)
+        if not config.original_ln_before:
+            return None
+        parent, _, name = target.norm.rpartition(".")
+        norm = (self.model.get_submodule(parent), name) if name else None
+        return BlockOutput(self.model.get_submodule(target.residual), layer, norm, config.residual_before_ln)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
@@ -46,6 +61,11 @@ class AdapterTuner(BaseTuner):
         config = dataclasses.replace(peft_config, modules_to_save=plan_modules_to_save(model, peft_config))
         self._targets = {target.write: target for target in plan_targets(model, config)}
         for target in self._targets.values():
+            if config.original_ln_before and not target.residual:
+                raise ValueError(
+                    f"original_ln_before=True needs the residual of the block that {target.write} ends, which the "
+                    "table of compacter_kernels does not say for it; leave target_modules out for a model of the table"
+                )
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
 
@@ -67,9 +87,9 @@ class AdapterTuner(BaseTuner):
         plan = self._targets.get(current_key, Target(current_key, current_key, 0))
         adapter = self._build(self.model, peft_config, plan)
         lent = self._borrow(adapter_name, adapter, peft_config)
-        read = self.model.get_submodule(plan.read) if peft_config.is_parallel else None
         layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix)
-        layer.add_adapter(adapter_name, adapter.train(target.training), lent, read)
+        source = self._source(peft_config, plan, layer)
+        layer.add_adapter(adapter_name, adapter.train(target.training), lent, source)
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             setattr(parent, target_name, layer)
