@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
 from compacter_kernels.checkpoints.files import CONFIG, TENSORS
+from compacter_kernels.checkpoints.versions import adapted_modules, names_of_version_1
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.injection import add_adapters, injection_of
-from compacter_kernels.inject.keys import is_head
+from compacter_kernels.inject.keys import is_head, names_of_file
 from compacter_kernels.inject.prepare import Prepared, check_name, prepare
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.targets.added import adapters_of
+from compacter_kernels.targets.find import base_modules
 from compacter_kernels.targets.wrappers import check_fillable, check_gathered, check_injectable, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +37,7 @@ def load_adapter(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Model:
-    """Read adapters that `save_adapter` wrote, and activate them.
+    """Read adapters that `save_adapter` wrote, or peft with Compacter, and activate them.
 
     If the model has adapters of that name, they get the values of the file. Else they are injected.
 
@@ -64,7 +66,10 @@ def load_adapter(
     inner = unwrapped(model)
     path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     content = files.read_json(path / CONFIG)
-    config = files.read_config(content, path / CONFIG)
+    tensors = files.read_tensors(path / TENSORS)
+    named = names_of_file(inner, names_of_version_1(tensors) if content.get("format_version") == 1 else tensors)
+    config = files.read_config(content, path / CONFIG, lambda: adapted_modules(named))
+    config = dataclasses.replace(config, modules_to_save=_modules_to_save(inner, config, content))
     for key, value in files.of_model(inner).items():
         saved = content.get(key)
         if key != "base_model_name_or_path" and saved is not None and value is not None and saved != value:
@@ -72,7 +77,6 @@ def load_adapter(
             raise ValueError(f"{path / CONFIG} is of a model with {key} {saved!r}, {ours}")
     if not heads:
         config = dataclasses.replace(config, modules_to_save=None)
-    tensors = files.read_tensors(path / TENSORS)
 
     existing = adapters_of(inner)
     prepared: Prepared | None = None
@@ -87,19 +91,30 @@ def load_adapter(
             raise ValueError(f"{path / CONFIG} asks for what cannot be built: {str(error).splitlines()[0]}") from error
         targets = prepared.tensors(inner)
     if not heads:
-        tensors, targets = (
-            {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (tensors, targets)
+        named, targets = (
+            {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (named, targets)
         )
-    _check_tensors(tensors, targets, path / TENSORS)
+    _check_tensors(named, targets, path / TENSORS)
     files.check_digest(path / TENSORS, content.get(files.DIGEST))
     if prepared is None:
-        _fill(targets, tensors)
+        _fill(targets, named)
         injection_of(inner).activate(name)
     else:
         prepared.allocate(inner)
-        _fill(prepared.tensors(inner), tensors)
+        _fill(prepared.tensors(inner), named)
         add_adapters(inner, name, config, prepared)
     return model
+
+
+def _modules_to_save(model: nn.Module, config: CompacterConfig, content: Mapping[str, Any]) -> Sequence[str] | None:
+    """The option modules_to_save, for this model where peft wrote it.
+
+    peft takes every module whose name ends with one of these, in the middle of a word too, and also
+    lists usual names of heads that the model does not have.
+    """
+    if config.modules_to_save is None or "peft_version" not in content:
+        return config.modules_to_save
+    return [name for name, _ in base_modules(model) if name.endswith(tuple(config.modules_to_save))]
 
 
 def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:

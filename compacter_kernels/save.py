@@ -8,7 +8,7 @@ from torch import distributed as dist, nn
 
 from compacter_kernels.checkpoints.files import FORMAT, TENSORS, of_model, require_safetensors, write_folder
 from compacter_kernels.inject.injection import injection_of
-from compacter_kernels.inject.keys import named_tensors
+from compacter_kernels.inject.keys import name_in_file, named_tensors
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.wrappers import check_gathered, unwrapped
@@ -19,7 +19,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
 
     The files are `adapter_model.safetensors` and `adapter_config.json`. The tensors keep their
     dtypes, shared weights are written once, and trained layer norms and heads are included.
-    docs/checkpoints.md gives the names of the tensors. Other files in the folder stay.
+    `peft.PeftModel.from_pretrained` reads the folder too, after an import of
+    compacter_kernels.peft. docs/checkpoints.md gives the names of the tensors. Other files in the
+    folder stay.
 
     In a distributed run call this on all ranks. They gather sharded parameters (those of FSDP1
     within its `summon_full_params`), and rank 0 writes.
@@ -57,4 +59,5 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
                             f"{key} holds no values here: it is on meta, or sharded otherwise than by FSDP or ZeRO"
                         )
                 config = {**FORMAT, **of_model(model), **injection.configs[name].to_dict()}
-                write_folder(Path(folder), {TENSORS: tensors}, config)
+                of_file = {name_in_file(model, key): tensor for key, tensor in tensors.items()}
+                write_folder(Path(folder), {TENSORS: of_file}, config)

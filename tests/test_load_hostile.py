@@ -100,8 +100,8 @@ def pickled(name: str) -> Change:
     return change
 
 
-RULE = "compacter.shared.phm_rule"
-BIAS = "encoder.layer.0.output.dense.compacter.down.b"
+RULE = "base_model.model.compacter_shared_phm_rule"
+BIAS = "base_model.model.bert.encoder.layer.0.output.dense.compacter_down_b"
 CASES: dict[str, tuple[Change, str]] = {
     "a list": (text("[]"), "an object is expected, got list"),
     "a number": (text("3"), "an object is expected, got int"),
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "key twice": (text('{"phm_dim": 4, "phm_dim": 2}'), "it has a key twice"),
     "other method": (config(peft_type="LORA"), "peft_type 'LORA', not 'COMPACTER'; compacter-kernels convert reads"),
     "no method": (config(peft_type=...), "peft_type None"),
-    "other version": (config(format_version=2), "format_version 2; this compacter_kernels reads version 1"),
+    "other version": (config(format_version=3), "format_version 3; this compacter_kernels reads 1 and 2"),
     "version true": (config(format_version=True), "format_version True"),
     "unknown option": (config(rank=4), "not an option of CompacterConfig: rank; known are reduction_factor"),
     "option of another type": (config(phm_dim="4"), "phm_dim must be an integer >= 1, got '4'"),
@@ -136,20 +136,24 @@ CASES: dict[str, tuple[Change, str]] = {
     "no such module": (config(target_modules=["../../etc/passwd"]), "no module's name ends with ../../etc"),
     "no such head": (config(modules_to_save=["lm_head"]), "no module's name ends with lm_head"),
     "a head of all": (config(modules_to_save=["encoder"]), "bert.encoder holds .*, which gets an adapter"),
-    "lacks one": (tensors(lambda t: t.pop(RULE)), f"lacks 1 tensors: {RULE}"),
+    "lacks one": (tensors(lambda t: t.pop(RULE)), "lacks 1 tensors: compacter_shared_phm_rule"),
     "has one more": (tensors(lambda t: t.update({"../../x": torch.ones(1)})), r"does not, 1 tensors: \.\./\.\./x"),
     "has a base weight": (
         tensors(lambda t: t.update({"encoder.layer.0.output.dense.weight": torch.ones(32, 64)})),
         "does not, 1 tensors: encoder.layer.0.output.dense.weight",
     ),
+    "has one twice": (
+        tensors(lambda t: t.update({BIAS.replace("bert.", ""): t[BIAS].clone()})),
+        "two of its tensors have one name, in the model's base and beside it",
+    ),
     "dunder": (tensors(lambda t: t.update({"__class__": torch.ones(1)})), "1 tensors: __class__"),
-    "other shape": (tensors(lambda t: t.update({BIAS: torch.ones(9)})), r"down.b has shape \(9,\), the model needs"),
-    "broadcastable": (tensors(lambda t: t.update({BIAS: torch.ones(1)})), r"down.b has shape \(1,\), the model needs"),
-    "scalar": (tensors(lambda t: t.update({BIAS: torch.ones(())})), r"down.b has shape \(\), the model needs"),
-    "integers": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.int64)})), "down.b is torch.int64, not"),
-    "bools": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.bool)})), "down.b is torch.bool, not"),
-    "complex": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.complex64)})), "down.b is torch.complex64"),
-    "float8": (tensors(lambda t: t.update({BIAS: torch.ones(8).to(torch.float8_e4m3fn)})), "down.b is torch.float8"),
+    "other shape": (tensors(lambda t: t.update({BIAS: torch.ones(9)})), r"down_b has shape \(9,\), the model needs"),
+    "broadcastable": (tensors(lambda t: t.update({BIAS: torch.ones(1)})), r"down_b has shape \(1,\), the model needs"),
+    "scalar": (tensors(lambda t: t.update({BIAS: torch.ones(())})), r"down_b has shape \(\), the model needs"),
+    "integers": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.int64)})), "down_b is torch.int64, not"),
+    "bools": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.bool)})), "down_b is torch.bool, not"),
+    "complex": (tensors(lambda t: t.update({BIAS: torch.ones(8, dtype=torch.complex64)})), "down_b is torch.complex64"),
+    "float8": (tensors(lambda t: t.update({BIAS: torch.ones(8).to(torch.float8_e4m3fn)})), "down_b is torch.float8"),
     "cut": (raw(lambda data: data[:-1]), "no sound safetensors file"),
     "cut in the header": (raw(lambda data: data[:100]), "no sound safetensors file"),
     "no bytes": (raw(lambda data: b""), "no sound safetensors file"),

@@ -78,7 +78,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 
 def test_names_in_the_file(tmp_path: Path) -> None:
-    """Names are relative to the base and do not contain the name of the adapter.
+    """Names are those of peft and do not contain the name of the adapter.
 
     Each tensor is in the file once, and no other tensor is.
     """
@@ -86,12 +86,12 @@ def test_names_in_the_file(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     names = keys(tmp_path)
     assert {
-        "encoder.layer.0.output.dense.compacter.down.W_left",
-        "encoder.layer.1.attention.output.dense.compacter.up.b",
-        "compacter.shared.phm_rule",
-        "encoder.layer.0.output.LayerNorm.compacter.weight",
-        "embeddings.LayerNorm.compacter.bias",
-        "classifier.compacter.weight",
+        "base_model.model.bert.encoder.layer.0.output.dense.compacter_down_W_left",
+        "base_model.model.bert.encoder.layer.1.attention.output.dense.compacter_up_b",
+        "base_model.model.compacter_shared_phm_rule",
+        "base_model.model.bert.encoder.layer.0.output.LayerNorm.weight",
+        "base_model.model.bert.embeddings.LayerNorm.bias",
+        "base_model.model.classifier.weight",
     } <= names
     assert len(names) == len(list(ck.adapter_parameters(model, "mine")))
     assert sum("phm_rule" in key for key in names) == 1

@@ -33,7 +33,7 @@ def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
 
 
 FORMATS = {
-    "compacter-kernels": Format(r"(.*\.)?compacter\.(down|up|shared)\..*", ours.read, ours.write),
+    "compacter-kernels": Format(r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, ours.write),
     "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
     "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
     "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +26,11 @@ DIGEST = "adapter_model_sha256"
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 SHARD = re.compile(r".*-\d+-of-(?!0*[01]\.)\d+\.safetensors")  # model-00001-of-00002.safetensors
 JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26  # bytes
-PEFT_TYPE, VERSION = "COMPACTER", 1
+PEFT_TYPE, VERSION = "COMPACTER", 2
 FORMAT = {"peft_type": PEFT_TYPE, "format_version": VERSION}
 MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
+# What peft writes beside the options of a method, and an option that `inject` does not have.
+OF_PEFT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "exclude_modules")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -91,18 +93,24 @@ def of_model(model: nn.Module) -> dict[str, Any]:
     return about_model({key: getattr(config, key.removeprefix("base_model"), None) or None for key in MODEL})
 
 
-def read_config(content: Mapping[str, Any], path: Path) -> CompacterConfig:
-    """Return the options of a config file; ValueError for wrong ones, another method or version."""
+def read_config(content: Mapping[str, Any], path: Path, adapted: Callable[[], Sequence[str]]) -> CompacterConfig:
+    """Return the options of a config file; ValueError for wrong ones, another method or version.
+
+    adapted: gives the names of the modules that have adapters. They become target_modules where
+    peft was told in a way of its own, by a regular expression or by exclude_modules.
+    """
     kind, version = content.get("peft_type"), content.get("format_version")
     if kind != PEFT_TYPE:
         raise ValueError(
             f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}; compacter-kernels convert reads other formats"
         )
-    if version != VERSION or isinstance(version, bool):
-        raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads version {VERSION}")
-    no_options = {*FORMAT, *MODEL, DIGEST}
+    if version not in (1, VERSION) or isinstance(version, bool):
+        raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads 1 and {VERSION}")
+    options = {key: value for key, value in content.items() if key not in {*FORMAT, *MODEL, *OF_PEFT, DIGEST}}
+    if content.get("exclude_modules") or isinstance(options.get("target_modules"), str):
+        options["target_modules"] = list(adapted())
     try:
-        return CompacterConfig.from_dict({key: value for key, value in content.items() if key not in no_options})
+        return CompacterConfig.from_dict(options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from compacter_kernels.config import CompacterConfig
-from compacter_kernels.inject.keys import named_tensors
+from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.prepare import Prepared
 from compacter_kernels.inject.target_adapters import FastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
@@ -121,7 +121,7 @@ class Injection(Adapters, nn.Module):
     def parts(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the adapters of that name, with the paths of their parents."""
         beside = ((path, module) for path, module in model.named_modules() if isinstance(module, AddedModules))
-        for path, modules in ((f"{NAME}.shared", self.shared), *beside):
+        for path, modules in ((SHARED_PATH, self.shared), *beside):
             if name in modules:
                 yield path, modules.get_submodule(name)
 

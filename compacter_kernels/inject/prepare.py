@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.inject.keys import named_tensors
+from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.offload import device_of
 from compacter_kernels.inject.target_adapters import TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies, trained_copy
@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """All tensors, by their names in a file."""
-        parts = [] if self.shared is None else [(f"{NAME}.shared", self.shared)]
+        parts = [] if self.shared is None else [(SHARED_PATH, self.shared)]
         beside = (*self.adapters.items(), *self.copies.items())
         return named_tensors(model, (*parts, *((f"{path}.{NAME}", module) for path, module in beside)))
 
@@ -78,8 +78,8 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     check_nested(model)
     if config.original_ln_before:
         raise ValueError(
-            "original_ln_before=True: adapters of compacter_kernels.inject take the output of a block alone; the config "
-            "of the same name in compacter_kernels.peft has those that take its residual too"
+            "original_ln_before=True: adapters of compacter_kernels.inject take the output of a block alone; "
+            "compacter_kernels.peft has those that take its residual too"
         )
     targets = find_targets(model, config)
     copied = find_modules_to_save(model, config)

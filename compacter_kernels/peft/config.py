@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from torch import nn
 
 from compacter_kernels import config as options
+from compacter_kernels.checkpoints.files import VERSION, of_model
 from compacter_kernels.peft.registration import peft_type
 
 
 @dataclass
-class _Modules(PeftConfig):
+class _Config(PeftConfig):
+    """What the configs of all methods have beside the options of their adapters."""
+
     target_modules: Sequence[str] | str | None = field(
         default=None,
         metadata={
@@ -24,11 +28,23 @@ class _Modules(PeftConfig):
     exclude_modules: Sequence[str] | str | None = field(
         default=None, metadata={"help": "names or a regular expression of modules that get no adapter"}
     )
+    format_version: int = field(default=VERSION, metadata={"help": "of the folder that holds the adapters"})
+    model_type: str | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    hidden_size: int | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "of the model, set when it gets adapters"})
+    adapter_model_sha256: InitVar[str | None] = None  # `save_adapter` writes it, and peft has no use for it.
 
     def _check_options(self, kind: type[options.AdapterConfig]) -> None:
         """Check all options, as the config without peft does, and give them the types of peft."""
+        if self.format_version != VERSION:
+            raise ValueError(
+                f"these adapters have format_version {self.format_version!r}, and peft reads version {VERSION}: "
+                "`compacter-kernels convert FOLDER --to compacter-kernels --out NEW` brings version 1 to it"
+            )
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         given: Any = self.target_modules
+        if given == "all-linear":
+            raise ValueError("target_modules='all-linear' is no place for adapters; name the layers that end blocks")
         if isinstance(given, str):
             self.target_modules = (given,)
         elif isinstance(given, set | frozenset):
@@ -38,9 +54,15 @@ class _Modules(PeftConfig):
         self.target_modules = given if isinstance(given, str | None) else list(self.target_modules or ())
         self.modules_to_save: Any = None if self.modules_to_save is None else list(self.modules_to_save)
 
+    def describe(self, model: nn.Module) -> None:
+        """Set what the folder says about the model."""
+        about = of_model(model)
+        self.model_type, self.hidden_size = about["model_type"], about["hidden_size"]
+        self.num_hidden_layers = about["num_hidden_layers"]
+
 
 @dataclass
-class CompacterConfig(_Modules, options.CompacterConfig):
+class CompacterConfig(_Config, options.CompacterConfig):
     """Compacter (arXiv 2106.04647) as a method of peft.
 
     It has the options of `compacter_kernels.CompacterConfig` and those of `peft.PeftConfig`, such
@@ -52,7 +74,7 @@ class CompacterConfig(_Modules, options.CompacterConfig):
             given and the values that are allowed.
     """
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, adapter_model_sha256: str | None) -> None:
         self._check_options(options.CompacterConfig)
         self.peft_type = peft_type("COMPACTER")
 
@@ -65,7 +87,7 @@ class CompacterPlusPlusConfig(CompacterConfig):
 
 
 @dataclass
-class BottleneckConfig(_Modules, options.BottleneckConfig):
+class BottleneckConfig(_Config, options.BottleneckConfig):
     """The plain bottleneck adapter as a method of peft, with dense projections.
 
     It computes what the `adapters` library does for the same options, and has those of
@@ -85,6 +107,6 @@ class BottleneckConfig(_Modules, options.BottleneckConfig):
             given and the values that are allowed.
     """
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, adapter_model_sha256: str | None) -> None:
         self._check_options(options.BottleneckConfig)
         self.peft_type = peft_type("BOTTLENECK")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import map_first
 from compacter_kernels.nn.borrower import Borrower
+from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.sources import BlockInput, numbers
 
 BASE = "__base__"  # The name that peft gives in adapter_names to a sample that has no adapter.
@@ -60,7 +61,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         an adapter that takes the output of base_layer.
         """
         for key, parameter in list(adapter.named_parameters()):
-            kind = self._prefix + key.replace(".", "_")
+            kind = flat(key, self._prefix)
             if kind not in self.adapter_layer_names:
                 setattr(self, kind, nn.ParameterDict())
                 self.adapter_layer_names += (kind,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -23,7 +23,19 @@ from compacter_kernels.targets.find import (
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft itself adds names of heads for these.
 
 
-def plan_targets(model: nn.Module, config: Any) -> list[Target]:
+class Plan(NamedTuple):
+    """The targets of a config in a model by their names, and the config that tells them by name."""
+
+    targets: dict[str, Target]
+    config: Any
+
+    def asks_for(self, name: str) -> Any:
+        """What peft's own question about this module gives: also whether it was excluded."""
+        found = check_target_module_exists(self.config, name)
+        return name in self.targets if found else found
+
+
+def plan_targets(model: nn.Module, config: Any) -> Plan:
     """The targets of the config in a model; none if target_modules fits no name.
 
     ValueError: the model is not in the table, or never calls a target.
@@ -31,23 +43,18 @@ def plan_targets(model: nn.Module, config: Any) -> list[Target]:
     if adapters_of(model) is not None:
         raise ValueError("the model has adapters by compacter_kernels.inject already; call remove_adapters first")
     if config.target_modules is None:
-        targets = [t for t in find_targets(model, config) if not _excluded(config, t.write)]
+        targets = find_targets(model, config)
+        config = dataclasses.replace(config, target_modules=[target.write for target in targets])
+        targets = [target for target in targets if check_target_module_exists(config, target.write)]
     else:
-        modules = {name for name, _ in base_modules(model)}
-        names = [name for name in modules if name and check_target_module_exists(config, name)]
-        targets = numbered([name for name, _ in model.named_modules() if name in names])
-        check_called(model, [target.write for target in targets], "target_modules")
-        targets = without_layers(targets, config.leave_out)
-    return targets
+        named = [name for name, _ in base_modules(model) if name and check_target_module_exists(config, name)]
+        check_called(model, named, "target_modules")
+        targets = without_layers(numbered(named), config.leave_out)
+    return Plan({target.write: target for target in targets}, config)
 
 
-def _excluded(config: Any, name: str) -> bool:
-    """Whether exclude_modules or modules_to_save take a target of the table away."""
-    return not check_target_module_exists(dataclasses.replace(config, target_modules=[name]), name)
-
-
-def plan_modules_to_save(model: nn.Module, config: Any) -> list[str] | None:
-    """modules_to_save, and the heads and layer norms that the config asks for; None if none are.
+def plan_modules_to_save(model: nn.Module, config: Any) -> list[str]:
+    """modules_to_save, and the heads and layer norms that the config asks for.
 
     The names are such that peft, which takes every module whose name ends with one, takes no other
     modules. As peft's own, they may be names that this model does not have.
@@ -61,7 +68,7 @@ def plan_modules_to_save(model: nn.Module, config: Any) -> list[str] | None:
     for name in found:
         end = name.rpartition(".")[2]
         ends.append(end if all(other in found for other in names if other.endswith(end)) else name)
-    return list(dict.fromkeys([*given, *ends])) or None
+    return list(dict.fromkeys([*given, *ends]))
 
 
 def _outside_peft(model: nn.Module, name: str) -> str:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.inject.prepare import SharedWeights, shared_names
 from compacter_kernels.nn import CompacterAdapter
-
-PREFIX = "compacter_shared_"
-IN_FILE = "base_model.model."  # What peft's names begin with in a file.
+from compacter_kernels.nn.flat_names import SHARED
+from compacter_kernels.targets.wrappers import IN_FILE
 
 
 class SharedParameters(nn.ParameterDict):
@@ -32,15 +31,15 @@ def borrow(
     The shared weights of the first adapter of a name become those of all.
     """
     shared = shared_names(adapter, config)
-    keys = dict.fromkeys(PREFIX + key for names in shared.values() for key in names.values())
+    keys = dict.fromkeys(SHARED + key for names in shared.values() for key in names.values())
     if any(name not in getattr(model, key, ()) for key in keys):
         for key, parameter in list(SharedWeights(adapter, config).named_parameters()):
-            if not isinstance(getattr(model, PREFIX + key, None), SharedParameters):
-                setattr(model, PREFIX + key, SharedParameters())
-            getattr(model, PREFIX + key)[name] = parameter
+            if not isinstance(getattr(model, SHARED + key, None), SharedParameters):
+                setattr(model, SHARED + key, SharedParameters())
+            getattr(model, SHARED + key)[name] = parameter
     for projection, names in shared.items():
         for own, key in names.items():
-            getattr(adapter, projection).borrow(getattr(model, PREFIX + key), **{own: name})
+            getattr(adapter, projection).borrow(getattr(model, SHARED + key), **{own: name})
     return {key: getattr(model, key) for key in keys}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from compacter_kernels.peft.layer import BASE, CANNOT_MERGE, AdapterLayer
@@ -59,8 +59,8 @@ class AdapterTuner(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find all targets and check that each can have an adapter, before the model changes."""
         config = dataclasses.replace(peft_config, modules_to_save=plan_modules_to_save(model, peft_config))
-        self._targets = {target.write: target for target in plan_targets(model, config)}
-        for target in self._targets.values():
+        self._plan = plan_targets(model, config)
+        for target in self._plan.targets.values():
             if config.original_ln_before and not target.residual:
                 raise ValueError(
                     f"original_ln_before=True needs the residual of the block that {target.write} ends, which the "
@@ -68,11 +68,10 @@ class AdapterTuner(BaseTuner):
                 )
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
+        peft_config.describe(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        if key in self._targets:
-            return True
-        return False if peft_config.target_modules is None else check_target_module_exists(peft_config, key)
+        return self._plan.asks_for(key)
 
     def _create_and_replace(
         self,
@@ -84,7 +83,7 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._targets.get(current_key, Target(current_key, current_key, 0))
+        plan = self._plan.targets.get(current_key, Target(current_key, current_key, 0))
         adapter = self._build(self.model, peft_config, plan)
         lent = self._borrow(adapter_name, adapter, peft_config)
         layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix)

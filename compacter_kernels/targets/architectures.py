@@ -103,3 +103,8 @@ ARCHITECTURES = {
     for model_types, (layers, norms, *blocks) in _FAMILIES.items()
     for model_type in model_types.split()
 }
+# The child that is the base, in the classes of transformers that have a head; a T5 has none.
+_BASES = {"bert": "bert", "roberta": "roberta xlm-roberta camembert", "electra": "electra", "distilbert": "distilbert"}
+_BASES |= {"model": "bart mbart whisper llama mistral qwen2 qwen3", "transformer": "gpt2", "vit": "vit"}
+_BASES |= {"wav2vec2": "wav2vec2"}
+BASE_PREFIXES = {kind: base for base, kinds in _BASES.items() for kind in kinds.split()}

@@ -26,7 +26,8 @@ WRAPPED_CHILD = {  # The class of a wrapper, and the name of the child that it w
 # The wrapper of peft's modules_to_save and trainable_token_indices.
 TRAINED_BY_PEFT = "AuxiliaryTrainingWrapper"
 # What the names in the state dict of a wrapped model begin with, and names within them.
-PREFIXES = ("module.", "base_model.model.")
+IN_FILE = "base_model.model."  # peft's, also in its files
+PREFIXES = ("module.", IN_FILE)
 COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 Value = TypeVar("Value")
 

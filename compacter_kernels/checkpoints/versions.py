@@ -1,0 +1,35 @@
+"""The names of tensors in files of earlier versions of the format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from compacter_kernels.nn.flat_names import SHARED, dotted, flat
+
+Value = TypeVar("Value")
+_OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")
+
+
+def names_of_version_1(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """The tensors of a file of version 1 by today's names.
+
+    It had `encoder.layer.0.output.dense.compacter.down.W_left`, `compacter.shared.phm_rule` and
+    `classifier.compacter.weight`.
+    """
+    named = {}
+    for key, tensor in tensors.items():
+        path, found, rest = f".{key}".rpartition(".compacter.")
+        if not found:
+            named[key] = tensor
+        elif not path:
+            named[SHARED + rest.removeprefix("shared.")] = tensor
+        else:
+            name = flat(rest) if rest.partition(".")[0] in _OF_ADAPTER else rest
+            named[f"{path.removeprefix('.')}.{name}"] = tensor
+    return named
+
+
+def adapted_modules(names: Iterable[str]) -> list[str]:
+    """The modules that have adapters, for today's names of tensors."""
+    return sorted({key.rpartition(".")[0] for key in names if dotted(key.rpartition(".")[2])})
