@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, state_dicts
+from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, peft, state_dicts
 from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
+from compacter_kernels.checkpoints.files import TENSORS, write_folder
+from compacter_kernels.checkpoints.methods import COMPACTER, METHODS
 from compacter_kernels.checkpoints.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
 from compacter_kernels.targets.added import adapters_of
 
@@ -25,6 +26,7 @@ class Format(NamedTuple):
     sign: str  # a regular expression for names of tensors that occur in this format alone
     read: Callable[[Source], Checkpoint] | None = None
     write: Callable[[Checkpoint, str | None], Written] | None = None
+    wide: bool = False  # whether it holds all kinds of adapters, and not only Compacter after a block's output
 
 
 def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
@@ -33,8 +35,9 @@ def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
 
 
 FORMATS = {
-    "compacter-kernels": Format(r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, ours.write),
-    "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
+    "compacter-kernels": Format(r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, peft.write),
+    "peft": Format(r".*\.bottleneck_adapter_(down|up)_.*", peft.read, peft.write, wide=True),
+    "adapters": Format(adapters.SIGN, adapters.read, adapters.write, wide=True),
     "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
     "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
     "t-few": _state_dict("adapter", state_dicts.T_FEW),
@@ -50,9 +53,9 @@ def format_of(source: Source) -> str:
         return "compacter-kernels"
     if getattr(source.model, "adapters_config", None) is not None:
         return "adapters"
-    method = source.config.get("peft_type", PEFT_TYPE)
-    if method != PEFT_TYPE:
-        raise ValueError(f"it holds adapters of another method than Compacter, peft_type {method!r}")
+    method = source.config.get("peft_type")
+    if method not in (None, *METHODS):
+        raise ValueError(f"it holds adapters of another method than {' and '.join(METHODS)}, peft_type {method!r}")
     fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
     fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
     if not fitting and source.is_whole_model():
@@ -94,15 +97,17 @@ def convert(
     phm_rule: Rule | None = None,
     allow_loss: bool = False,
 ) -> Converted:
-    """Convert a Compacter checkpoint of one library into the form of another, value by value.
+    """Convert a checkpoint of one library into the form of another, value by value.
 
     docs/checkpoints.md describes the formats. Values keep their dtypes.
 
     Args:
         source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards,
             a state dict, or a live model of any of the libraries.
-        target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original",
-            "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of `PHMLinear`).
+        target_format: "compacter-kernels" (for `load_adapter` and peft), "peft" (also for what
+            `load_adapter` cannot compute, such as plain bottleneck adapters), "adapters",
+            "original", "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of
+            `PHMLinear`).
         target: the folder to write, or the .safetensors file for a format without a config; None
             writes nothing.
         source_format: one of the same names; by default it is recognised by the tensors' names.
@@ -136,6 +141,8 @@ def convert(
         )
     else:
         checkpoint = read(opened, source_format)
+        if not FORMATS[target_format].wide:
+            _check_narrow(checkpoint, target_format)
         written = write(checkpoint, target_name or name)
         converted = Converted(source_format, target_format, *written, checkpoint.losses, checkpoint.notes)
     if converted.losses and not allow_loss:
@@ -144,6 +151,20 @@ def convert(
     if target is not None:
         _store(converted, Path(target))
     return converted
+
+
+def _check_narrow(checkpoint: Checkpoint, target_format: str) -> None:
+    """Raise ValueError if the adapters are not those of the authors of Compacter."""
+    reason = ""
+    if checkpoint.method != COMPACTER:
+        reason = "phm_layer=False cannot be converted: these are plain bottleneck adapters, not Compacter"
+    elif checkpoint.config.original_ln_before:
+        reason = (
+            "original_ln_before=True cannot be converted: it reads the block's output plus the residual, as "
+            f"Compacter++ of `adapters` does; adapters of {target_format!r}, as the paper's, read the output alone"
+        )
+    if reason:
+        raise ValueError(f"{reason}. Convert them to 'peft'")
 
 
 def read(source: Source, source_format: str) -> Checkpoint:

@@ -14,6 +14,7 @@ from compacter_kernels.checkpoints.checkpoint import SHARED
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
+HEAD_CONFIG = "head_config.json"  # of the `adapters` library
 ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors"  # of the `adapters` library
 
 
@@ -21,13 +22,14 @@ ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors
 class Source:
     """What a source holds, and what the caller of `convert` says of it.
 
-    tensors: by the names of their format. config: the content of the JSON file beside them. head:
-    the tensors of a separate file for the head. given: the shared weights of `phm_rule`.
+    tensors: by the names of their format. config: the content of the JSON file beside them. head,
+    head_config: the same of a separate file for the head. given: the shared weights of `phm_rule`.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
+    head_config: dict[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     name: str | None = None
     model_type: str | None = None
@@ -84,8 +86,8 @@ def _shared_weights(rule: Rule) -> dict[str, Tensor]:
     return shared
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Return the tensors, the config and the head."""
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, the config, the head and its config."""
     configs = (folder / name for name in (files.CONFIG, "config.json"))
     config = next((files.read_json(path) for path in configs if path.is_file()), {})
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
@@ -108,4 +110,5 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[
     if of_adapters:
         files.check_digest(folder / checkpoints[0], config.get(files.DIGEST))
     head = files.read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
-    return tensors, config, head
+    head_config = files.read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else {}
+    return tensors, config, head, head_config

@@ -9,6 +9,7 @@ from torch import nn
 from compacter_kernels.config import DTYPES
 from compacter_kernels.inject.prepare import computes_like, width_of
 from compacter_kernels.nn.bottleneck import BottleneckAdapter
+from compacter_kernels.nn.flat_names import BOTTLENECK
 from compacter_kernels.peft.tuner import AdapterTuner
 from compacter_kernels.targets.find import Target
 from compacter_kernels.targets.wrappers import unwrapped
@@ -17,7 +18,7 @@ from compacter_kernels.targets.wrappers import unwrapped
 class BottleneckModel(AdapterTuner):
     """Bottleneck adapters (arXiv 1902.00751) in a model, as peft.get_peft_model makes them."""
 
-    prefix = "bottleneck_adapter_"
+    prefix = BOTTLENECK
 
     def _build(self, model: nn.Module, config: Any, target: Target, device: str | None = None) -> Any:
         module = unwrapped(model.get_submodule(target.write))

@@ -1,0 +1,93 @@
+"""Prediction heads of `adapters` as the heads of classes of transformers.
+
+The library's AdapterModel classes have heads of a structure of their own, which a config describes.
+Where a class of transformers has a head of the same structure, the tensors get its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """A head of a class of transformers: its linear layers, and what lies between and before."""
+
+    layers: tuple[str, ...]
+    activation: str | None = None
+    use_pooler: bool = False
+    bias: bool = True
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Its linear layers by their names in a head of `adapters`.
+
+        There each is preceded by dropout, and each but the last followed by the activation.
+        """
+        return {str(1 + 3 * number): name for number, name in enumerate(self.layers)}
+
+
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "multiple_choice": "AutoModelForMultipleChoice",
+    "tagging": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "image_classification": "AutoModelForImageClassification",
+}
+_TAGS = {"tagging": Head(("classifier",)), "question_answering": Head(("qa_outputs",))}
+_POOLED = Head(("classifier",), use_pooler=True)
+_SEQ2SEQ = Head(("classification_head.dense", "classification_head.out_proj"), "tanh")
+_FAMILIES = {
+    "bert": {"classification": _POOLED, "multiple_choice": _POOLED, **_TAGS},
+    "roberta xlm-roberta": {
+        "classification": Head(("classifier.dense", "classifier.out_proj"), "tanh"),
+        "multiple_choice": _POOLED,
+        **_TAGS,
+    },
+    "electra": {"classification": Head(("classifier.dense", "classifier.out_proj"), "gelu"), **_TAGS},
+    "distilbert": {"classification": Head(("pre_classifier", "classifier"), "relu"), **_TAGS},
+    "bart mbart": {"classification": _SEQ2SEQ, "question_answering": _TAGS["question_answering"]},
+    "t5": {"classification": _SEQ2SEQ, "question_answering": _TAGS["question_answering"]},
+    "gpt2": {"classification": Head(("score",), bias=False), **_TAGS},
+    "llama mistral": {"classification": Head(("score",), bias=False), "tagging": Head(("score",))},
+    "vit": {"image_classification": Head(("classifier",))},
+}
+HEADS = {kind: heads for kinds, heads in _FAMILIES.items() for kind in kinds.split()}
+
+
+def named_as_in_class(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], model_type: str | None
+) -> dict[str, Tensor] | None:
+    """The tensors of a head, given by their names in it, by those of a class of transformers.
+
+    None: no class has a head of this structure.
+    """
+    head = HEADS.get(model_type or "", {}).get(str(config.get("head_type")))
+    if head is None or config.get("layers") != len(head.layers):
+        return None
+    same = (
+        bool(config.get("use_pooler", False)) == head.use_pooler
+        and config.get("bias", True) == head.bias
+        and not config.get("multilabel", False)
+        and (len(head.layers) == 1 or config.get("activation_function") == head.activation)
+    )
+    named = {}
+    for key, tensor in tensors.items():
+        number, _, parameter = key.partition(".")
+        if number not in head.names:
+            return None
+        named[f"{head.names[number]}.{parameter}"] = tensor
+    return named if same and named else None
+
+
+def class_of(model_type: str, head_type: str) -> str | None:
+    """The class of transformers that has such a head, where its base has an unusual name."""
+    return "T5ForSequenceClassification" if (model_type, head_type) == ("t5", "classification") else None
+
+
+def described(config: Mapping[str, Any]) -> str:
+    """What a head is, for a message."""
+    parts = [f"{key}={config[key]!r}" for key in ("layers", "activation_function", "use_pooler") if key in config]
+    return f"{config.get('head_type', 'of unknown structure')}{' with ' if parts else ''}{', '.join(parts)}"
