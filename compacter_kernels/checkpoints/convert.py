@@ -55,7 +55,7 @@ def format_of(source: Source) -> str:
         return "adapters"
     method = source.config.get("peft_type")
     if method not in (None, *METHODS):
-        raise ValueError(f"it holds adapters of another method than {' and '.join(METHODS)}, peft_type {method!r}")
+        raise ValueError(f"it holds adapters of another method than Compacter and Bottleneck, peft_type {method!r}")
     fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
     fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
     if not fitting and source.is_whole_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,22 @@ from compacter_kernels.peft.layer import BASE, CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.plan import plan_modules_to_save, plan_targets
 from compacter_kernels.peft.sources import BlockInput, BlockOutput
 from compacter_kernels.targets.find import Target
+from compacter_kernels.targets.renamed import name_in
+from compacter_kernels.targets.wrappers import IN_FILE
+
+
+def _rename(begin: str, model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give adapters the names that their modules have in this model, in place.
+
+    A model calls it before it loads a state dict. begin: what the names of parameters begin with.
+    prefix: what those of the model's modules begin with.
+    """
+    names = {name.removeprefix(IN_FILE) for name, _ in model.named_modules()}
+    for key in list(state_dict):
+        path, found, kind = key.removeprefix(prefix).rpartition(f".{begin}")
+        if found and path not in names:
+            start = prefix if key.startswith(prefix) else ""
+            state_dict[start + name_in(names, path) + found + kind] = state_dict.pop(key)
 
 
 class AdapterTuner(BaseTuner):
@@ -30,6 +47,10 @@ class AdapterTuner(BaseTuner):
 
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # `plan_targets` reads our own table.
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._renaming = self.model.register_load_state_dict_pre_hook(functools.partial(_rename, self.prefix))
 
     def _build(self, model: nn.Module, config: Any, target: Target, device: str | None = None) -> Any:
         """The adapter of a target, on that device or its own; ValueError if it cannot be."""
@@ -118,6 +139,21 @@ class AdapterTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> Any:
+        """As peft 0.21 and later ask for it, before they look for the parameters of these names."""
+        renamed = dict(state_dict)
+        _rename(cls.prefix, model, renamed, IN_FILE)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters."""
+        model: nn.Module = super().unload()
+        self._renaming.remove()
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
