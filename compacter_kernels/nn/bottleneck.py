@@ -26,6 +26,10 @@ class Linear(Borrower, nn.Linear):
         weight = self._weight("weight")
         return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, self._weight("bias"))
 
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
 
 class BottleneckAdapter(Borrower):
     """scale * up(act(down(x))) + x, the adapter of Houlsby et al. (arXiv 1902.00751).
