@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.prepare import Prepared
-from compacter_kernels.inject.target_adapters import FastPath, Layer, TargetAdapters
+from compacter_kernels.inject.target_adapters import AdapterFastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
 from compacter_kernels.targets.added import NAME, Adapters, AddedModules, added_modules
 from compacter_kernels.targets.find import is_layer_norm
@@ -37,7 +37,7 @@ class Injection(Adapters, nn.Module):
         self.active = None
         self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
         self._added: dict[str, TargetAdapters | TrainedCopies] = {}  # By the path of their module, also if exchanged.
-        self._fast_path = FastPath(model)
+        self._fast_path = AdapterFastPath(model)
         # The copied heads by path, without wrappers: the parent of the head, and its copies.
         self._heads: dict[str, tuple[nn.Module, TrainedCopies]] = {}
         self._checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
@@ -62,7 +62,7 @@ class Injection(Adapters, nn.Module):
                 parent = model.get_submodule(path.rpartition(".")[0])
                 self._heads.setdefault(plain_path(model, path), (parent, copies))
         self._fast_path.allow(True)
-        self._fast_path = FastPath(model)
+        self._fast_path = AdapterFastPath(model)
         if prepared.shared is not None:
             self.shared[name] = prepared.shared
         self.configs[name] = config
@@ -83,7 +83,7 @@ class Injection(Adapters, nn.Module):
             if not len(modules):
                 modules.detach()
         self._added = {path: modules for path, modules in self._added.items() if len(modules)}
-        self._fast_path = FastPath(model)
+        self._fast_path = AdapterFastPath(model)
         if self.configs:
             self.activate(self.active if self.active in self.configs else next(iter(self.configs)))
             return

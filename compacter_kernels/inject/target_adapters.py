@@ -12,6 +12,7 @@ from compacter_kernels.inject.hidden_states import first_input, map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.targets.added import NAME, AddedModules
+from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
 
 REPLICATED = (
@@ -27,7 +28,6 @@ WRAPPED_LATER = (
     "there, and merging would change the outputs. Call get_peft_model first and inject into the model that it returns, "
     "or leave this layer out of peft's target_modules; peft's unload() undoes it"
 )
-FAST_PATH_FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 # `waiting` holds the input of the block that this thread computes, and the TargetAdapters at the
 # end of the block. Each thread has its own. No module holds it, so that a model can be copied after
@@ -167,27 +167,16 @@ class TargetAdapters(AddedModules):
         delattr(self._write.module, NAME)
 
 
-class FastPath:
-    """Switches the fast path of the torch encoders in a model that hold adapters or trained copies.
-
-    In eval mode nn.TransformerEncoderLayer reads the weights of its linear layers and norms instead
-    of calling them, unless a module in it has hooks. nn.TransformerEncoder packs padded batches
-    into nested tensors for that. Both must be off while adapters are in use.
-    """
+class AdapterFastPath(FastPath):
+    """The fast path of the torch encoders in a model that hold adapters or trained copies."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._flags = [
-            (module, flag, getattr(module, flag))
-            for module in model.modules()
-            for kind, flag in FAST_PATH_FLAGS.items()
-            if isinstance(module, kind) and any(isinstance(part, AddedModules) for part in module.modules())
-        ]
-        parts = dict.fromkeys(part for module, *_ in self._flags for part in module.modules())
+        super().__init__(model, AddedModules)
+        parts = dict.fromkeys(part for module in self.encoders for part in module.modules())
         self._adapters = [part for part in parts if isinstance(part, TargetAdapters)]
 
-    def allow(self, on: bool) -> None:
+    def allow(self, on: bool, asker: object = None) -> None:
         """Restore the fast path, or switch it off. The adapters have hooks only while it is off."""
-        for module, flag, value in self._flags:
-            setattr(module, flag, value if on else type(value)(0))
+        super().allow(on, asker)
         for adapters in self._adapters:
             adapters.remove_hooks() if on else adapters.register_hooks()

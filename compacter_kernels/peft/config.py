@@ -43,8 +43,6 @@ class _Config(PeftConfig):
             )
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         given: Any = self.target_modules
-        if given == "all-linear":
-            raise ValueError("target_modules='all-linear' is no place for adapters; name the layers that end blocks")
         if isinstance(given, str):
             self.target_modules = (given,)
         elif isinstance(given, set | frozenset):

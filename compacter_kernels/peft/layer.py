@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import map_first
-from compacter_kernels.nn.borrower import Borrower
 from compacter_kernels.nn.flat_names import flat
-from compacter_kernels.peft.sources import BlockInput, numbers
+from compacter_kernels.peft.block_input import BlockInput, forget, numbers
+from compacter_kernels.peft.mixed_batch import Names
+from compacter_kernels.peft.shared import SharedParameters
+from compacter_kernels.targets.fast_path import FastPath
 
-BASE = "__base__"  # The name that peft gives in adapter_names to a sample that has no adapter.
 CANNOT_MERGE = (
     "a bottleneck adapter has a nonlinear function inside and cannot be merged into the weights of the base; keep it "
     "beside them (a call costs little), or call unload() to go back to the base without it"
@@ -24,8 +24,8 @@ CANNOT_MERGE = (
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """y = base_layer(x), and then y + sum over active adapters of (adapter(y) - y).
 
-    Some adapters take another input than y, which `sources` gives. y may also be the first element
-    of what base_layer returns.
+    Some adapters take another input than y, which `reads` gives. base_layer may also return a
+    tuple, list or dict that begins with its output.
 
     All parameters lie flat in ParameterDicts, one for each kind, keyed by the name of the adapter:
     peft before 0.21 loads no parameters of nested modules. The modules that compute, in `adapters`,
@@ -34,18 +34,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: a module of the base, or another layer of peft around it.
         prefix: what the names of the ParameterDicts begin with.
+        fast_path: of the torch encoders in the model, which is off while an adapter is in use.
     """
 
-    def __init__(self, base_layer: nn.Module, prefix: str) -> None:
+    def __init__(self, base_layer: nn.Module, prefix: str, fast_path: FastPath) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.other_param_names = (f"{prefix}adapters", "sources")
+        self.other_param_names = (f"{prefix}adapters", "reads", "fixed")
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
-        self.sources: dict[str, BlockInput] = {}
+        self.reads: dict[str, BlockInput] = {}
+        self.fixed: dict[str, list[str]] = {}
         self.number = next(numbers)  # A copy of this layer has the same one.
-        self._prefix = prefix
+        self._prefix, self._shared = prefix, list[SharedParameters]()
+        self.fast_path = fast_path
+        fast_path.allow(False, self)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of base_layer, such as out_features, or batch_first of an attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Libraries mark modules by private attributes; this one says how an attention computes.
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
+                raise
+            return getattr(self.base_layer, name)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -53,12 +67,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._modules[f"{self._prefix}adapters"]  # type: ignore[return-value]
 
     def add_adapter(
-        self, name: str, adapter: nn.Module, shared: Mapping[str, nn.ParameterDict], source: BlockInput | None
+        self,
+        name: str,
+        adapter: nn.Module,
+        *,
+        shared: Mapping[str, SharedParameters],
+        fixed: Sequence[str],
+        read: BlockInput | None,
     ) -> None:
         """Add an adapter, whose own parameters move into the dicts of this layer.
 
-        shared: the dicts of the model that the adapter borrows from. source: of its input; None for
-        an adapter that takes the output of base_layer.
+        shared: the dicts of the model that the adapter borrows from. fixed: the names of the dicts
+        whose parameters are never trained. read: what gives the input; None for an adapter that
+        takes the output of base_layer.
         """
         for key, parameter in list(adapter.named_parameters()):
             kind = flat(key, self._prefix)
@@ -69,70 +90,70 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             values[name] = parameter
             path, _, leaf = key.rpartition(".")
             adapter.get_submodule(path).borrow(values, **{leaf: name})  # type: ignore[operator]
-        for kind, values in shared.items():
+        for kind, shared_values in shared.items():
             if kind not in self.adapter_layer_names:
-                self.__dict__[kind] = values  # No child: the model owns it.
+                self.__dict__[kind] = shared_values  # No child: the model owns it.
                 self.adapter_layer_names += (kind,)
+                self._shared.append(shared_values)
         self.adapters[name] = adapter
-        if source is not None:
-            self.sources[name] = source
+        self.fixed[name] = list(fixed)
+        if read is not None:
+            self.reads[name] = read
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use and train these adapters, and no others. A fixed phm_rule stays fixed."""
+        """Use and train these adapters, and no others. What is fixed stays fixed."""
         super().set_adapter(adapter_names, inference_mode)
-        self._fix_rules()
+        self._fix()
+        for shared in self._shared:
+            shared.set_adapter(self.active_adapters)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters or not. A fixed phm_rule stays fixed."""
+        """Train these adapters or not. What is fixed stays fixed."""
         super().set_requires_grad(adapter_names, requires_grad)
-        self._fix_rules()
+        self._fix()
 
-    def _fix_rules(self) -> None:
-        for adapter in self.adapters.values():
-            for projection in adapter.children():
-                if getattr(projection, "learn_phm", True) is False:
-                    for rule in projection.rule_names():  # type: ignore[operator]
-                        Borrower._weight(projection, rule).requires_grad_(False)  # type: ignore[arg-type]
+    def _fix(self) -> None:
+        for name, kinds in self.fixed.items():
+            for kind in kinds:
+                getattr(self, kind)[name].requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active adapters, or none: then the layer computes as base_layer, bit by bit."""
+        super().enable_adapters(enabled)
+        self.fast_path.allow(not enabled, self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter of that name, with its parameters."""
-        if adapter_name in self.sources:
-            self.sources[adapter_name].remove()
+        if adapter_name in self.reads:
+            self.reads[adapter_name].remove()
         super().delete_adapter(adapter_name)
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call base_layer and apply the active adapters, or those that adapter_names says.
-
-        adapter_names: the name of the adapter of each sample, or "__base__".
-        """
+    def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """Call base_layer and apply the active adapters, or those of adapter_names."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
-        if adapter_names is not None:
-            return map_first(lambda y: self._mixed(y, adapter_names, args, kwargs), output, self.base_layer)
-        names = [name for name in self.active_adapters if name in self.adapters]
-        return map_first(lambda y: self._applied(names, y, args, kwargs), output, self.base_layer) if names else output
 
-    def _inputs(self, name: str, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the adapter of that name takes and what it adds to."""
-        return self.sources[name](y, args, kwargs) if name in self.sources else (y, y)
+        def inputs_of(name: str, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.reads[name](y, args, kwargs) if name in self.reads else (y, y)
 
-    def _applied(self, names: Sequence[str], y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        outputs = [self.adapters[name](*self._inputs(name, y, args, kwargs)) for name in names]
-        result: Tensor = outputs[0]
-        for other in outputs[1:]:
-            result = result + (other - y)
-        return result
+        def apply_active(y: Tensor) -> Tensor:
+            result = y
+            for name in self.active_adapters:
+                if name in self.adapters:
+                    output = self.adapters[name](*inputs_of(name, y))
+                    result = output if result is y else result + (output - y)
+            return result
 
-    def _mixed(self, y: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if len(names) != len(y):
-            raise ValueError(f"adapter_names has {len(names)} names for a batch of {len(y)} samples")
-        result = y
-        for name in dict.fromkeys(names):
-            if name in self.adapters:
-                x, residual = self._inputs(name, y, args, kwargs)
-                rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=y.device)
-                result = result.index_copy(0, rows, self.adapters[name](x[rows], residual[rows]).to(y.dtype))
+        def apply_named(y: Tensor) -> Tensor:
+            assert adapter_names is not None
+            return adapter_names.change(
+                y, self.adapters, lambda name, rows: self.adapters[name](*(x[rows] for x in inputs_of(name, y)))
+            )
+
+        result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+        if self.reads:
+            forget()
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -147,6 +168,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The base layer, as peft's unload() asks for it; NotImplementedError if merge."""
         if merge:
             raise NotImplementedError(CANNOT_MERGE)
-        for source in self.sources.values():
-            source.remove()
+        for read in self.reads.values():
+            read.remove()
+        self.fast_path.allow(True, self)
         return self.base_layer

@@ -7,25 +7,32 @@ also `inject_adapter_in_model`, which returns the model alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from compacter_kernels.config import CompacterConfig
 from compacter_kernels.inject.prepare import SharedWeights, shared_names
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.nn.flat_names import SHARED
-from compacter_kernels.targets.wrappers import IN_FILE
 
 
-class SharedParameters(nn.ParameterDict):
-    """One shared weight of the adapters of a model, by their names."""
+class SharedParameters(nn.ParameterDict, BaseTunerLayer):
+    """One shared weight of the adapters of a model, by their names.
+
+    As a layer of peft it is saved, loaded, cast and told from the base like the other parameters of
+    an adapter. The layers that borrow it switch it, train it and delete from it.
+    """
+
+    in_features = out_features = 0  # It maps nothing by itself.
+
+    def get_base_layer(self) -> nn.Module:
+        """An empty module, as this is no layer around a module of the base."""
+        return nn.Module()
 
 
 def borrow(
     model: nn.Module, name: str, adapter: CompacterAdapter, config: CompacterConfig
-) -> dict[str, nn.ParameterDict]:
+) -> dict[str, SharedParameters]:
     """Let an adapter borrow what those of its name share; return the dicts that own it.
 
     The shared weights of the first adapter of a name become those of all.
@@ -34,7 +41,7 @@ def borrow(
     keys = dict.fromkeys(SHARED + key for names in shared.values() for key in names.values())
     if any(name not in getattr(model, key, ()) for key in keys):
         for key, parameter in list(SharedWeights(adapter, config).named_parameters()):
-            if not isinstance(getattr(model, SHARED + key, None), SharedParameters):
+            if not hasattr(model, SHARED + key):
                 setattr(model, SHARED + key, SharedParameters())
             getattr(model, SHARED + key)[name] = parameter
     for projection, names in shared.items():
@@ -43,33 +50,7 @@ def borrow(
     return {key: getattr(model, key) for key in keys}
 
 
-def shared_parameters(model: nn.Module) -> Iterator[tuple[str, SharedParameters]]:
-    """The dicts of a model or of the models inside it, with their paths."""
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, SharedParameters))
-
-
 def remove(model: nn.Module) -> None:
-    """Take all dicts out of a model."""
-    for path, _ in list(shared_parameters(model)):
-        parent, _, name = path.rpartition(".")
-        delattr(model.get_submodule(parent), name)
-
-
-def cast_to_float32(model: nn.Module, name: str) -> None:
-    """Cast what the adapters of that name share from a half precision to float32."""
-    for _, values in shared_parameters(model):
-        if name in values and values[name].dtype in (torch.float16, torch.bfloat16):
-            values[name] = nn.Parameter(values[name].float(), values[name].requires_grad)
-
-
-def entries(model: nn.Module, name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a state dict of the model has of the shared weights of that name."""
-    keys = (f"{path}.{name}" for path, _ in shared_parameters(model))
-    return {key: state_dict[key] for key in keys if key in state_dict}
-
-
-def by_names_in_model(model: nn.Module, name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, with the name of the adapters in the names of shared weights."""
-    paths = {path: f"{path}.{name}" for path, values in shared_parameters(model) if name in values}
-    paths |= {IN_FILE + path: key for path, key in paths.items() if not path.startswith(IN_FILE)}
-    return {paths.get(key, key): tensor for key, tensor in state_dict.items()}
+    """Take all shared weights out of a model."""
+    for key in [key for key, module in model.named_children() if isinstance(module, SharedParameters)]:
+        delattr(model, key)

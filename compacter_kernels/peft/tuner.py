@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from compacter_kernels.peft.layer import BASE, CANNOT_MERGE, AdapterLayer
+from compacter_kernels.nn.flat_names import flat
+from compacter_kernels.peft.block_input import BlockInput, BlockOutput
+from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
+from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
 from compacter_kernels.peft.plan import plan_modules_to_save, plan_targets
-from compacter_kernels.peft.sources import BlockInput, BlockOutput
+from compacter_kernels.peft.shared import SharedParameters
+from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.find import Target
 from compacter_kernels.targets.renamed import name_in
 from compacter_kernels.targets.wrappers import IN_FILE
@@ -56,7 +62,7 @@ class AdapterTuner(BaseTuner):
         """The adapter of a target, on that device or its own; ValueError if it cannot be."""
         raise NotImplementedError
 
-    def _borrow(self, adapter_name: str, adapter: Any, config: Any) -> dict[str, nn.ParameterDict]:
+    def _borrow(self, adapter_name: str, adapter: Any, config: Any) -> Mapping[str, SharedParameters]:
         """Let an adapter borrow what those of its name share; return the dicts that own it."""
         return {}
 
@@ -64,8 +70,8 @@ class AdapterTuner(BaseTuner):
         """The name of the module whose input a parallel adapter takes."""
         return target.read
 
-    def _source(self, config: Any, target: Target, layer: AdapterLayer) -> BlockInput | None:
-        """The source of the adapter's input; None for the output of its target."""
+    def _read(self, config: Any, target: Target, layer: AdapterLayer) -> BlockInput | None:
+        """What gives an adapter its input; None for the output of its target."""
         if config.is_parallel:
             return BlockInput(self.model.get_submodule(self._parallel_input(target)), layer)
         if not config.original_ln_before:
@@ -74,12 +80,18 @@ class AdapterTuner(BaseTuner):
         norm = (self.model.get_submodule(parent), name) if name else None
         return BlockOutput(self.model.get_submodule(target.residual), layer, norm, config.residual_before_ln)
 
+    def _is_fixed(self, parameter: str, config: Any) -> bool:
+        """Whether a parameter of this name is never trained."""
+        return False
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find all targets and check that each can have an adapter, before the model changes."""
-        config = dataclasses.replace(peft_config, modules_to_save=plan_modules_to_save(model, peft_config))
+        config = copy.copy(peft_config)
+        _maybe_include_all_linear_layers(config, model)
+        config.modules_to_save = plan_modules_to_save(model, config)
         self._plan = plan_targets(model, config)
         for target in self._plan.targets.values():
             if config.original_ln_before and not target.residual:
@@ -90,6 +102,8 @@ class AdapterTuner(BaseTuner):
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
         peft_config.describe(model)
+        layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
+        self._fast_path = next((layer.fast_path for layer in layers), None) or FastPath(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return self._plan.asks_for(key)
@@ -104,12 +118,18 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._plan.targets.get(current_key, Target(current_key, current_key, 0))
+        plan = self._plan.targets[current_key]
         adapter = self._build(self.model, peft_config, plan)
-        lent = self._borrow(adapter_name, adapter, peft_config)
-        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix)
-        source = self._source(peft_config, plan, layer)
-        layer.add_adapter(adapter_name, adapter.train(target.training), lent, source)
+        shared = self._borrow(adapter_name, adapter, peft_config)
+        names = [*(flat(key, self.prefix) for key, _ in adapter.named_parameters()), *shared]
+        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target, self.prefix, self._fast_path)
+        layer.add_adapter(
+            adapter_name,
+            adapter.train(target.training),
+            shared=shared,
+            fixed=[name for name in names if self._is_fixed(name, peft_config)],
+            read=self._read(peft_config, plan, layer),
+        )
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             setattr(parent, target_name, layer)
@@ -118,27 +138,26 @@ class AdapterTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Give each layer the adapter_names of this call of the model."""
+        """Give the adapter_names of this call of the model to the modules that use adapters."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        unknown = dict.fromkeys(name for name in names if name not in (BASE, *self.peft_config))
         if unknown:
-            raise ValueError(f"adapter_names has {', '.join(unknown)}; the model has {', '.join(self.peft_config)}")
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-
-        def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": repeated}
-
-        layers = [module for module in self.modules() if isinstance(module, AdapterLayer)]
-        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
-        try:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
+                f"{', '.join(self.peft_config)}"
+            )
+        if torch.is_grad_enabled() and self.training and getattr(self.model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing computes the model again after the call, without its adapter_names; call "
+                "gradient_checkpointing_disable() first"
+            )
+        sources = (kwargs, vars(kwargs.get("generation_config", object)))
+        sizes = (source.get(size) or 1 for source in sources for size in ("num_beams", "num_return_sequences"))
+        with given_names(self, AdapterLayer, Names(names, max(sizes))):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -150,7 +169,11 @@ class AdapterTuner(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     def unload(self) -> nn.Module:
-        """The base model without adapters."""
+        """The base model as it was. peft alone would leave in it what was trained whole."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
         model: nn.Module = super().unload()
         self._renaming.remove()
         return model

@@ -1,4 +1,4 @@
-"""What an adapter takes and adds to, where it is not the output of the module that it follows."""
+"""What an adapter takes, where it is not the output of the module that it follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import first_input
 
-# The input of the block that this thread computes, and the number of the layer at its end.
+# `waiting` holds the input of the block that this thread computes, and the number of the layer at
+# its end. Each thread has its own. torch.compile loses the attributes of a subclass of
+# threading.local.
 _block_input = threading.local()
 numbers = itertools.count()  # Of the layers.
 
@@ -92,3 +94,8 @@ class BlockOutput(BlockInput):
             parent, name = self._norm
             x = parent.get_submodule(name)(x)
         return x, y if self._before_norm else x
+
+
+def forget() -> None:
+    """Drop the input of the block that this thread has computed."""
+    _block_input.waiting = None
