@@ -54,12 +54,15 @@ instruction-sets: $(READY)
 $(INTERPRETER): | $(READY)
 	$(PIP) --no-deps --target $@ triton==$(TRITON)
 
+# with the trainers that examples/trainers has scripts for; --no-deps leaves torch as it is
 $(LATER): | $(READY)
-	$(PIP) --target $@ transformers==$(TRANSFORMERS)
+	$(PIP) --target $@ transformers==$(TRANSFORMERS) pydantic==2.14.4
+	$(PIP) --no-deps --target $@ trl==1.16.0 lightning==2.6.6 pytorch-lightning==2.6.6 \
+		lightning-utilities==0.15.3 torchmetrics==1.9.0
 
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY) $(LATER)
-	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py
+	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py tests/test_trainers.py
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton",
 # without the largest sizes

@@ -28,9 +28,21 @@ def run_two(function: Callable[..., Any], *arguments: Any) -> None:
     start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
-def _run_command(rank: int, command: list[str], port: int, output: Path) -> None:
+def free_port() -> int:
+    """A port that no process uses at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def as_torchrun(rank: int, port: int) -> None:
+    """Set the environment of this process, one of two, as torchrun does."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+
+
+def _run_command(rank: int, command: list[str], port: int, output: Path) -> None:
+    as_torchrun(rank, port)
     from compacter_kernels.cli import main
 
     with (output / str(rank)).open("w", encoding="utf-8") as sys.stdout:
@@ -41,9 +53,6 @@ def _run_command(rank: int, command: list[str], port: int, output: Path) -> None
 
 def run_command(command: list[str], output: Path) -> str:
     """Run a command of the package in two processes, as torchrun does. Returns what they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     output.mkdir()
-    run_two(_run_command, command, port, output)
+    run_two(_run_command, command, free_port(), output)
     return "".join((output / str(rank)).read_text(encoding="utf-8") for rank in range(2))

@@ -118,7 +118,7 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._plan.targets[current_key]
+        plan = self._plan.targets.get(current_key) or Target(current_key, current_key, 0)  # Of a state dict alone.
         adapter = self._build(self.model, peft_config, plan)
         shared = self._borrow(adapter_name, adapter, peft_config)
         names = [*(flat(key, self.prefix) for key, _ in adapter.named_parameters()), *shared]
