@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from compacter_kernels.checkpoints import names
+from compacter_kernels.checkpoints.checkpoint import Checkpoint
+from compacter_kernels.checkpoints.source import Source
+
 
 class Head(NamedTuple):
     """A head of a class of transformers: its linear layers, and what lies between and before."""
@@ -91,3 +95,43 @@ def described(config: Mapping[str, Any]) -> str:
     """What a head is, for a message."""
     parts = [f"{key}={config[key]!r}" for key in ("layers", "activation_function", "use_pooler") if key in config]
     return f"{config.get('head_type', 'of unknown structure')}{' with ' if parts else ''}{', '.join(parts)}"
+
+
+def read_heads(source: Source, tensors: Mapping[str, Tensor], name: str, checkpoint: Checkpoint) -> None:
+    """Take over the head of a class of transformers, or one of `adapters` of that structure."""
+    head = source.head if "config" in source.config else tensors  # an adapter's folder has a file for the head
+    checkpoint.copies = {key: tensor for key, tensor in head.items() if names.head_of(key)}
+    flexible: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in {**source.head, **tensors}.items():
+        if key.startswith("heads."):
+            _, head_name, rest = key.split(".", 2)
+            flexible.setdefault(head_name, {})[rest] = tensor
+    for head_name, parameters in flexible.items():
+        config = _head_config(source, head_name)
+        named = named_as_in_class(parameters, config, checkpoint.model["model_type"])
+        head_type = str(config.get("head_type"))
+        if named is None or head_name != name or checkpoint.copies:
+            checkpoint.losses.append(
+                f"prediction heads of `adapters` itself, for its model classes alone: {head_name}, {described(config)}"
+            )
+        else:
+            checkpoint.copies = named
+            checkpoint.model["model_class"] = class_of(checkpoint.model["model_type"], head_type)
+            labels = {number: label for label, number in (config.get("label2id") or {}).items()}
+            checkpoint.notes.append(
+                f"the head is that of {AUTO_CLASSES[head_type]}, with num_labels={config.get('num_labels')}"
+                f"{f' and id2label={labels}' if labels else ''}"
+            )
+    in_base = sorted(key for key in source.head if not names.head_of(key) and not key.startswith("heads."))
+    if in_base:
+        checkpoint.notes.append(f"{', '.join(in_base)}, saved as a head, is not taken over: it is part of the base")
+
+
+def _head_config(source: Source, name: str) -> Mapping[str, Any]:
+    """Return the library's config of one of its heads, empty if it is not there."""
+    if source.model is not None:
+        config = getattr(source.model.heads[name], "config", None)  # type: ignore[index]
+    else:
+        saved = source.head_config
+        config = saved.get("config") if saved.get("name") == name else None
+    return config if isinstance(config, Mapping) else {}

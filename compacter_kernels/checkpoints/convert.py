@@ -96,6 +96,7 @@ def convert(
     non_linearity: str | None = None,
     phm_rule: Rule | None = None,
     allow_loss: bool = False,
+    allow_pickle: bool = False,
 ) -> Converted:
     """Convert a checkpoint of one library into the form of another, value by value.
 
@@ -118,6 +119,8 @@ def convert(
         phm_rule: the shared rule (or its two factors, or a safetensors file with it), if the source
             lacks it.
         allow_loss: convert even if the target format cannot hold everything; see `losses`.
+        allow_pickle: read the pytorch_adapter.bin of an `adapters` folder, as most of those on the
+            hub have, with torch.load(weights_only=True), which reads tensors and runs no code.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
@@ -127,7 +130,8 @@ def convert(
     for option, kind in (("target_format", target_format), ("source_format", source_format)):
         if kind not in FORMATS and not (kind is None and option == "source_format"):
             raise ValueError(f"{option}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
-    opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
+    told = {"name": name, "model_type": model_type, "non_linearity": non_linearity}
+    opened = open_source(source, phm_rule=phm_rule, allow_pickle=allow_pickle, **told)
     source_format = source_format or format_of(opened)
     write = FORMATS[target_format].write
     if source_format in LAYERS and target_format in LAYERS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ FORMAT = {"peft_type": "COMPACTER", "format_version": VERSION}
 MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
 # What peft writes beside the options of a method, and an option that `inject` does not have.
 OF_PEFT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "exclude_modules")
+ALLOW = ", which convert does for you with allow_pickle=True or --allow-pickle"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -167,6 +169,21 @@ def _map_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
 
 
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickle, which torch reads without running any code of it.
+
+    ValueError: it holds anything else, or is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from error
+    items = content.items() if isinstance(content, dict) else [(None, content)]
+    if any(not isinstance(key, str) or not isinstance(value, Tensor) for key, value in items):
+        raise ValueError(f"{path} is no state dict, which maps names to tensors")
+    return dict(content)
+
+
 def refuse_pickled(path: Path) -> None:
     """Raise ValueError for a pickled file, or a folder that has one, and say how to convert it."""
     files = [path] if path.is_file() else sorted(path.iterdir())
@@ -176,6 +193,7 @@ def refuse_pickled(path: Path) -> None:
         raise ValueError(
             f"{pickled} is a pickle, which can run code when it is read, and is not read here. Where you trust it: "
             f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {safe!r})"
+            f"{ALLOW if pickled.name == 'pytorch_adapter.bin' else ''}"
         )
 
 
