@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "invertible": ({"inv_adapter": "nice"}, "inv_adapter='nice'"),
     "no norm after": ({"original_ln_after": False}, "original_ln_after=False"),
     "residual": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add'"),
-    "plain": ({"phm_layer": False}, r"down\.b of .* is one more than the options ask for"),
+    "plain": ({"phm_layer": False}, r"down\.W_left of .* is one more than the options ask for"),
     "activation": ({"non_linearity": "gelu_10"}, "'gelu_10' is not known"),
     "lora": ({"architecture": "lora"}, "architecture='lora' is another method"),
     "factor": ({"reduction_factor": 8}, "reduction_factor=8 does not make 8 of 32"),

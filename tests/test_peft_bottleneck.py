@@ -230,6 +230,25 @@ def test_inject_refuses_the_residual() -> None:
         ck.inject(build("bert"), ck.CompacterConfig(original_ln_before=True))
 
 
+@pytest.mark.parametrize("options", [{}, PFEIFFER, PARALLEL], ids=["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_compile_and_gradient_checkpointing(family: str, options: dict[str, Any]) -> None:
+    """A compiled model has one graph, and a forward that is computed again has the gradients."""
+    model = adapted(family, **options)
+    expected = output(family, model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    close(compiled(**inputs(family))[0], expected)
+    expected.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output(family, model.train()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            close(parameter.grad, gradients[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = base_of("bert").to(dtype)

@@ -37,8 +37,9 @@ class BlockInput:
     def __init__(self, read: nn.Module, layer: Any) -> None:
         self._read, self._number = read, layer.number
         self._first = next(iter(inspect.signature(read.forward).parameters), "")
+        self._own = read is layer.get_base_layer()
         self._handle: Any = None
-        if read is not layer.get_base_layer():
+        if not self._own:
             keep = functools.partial(_keep, self._number, self._first)
             self._handle = read.register_forward_pre_hook(keep, with_kwargs=True)
 
@@ -47,7 +48,7 @@ class BlockInput:
 
         RuntimeError: `read` was not called before it.
         """
-        if self._handle is None:
+        if self._own:  # torch.compile cannot look at the handle.
             return first_input(self._read, args, kwargs, self._first)
         waiting: tuple[int, Tensor] | None = getattr(_block_input, "waiting", None)
         if waiting is None or waiting[0] != self._number:
