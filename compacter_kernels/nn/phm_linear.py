@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,16 +167,16 @@ class PHMLinear(Borrower):
 
     def weights(self) -> PHMWeights:
         """The parameters for the functions: a factorised rule multiplied, a fixed one detached."""
+        read: Callable[[str], Any] = self._weight if self._borrowed else partial(parameter, self)
         if self.factorized_phm_rule:
-            rule: Tensor = factorised_rule(self._weight("phm_rule_left"), self._weight("phm_rule_right"))
+            rule: Tensor = factorised_rule(read("phm_rule_left"), read("phm_rule_right"))
         else:
-            rule = self._weight("phm_rule")
+            rule = read("phm_rule")
         if not self.learn_phm and rule.requires_grad:
             rule = rule.detach()
-        b = self._weight("b")
         if self.factorized_phm_W:
-            return PHMWeights(rule, self._weight("W_left"), self._weight("W_right"), b)
-        return PHMWeights(rule, self._weight("W"), None, b)
+            return PHMWeights(rule, read("W_left"), read("W_right"), read("b"))
+        return PHMWeights(rule, read("W"), None, read("b"))
 
     @property
     def weight(self) -> Tensor:

@@ -18,7 +18,7 @@
 // Tensor cores truncate, so each tile has fresh accumulators, which are then added to the sums.
 #include "activations.h"
 #include "products.h"
-#include "sums.h"
+#include "totals.h"
 
 namespace compacter::cuda {
 namespace {
@@ -247,7 +247,7 @@ struct Pass : Part<S> {
     // The block's row of partials. The sums of a group take the place of its tiles.
     COMPACTER_DEVICE void finish(const Sums<S>& sums) const {
         const int groups = threads_anew() / (32 * S::group);
-        const Totals<S> totals{shared_memory() + S::ring(groups), groups, S::of_group(b.stages), S::at_once(b.stages)};
+        const Totals<S> totals{shared_memory() + S::ring(groups), groups, S::of_group(b.stages)};
         sync();
         store_row(sums, totals, b, this->group, b.partials + blockIdx.x * b.row);
     }
@@ -256,8 +256,8 @@ struct Pass : Part<S> {
 template <class S>
 __global__ void __launch_bounds__(256, 1) backward(const Backward b) {
     const Pass<S> pass(b);
-    const int tiles = static_cast<int>((b.tokens + S::tokens - 1) / S::tokens), step = gridDim.x * pass.group.count;
-    int tile = blockIdx.x + gridDim.x * pass.group.index;
+    const int tiles = pass.tiles(), step = pass.group.count;
+    int tile = pass.group.index;
     const auto load = [&](int tile, int stage) {
         if (tile < tiles) pass.load(tile, stage);
         commit_copies();

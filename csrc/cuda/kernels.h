@@ -89,6 +89,7 @@ struct Backward {
     bool has_bias2;
     BackwardKernel kernel;
     int stages;
+    int block_tokens, longer_blocks;           // of the folded one: the tokens of a block, and how many blocks have one more
 
     SharedFactors shared;
     int left_factor, right2_factor;            // the wide factors (fragments.h)

@@ -102,26 +102,36 @@ COMPACTER_DEVICE void stage_parameters(const Factors& f) {
     }
 }
 
-// C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp writes a row at once.
+// C1[(p,i),(q,v)] = A1_i[p,q] t1_i[v] and C2[(q,i),(p,v)] = A2_i[p,q] s2_i[v]. A warp forms an eighth of them at once, rows
+// of one i.
 template <class S>
 COMPACTER_DEVICE void form_folded() {
+    constexpr int rows = S::n * S::n / 8;
     const int warp = warp_index(), warps = blockDim.x / 32;
 #pragma unroll
     for (int c = threadIdx.x % 32 * 2; c < S::d; c += 64) {
-        const int q = c / S::inner, v = c % S::inner;
-#pragma unroll 8
-        for (int row = warp; row < S::n * S::n; row += warps) {
-            const int p = row / S::n, i = row % S::n, matrix = i * S::matrix, narrow = (i * S::inner + v) / 2;
-            const float of_rule = floats_at(S::rule)[matrix + p * S::n + q], of_rule2 = floats_at(S::rule2)[matrix + q * S::n + p];
-            const float2 right = reinterpret_cast<const float2*>(floats_at(S::narrow))[narrow];
-            const float2 left2 = reinterpret_cast<const float2*>(floats_at(S::narrow2))[narrow];
-            const PairParts one(of_rule * right.x, of_rule * right.y), two(of_rule2 * left2.x, of_rule2 * left2.y);
-            const int at = row * S::folded_row + c * 2;
-            constexpr int rest = S::folded_part;
-            word_at(S::folded + at) = one.rounded;
-            word_at(S::folded2 + at) = two.rounded;
-            word_at(S::folded + rest + at) = one.rest;
-            if (S::parts == 2) word_at(S::folded2 + rest + at) = two.rest;
+        const int column = c / S::inner, v = c % S::inner;
+        for (int part = warp; part < 8; part += warps) {
+            const int i = part % S::n, first = part / S::n * rows;
+            const float *rule = floats_at(S::rule) + i * S::matrix, *rule2 = floats_at(S::rule2) + i * S::matrix;
+            const float2 narrow = reinterpret_cast<const float2*>(floats_at(S::narrow))[(i * S::inner + v) / 2];
+            const float2 narrow2 = reinterpret_cast<const float2*>(floats_at(S::narrow2))[(i * S::inner + v) / 2];
+            float a[rows], a2[rows];  // all are read before one row is written: the compiler keeps reads behind writes
+#pragma unroll
+            for (int j = 0; j < rows; ++j) {
+                a[j] = rule[(first + j) * S::n + column];
+                a2[j] = rule2[column * S::n + first + j];
+            }
+#pragma unroll
+            for (int j = 0; j < rows; ++j) {
+                const int at = ((first + j) * S::n + i) * S::folded_row + c * 2;
+                const PairParts one(a[j] * narrow.x, a[j] * narrow.y), two(a2[j] * narrow2.x, a2[j] * narrow2.y);
+                constexpr int rest = S::folded_part;
+                word_at(S::folded + at) = one.rounded;
+                word_at(S::folded2 + at) = two.rounded;
+                word_at(S::folded + rest + at) = one.rest;
+                if (S::parts == 2) word_at(S::folded2 + rest + at) = two.rest;
+            }
         }
     }
 }

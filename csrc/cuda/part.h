@@ -21,6 +21,20 @@ struct Part {
         if constexpr (S::group == 1) __syncwarp();
         else group.sync();
     }
+    // The tokens of a block are neighbours. All blocks have as many, or one more, and so as many bytes to move. The tiles
+    // of a block are numbered from 0.
+    COMPACTER_DEVICE int tokens() const { return b.block_tokens + (block_anew() < b.longer_blocks); }
+    COMPACTER_DEVICE int tiles() const { return (tokens() + S::tokens - 1) / S::tokens; }
+    COMPACTER_DEVICE int valid_tokens(int tile) const {
+        const int remaining = tokens() - tile * S::tokens;
+        return remaining < S::tokens ? remaining : S::tokens;
+    }
+    // Where a tile begins in x, in bytes.
+    COMPACTER_DEVICE int64_t start(int tile) const {
+        const int block = block_anew(), longer = block < b.longer_blocks ? block : b.longer_blocks;
+        return (int64_t{b.block_tokens} * block + longer + tile * S::tokens) * S::width * 2;
+    }
+
     // The number of the warp's pair s, or of its first eight of the bottleneck.
     COMPACTER_DEVICE int pair(int s) const { return group.rank * S::own + s; }
     COMPACTER_DEVICE int first_eight() const { return group.rank * S::share; }
@@ -39,11 +53,10 @@ struct Part {
     }
 
     COMPACTER_DEVICE void load(int tile, int stage) const {
-        const int64_t start = int64_t{tile} * S::tokens * S::width * 2;
-        const auto* x = static_cast<const unsigned char*>(b.x) + start;
-        const auto* g = static_cast<const unsigned char*>(b.grad_out) + start;
+        const auto* x = static_cast<const unsigned char*>(b.x) + start(tile);
+        const auto* g = static_cast<const unsigned char*>(b.grad_out) + start(tile);
         unsigned char* to = rows(stage);
-        const int count = valid_tokens<S>(b, tile);
+        const int count = valid_tokens(tile);
         const auto copy = [&](auto all) {  // all: no token is missing
             for_each_vector([&](int token, int at) {
                 const bool real = decltype(all)::value || token < count;
@@ -58,9 +71,9 @@ struct Part {
 
     // Stores dx, which has taken the place of x.
     COMPACTER_DEVICE void store(int tile, int stage) const {
-        auto* to = static_cast<unsigned char*>(b.grad_x) + int64_t{tile} * S::tokens * S::width * 2;
+        auto* to = static_cast<unsigned char*>(b.grad_x) + start(tile);
         const unsigned char* from = rows(stage);
-        const int count = valid_tokens<S>(b, tile);
+        const int count = valid_tokens(tile);
         for_each_vector([&](int token, int at) {
             if (token < count)
                 *reinterpret_cast<uint4*>(to + token * S::width * 2 + at) =

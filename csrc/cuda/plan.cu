@@ -188,8 +188,11 @@ template <class S>
 bool plan_folded(PlannedBackward& plan, const Problem& problem, const Device& device) {
     int groups = S::most_groups;
     while (groups > 1 && S::bytes(groups, 1) > device.shared_limit) --groups;
-    const int stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1;
-    return plan_known<S>(plan, problem, device, BackwardKernel::folded, stages, groups * S::group * 32, S::bytes(groups, stages));
+    const int stages = S::bytes(groups, 2) <= device.shared_limit ? 2 : 1, bytes = S::bytes(groups, stages);
+    const bool fits = plan_known<S>(plan, problem, device, BackwardKernel::folded, stages, groups * S::group * 32, bytes);
+    plan.arguments.block_tokens = static_cast<int>(problem.tokens / plan.launch.blocks);
+    plan.arguments.longer_blocks = static_cast<int>(problem.tokens % plan.launch.blocks);
+    return fits;
 }
 
 // Plans the kernel that knows the sizes of the problem. Returns false if there is none, or if it does not fit.

@@ -125,11 +125,16 @@ COMPACTER_DEVICE int lane_anew() {
     return lane;
 }
 
-// The threads of the block, read anew.
+// The threads of the block, and its number, read anew.
 COMPACTER_DEVICE int threads_anew() {
     int threads;
     asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(threads));
     return threads;
+}
+COMPACTER_DEVICE int block_anew() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
 }
 
 // Copies 16 aligned bytes, or zeros if not `real`, to shared memory, complete after wait_copies.

@@ -1,6 +1,8 @@
 // The shapes that the folded kernel of the backward is compiled for, and its layout of shared memory.
 #pragma once
 
+#include <numeric>
+
 #include "sizes.h"
 
 namespace compacter::cuda {
@@ -38,22 +40,18 @@ struct Shape {
     static constexpr int narrow = rule2 + n * matrix * 4, narrow2 = narrow + d * 4, bias = narrow2 + d * 4;
     static constexpr int exchange = bias + d * 4, exchange_bytes = group > 1 ? 2 * (pairs + steps) * 512 : 0;
 
-    // The places of the sums of a warp, a vector for each lane (sums.h): the wide ones and the biases, then dC1 and dC2.
-    static constexpr int at_right2 = left_tiles, at_bias = at_right2 + blocks, at_bias2 = at_bias + share;
-    static constexpr int wide = at_bias2 + bias_tiles, at_folded = wide, at_folded2 = at_folded + row_tiles * eights;
-    static constexpr int places = at_folded2 + row_tiles * eights;
-    // At the end they take the place of a group's tiles: the wide ones, and dC1 and dC2 behind them, or after them where one
-    // stage has no room for both. dC1 and dC2 are 8 x 8 blocks [row / 8][c / 8], padded so that a row of four blocks is in
-    // different banks.
-    static constexpr int wide_bytes = group * wide * 512, block_bytes = 256 + 32, folded_bytes = n * n / 8 * eights * block_bytes;
-    static constexpr int both_bytes = wide_bytes + 2 * folded_bytes, least_bytes = larger(wide_bytes, 2 * folded_bytes);
+    // The places of the sums of a warp, a vector for each lane (sums.h): the wide ones, the bias, then dC1 and dC2.
+    static constexpr int at_right2 = left_tiles, at_bias2 = at_right2 + blocks;
+    static constexpr int wide = at_bias2 + bias_tiles, at_bias = wide, at_folded = at_bias + share;
+    static constexpr int at_folded2 = at_folded + row_tiles * eights, places = at_folded2 + row_tiles * eights;
+    // At the end, the wide ones take the place of a group's tiles, and what the others give to the narrow gradients is behind
+    // them (totals.h). The columns (q,v) of dC1 have the same v again after `cycle` eights.
+    static constexpr int cycle = inner / std::gcd(inner, 8);
+    static constexpr int wide_bytes = group * wide * 512, narrow_bytes = 2 * n * (matrix * 4 + group * cycle * 32) + d * 4;
 
     COMPACTER_BOTH static constexpr int ring(int groups) { return exchange + groups * exchange_bytes; }
     COMPACTER_BOTH static constexpr int bytes(int groups, int stages) { return ring(groups) + groups * of_group(stages); }
-    COMPACTER_BOTH static constexpr bool at_once(int stages) { return stages == 2 || both_bytes <= tile; }
-    COMPACTER_BOTH static constexpr int of_group(int stages) {
-        return larger(stages * tile, at_once(stages) ? both_bytes : least_bytes);
-    }
+    COMPACTER_BOTH static constexpr int of_group(int stages) { return larger(stages * tile, wide_bytes + narrow_bytes); }
 };
 
 // Calls body(Shape{}) with the compiled shape of these sizes and returns true, or returns false.

@@ -176,6 +176,7 @@ inline void store_matrices_transposed(void* row, const uint32_t (&r)[4], Place a
 inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
 inline int lane_anew() { return static_cast<int>(threadIdx.x % 32); }
 inline int threads_anew() { return static_cast<int>(blockDim.x); }
+inline int block_anew() { return static_cast<int>(blockIdx.x); }
 inline void sync_threads(int barrier, int threads, Place at = here("bar.sync")) {
     cuda_on_cpu::named_barrier(at, barrier, threads);
 }
