@@ -101,6 +101,14 @@ def test_a_head_of_adapters_becomes_that_of_a_class(case: str, tmp_path: Path) -
         close(ours(**batch)[0], expected)
 
 
+def test_a_class_without_a_head_loads_what_one_with_a_head_trained(tmp_path: Path) -> None:
+    model = theirs(base_of("bert"), SEQ_BN)
+    ck.convert(model, "peft", tmp_path)
+    bare = in_peft(base_of("bert").bert, tmp_path)
+    batch = batch_of("bert")
+    close(bare(**batch)[0], model.bert(**batch)[0])
+
+
 def test_a_head_of_another_structure_is_a_loss(tmp_path: Path) -> None:
     base = base_with_head("bert", "BertForSequenceClassification")
     model = with_flexible_head("bert", "classification", base, {})

@@ -38,8 +38,6 @@ def read(source: Source) -> Checkpoint:
     config, name = find_config(source)
     model = about_model(source.config) if source.model is None else of_model(source.model)
     model_type = model["model_type"] = (source.model is None and source.model_type) or model["model_type"]
-    live = {} if source.model is None else {"model_class": type(source.model).__name__}
-    model |= {"model_class": source.config.get("model_class"), **live}
     model["base_model_name_or_path"] = model["base_model_name_or_path"] or source.config.get("model_name")
     unused = source.config.get("type") == "text_task" and not any("invertible" in key for key in tensors)
     method, options = read_options(config, model_type, unused)

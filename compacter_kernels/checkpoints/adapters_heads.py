@@ -86,11 +86,6 @@ def named_as_in_class(
     return named if same and named else None
 
 
-def class_of(model_type: str, head_type: str) -> str | None:
-    """The class of transformers that has such a head, where its base has an unusual name."""
-    return "T5ForSequenceClassification" if (model_type, head_type) == ("t5", "classification") else None
-
-
 def described(config: Mapping[str, Any]) -> str:
     """What a head is, for a message."""
     parts = [f"{key}={config[key]!r}" for key in ("layers", "activation_function", "use_pooler") if key in config]
@@ -116,7 +111,6 @@ def read_heads(source: Source, tensors: Mapping[str, Tensor], name: str, checkpo
             )
         else:
             checkpoint.copies = named
-            checkpoint.model["model_class"] = class_of(checkpoint.model["model_type"], head_type)
             labels = {number: label for label, number in (config.get("label2id") or {}).items()}
             checkpoint.notes.append(
                 f"the head is that of {AUTO_CLASSES[head_type]}, with num_labels={config.get('num_labels')}"

@@ -53,11 +53,6 @@ class Checkpoint:
         except TypeError as error:
             raise ValueError(str(error)) from error
 
-    def is_base(self) -> bool:
-        """Whether it was made with a class of transformers that has no head, such as BertModel."""
-        model_class = str(self.model.get("model_class"))
-        return model_class.endswith("Model") and not model_class.endswith(("AdapterModel", "HeadModel", "HeadsModel"))
-
     def whole(self) -> dict[str, dict[str, Tensor]]:
         """Return for each target all tensors of its adapter, including the shared ones."""
         return {target: {**adapter, **borrowed(self.shared)} for target, adapter in self.adapters.items()}

@@ -17,9 +17,6 @@ from compacter_kernels.nn.flat_names import SHARED, dotted, flat
 from compacter_kernels.targets.architectures import BASE_PREFIXES
 from compacter_kernels.targets.wrappers import IN_FILE
 
-# Classes of transformers that hold their base under another name than the others of the family.
-_BASES = {"T5ForSequenceClassification": "transformer", "T5ForTokenClassification": "transformer"}
-
 
 def read(source: Source) -> Checkpoint:
     """Return the checkpoint in a folder that peft or `save_adapter` wrote."""
@@ -52,12 +49,11 @@ def sort(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
 def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return the tensors and the config that peft reads, without a name.
 
-    The names of tensors are those in the class of transformers that the checkpoint was made with,
-    if it says which one, or else in one with a head, as far as the type of the model is known.
+    The names of tensors are those in a class of transformers with a head, as far as the type of the
+    model is known.
     """
-    model_class = checkpoint.model.get("model_class")
-    base = _BASES.get(str(model_class), BASE_PREFIXES.get(checkpoint.model.get("model_type") or "", ""))
-    prefix = IN_FILE if not base or checkpoint.is_base() else f"{IN_FILE}{base}."
+    base = BASE_PREFIXES.get(checkpoint.model.get("model_type") or "", "")
+    prefix = IN_FILE + (base and f"{base}.")
     flat_prefix = METHODS[checkpoint.method].prefix
     tensors = {IN_FILE + SHARED + key: tensor for key, tensor in checkpoint.shared.items()}
     for target, adapter in checkpoint.adapters.items():

@@ -32,11 +32,12 @@ def _rename(begin: str, model: nn.Module, state_dict: dict[str, Any], prefix: st
     prefix: what those of the model's modules begin with.
     """
     names = {name.removeprefix(IN_FILE) for name, _ in model.named_modules()}
+    base = getattr(model, "base_model_prefix", "")
     for key in list(state_dict):
         path, found, kind = key.removeprefix(prefix).rpartition(f".{begin}")
         if found and path not in names:
             start = prefix if key.startswith(prefix) else ""
-            state_dict[start + name_in(names, path) + found + kind] = state_dict.pop(key)
+            state_dict[start + name_in(names, path, base) + found + kind] = state_dict.pop(key)
 
 
 class AdapterTuner(BaseTuner):
@@ -76,9 +77,17 @@ class AdapterTuner(BaseTuner):
             return BlockInput(self.model.get_submodule(self._parallel_input(target)), layer)
         if not config.original_ln_before:
             return None
+        self._check_residual(config, target)
         parent, _, name = target.norm.rpartition(".")
         norm = (self.model.get_submodule(parent), name) if name else None
         return BlockOutput(self.model.get_submodule(target.residual), layer, norm, config.residual_before_ln)
+
+    def _check_residual(self, config: Any, target: Target) -> None:
+        if config.original_ln_before and not target.residual:
+            raise ValueError(
+                f"original_ln_before=True needs the residual of the block that {target.write} ends, which the table of "
+                "compacter_kernels does not say for it; leave target_modules out for a model of the table"
+            )
 
     def _is_fixed(self, parameter: str, config: Any) -> bool:
         """Whether a parameter of this name is never trained."""
@@ -94,11 +103,7 @@ class AdapterTuner(BaseTuner):
         config.modules_to_save = plan_modules_to_save(model, config)
         self._plan = plan_targets(model, config)
         for target in self._plan.targets.values():
-            if config.original_ln_before and not target.residual:
-                raise ValueError(
-                    f"original_ln_before=True needs the residual of the block that {target.write} ends, which the "
-                    "table of compacter_kernels does not say for it; leave target_modules out for a model of the table"
-                )
+            self._check_residual(config, target)
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
         peft_config.describe(model)

@@ -1,4 +1,4 @@
-"""Modules that transformers 5 names otherwise than transformers 4."""
+"""Names of modules in another class of a family, and in another version of transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ _PAIRS = (
 )
 
 
-def name_in(names: Container[str], name: str) -> str:
-    """The name that a module has in a model of these names, whatever the version of transformers.
+def name_in(names: Container[str], name: str, base: str = "") -> str:
+    """The name that a module has in a model of these names; the given one if it has none there.
 
-    A name that no version has there comes back as it is.
+    It may come from another class of the family, with or without the child that is the base, and
+    from another version of transformers. base: the name of that child, such as `bert`.
     """
     later, earlier = name, name
     for old, new in _PAIRS:
         later = later.replace(old, new)
     for old, new in reversed(_PAIRS):
         earlier = earlier.replace(new, old)
-    return next((other for other in (name, later, earlier) if other in names), name)
+    versions = (name, later, earlier)
+    others = (*(v.removeprefix(f"{base}.") for v in versions), *(f"{base}.{v}" for v in versions)) if base else ()
+    return next((other for other in (*versions, *others) if other in names), name)
