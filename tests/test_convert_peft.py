@@ -274,22 +274,16 @@ def test_compositions_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["compacter-kernels", "original", "opendelta", "t-few", "hypernets"])
-def test_other_formats_hold_compacter_of_the_paper_alone(target: str, tmp_path: Path) -> None:
-    for config, message in (
-        (SEQ_BN, "phm_layer=False cannot be converted: these are plain bottleneck adapters"),
-        (PLUS_PLUS, "original_ln_before=True cannot be converted"),
-    ):
-        with pytest.raises(ValueError, match=f"{message}.*Convert them to 'peft'"):
-            ck.convert(theirs(build("t5"), config), target, tmp_path / "moved", allow_loss=True)
+def test_other_formats_hold_compacter_alone(target: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="phm_layer=False cannot be converted: these are plain bottleneck adapters"):
+        ck.convert(theirs(build("t5"), SEQ_BN), target, tmp_path / "moved", allow_loss=True)
+    if target != "compacter-kernels":
+        with pytest.raises(ValueError, match="original_ln_before=True cannot be converted"):
+            ck.convert(theirs(build("t5"), PLUS_PLUS), target, tmp_path / "moved", allow_loss=True)
     assert not (tmp_path / "moved").exists()
 
 
-def test_load_adapter_refuses_what_it_cannot_compute(tmp_path: Path) -> None:
-    ck.convert(theirs(base_of("bert"), SEQ_BN), "peft", tmp_path / "plain")
-    ck.convert(theirs(base_of("bert"), PLUS_PLUS), "peft", tmp_path / "pp")
-    for folder, message in (
-        ("plain", "has peft_type 'BOTTLENECK', not 'COMPACTER'"),
-        ("pp", "original_ln_before=True"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ck.load_adapter(base_of("bert"), tmp_path / folder)
+def test_load_adapter_reads_compacter_alone(tmp_path: Path) -> None:
+    ck.convert(theirs(base_of("bert"), SEQ_BN), "peft", tmp_path)
+    with pytest.raises(ValueError, match="has peft_type 'BOTTLENECK', not 'COMPACTER'"):
+        ck.load_adapter(base_of("bert"), tmp_path)

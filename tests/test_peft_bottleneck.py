@@ -224,12 +224,26 @@ def test_the_residual_must_be_known() -> None:
         before = str(model)
         with pytest.raises(ValueError, match="original_ln_before=True needs the residual of the block"):
             peft.get_peft_model(model, ckp.BottleneckConfig(original_ln_before=True, **options))
+        with pytest.raises(ValueError, match="original_ln_before=True needs the residual of the block"):
+            ck.inject(model, ck.CompacterConfig(original_ln_before=True, reduction_factor=4, **options))
         assert str(model) == before
 
 
-def test_inject_refuses_the_residual() -> None:
-    with pytest.raises(ValueError, match="take the output of a block alone"):
-        ck.inject(build("bert"), ck.CompacterConfig(original_ln_before=True))
+@pytest.mark.parametrize("residual_before_ln", [True, False])
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_inject_takes_the_residual_as_peft_does(family: str, residual_before_ln: bool, tmp_path: Path) -> None:
+    options = {"original_ln_before": True, "residual_before_ln": residual_before_ln, "reduction_factor": 4}
+    model = random_values(ck.inject(base_of(family), ck.CompacterConfig(**options)))
+    expected = output(family, model)
+    ck.save_adapter(model, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(base_of(family), tmp_path).eval()
+    close(output(family, wrapped), expected)
+    assert torch.equal(output(family, ck.load_adapter(base_of(family), tmp_path)), expected)
+    assert torch.equal(output(family, copy.deepcopy(model)), expected)
+    torch._dynamo.reset()
+    close(torch.compile(model, fullgraph=True, backend="eager")(**inputs(family))[0], expected)
+    ck.remove_adapters(model)
+    assert torch.equal(output(family, model), output(family, base_of(family)))
 
 
 @pytest.mark.parametrize("options", [{}, PFEIFFER, PARALLEL], ids=["houlsby", "pfeiffer", "parallel"])

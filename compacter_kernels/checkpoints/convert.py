@@ -26,7 +26,8 @@ class Format(NamedTuple):
     sign: str  # a regular expression for names of tensors that occur in this format alone
     read: Callable[[Source], Checkpoint] | None = None
     write: Callable[[Checkpoint, str | None], Written] | None = None
-    wide: bool = False  # whether it holds all kinds of adapters, and not only Compacter after a block's output
+    dense: bool = False  # whether it also holds plain bottleneck adapters
+    residual: bool = False  # whether it also holds adapters with original_ln_before
 
 
 def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
@@ -35,9 +36,11 @@ def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
 
 
 FORMATS = {
-    "compacter-kernels": Format(r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, peft.write),
-    "peft": Format(r".*\.bottleneck_adapter_(down|up)_.*", peft.read, peft.write, wide=True),
-    "adapters": Format(adapters.SIGN, adapters.read, adapters.write, wide=True),
+    "compacter-kernels": Format(
+        r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, peft.write, residual=True
+    ),
+    "peft": Format(r".*\.bottleneck_adapter_(down|up)_.*", peft.read, peft.write, True, True),
+    "adapters": Format(adapters.SIGN, adapters.read, adapters.write, True, True),
     "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
     "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
     "t-few": _state_dict("adapter", state_dicts.T_FEW),
@@ -105,10 +108,9 @@ def convert(
     Args:
         source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards,
             a state dict, or a live model of any of the libraries.
-        target_format: "compacter-kernels" (for `load_adapter` and peft), "peft" (also for what
-            `load_adapter` cannot compute, such as plain bottleneck adapters), "adapters",
-            "original", "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of
-            `PHMLinear`).
+        target_format: "compacter-kernels" (for `load_adapter` and peft), "peft" (also plain
+            bottleneck adapters), "adapters", "original", "opendelta", "t-few", "hypernets", or
+            "phm_linear" (the state dict of `PHMLinear`).
         target: the folder to write, or the .safetensors file for a format without a config; None
             writes nothing.
         source_format: one of the same names; by default it is recognised by the tensors' names.
@@ -145,8 +147,7 @@ def convert(
         )
     else:
         checkpoint = read(opened, source_format)
-        if not FORMATS[target_format].wide:
-            _check_narrow(checkpoint, target_format)
+        _check_held(checkpoint, target_format)
         written = write(checkpoint, target_name or name)
         converted = Converted(source_format, target_format, *written, checkpoint.losses, checkpoint.notes)
     if converted.losses and not allow_loss:
@@ -157,18 +158,18 @@ def convert(
     return converted
 
 
-def _check_narrow(checkpoint: Checkpoint, target_format: str) -> None:
-    """Raise ValueError if the adapters are not those of the authors of Compacter."""
-    reason = ""
-    if checkpoint.method != COMPACTER:
-        reason = "phm_layer=False cannot be converted: these are plain bottleneck adapters, not Compacter"
-    elif checkpoint.config.original_ln_before:
-        reason = (
-            "original_ln_before=True cannot be converted: it reads the block's output plus the residual, as "
-            f"Compacter++ of `adapters` does; adapters of {target_format!r}, as the paper's, read the output alone"
+def _check_held(checkpoint: Checkpoint, target_format: str) -> None:
+    """Raise ValueError if the format does not hold such adapters."""
+    if checkpoint.method != COMPACTER and not FORMATS[target_format].dense:
+        raise ValueError(
+            "phm_layer=False cannot be converted: these are plain bottleneck adapters, not Compacter. Convert them to "
+            "'peft'"
         )
-    if reason:
-        raise ValueError(f"{reason}. Convert them to 'peft'")
+    if checkpoint.config.original_ln_before and not FORMATS[target_format].residual:
+        raise ValueError(
+            "original_ln_before=True cannot be converted: it reads the block's output plus the residual, as "
+            f"Compacter++ of `adapters` does; adapters of {target_format!r} read the block's output alone"
+        )
 
 
 def read(source: Source, source_format: str) -> Checkpoint:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from compacter_kernels.inject.prepare import check_residual
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, BlockOutput
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
@@ -77,17 +78,10 @@ class AdapterTuner(BaseTuner):
             return BlockInput(self.model.get_submodule(self._parallel_input(target)), layer)
         if not config.original_ln_before:
             return None
-        self._check_residual(config, target)
+        check_residual(config, target)
         parent, _, name = target.norm.rpartition(".")
         norm = (self.model.get_submodule(parent), name) if name else None
         return BlockOutput(self.model.get_submodule(target.residual), layer, norm, config.residual_before_ln)
-
-    def _check_residual(self, config: Any, target: Target) -> None:
-        if config.original_ln_before and not target.residual:
-            raise ValueError(
-                f"original_ln_before=True needs the residual of the block that {target.write} ends, which the table of "
-                "compacter_kernels does not say for it; leave target_modules out for a model of the table"
-            )
 
     def _is_fixed(self, parameter: str, config: Any) -> bool:
         """Whether a parameter of this name is never trained."""
@@ -103,7 +97,7 @@ class AdapterTuner(BaseTuner):
         config.modules_to_save = plan_modules_to_save(model, config)
         self._plan = plan_targets(model, config)
         for target in self._plan.targets.values():
-            self._check_residual(config, target)
+            check_residual(config, target)
             self._build(model, config, target, "meta")
         peft_config.modules_to_save = config.modules_to_save
         peft_config.describe(model)
