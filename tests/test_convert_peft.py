@@ -101,6 +101,14 @@ def test_a_head_of_adapters_becomes_that_of_a_class(case: str, tmp_path: Path) -
         close(ours(**batch)[0], expected)
 
 
+def test_a_factor_above_the_hidden_size(tmp_path: Path) -> None:
+    """There `adapters` makes a bottleneck of one number."""
+    for factor in (100, {"0": 2, "default": 64.0}):
+        model = theirs(base_of("bert"), adapters.SeqBnConfig(reduction_factor=factor))
+        ck.convert(model, "peft", tmp_path / "moved")
+        close(in_peft(base_of("bert"), tmp_path / "moved")(**batch_of("bert"))[0], model(**batch_of("bert"))[0])
+
+
 def test_a_class_without_a_head_loads_what_one_with_a_head_trained(tmp_path: Path) -> None:
     model = theirs(base_of("bert"), SEQ_BN)
     ck.convert(model, "peft", tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from compacter_kernels.checkpoints import names
 from compacter_kernels.checkpoints.adapters_heads import read_heads
@@ -17,7 +19,7 @@ from compacter_kernels.checkpoints.adapters_options import (
 )
 from compacter_kernels.checkpoints.checkpoint import Checkpoint, MissingRuleError, Written, sizes
 from compacter_kernels.checkpoints.files import about_model, of_model
-from compacter_kernels.checkpoints.methods import COMPACTER
+from compacter_kernels.checkpoints.methods import BOTTLENECK, COMPACTER
 from compacter_kernels.checkpoints.source import Source
 from compacter_kernels.targets.architectures import ARCHITECTURES
 
@@ -61,11 +63,21 @@ def read(source: Source) -> Checkpoint:
             "saves a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a "
             "tensor, or a safetensors file that holds it); what was learned and is in no other file cannot be recovered"
         )
+    if method == BOTTLENECK:  # `adapters` gives a bottleneck at least one number, whatever the factor.
+        hidden, _ = sizes(next(iter(checkpoint.adapters.values())))
+        options["reduction_factor"] = _at_most(hidden, options.get("reduction_factor"))
     read_heads(source, tensors, name, checkpoint)
     options["modules_to_save"] = sorted({key.partition(".")[0] for key in checkpoint.copies})
     blocks = [names.block_of(target, family) for target in checkpoint.adapters for family in ARCHITECTURES.values()]
     options["cross_adapter"] = any(block is not None and block.kind == "cross_attention" for block in blocks)
     return checkpoint
+
+
+def _at_most(limit: int, factor: Any) -> Any:
+    """Return a reduction factor, or those by layer, with this limit; anything else as it is."""
+    if isinstance(factor, Mapping):
+        return {layer: _at_most(limit, each) for layer, each in factor.items()}
+    return min(factor, limit) if isinstance(factor, int | float) else factor
 
 
 def _target(holder: str, model_type: str | None) -> str:

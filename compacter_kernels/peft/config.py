@@ -98,7 +98,8 @@ class BottleneckConfig(_Config, options.BottleneckConfig):
             non_linearity="relu", reduction_factor=2, init_weights="mam_adapter"
 
     A parallel adapter takes the residual of the block, which in models with the layer norm before a
-    block is the input of the norm. With target_modules it is the input of the module itself.
+    block is the input of the norm. In wav2vec2, whose models differ in that, it takes the input of
+    the block, and with target_modules that of the module itself.
 
     Raises:
         TypeError, ValueError: at construction. The message names the option, the value that was
