@@ -1,4 +1,4 @@
-"""The options of Compacter and Compacter++: which adapters a model gets."""
+"""The options of the adapters: Compacter, Compacter++ and the plain bottleneck adapter."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.nn.initialisation import check_options
 
+Options = TypeVar("Options", bound="AdapterConfig")
+INITIAL_WEIGHTS = ("bert", "mam_adapter", "houlsby")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # The options that `CompacterAdapter` has under the same names.
 _ADAPTER_OPTIONS = (
-    *("phm_dim", "phm_rank", "dropout", "ln_before", "ln_after", "phm_bias", "factorized_phm_W"),
-    *("factorized_phm_rule", "learn_phm", "init", "phm_init_range", "phm_c_init"),
+    *("phm_dim", "phm_rank", "phm_bias", "factorized_phm_W", "factorized_phm_rule"),
+    *("learn_phm", "init", "phm_init_range", "phm_c_init"),
 )
 
 
@@ -26,12 +28,11 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class CompacterConfig:
-    """Compacter (arXiv 2106.04647): adapters that share their slow weights.
+class AdapterConfig:
+    """The options that bottleneck adapters of every kind have.
 
     By default an adapter follows each attention block and each feed-forward block. Most names are
-    those of the `adapters` library, and the defaults are the authors'. The `metadata["help"]` of a
-    field says what it means.
+    those of the `adapters` library. The `metadata["help"]` of a field says what it means.
 
     Raises:
         TypeError, ValueError: at construction. The message names the option, the value that was
@@ -39,20 +40,9 @@ class CompacterConfig:
     """
 
     reduction_factor: float | Mapping[str, float] = _option(
-        32, 'hidden / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out'
+        16, 'hidden / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out'
     )
-    phm_dim: int = _option(4, "n, the number of Kronecker products; must divide the hidden and the bottleneck size")
-    phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
-    non_linearity: str = _option("gelu_new", "activation of the bottleneck; the default of `adapters` is gelu")
-    phm_bias: bool = _option(True, "whether the projections have a bias")
-    factorized_phm_W: bool = _option(True, "store W as the product W_left W_right, which makes Compacter small")
-    factorized_phm_rule: bool = _option(False, "store phm_rule as the product phm_rule_left phm_rule_right")
-    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters, instead of one for each projection")
-    shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
-    learn_phm: bool = _option(True, "train phm_rule")
-    init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
-    phm_init_range: float = _option(1e-4, "spread of the initial values of a shared phm_rule")
-    phm_c_init: str = _option("normal", 'distribution of the initial phm_rule, "normal" or "uniform"')
+    non_linearity: str = _option("swish", "activation of the bottleneck")
     scaling: float | str = _option(1.0, 'factor on the adapter\'s output, or "learned"')
     dropout: float = _option(0.0, "dropout probability of the adapter's output, before the residual is added")
     ln_before: bool = _option(False, "a layer norm before the down projection")
@@ -62,11 +52,17 @@ class CompacterConfig:
     output_adapter: bool = _option(True, "an adapter after the feed-forward block")
     cross_adapter: bool = _option(False, "an adapter after cross-attention")
     is_parallel: bool = _option(False, "adapters take the block's input and add to its output (arXiv 2110.04366)")
+    original_ln_before: bool = _option(
+        False, "adapters take the block's output plus its residual, and the model's layer norm of it if one follows"
+    )
+    residual_before_ln: bool = _option(
+        True, "with original_ln_before: the adapter adds to the block's output, not to what it takes"
+    )
     leave_out: Sequence[int] = _option((), "layers without adapters; those of a decoder count on after the encoder's")
     target_modules: Sequence[str] | None = _option(
         None, 'ends of module names, such as ("attn.out", "mlp.fc2"); None: as the table says for the type of the model'
     )
-    train_layer_norms: bool = _option(True, "also train copies of the model's layer norms, as the authors do")
+    train_layer_norms: bool = _option(False, "also train copies of the model's layer norms")
     modules_to_save: Sequence[str] | None = _option(
         None, "ends of the names of modules to train whole, as copies; None: classification and CTC heads"
     )
@@ -86,22 +82,15 @@ class CompacterConfig:
         for option in dataclasses.fields(self):
             if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
                 raise TypeError(f"{option.name} must be True or False, got {getattr(self, option.name)!r}")
-        for name in ("phm_dim", "phm_rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if any(not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 for layer in self.leave_out):
             raise ValueError(f"leave_out must be numbers of layers, from 0 on, got {list(self.leave_out)}")
         if not isinstance(self.non_linearity, str):
             raise TypeError(f"non_linearity must be a name, got {self.non_linearity!r}")
         resolve(self.non_linearity)
-        check_options(self.init, self.phm_c_init, self.phm_init_range)
         factors = self.reduction_factor
         if isinstance(factors, Mapping):
             if not all(str(key) == "default" or str(key).isdecimal() for key in factors):
                 raise ValueError(f'reduction_factor by layer has keys like "0" and "default", got {list(factors)}')
-            if self.shared_W_phm:
-                raise ValueError("shared_W_phm needs one reduction_factor for all layers")
             self.reduction_factor = {str(key): value for key, value in factors.items()}
         values = list(factors.values()) if isinstance(factors, Mapping) else [factors]
         if not values or not all(_is_number(value) and value > 0 for value in values):
@@ -112,6 +101,8 @@ class CompacterConfig:
             raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
+        if self.original_ln_before and self.is_parallel:
+            raise ValueError("original_ln_before=True is for adapters that are not parallel; leave one of the two out")
         if self.target_modules is None and not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise ValueError("no adapter is asked for: set mh_adapter, output_adapter or cross_adapter")
 
@@ -125,14 +116,15 @@ class CompacterConfig:
         return factor
 
     def of_each_adapter(self) -> dict[str, Any]:
-        """The arguments of `CompacterAdapter` that all adapters of the model have in common."""
+        """The arguments that all adapters of the model have in common."""
         return {
-            **{name: getattr(self, name) for name in _ADAPTER_OPTIONS},
             "activation": self.non_linearity,
             "add_residual": not self.is_parallel,
             "scale": self.scaling,
+            "dropout": self.dropout,
+            "ln_before": self.ln_before,
+            "ln_after": self.ln_after,
             "residual_before_ln": self.adapter_residual_before_ln,
-            "shared_phm_rule": False,  # Shared weights are lent to the adapters afterwards.
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +133,7 @@ class CompacterConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> CompacterConfig:
+    def from_dict(cls: type[Options], options: Mapping[str, Any]) -> Options:
         """The config that `to_dict` was called on; TypeError or ValueError for a wrong option."""
         known = [option.name for option in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
@@ -151,10 +143,81 @@ class CompacterConfig:
 
 
 @dataclass
+class CompacterConfig(AdapterConfig):
+    """Compacter (arXiv 2106.04647): adapters that share their slow weights.
+
+    The defaults are the authors'.
+
+    Raises:
+        TypeError, ValueError: at construction, as `AdapterConfig` says.
+    """
+
+    reduction_factor: float | Mapping[str, float] = _option(
+        32, 'hidden / bottleneck size, or a value for each layer: {"0": 16, "default": 32}, numbered as in leave_out'
+    )
+    non_linearity: str = _option("gelu_new", "activation of the bottleneck; the default of `adapters` is gelu")
+    train_layer_norms: bool = _option(True, "also train copies of the model's layer norms, as the authors do")
+    phm_dim: int = _option(4, "n, the number of Kronecker products; must divide the hidden and the bottleneck size")
+    phm_rank: int = _option(1, "rank of the fast weights W_left W_right")
+    phm_bias: bool = _option(True, "whether the projections have a bias")
+    factorized_phm_W: bool = _option(True, "store W as the product W_left W_right, which makes Compacter small")
+    factorized_phm_rule: bool = _option(False, "store phm_rule as the product phm_rule_left phm_rule_right")
+    shared_phm_rule: bool = _option(True, "one phm_rule for all adapters, instead of one for each projection")
+    shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
+    learn_phm: bool = _option(True, "train phm_rule")
+    init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
+    phm_init_range: float = _option(1e-4, "spread of the initial values of a shared phm_rule")
+    phm_c_init: str = _option("normal", 'distribution of the initial phm_rule, "normal" or "uniform"')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("phm_dim", "phm_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_options(self.init, self.phm_c_init, self.phm_init_range)
+        if self.shared_W_phm and isinstance(self.reduction_factor, Mapping):
+            raise ValueError("shared_W_phm needs one reduction_factor for all layers")
+
+    def of_each_adapter(self) -> dict[str, Any]:
+        """The arguments of `CompacterAdapter` that all adapters of the model have in common."""
+        return {
+            **super().of_each_adapter(),
+            **{name: getattr(self, name) for name in _ADAPTER_OPTIONS},
+            "shared_phm_rule": False,  # Shared weights are lent to the adapters afterwards.
+        }
+
+
+@dataclass
 class CompacterPlusPlusConfig(CompacterConfig):
     """Compacter++: `CompacterConfig` with adapters after the feed-forward block only."""
 
     mh_adapter: bool = _option(False, "an adapter after self-attention")
+
+
+@dataclass
+class BottleneckConfig(AdapterConfig):
+    """The plain bottleneck adapter, with dense projections.
+
+    The defaults are those of Houlsby et al. (arXiv 1902.00751), DoubleSeqBnConfig of `adapters`.
+
+    Raises:
+        TypeError, ValueError: at construction, as `AdapterConfig` says.
+    """
+
+    original_ln_after: bool = _option(True, "the model's residual and layer norm follow the adapter; always True")
+    init_weights: str = _option("bert", 'how the initial weights are drawn: "bert", "mam_adapter" or "houlsby"')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.original_ln_after:
+            raise ValueError("original_ln_after=False: an adapter here does not take the model's own residual away")
+        if self.init_weights not in INITIAL_WEIGHTS:
+            raise ValueError(f"init_weights={self.init_weights!r} is not known; choose one of {INITIAL_WEIGHTS}")
+
+    def of_each_adapter(self) -> dict[str, Any]:
+        """The arguments of `BottleneckAdapter` that all adapters of the model have in common."""
+        return {**super().of_each_adapter(), "init_weights": self.init_weights}
 
 
 def _is_number(value: object) -> bool:

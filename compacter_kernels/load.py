@@ -68,7 +68,7 @@ def load_adapter(
     content = files.read_json(path / CONFIG)
     tensors = files.read_tensors(path / TENSORS)
     named = names_of_file(inner, names_of_version_1(tensors) if content.get("format_version") == 1 else tensors)
-    config = files.read_config(content, path / CONFIG, lambda: adapted_modules(named))
+    config = files.read_config(content, path / CONFIG, lambda: adapted_modules(named), CompacterConfig)
     config = dataclasses.replace(config, modules_to_save=_modules_to_save(inner, config, content))
     for key, value in files.of_model(inner).items():
         saved = content.get(key)

@@ -137,7 +137,7 @@ def test_other_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for path, expected in (
         (tmp_path / "plain", "a whole model of the type 'bert', and no Compacter adapters"),
-        (tmp_path / "lora", "adapters of another method than Compacter, peft_type 'LORA'"),
+        (tmp_path / "lora", "adapters of another method than Compacter and Bottleneck, peft_type 'LORA'"),
         (tmp_path, "has no .safetensors file, but its folders lora, plain have; give one of them"),
     ):
         code, _, err = run(capsys, "convert", str(path))

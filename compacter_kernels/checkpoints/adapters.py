@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from compacter_kernels.checkpoints import names
+from compacter_kernels.checkpoints.adapters_heads import read_heads
+from compacter_kernels.checkpoints.adapters_options import (
+    FIXED,
+    OF_START,
+    SAME,
+    check_parallel,
+    compositions,
+    find_config,
+    read_options,
+)
 from compacter_kernels.checkpoints.checkpoint import Checkpoint, MissingRuleError, Written, sizes
 from compacter_kernels.checkpoints.files import about_model, of_model
+from compacter_kernels.checkpoints.methods import BOTTLENECK, COMPACTER
 from compacter_kernels.checkpoints.source import Source
-from compacter_kernels.config import CompacterConfig
 from compacter_kernels.targets.architectures import ARCHITECTURES
 
 VERSION = "adapters.1.3.0"
+_LEGACY = r"(?:attention|layer)_text_(?:task|lang)_adapters"  # what versions before 2 called `adapters`
+SIGN = rf".*\.(?:adapters|{_LEGACY})\.[^.]+\.adapter_(down|up)\..*"
 # The kind of a block -> the module in a layer that holds its adapters.
 _IN_BERT = {"attention": "attention.output", "feed_forward": "output", "cross_attention": "crossattention.output"}
 _IN_OTHERS = {kind: f"{kind}_adapters" for kind in ("attention", "cross_attention")}
@@ -22,40 +33,17 @@ _IN_OTHERS["feed_forward"] = "output_adapters"
 _IN_VIT = _IN_OTHERS | {"feed_forward": "output.output_adapters"}
 _KINDS = {holder: kind for holders in (_IN_BERT, _IN_VIT, _IN_OTHERS) for kind, holder in holders.items()}
 
-# Options of `CompacterConfig` that `adapters` does not have. It has all others, by the same names.
-OURS_ALONE = ("init", "target_modules", "train_layer_norms", "modules_to_save", "dtype")
-SAME = tuple(option.name for option in dataclasses.fields(CompacterConfig) if option.name not in OURS_ALONE)
-OF_START = {  # options of `adapters` that matter only for how weights start, and its defaults
-    "init_weights": "bert",
-    "init_weights_seed": None,
-    "inv_adapter_reduction_factor": None,
-    "hypercomplex_nonlinearity": "glorot-uniform",
-}
-FIXED = {  # other options of `adapters` alone, and the only value for which it computes the same
-    "phm_layer": True,
-    "use_gating": False,
-    "inv_adapter": None,
-    "stochastic_depth": 0.0,
-    "original_ln_before": False,
-    "original_ln_after": True,
-    "residual_before_ln": True,
-}
-REASONS = {
-    "phm_layer": "these are plain bottleneck adapters, not Compacter",
-    "original_ln_before": "it reads the block's output plus the residual, as adapters' Compacter++ does; "
-    "ours and the paper's read the block's output alone",
-}
-NORMS_AFTER = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "bart")
-
 
 def read(source: Source) -> Checkpoint:
     """Return the checkpoint in a source; ValueError if its adapters compute what ours do not."""
-    tensors = names.names_in_base(source.tensors)
-    config, name = _find_config(source)
+    tensors = names.names_in_base({re.sub(_LEGACY, "adapters", key): tensor for key, tensor in source.tensors.items()})
+    config, name = find_config(source)
     model = about_model(source.config) if source.model is None else of_model(source.model)
     model_type = model["model_type"] = (source.model is None and source.model_type) or model["model_type"]
-    options = _read_options(config, model_type)
-    checkpoint = Checkpoint(options=options, model=model)
+    model["base_model_name_or_path"] = model["base_model_name_or_path"] or source.config.get("model_name")
+    unused = source.config.get("type") == "text_task" and not any("invertible" in key for key in tensors)
+    method, options = read_options(config, model_type, unused)
+    checkpoint = Checkpoint(method=method, options=options, model=model, losses=compositions(source, name))
     for key, tensor in tensors.items():
         holder, in_adapter, rest = key.rpartition(f".adapters.{name}.")
         _, is_shared, shared_name = f".{key}".rpartition(f".shared_parameters.{name}.")
@@ -75,90 +63,21 @@ def read(source: Source) -> Checkpoint:
             "saves a T5 or a model without a head. Convert the live model if you have it, or give phm_rule= (a "
             "tensor, or a safetensors file that holds it); what was learned and is in no other file cannot be recovered"
         )
-    head = source.head if "config" in source.config else tensors  # an adapter's folder has a file for the head
-    checkpoint.copies = {key: tensor for key, tensor in head.items() if names.head_of(key)}
-    flexible = sorted(key for key in {**source.head, **tensors} if key.startswith("heads."))
-    if flexible:
-        loss = f"prediction heads of `adapters` itself, for its model classes alone: {flexible[0]}, ..."
-        checkpoint.losses.append(loss)
-    in_base = sorted(key for key in source.head if not names.head_of(key) and key not in flexible)
-    if in_base:
-        checkpoint.notes.append(f"{', '.join(in_base)}, saved as a head, is not taken over: it is part of the base")
+    if method == BOTTLENECK:  # `adapters` gives a bottleneck at least one number, whatever the factor.
+        hidden, _ = sizes(next(iter(checkpoint.adapters.values())))
+        options["reduction_factor"] = _at_most(hidden, options.get("reduction_factor"))
+    read_heads(source, tensors, name, checkpoint)
     options["modules_to_save"] = sorted({key.partition(".")[0] for key in checkpoint.copies})
     blocks = [names.block_of(target, family) for target in checkpoint.adapters for family in ARCHITECTURES.values()]
     options["cross_adapter"] = any(block is not None and block.kind == "cross_attention" for block in blocks)
     return checkpoint
 
 
-def _find_config(source: Source) -> tuple[dict[str, Any], str]:
-    """Return the library's config of the adapters, and their name."""
-    if source.model is not None:
-        live = getattr(source.model, "adapters_config", None)
-        names = list(getattr(live, "adapters", ()))
-        if live is None or not names:
-            raise ValueError("the model has no adapters of the `adapters` library")
-        name = source.choose(names)
-        return live.get(name).to_dict(), name
-    if source.is_whole_model() and "adapters" in source.config:
-        return _config_in_whole_model(source)
-    saved = source.config.get("config")
-    if not isinstance(saved, dict):
-        raise ValueError("tensors of `adapters` need their adapter_config.json; give the folder that holds both")
-    config, name = dict(saved), source.choose([str(source.config.get("name"))])
-    if "version" not in source.config:  # before this entry was written, gelu was the name of gelu_new
-        renamed = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-        config["non_linearity"] = renamed.get(str(config.get("non_linearity")), config.get("non_linearity"))
-    return config, name
-
-
-def _config_in_whole_model(source: Source) -> tuple[dict[str, Any], str]:
-    content = source.config["adapters"] if isinstance(source.config["adapters"], dict) else {}
-    names, configs = content.get("adapters"), content.get("config_map")
-    if not isinstance(names, dict) or not isinstance(configs, dict) or not names:
-        raise ValueError("config.json says nothing of the adapters that are in the model")
-    name = source.choose(list(names))
-    config = configs.get(str(names[name]))
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"config.json does not say the options of {name!r}, only {names[name]!r}; load the model with `adapters` "
-            "and convert it, or what its save_adapter writes"
-        )
-    if config.get("non_linearity") in ("gelu", "gelu_orig") and "init_weights_seed" not in config:
-        raise ValueError(
-            "config.json does not say which version of the library wrote it, and its 'gelu' was once gelu_new; load "
-            "the model with that version and convert it, or what its save_adapter writes"
-        )
-    return config, name
-
-
-def _read_options(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
-    """Return the options of `CompacterConfig`, or raise ValueError for what it cannot do."""
-    if (method := config.get("architecture")) is not None:
-        raise ValueError(f"architecture={method!r} is another method than Compacter's bottleneck adapters")
-    parallel = bool(config.get("is_parallel"))
-    for option, needed in FIXED.items():
-        value = config.get(option, needed)
-        unused = parallel and option in ("original_ln_before", "residual_before_ln")
-        if value != needed and not unused:
-            why = REASONS.get(option, "ours have no such thing")
-            raise ValueError(f"{option}={value!r} cannot be converted: {why}")
-    if config.get("scaling") == "channel":
-        raise ValueError("scaling='channel' cannot be converted: ours scale by one number")
-    _check_parallel(parallel, model_type)
-    options = {"ln_before": False, "shared_phm_rule": True, "shared_W_phm": False, "cross_adapter": False}
-    options |= {option: config[option] for option in SAME if option in config}
-    if parallel:
-        options["adapter_residual_before_ln"] = False  # so `adapters` computes, whatever the option
-    leave_out = options.get("leave_out") or ()
-    return {**options, "leave_out": leave_out, "init": "adapters", "train_layer_norms": False}
-
-
-def _check_parallel(parallel: bool, model_type: str | None) -> None:
-    if parallel and model_type not in NORMS_AFTER:
-        raise ValueError(
-            f"is_parallel=True of a {model_type} cannot be converted: in `adapters` it reads the input of the layer "
-            "norm before the block, ours reads the input of the block"
-        )
+def _at_most(limit: int, factor: Any) -> Any:
+    """Return a reduction factor, or those by layer, with this limit; anything else as it is."""
+    if isinstance(factor, Mapping):
+        return {layer: _at_most(limit, each) for layer, each in factor.items()}
+    return min(factor, limit) if isinstance(factor, int | float) else factor
 
 
 def _target(holder: str, model_type: str | None) -> str:
@@ -196,8 +115,10 @@ def write(checkpoint: Checkpoint, name: str | None) -> Written:
     """Return what the library reads with use_safetensors=True, or raise ValueError if it cannot."""
     config, name = checkpoint.config, name or "default"
     model_type = checkpoint.model.get("model_type") or ("t5" if all(map(names.t5_block, checkpoint.adapters)) else None)
-    _check_parallel(config.is_parallel, model_type)
-    options = {option: getattr(config, option) for option in SAME} | FIXED | OF_START
+    options = {option: getattr(config, option) for option in SAME[checkpoint.method]}
+    options = OF_START | options | FIXED | {"phm_layer": checkpoint.method == COMPACTER}
+    if checkpoint.method == COMPACTER:
+        check_parallel(config.is_parallel, model_type)
     options["scaling"] = config.scaling if config.scaling == "learned" else float(config.scaling)
     options["leave_out"] = list(config.leave_out)
     if config.target_modules is not None:

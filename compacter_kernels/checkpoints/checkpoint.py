@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.config import DTYPES, CompacterConfig
-from compacter_kernels.nn.adapter import CompacterAdapter, reduction_factor_of
+from compacter_kernels.checkpoints.methods import COMPACTER, METHODS
+from compacter_kernels.config import DTYPES
+from compacter_kernels.nn.adapter import reduction_factor_of
 
 POSITIONS = ("down", "up")
 RULES = ("phm_rule", "phm_rule_left", "phm_rule_right")
@@ -29,12 +30,13 @@ class MissingRuleError(ValueError):
 class Checkpoint:
     """The adapters of a model, as every format holds them in its adapter way.
 
-    adapters: the name of a target -> the tensors of its adapter by their names here (`down.W_left`,
-    `up.b`, ...), without those that it shares. shared: these, by the names in `SHARED`. copies:
-    trained layer norms and heads, by the names of the parameters in the model's base. notes,
-    losses: as in `Converted`.
+    method: a key of `METHODS`. adapters: the name of a target -> the tensors of its adapter by
+    their names here (`down.W_left`, `up.b`, ...), without those that it shares. shared: these, by
+    the names in `SHARED`. copies: trained layer norms and heads, by the names of the parameters in
+    the model's base. notes, losses: as in `Converted`.
     """
 
+    method: str = COMPACTER
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
@@ -44,10 +46,10 @@ class Checkpoint:
     losses: list[str] = field(default_factory=list)
 
     @property
-    def config(self) -> CompacterConfig:
+    def config(self) -> Any:
         """The options; a ValueError says which one is unknown or does not fit."""
         try:
-            return CompacterConfig.from_dict(self.options)
+            return METHODS[self.method].config.from_dict(self.options)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -57,6 +59,8 @@ class Checkpoint:
 
     def missing_shared(self) -> list[str]:
         """Return the names of shared weights that the options ask for and that are missing."""
+        if self.method != COMPACTER:
+            return []
         rules = RULES[1:] if self.options.get("factorized_phm_rule") else RULES[:1]
         factors = FACTORS[:2] if self.options.get("factorized_phm_W", True) else FACTORS[2:]
         needed = (rules if self.options["shared_phm_rule"] else ()) + (factors if self.options["shared_W_phm"] else ())
@@ -105,7 +109,7 @@ class Checkpoint:
             raise ValueError("there are no adapters in it")
         for target, tensors in self.whole().items():
             try:
-                expected = _expected(tensors, config)
+                expected = self._expected(tensors, config)
             except ValueError as error:
                 raise ValueError(f"the adapter of {target}: {error}") from error
             for name in sorted(expected.keys() | tensors.keys()):
@@ -118,19 +122,18 @@ class Checkpoint:
                 if tensors[name].dtype not in DTYPES.values():
                     raise ValueError(f"{name} of {target} is {tensors[name].dtype}, not {' or '.join(DTYPES)}")
 
-
-def _expected(tensors: Mapping[str, Tensor], config: CompacterConfig) -> dict[str, Tensor]:
-    """Return the parameters, on meta, that the options give an adapter of these sizes."""
-    hidden, bottleneck = sizes(tensors)
-    given = config.reduction_factor
-    if isinstance(given, int | float) and hidden // given != bottleneck:
-        raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
-    try:
-        factor = reduction_factor_of(hidden, bottleneck)
-        adapter = CompacterAdapter(hidden, reduction_factor=factor, device="meta", **config.of_each_adapter())
-    except (TypeError, RuntimeError, OverflowError) as error:  # no tensor can have these sizes
-        raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
-    return dict(adapter.named_parameters())
+    def _expected(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Return the parameters, on meta, that the options give an adapter of these sizes."""
+        hidden, bottleneck = sizes(tensors)
+        given = config.reduction_factor
+        if isinstance(given, int | float) and hidden // given != bottleneck:
+            raise ValueError(f"reduction_factor={given} does not make {bottleneck} of {hidden}")
+        options = {"reduction_factor": reduction_factor_of(hidden, bottleneck), **config.of_each_adapter()}
+        try:
+            adapter = METHODS[self.method].adapter(hidden, device="meta", **options)
+        except (TypeError, RuntimeError, OverflowError) as error:  # no tensor can have these sizes
+            raise ValueError(f"the options ask for what cannot be built: {str(error).splitlines()[0]}") from error
+        return dict(adapter.named_parameters())
 
 
 def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,6 +143,11 @@ def borrowed(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the hidden size and the bottleneck of an adapter, or raise ValueError."""
+    dense = tensors.get("down.weight")
+    if dense is not None:
+        if dense.dim() != 2 or not dense.numel():
+            raise ValueError(f"the weight of a projection has two dimensions, got {tuple(dense.shape)}")
+        return dense.shape[1], dense.shape[0]
     left = tensors.get("down.W_left", tensors.get("down.W"))
     if left is None:
         raise ValueError(f"an adapter without W_left and W; it has {', '.join(sorted(tensors))}")

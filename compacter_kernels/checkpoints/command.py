@@ -14,12 +14,14 @@ from compacter_kernels.checkpoints.source import Source, open_source
 EPILOG = """examples:
   compacter-kernels convert bert-adapter                       # what is it, and is it complete?
   compacter-kernels convert bert-adapter --to compacter-kernels --out converted
+  compacter-kernels convert ~/.cache/huggingface/hub/models--AdapterHub--NAME --to peft --out moved --allow-pickle
   compacter-kernels convert model.safetensors --to adapters --out folder --non-linearity gelu_new --allow-loss
   compacter-kernels convert t5-adapter --to compacter-kernels --out repaired --phm-rule rule.safetensors
 
-files are read as safetensors and JSON, never unpickled. A .bin that you trust becomes one by two lines of Python:
+files are read as safetensors and JSON. A pytorch_adapter.bin is a pickle, and is read only with --allow-pickle.
+Another .bin that you trust becomes a safetensors file by two lines of Python:
   import torch; from safetensors.torch import save_file
-  save_file(torch.load("pytorch_adapter.bin", weights_only=True), "adapter.safetensors")
+  save_file(torch.load("model.bin", weights_only=True), "model.safetensors")
 
 exits 0 when the checkpoint is complete and, with --to, converted; 1 when it lacks shared weights; 2 on any error."""
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-type", help="config.model_type of the base, such as bert, where the source does not say it")
     add("--non-linearity", help="of the adapters, where the source does not say it")
     add("--phm-rule", type=Path, metavar="FILE", help="a .safetensors file with the shared rule that the source lacks")
+    add("--allow-pickle", action="store_true", help="read a pytorch_adapter.bin, by torch.load(weights_only=True)")
     add("--allow-loss", action="store_true", help="leave out what the target cannot hold")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Report or convert, and print the result; return 1 if the checkpoint lacks shared weights."""
     if (args.to is None) != (args.out is None):
         raise ValueError("--to and --out belong together: the format, and where to write it")
-    told = {key: getattr(args, key) for key in ("name", "model_type", "non_linearity", "phm_rule")}
+    told = {key: getattr(args, key) for key in ("name", "model_type", "non_linearity", "phm_rule", "allow_pickle")}
     result: dict[str, Any] = {"source": str(args.source)}
     try:
         if args.to is None:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from compacter_kernels.activations import resolve
-from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, state_dicts
+from compacter_kernels.checkpoints import adapters, compacter_kernels as ours, hypernets, peft, state_dicts
 from compacter_kernels.checkpoints.checkpoint import Checkpoint, Written
-from compacter_kernels.checkpoints.files import PEFT_TYPE, TENSORS, write_folder
+from compacter_kernels.checkpoints.files import TENSORS, write_folder
+from compacter_kernels.checkpoints.methods import COMPACTER, METHODS
 from compacter_kernels.checkpoints.source import ADAPTERS_HEAD, ADAPTERS_TENSORS, Rule, Source, open_source
 from compacter_kernels.targets.added import adapters_of
 
@@ -25,6 +26,8 @@ class Format(NamedTuple):
     sign: str  # a regular expression for names of tensors that occur in this format alone
     read: Callable[[Source], Checkpoint] | None = None
     write: Callable[[Checkpoint, str | None], Written] | None = None
+    dense: bool = False  # whether it also holds plain bottleneck adapters
+    residual: bool = False  # whether it also holds adapters with original_ln_before
 
 
 def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
@@ -33,8 +36,11 @@ def _state_dict(adapter: str, form: state_dicts.StateDict) -> Format:
 
 
 FORMATS = {
-    "compacter-kernels": Format(r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, ours.write),
-    "adapters": Format(r".*\.adapters\.[^.]+\.adapter_(down|up)\..*", adapters.read, adapters.write),
+    "compacter-kernels": Format(
+        r"(.*\.)?compacter(\.|_)(down|up|shared)(\.|_).*", ours.read, peft.write, residual=True
+    ),
+    "peft": Format(r".*\.bottleneck_adapter_(down|up)_.*", peft.read, peft.write, True, True),
+    "adapters": Format(adapters.SIGN, adapters.read, adapters.write, True, True),
     "original": _state_dict(r"adapter_controller\.adapters\.[^.]+", state_dicts.ORIGINAL),
     "opendelta": _state_dict("compactor", state_dicts.OPENDELTA),
     "t-few": _state_dict("adapter", state_dicts.T_FEW),
@@ -50,9 +56,9 @@ def format_of(source: Source) -> str:
         return "compacter-kernels"
     if getattr(source.model, "adapters_config", None) is not None:
         return "adapters"
-    method = source.config.get("peft_type", PEFT_TYPE)
-    if method != PEFT_TYPE:
-        raise ValueError(f"it holds adapters of another method than Compacter, peft_type {method!r}")
+    method = source.config.get("peft_type")
+    if method not in (None, *METHODS):
+        raise ValueError(f"it holds adapters of another method than Compacter and Bottleneck, peft_type {method!r}")
     fitting = [kind for kind, form in FORMATS.items() if any(re.fullmatch(form.sign, key) for key in source.tensors)]
     fitting = [kind for kind in fitting if kind not in LAYERS] or fitting[:1]  # adapters contain layers
     if not fitting and source.is_whole_model():
@@ -93,16 +99,18 @@ def convert(
     non_linearity: str | None = None,
     phm_rule: Rule | None = None,
     allow_loss: bool = False,
+    allow_pickle: bool = False,
 ) -> Converted:
-    """Convert a Compacter checkpoint of one library into the form of another, value by value.
+    """Convert a checkpoint of one library into the form of another, value by value.
 
     docs/checkpoints.md describes the formats. Values keep their dtypes.
 
     Args:
         source: a safetensors file, the folder of a checkpoint or of a whole model, also in shards,
             a state dict, or a live model of any of the libraries.
-        target_format: "compacter-kernels" (for `load_adapter`), "adapters", "original",
-            "opendelta", "t-few", "hypernets", or "phm_linear" (the state dict of `PHMLinear`).
+        target_format: "compacter-kernels" (for `load_adapter` and peft), "peft" (also plain
+            bottleneck adapters), "adapters", "original", "opendelta", "t-few", "hypernets", or
+            "phm_linear" (the state dict of `PHMLinear`).
         target: the folder to write, or the .safetensors file for a format without a config; None
             writes nothing.
         source_format: one of the same names; by default it is recognised by the tensors' names.
@@ -113,6 +121,8 @@ def convert(
         phm_rule: the shared rule (or its two factors, or a safetensors file with it), if the source
             lacks it.
         allow_loss: convert even if the target format cannot hold everything; see `losses`.
+        allow_pickle: read the pytorch_adapter.bin of an `adapters` folder, as most of those on the
+            hub have, with torch.load(weights_only=True), which reads tensors and runs no code.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
@@ -122,7 +132,8 @@ def convert(
     for option, kind in (("target_format", target_format), ("source_format", source_format)):
         if kind not in FORMATS and not (kind is None and option == "source_format"):
             raise ValueError(f"{option}={kind!r} is not known; choose one of {', '.join(FORMATS)}")
-    opened = open_source(source, name=name, model_type=model_type, non_linearity=non_linearity, phm_rule=phm_rule)
+    told = {"name": name, "model_type": model_type, "non_linearity": non_linearity}
+    opened = open_source(source, phm_rule=phm_rule, allow_pickle=allow_pickle, **told)
     source_format = source_format or format_of(opened)
     write = FORMATS[target_format].write
     if source_format in LAYERS and target_format in LAYERS:
@@ -136,6 +147,7 @@ def convert(
         )
     else:
         checkpoint = read(opened, source_format)
+        _check_held(checkpoint, target_format)
         written = write(checkpoint, target_name or name)
         converted = Converted(source_format, target_format, *written, checkpoint.losses, checkpoint.notes)
     if converted.losses and not allow_loss:
@@ -144,6 +156,20 @@ def convert(
     if target is not None:
         _store(converted, Path(target))
     return converted
+
+
+def _check_held(checkpoint: Checkpoint, target_format: str) -> None:
+    """Raise ValueError if the format does not hold such adapters."""
+    if checkpoint.method != COMPACTER and not FORMATS[target_format].dense:
+        raise ValueError(
+            "phm_layer=False cannot be converted: these are plain bottleneck adapters, not Compacter. Convert them to "
+            "'peft'"
+        )
+    if checkpoint.config.original_ln_before and not FORMATS[target_format].residual:
+        raise ValueError(
+            "original_ln_before=True cannot be converted: it reads the block's output plus the residual, as "
+            f"Compacter++ of `adapters` does; adapters of {target_format!r} read the block's output alone"
+        )
 
 
 def read(source: Source, source_format: str) -> Checkpoint:

@@ -9,28 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.config import CompacterConfig
+from compacter_kernels.config import AdapterConfig, BottleneckConfig, CompacterConfig
 
+Config = TypeVar("Config", bound=AdapterConfig)
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 DIGEST = "adapter_model_sha256"
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 SHARD = re.compile(r".*-\d+-of-(?!0*[01]\.)\d+\.safetensors")  # model-00001-of-00002.safetensors
 JSON_LIMIT, INDEX_LIMIT = 1 << 20, 1 << 26  # bytes
-PEFT_TYPE, VERSION = "COMPACTER", 2
-FORMAT = {"peft_type": PEFT_TYPE, "format_version": VERSION}
+PEFT_TYPES: dict[str, type[AdapterConfig]] = {"COMPACTER": CompacterConfig, "BOTTLENECK": BottleneckConfig}
+VERSION = 2
+FORMAT = {"peft_type": "COMPACTER", "format_version": VERSION}
 MODEL = {"base_model_name_or_path": str, "model_type": str, "hidden_size": int, "num_hidden_layers": int}
 # What peft writes beside the options of a method, and an option that `inject` does not have.
 OF_PEFT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "exclude_modules")
+ALLOW = ", which convert does for you with allow_pickle=True or --allow-pickle"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -93,16 +97,19 @@ def of_model(model: nn.Module) -> dict[str, Any]:
     return about_model({key: getattr(config, key.removeprefix("base_model"), None) or None for key in MODEL})
 
 
-def read_config(content: Mapping[str, Any], path: Path, adapted: Callable[[], Sequence[str]]) -> CompacterConfig:
+def read_config(
+    content: Mapping[str, Any], path: Path, adapted: Callable[[], Sequence[str]], kind: type[Config]
+) -> Config:
     """Return the options of a config file; ValueError for wrong ones, another method or version.
 
     adapted: gives the names of the modules that have adapters. They become target_modules where
     peft was told in a way of its own, by a regular expression or by exclude_modules.
     """
-    kind, version = content.get("peft_type"), content.get("format_version")
-    if kind != PEFT_TYPE:
+    method, version = content.get("peft_type"), content.get("format_version")
+    needed = next(name for name, its in PEFT_TYPES.items() if its is kind)
+    if method != needed:
         raise ValueError(
-            f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}; compacter-kernels convert reads other formats"
+            f"{path} has peft_type {method!r}, not {needed!r}; compacter-kernels convert reads other formats"
         )
     if version not in (1, VERSION) or isinstance(version, bool):
         raise ValueError(f"{path} has format_version {version!r}; this compacter_kernels reads 1 and {VERSION}")
@@ -110,7 +117,7 @@ def read_config(content: Mapping[str, Any], path: Path, adapted: Callable[[], Se
     if content.get("exclude_modules") or isinstance(options.get("target_modules"), str):
         options["target_modules"] = list(adapted())
     try:
-        return CompacterConfig.from_dict(options)
+        return kind.from_dict(options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -162,6 +169,21 @@ def _map_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no sound safetensors file: {str(error).splitlines()[0]}") from error
 
 
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickle, which torch reads without running any code of it.
+
+    ValueError: it holds anything else, or is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from error
+    items = content.items() if isinstance(content, dict) else [(None, content)]
+    if any(not isinstance(key, str) or not isinstance(value, Tensor) for key, value in items):
+        raise ValueError(f"{path} is no state dict, which maps names to tensors")
+    return dict(content)
+
+
 def refuse_pickled(path: Path) -> None:
     """Raise ValueError for a pickled file, or a folder that has one, and say how to convert it."""
     files = [path] if path.is_file() else sorted(path.iterdir())
@@ -171,6 +193,7 @@ def refuse_pickled(path: Path) -> None:
         raise ValueError(
             f"{pickled} is a pickle, which can run code when it is read, and is not read here. Where you trust it: "
             f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {safe!r})"
+            f"{ALLOW if pickled.name == 'pytorch_adapter.bin' else ''}"
         )
 
 

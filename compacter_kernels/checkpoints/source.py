@@ -14,20 +14,24 @@ from compacter_kernels.checkpoints.checkpoint import SHARED
 from compacter_kernels.targets.wrappers import check_gathered, plain_path, unwrapped
 
 Rule = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | str | Path
-ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors"  # of the `adapters` library
+# Of the `adapters` library:
+HEAD_CONFIG, FUSION_CONFIG = "head_config.json", "adapter_fusion_config.json"
+ADAPTERS_PICKLED = ("pytorch_adapter.bin", "pytorch_model_head.bin")
+ADAPTERS_TENSORS, ADAPTERS_HEAD = "adapter.safetensors", "model_head.safetensors"
 
 
 @dataclass
 class Source:
     """What a source holds, and what the caller of `convert` says of it.
 
-    tensors: by the names of their format. config: the content of the JSON file beside them. head:
-    the tensors of a separate file for the head. given: the shared weights of `phm_rule`.
+    tensors: by the names of their format. config: the content of the JSON file beside them. head,
+    head_config: the same of a separate file for the head. given: the shared weights of `phm_rule`.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
+    head_config: dict[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     name: str | None = None
     model_type: str | None = None
@@ -48,7 +52,7 @@ class Source:
         return names[0] if name is None else name
 
 
-def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> Source:
+def open_source(source: Any, *, phm_rule: Rule | None = None, allow_pickle: bool = False, **told: Any) -> Source:
     """Read a source, with errors as `convert` has. told: `name` and other fields of `Source`."""
     told["given"] = {} if phm_rule is None else _shared_weights(phm_rule)
     if isinstance(source, nn.Module):
@@ -69,7 +73,30 @@ def open_source(source: Any, *, phm_rule: Rule | None = None, **told: Any) -> So
         return Source(files.read_tensors(path), **told)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there")
-    return Source(*_read_folder(path), **told)
+    folder = _snapshot(path)
+    if allow_pickle and (folder / ADAPTERS_PICKLED[0]).is_file() and not (folder / ADAPTERS_TENSORS).is_file():
+        paths = [folder / name for name in ADAPTERS_PICKLED]
+        tensors, head = (files.read_pickled(path) if path.is_file() else {} for path in paths)
+        return Source(tensors, files.read_json(folder / files.CONFIG), head, _head_config(folder), **told)
+    return Source(*_read_folder(folder), **told)
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the snapshot in a folder of the hub's cache, of its main branch, or the folder."""
+    if not (folder / "snapshots").is_dir():
+        return folder
+    revisions = sorted(path.name for path in (folder / "snapshots").iterdir())
+    main = folder / "refs" / "main"
+    revision = main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    if len(revisions) == 1:
+        revision = revisions[0]
+    if revision not in revisions:
+        raise ValueError(f"{folder} has the snapshots {', '.join(revisions)}; give the folder of one of them")
+    return folder / "snapshots" / revision
+
+
+def _head_config(folder: Path) -> dict[str, Any]:
+    return files.read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else {}
 
 
 def _shared_weights(rule: Rule) -> dict[str, Tensor]:
@@ -84,8 +111,8 @@ def _shared_weights(rule: Rule) -> dict[str, Tensor]:
     return shared
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Return the tensors, the config and the head."""
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, the config, the head and its config."""
     configs = (folder / name for name in (files.CONFIG, "config.json"))
     config = next((files.read_json(path) for path in configs if path.is_file()), {})
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTERS_HEAD)
@@ -94,6 +121,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[
     complete = [name for name in names if not files.SHARD.fullmatch(name)]
     checkpoints = of_adapters[:1] or [*indices, *complete]
     if not names and not indices:
+        if (folder / FUSION_CONFIG).is_file():
+            problem = "an AdapterFusion, which no other library has; give the folders of its adapters"
+            raise ValueError(f"{folder} holds {problem}")
         files.refuse_pickled(folder)
         below = dict.fromkeys(sorted(path.parent.name for path in folder.glob("*/*.safetensors")))
         hint = f", but its folders {', '.join(below)} have; give one of them" if below else ""
@@ -108,4 +138,4 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[
     if of_adapters:
         files.check_digest(folder / checkpoints[0], config.get(files.DIGEST))
     head = files.read_tensors(folder / ADAPTERS_HEAD) if (folder / ADAPTERS_HEAD).is_file() else {}
-    return tensors, config, head
+    return tensors, config, head, _head_config(folder)

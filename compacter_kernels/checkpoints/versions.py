@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from compacter_kernels.nn.flat_names import SHARED, dotted, flat
+from compacter_kernels.nn.flat_names import PREFIX, SHARED, dotted, flat
 
 Value = TypeVar("Value")
 _OF_ADAPTER = ("down", "up", "scaling", "norm_before", "norm_after")
@@ -30,6 +30,6 @@ def names_of_version_1(tensors: Mapping[str, Value]) -> dict[str, Value]:
     return named
 
 
-def adapted_modules(names: Iterable[str]) -> list[str]:
+def adapted_modules(names: Iterable[str], prefix: str = PREFIX) -> list[str]:
     """The modules that have adapters, for today's names of tensors."""
-    return sorted({key.rpartition(".")[0] for key in names if dotted(key.rpartition(".")[2])})
+    return sorted({key.rpartition(".")[0] for key in names if dotted(key.rpartition(".")[2], prefix)})

@@ -46,10 +46,16 @@ class Injection(Adapters, nn.Module):
     def add(self, model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
         """Put prepared adapters and copies into the model and activate them."""
         for target in prepared.targets:
-            write, read = Layer(model, target.write), Layer(model, target.read)
+            write, read, norm = Layer(model, target.write), None, None
+            if config.is_parallel:
+                read = Layer(model, target.read)
+            elif config.original_ln_before:
+                read = Layer(model, target.residual)
+                norm = Layer(model, target.norm) if target.norm else None
             adapters: Any = added_modules(write.module) or TargetAdapters(write)
             adapter = prepared.adapters[target.write].train(write.module.training)
-            adapters.add_adapter(name, adapter, read, prepared.shared)
+            before_norm = config.residual_before_ln
+            adapters.add_adapter(name, adapter, prepared.shared, read=read, norm=norm, before_norm=before_norm)
             self._added[plain_path(model, target.write)] = adapters
         for path, trained in prepared.copies.items():
             original = unwrapped(model.get_submodule(path))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.config import DTYPES, CompacterConfig
+from compacter_kernels.config import DTYPES, AdapterConfig, CompacterConfig
 from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.offload import device_of
 from compacter_kernels.inject.target_adapters import TargetAdapters
@@ -85,6 +85,7 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
     for target in targets:
+        check_residual(config, target)
         adapter = build_adapter(model, config, target, impl, device)
         if shared is None and (config.shared_phm_rule or config.shared_W_phm):
             shared = SharedWeights(adapter, config)
@@ -95,6 +96,15 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     dtype = DTYPES.get(config.dtype or "")
     copies = {path: trained_copy(unwrapped(model.get_submodule(path)), path, dtype) for path in copied}
     return Prepared(targets, shared, adapters, copies)
+
+
+def check_residual(config: AdapterConfig, target: Target) -> None:
+    """Raise ValueError for an adapter that needs the residual of its block, if it is not known."""
+    if config.original_ln_before and not target.residual:
+        raise ValueError(
+            f"original_ln_before=True needs the residual of the block that {target.write} ends, which the table of "
+            "compacter_kernels does not say for it; leave target_modules out for a model of the table"
+        )
 
 
 def build_adapter(

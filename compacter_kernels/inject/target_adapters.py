@@ -82,24 +82,43 @@ class TargetAdapters(AddedModules):
     """The adapters behind a target: y = adapter(y), or y + adapter(x) for a parallel one.
 
     x is the input of the block that ends with the target, `write`, and y the output of the target.
-    y may also be the first element of the output. The adapters are a child of the layer itself,
-    inside its wrappers.
+    y may also be the first element of the output. With original_ln_before an adapter takes y + x,
+    where x is the residual of the block, or the layer norm of this sum. The adapters are a child of
+    the layer itself, inside its wrappers.
     """
 
     def __init__(self, write: Layer) -> None:
         super().__init__()
         self._write = write
         self._reads: dict[str, tuple[Layer, str]] = {}
+        self._norms: dict[str, Layer] = {}
+        self._before_norm: dict[str, bool] = {}
         self._owners: dict[str, tuple[nn.Module, ...]] = {}
         self._handles: list[tuple[nn.Module, Any]] = []
         setattr(write.module, NAME, self)
         self.register_hooks()
 
-    def add_adapter(self, name: str, adapter: CompacterAdapter, read: Layer, shared: nn.Module | None) -> None:
-        """Add an adapter. A parallel one takes the input of `read`. It borrows from `shared`."""
+    def add_adapter(
+        self,
+        name: str,
+        adapter: CompacterAdapter,
+        shared: nn.Module | None,
+        *,
+        read: Layer | None = None,
+        norm: Layer | None = None,
+        before_norm: bool = True,
+    ) -> None:
+        """Add an adapter, which borrows from `shared`.
+
+        read: the module that has x as its input, if the adapter needs it. norm: the layer norm of
+        the sum. before_norm: add to y; otherwise to what the adapter takes.
+        """
         self[name] = adapter
         self._owners[name] = () if shared is None else (shared,)
-        if not adapter.add_residual:
+        self._before_norm[name] = before_norm
+        if norm is not None:
+            self._norms[name] = norm
+        if read is not None:
             first_parameter = next(iter(inspect.signature(read.module.forward).parameters), "")
             self._reads[name] = (read, first_parameter)
             self.register_hooks()
@@ -108,6 +127,7 @@ class TargetAdapters(AddedModules):
         super().__delitem__(name)
         del self._owners[name]
         self._reads.pop(name, None)
+        self._norms.pop(name, None)
 
     def register_hooks(self) -> None:
         """Register the hooks that are missing."""
@@ -143,9 +163,21 @@ class TargetAdapters(AddedModules):
             raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
         with onloaded(self._owners[self.active]):  # type: ignore[index]
-            if adapter.add_residual:
+            if self.active not in self._reads:
                 return map_first(adapter, output, module)
-            return map_first(lambda y: adapter(self._input(module, args, kwargs), y), output, module)
+            return map_first(lambda y: adapter(*self._inputs(y, module, args, kwargs)), output, module)
+
+    def _inputs(
+        self, y: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """What the active adapter takes and what it adds to."""
+        x, adapter = self._input(module, args, kwargs), self.in_use()
+        if not adapter.add_residual:
+            return x, y
+        x = y + x
+        norm = self._norms.get(self.active)  # type: ignore[arg-type]
+        x = x if norm is None else norm.module(x)
+        return x, y if self._before_norm[self.active] else x  # type: ignore[index]
 
     def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input of the block that ends with this module."""
@@ -156,7 +188,7 @@ class TargetAdapters(AddedModules):
         _block_input.waiting = None
         if waiting is None or waiting[0] is not self:
             raise RuntimeError(
-                f"a parallel adapter takes the input of a {type(read.module).__name__}, which was not called before "
+                f"an adapter takes the input of a {type(read.module).__name__}, which was not called before "
                 f"the {type(module).__name__} that ends its block"
             )
         return waiting[1]

@@ -78,7 +78,7 @@ class CompacterAdapter(Borrower):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        bottleneck = _bottleneck(hidden_size, reduction_factor)
+        bottleneck = bottleneck_of(hidden_size, reduction_factor)
         check_phm_dim(phm_dim, phm_rank, hidden_size=hidden_size, bottleneck=bottleneck)
         resolve(activation)
         if scale != "learned" and not (isinstance(scale, (float, int)) and math.isfinite(scale)):
@@ -198,7 +198,8 @@ class CompacterAdapter(Borrower):
         return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
 
 
-def _bottleneck(hidden_size: int, reduction_factor: float) -> int:
+def bottleneck_of(hidden_size: int, reduction_factor: float) -> int:
+    """The bottleneck, hidden_size // reduction_factor; ValueError if there is none."""
     if not isinstance(hidden_size, int) or hidden_size < 1:
         raise ValueError(f"hidden_size must be an integer >= 1, got {hidden_size!r}")
     if isinstance(reduction_factor, bool) or not isinstance(reduction_factor, int | float) or not reduction_factor > 0:

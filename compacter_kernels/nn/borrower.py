@@ -53,3 +53,7 @@ class LayerNorm(Borrower, nn.LayerNorm):
         weight, bias = self._weight("weight"), self._weight("bias")
         y = x if weight is None or x.dtype == weight.dtype else x.to(weight.dtype)
         return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The shape and eps."""
+        return f"{self.normalized_shape}, eps={self.eps}"

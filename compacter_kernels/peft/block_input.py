@@ -1,8 +1,10 @@
-"""The input of a block, for the parallel adapter at the end of the block."""
+"""What an adapter takes, where it is not the output of the module that it follows."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import threading
 from typing import Any
 
@@ -10,46 +12,89 @@ from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import first_input
 
-# `waiting` holds the input of the block that this thread computes, and the layer at its end. Each
-# thread has its own. torch.compile loses the attributes of a subclass of threading.local.
+# `waiting` holds the input of the block that this thread computes, and the number of the layer at
+# its end. Each thread has its own. torch.compile loses the attributes of a subclass of
+# threading.local.
 _block_input = threading.local()
+numbers = itertools.count()  # Of the layers.
+
+
+def _keep(number: int, first: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _block_input.waiting = (number, first_input(module, args, kwargs, first))
 
 
 class BlockInput:
-    """The input of a block, kept from the call of its first module to that of its last one.
+    """A parallel adapter takes the input of a module before, and adds to the output of its own.
 
-    read: the module that takes the input. layer: the last module, an `AdapterLayer`.
+    The input is kept from the one call to the other. The hook that keeps it knows no more than a
+    number, so that peft can copy the module with its hooks, as it does for a trained layer norm.
+
+    Args:
+        read: the module that takes the input. It may be the base layer of `layer`.
+        layer: the `AdapterLayer` that has the adapter.
     """
 
     def __init__(self, read: nn.Module, layer: Any) -> None:
-        self._read, self._layer = read, layer
+        self._read, self._number = read, layer.number
         self._first = next(iter(inspect.signature(read.forward).parameters), "")
-        self._is_own = read is layer.get_base_layer()  # torch.compile cannot look at the handle for this.
-        self._handle = None if self._is_own else read.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._own = read is layer.get_base_layer()  # torch.compile cannot look at the handle for this.
+        self._handle: Any = None
+        if not self._own:
+            keep = functools.partial(_keep, self._number, self._first)
+            self._handle = read.register_forward_pre_hook(keep, with_kwargs=True)
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._layer.disable_adapters:
-            _block_input.waiting = (self._layer, first_input(module, args, kwargs, self._first))
-
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input of the block whose last module, the layer, gets these arguments.
 
         RuntimeError: `read` was not called before it.
         """
-        if self._is_own:
+        if self._own:
             return first_input(self._read, args, kwargs, self._first)
-        waiting: tuple[nn.Module, Tensor] | None = getattr(_block_input, "waiting", None)
-        if waiting is None or waiting[0] is not self._layer:
+        waiting: tuple[int, Tensor] | None = getattr(_block_input, "waiting", None)
+        if waiting is None or waiting[0] != self._number:
             raise RuntimeError(
-                f"a parallel adapter takes the input of a {type(self._read).__name__}, which was not called before "
-                "the module that ends its block"
+                f"an adapter takes the input of a {type(self._read).__name__}, which was not called before the module "
+                "that ends its block"
             )
         return waiting[1]
+
+    def __call__(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the adapter takes and what it adds to.
+
+        y: the output of the layer's module for these arguments.
+        """
+        return self.kept(args, kwargs), y
 
     def remove(self) -> None:
         """Stop keeping the input."""
         if self._handle is not None:
             self._handle.remove()
+
+
+class BlockOutput(BlockInput):
+    """An adapter takes the output of a block plus its residual, and the layer norm of the sum.
+
+    It is the original_ln_before of the `adapters` library.
+
+    Args:
+        read: the module whose input is the residual.
+        layer: the `AdapterLayer` that has the adapter.
+        norm: the parent and the name of the layer norm, which may become a trained copy; None if
+            none follows.
+        before_norm: add to the output of the block; otherwise to what the adapter takes.
+    """
+
+    def __init__(self, read: nn.Module, layer: Any, norm: tuple[nn.Module, str] | None, before_norm: bool) -> None:
+        super().__init__(read, layer)
+        self._norm, self._before_norm = norm, before_norm
+
+    def __call__(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the adapter takes and what it adds to, as `BlockInput` gives it."""
+        x = y + self.kept(args, kwargs)
+        if self._norm is not None:
+            parent, name = self._norm
+            x = parent.get_submodule(name)(x)
+        return x, y if self._before_norm else x
 
 
 def forget() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compacter_kernels.inject.hidden_states import map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn.flat_names import flat
-from compacter_kernels.peft.block_input import BlockInput, forget
+from compacter_kernels.peft.block_input import BlockInput, forget, numbers
 from compacter_kernels.peft.mixed_batch import Names
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
@@ -23,10 +23,9 @@ CANNOT_MERGE = (
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """y = base_layer(x), and then y = adapter(x or y, residual=y) for each active adapter.
+    """y = base_layer(x), and then y + sum over active adapters of (adapter(y) - y).
 
-    All active adapters take the same input, the output of base_layer, and each adds its own to the
-    sum. A parallel adapter takes the input of the block instead. base_layer may also return a
+    Some adapters take another input than y, which `reads` gives. base_layer may also return a
     tuple, list or dict that begins with its output.
 
     All parameters lie flat in ParameterDicts, one for each kind, keyed by the name of the adapter:
@@ -48,6 +47,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         setattr(self, f"{prefix}adapters", nn.ModuleDict())
         self.reads: dict[str, BlockInput] = {}
         self.fixed: dict[str, list[str]] = {}
+        self.number = next(numbers)  # A copy of this layer has the same one.
         self.prefix, self._shared = prefix, list[SharedParameters]()
         self.fast_path = fast_path
         fast_path.allow(False, self)
@@ -74,13 +74,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         *,
         shared: Mapping[str, SharedParameters],
         fixed: Sequence[str],
-        read: nn.Module | None,
+        read: BlockInput | None,
     ) -> None:
         """Add an adapter, whose own parameters move into the dicts of this layer.
 
         shared: the dicts of the model that the adapter borrows from. fixed: the names of the dicts
-        whose parameters are never trained. read: the module that takes the input of the block;
-        None for an adapter that is not parallel.
+        whose parameters are never trained. read: what gives the input; None for an adapter that
+        takes the output of base_layer.
         """
         for key, parameter in list(adapter.named_parameters()):
             kind = flat(key, self.prefix)
@@ -99,7 +99,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.adapters[name] = adapter
         self.fixed[name] = list(fixed)
         if read is not None:
-            self.reads[name] = BlockInput(read, self)
+            self.reads[name] = read
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Use and train these adapters, and no others. What is fixed stays fixed."""
@@ -135,20 +135,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return output
 
-        def input_of(name: str, y: Tensor) -> Tensor:
-            return self.reads[name].of_call(args, kwargs) if name in self.reads else y
+        def inputs_of(name: str, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.reads[name](y, args, kwargs) if name in self.reads else (y, y)
 
         def apply_active(y: Tensor) -> Tensor:
             result = y
             for name in self.active_adapters:
                 if name in self.adapters:
-                    result = self.adapters[name](input_of(name, y), result)
+                    output = self.adapters[name](*inputs_of(name, y))
+                    result = output if result is y else result + (output - y)
             return result
 
         def apply_named(y: Tensor) -> Tensor:
             assert adapter_names is not None
             return adapter_names.change(
-                y, self.adapters, lambda name, rows: self.adapters[name](input_of(name, y)[rows], y[rows])
+                y, self.adapters, lambda name, rows: self.adapters[name](*(x[rows] for x in inputs_of(name, y)))
             )
 
         with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from compacter_kernels.inject.offload import HOOK
-from compacter_kernels.peft.config import CompacterConfig
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.find import (
     Target,
@@ -25,7 +25,7 @@ from compacter_kernels.targets.find import (
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft itself adds names of heads for these.
 
 
-def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
+def plan_targets(model: nn.Module, config: Any) -> list[Target]:
     """The targets of the config in a model.
 
     ValueError: target_modules fits no name, the model is not in the table, or never calls a target.
@@ -49,7 +49,7 @@ def plan_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
     return targets
 
 
-def expand_all_linear(model: nn.Module, config: CompacterConfig) -> None:
+def expand_all_linear(model: nn.Module, config: Any) -> None:
     """Put the names of the linear layers in place of "all-linear", also of those with adapters.
 
     peft itself recognises layers with adapters only by names of classes, such as lora.Linear.
@@ -61,12 +61,12 @@ def expand_all_linear(model: nn.Module, config: CompacterConfig) -> None:
         config.target_modules = sorted(linear.union(config.target_modules or ()))
 
 
-def _excluded(config: CompacterConfig, name: str) -> bool:
+def _excluded(config: Any, name: str) -> bool:
     """Whether exclude_modules or modules_to_save take a target of the table away."""
     return not check_target_module_exists(dataclasses.replace(config, target_modules=[name]), name)
 
 
-def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
+def plan_modules_to_save(model: nn.Module, config: Any) -> list[str]:
     """modules_to_save, and the heads and layer norms that the config asks for.
 
     The names are such that peft, which takes every module whose name ends with one, takes no other
@@ -84,7 +84,7 @@ def plan_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]
     return list(dict.fromkeys([*given, *ends]))
 
 
-def check_not_offloaded(model: nn.Module, config: CompacterConfig) -> None:
+def check_not_offloaded(model: nn.Module, config: Any) -> None:
     """Raise ValueError if accelerate has offloaded a module that is to be trained whole.
 
     peft would copy it without its values.

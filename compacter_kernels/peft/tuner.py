@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,32 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from compacter_kernels.inject.prepare import check_residual
 from compacter_kernels.nn.flat_names import flat
+from compacter_kernels.peft.block_input import BlockInput, BlockOutput
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
 from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
 from compacter_kernels.peft.plan import check_not_offloaded, expand_all_linear, plan_modules_to_save, plan_targets
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.find import Target
+from compacter_kernels.targets.renamed import name_in
+from compacter_kernels.targets.wrappers import IN_FILE
+
+
+def _rename(begin: str, model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give adapters the names that their modules have in this model, in place.
+
+    A model calls it before it loads a state dict. begin: what the names of parameters begin with.
+    prefix: what those of the model's modules begin with.
+    """
+    names = {name.removeprefix(IN_FILE) for name, _ in model.named_modules()}
+    base = getattr(model, "base_model_prefix", "")
+    for key in list(state_dict):
+        path, found, kind = key.removeprefix(prefix).rpartition(f".{begin}")
+        if found and path not in names:
+            start = prefix if key.startswith(prefix) else ""
+            state_dict[start + name_in(names, path, base) + found + kind] = state_dict.pop(key)
 
 
 class AdapterTuner(BaseTuner):
@@ -36,6 +56,10 @@ class AdapterTuner(BaseTuner):
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # `plan_targets` reads our own table.
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._renaming = self.model.register_load_state_dict_pre_hook(functools.partial(_rename, self.prefix))
+
     def _build(self, model: nn.Module, config: Any, target: Target, device: str | None = None) -> Any:
         """The adapter of a target, on that device or its own; ValueError if it cannot be."""
         raise NotImplementedError
@@ -43,6 +67,21 @@ class AdapterTuner(BaseTuner):
     def _borrow(self, adapter_name: str, adapter: Any, config: Any) -> Mapping[str, SharedParameters]:
         """Let an adapter borrow what those of its name share; return the dicts that own it."""
         return {}
+
+    def _parallel_input(self, target: Target) -> str:
+        """The name of the module whose input a parallel adapter takes."""
+        return target.read
+
+    def _read(self, config: Any, target: Target, layer: AdapterLayer) -> BlockInput | None:
+        """What gives an adapter its input; None for the output of its target."""
+        if config.is_parallel:
+            return BlockInput(self.model.get_submodule(self._parallel_input(target)), layer)
+        if not config.original_ln_before:
+            return None
+        check_residual(config, target)
+        parent, _, name = target.norm.rpartition(".")
+        norm = (self.model.get_submodule(parent), name) if name else None
+        return BlockOutput(self.model.get_submodule(target.residual), layer, norm, config.residual_before_ln)
 
     def _is_fixed(self, parameter: str, config: Any) -> bool:
         """Whether a parameter of this name is never trained."""
@@ -59,6 +98,7 @@ class AdapterTuner(BaseTuner):
         check_not_offloaded(model, config)
         self._targets = {target.write: target for target in plan_targets(model, config)}
         for target in self._targets.values():
+            check_residual(config, target)
             self._build(model, config, target, "meta")
         peft_config.target_modules, peft_config.modules_to_save = config.target_modules, config.modules_to_save
         peft_config.describe(model)
@@ -102,7 +142,7 @@ class AdapterTuner(BaseTuner):
             adapter.train(target.training),
             shared=shared,
             fixed=[name for name in names if self._is_fixed(name, peft_config)],
-            read=self.model.get_submodule(plan.read) if peft_config.is_parallel else None,
+            read=self._read(peft_config, plan, layer),
         )
         if layer is not target:
             layer.set_adapter(self.active_adapters)
@@ -146,6 +186,15 @@ class AdapterTuner(BaseTuner):
         """Put a base layer back. peft's own function needs a weight, which attention has not."""
         setattr(parent, child_name, new_module)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> Any:
+        """As peft 0.21 and later ask for it, before they look for the parameters of these names."""
+        renamed = dict(state_dict)
+        _rename(cls.prefix, model, renamed, IN_FILE)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
     def unload(self) -> nn.Module:
         """The base model as it was. peft alone would leave in it what was trained whole."""
         for name, module in list(self.model.named_modules()):
@@ -153,6 +202,7 @@ class AdapterTuner(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         model: nn.Module = super().unload()
+        self._renaming.remove()
         return model
 
     def _check_merge_allowed(self) -> None:

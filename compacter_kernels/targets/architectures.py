@@ -11,16 +11,23 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """The linear layer that takes the input of a block, and the linear layer that ends it."""
+    """The linear layers that take the input of a block and that end it, and its layer norm."""
 
     read: str
     write: str
+    norm: str = ""
 
 
 class Architecture(NamedTuple):
-    """The name of the module list that holds the layers of a model, and the blocks of one layer."""
+    """The name of the module list that holds the layers of a model, and the blocks of one layer.
+
+    norms: "after", if the layer norm of a block follows the sum of its input and its output;
+    "before", if it precedes the block, whose residual is then the input of the norm; "" if models
+    of the family differ.
+    """
 
     layers: str
+    norms: str
     attention: Block
     feed_forward: Block
     cross_attention: Block | None = None
@@ -29,43 +36,71 @@ class Architecture(NamedTuple):
 # The fields of Architecture, each with the option of CompacterConfig that asks for its adapter.
 BLOCK_OPTIONS = {"attention": "mh_adapter", "feed_forward": "output_adapter", "cross_attention": "cross_adapter"}
 
-# The model types of a family, and the fields of its Architecture. A block is "read write".
+# The model types of a family, and the fields of its Architecture. A block is "read write norm".
 _FAMILIES = {
     "t5 mt5 umt5": (
         "block",
-        "layer.*.SelfAttention.q layer.*.SelfAttention.o",
-        "layer.*.DenseReluDense.wi|layer.*.DenseReluDense.wi_0 layer.*.DenseReluDense.wo",
-        "layer.*.EncDecAttention.q layer.*.EncDecAttention.o",
+        "before",
+        "layer.*.SelfAttention.q layer.*.SelfAttention.o layer.*.layer_norm",
+        "layer.*.DenseReluDense.wi|layer.*.DenseReluDense.wi_0 layer.*.DenseReluDense.wo layer.*.layer_norm",
+        "layer.*.EncDecAttention.q layer.*.EncDecAttention.o layer.*.layer_norm",
     ),
-    "bart mbart whisper": (
+    "bart": (
         "layers",
-        "self_attn.q_proj self_attn.out_proj",
-        "fc1 fc2",
-        "encoder_attn.q_proj encoder_attn.out_proj",
+        "after",
+        "self_attn.q_proj self_attn.out_proj self_attn_layer_norm",
+        "fc1 fc2 final_layer_norm",
+        "encoder_attn.q_proj encoder_attn.out_proj encoder_attn_layer_norm",
+    ),
+    "mbart whisper": (
+        "layers",
+        "before",
+        "self_attn.q_proj self_attn.out_proj self_attn_layer_norm",
+        "fc1 fc2 final_layer_norm",
+        "encoder_attn.q_proj encoder_attn.out_proj encoder_attn_layer_norm",
     ),
     "bert roberta xlm-roberta electra camembert": (
         "layer",
-        "attention.self.query attention.output.dense",
-        "intermediate.dense output.dense",
-        "crossattention.self.query crossattention.output.dense",
+        "after",
+        "attention.self.query attention.output.dense attention.output.LayerNorm",
+        "intermediate.dense output.dense output.LayerNorm",
+        "crossattention.self.query crossattention.output.dense crossattention.output.LayerNorm",
     ),
-    "llama mistral qwen2 qwen3": ("layers", "self_attn.q_proj self_attn.o_proj", "mlp.gate_proj mlp.down_proj"),
-    "distilbert": ("layer", "attention.q_lin attention.out_lin", "ffn.lin1 ffn.lin2"),
-    "gpt2": ("h", "attn.c_attn attn.c_proj", "mlp.c_fc mlp.c_proj", "crossattention.q_attn crossattention.c_proj"),
+    "llama mistral qwen2 qwen3": (
+        "layers",
+        "before",
+        "self_attn.q_proj self_attn.o_proj input_layernorm",
+        "mlp.gate_proj mlp.down_proj post_attention_layernorm",
+    ),
+    "distilbert": (
+        "layer",
+        "after",
+        "attention.q_lin attention.out_lin sa_layer_norm",
+        "ffn.lin1 ffn.lin2 output_layer_norm",
+    ),
+    "gpt2": (
+        "h",
+        "before",
+        "attn.c_attn attn.c_proj ln_1",
+        "mlp.c_fc mlp.c_proj ln_2",
+        "crossattention.q_attn crossattention.c_proj ln_cross_attn",
+    ),
     "vit": (  # The first name of each choice is that of transformers 4, the second of 5.
         "layer|layers",
-        "attention.attention.query|attention.q_proj attention.output.dense|attention.o_proj",
-        "intermediate.dense|mlp.fc1 output.dense|mlp.fc2",
+        "before",
+        "attention.attention.query|attention.q_proj attention.output.dense|attention.o_proj layernorm_before",
+        "intermediate.dense|mlp.fc1 output.dense|mlp.fc2 layernorm_after",
     ),
     "wav2vec2": (
         "layers",
+        "",
         "attention.q_proj attention.out_proj",
         "feed_forward.intermediate_dense feed_forward.output_dense",
     ),
 }
 ARCHITECTURES = {
-    model_type: Architecture(layers, *(Block(*block.split()) for block in blocks))
-    for model_types, (layers, *blocks) in _FAMILIES.items()
+    model_type: Architecture(layers, norms, *(Block(*block.split()) for block in blocks))
+    for model_types, (layers, norms, *blocks) in _FAMILIES.items()
     for model_type in model_types.split()
 }
 # The child that is the base, in the classes of transformers that have a head; a T5 has none.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from compacter_kernels.config import CompacterConfig
+from compacter_kernels.config import AdapterConfig
 from compacter_kernels.targets.added import Added
 from compacter_kernels.targets.architectures import ARCHITECTURES, BLOCK_OPTIONS, Architecture
 from compacter_kernels.targets.wrappers import plain_path
@@ -27,11 +27,16 @@ class Target(NamedTuple):
     """The names of the modules that one adapter belongs to, and the number of their layer.
 
     The adapter takes the output of `write`. A parallel one also takes the input of `read`.
+
+    residual: the module whose input the block adds to its output, "" if it is not known. norm: the
+    layer norm of that sum, "" if none follows.
     """
 
     write: str
     read: str
     layer: int
+    residual: str = ""
+    norm: str = ""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -94,7 +99,7 @@ def model_types(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(kind for kind in types if isinstance(kind, str)))
 
 
-def find_targets(model: nn.Module, config: CompacterConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     """The targets that the config asks for, in the order of the model's modules.
 
     ValueError lists likely names, if the table does not list the model or the model has none.
@@ -128,10 +133,10 @@ def block_pattern(architecture: Architecture, names: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<stack>(?:.*\.)?(?:{architecture.layers}))\.(?P<layer>\d+)\.(?:{names})")
 
 
-def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
+def _of_table(model: nn.Module, config: AdapterConfig) -> Iterator[Target]:
     families = dict.fromkeys(ARCHITECTURES[kind] for kind in model_types(model) if kind in ARCHITECTURES)
     patterns = [
-        (block_pattern(family, block.write), block_pattern(family, block.read))
+        (family, [block_pattern(family, names) for names in block])
         for family in families
         for kind, option in BLOCK_OPTIONS.items()
         if getattr(config, option) and (block := getattr(family, kind))
@@ -144,13 +149,24 @@ def _of_table(model: nn.Module, config: CompacterConfig) -> Iterator[Target]:
     sizes = {match[1]: int(match[2]) + 1 for name in full if (match := layer_name.fullmatch(name))}
     before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     for name in full:
-        for write, read in patterns:
+        for family, (read, write, norm) in patterns:
             match = write.fullmatch(name)
             if match:
-                layer = f"{match['stack']}.{match['layer']}."
-                source = next(other for other in full if other.startswith(layer) and read.fullmatch(other))
-                yield Target(full[name], full[source], before[match["stack"]] + int(match["layer"]))
+                in_layer = [other for other in full if other.startswith(f"{match['stack']}.{match['layer']}.")]
+                source, normed = (full.get(_nearest(in_layer, part, name), "") for part in (read, norm))
+                residual, after = (source, normed) if family.norms == "after" else (normed, "")
+                yield Target(full[name], source, before[match["stack"]] + int(match["layer"]), residual, after)
                 break
+
+
+def _nearest(names: Sequence[str], pattern: re.Pattern[str], name: str) -> str:
+    """The name that fits and begins most like `name`; "" if none fits.
+
+    The blocks of a T5 have norms of one name.
+    """
+    fitting = (other for other in names if pattern.fullmatch(other))
+    parts = name.split(".")
+    return max(fitting, key=lambda other: [a == b for a, b in zip(other.split("."), parts, strict=False)], default="")
 
 
 def numbered(names: Sequence[str]) -> list[Target]:
@@ -188,7 +204,7 @@ def is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
 
 
-def find_modules_to_save(model: nn.Module, config: CompacterConfig) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
     """The names of the modules to train as copies; ValueError if one is missing or never called."""
     if config.modules_to_save is None:
         whole = list(_heads(model))

@@ -1,0 +1,123 @@
+"""BottleneckAdapter, an adapter of two dense projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compacter_kernels.activations import resolve
+from compacter_kernels.nn.adapter import bottleneck_of
+from compacter_kernels.nn.borrower import Borrower, LayerNorm
+
+
+class Linear(Borrower, nn.Linear):
+    """nn.Linear whose weight and bias may be borrowed.
+
+    It computes in the dtype of its weight, or in that of autocast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features)."""
+        weight = self._weight("weight")
+        return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, self._weight("bias"))
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class BottleneckAdapter(Borrower):
+    """scale * up(act(down(x))) + x, the adapter of Houlsby et al. (arXiv 1902.00751).
+
+    The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
+    are down.weight, down.bias, up.weight, up.bias, and `scaling`, `norm_before.*` and
+    `norm_after.*` if the options ask for them. torch computes it.
+
+    Args:
+        hidden_size: the width of x.
+        reduction_factor: an int or a float.
+        activation: a name or a callable, see `compacter_kernels.compacter_adapter`.
+        add_residual: add x, or the `residual` passed to forward.
+        scale: a number, or "learned" for a parameter `scaling` that starts at 1.
+        dropout: the probability of dropout on the scaled output, before the residual.
+        ln_before, ln_after: whether there is a layer norm of the input, and of the output.
+        residual_before_ln: whether the residual is added before the layer norm of the output.
+        init_weights: how weights are drawn, as `adapters` does. Biases are 0. "bert": normal with
+            deviation 0.02. "houlsby": normal with deviation 0.01, within two of them.
+            "mam_adapter": down as nn.Linear, up 0.
+
+    Raises:
+        TypeError, ValueError: an option does not fit; the message names it.
+    """
+
+    scaling: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        reduction_factor: float = 16,
+        activation: str | Callable[[Tensor], Tensor] = "swish",
+        add_residual: bool = True,
+        scale: float | str = 1.0,
+        dropout: float = 0.0,
+        ln_before: bool = False,
+        ln_after: bool = False,
+        residual_before_ln: bool = True,
+        init_weights: str = "bert",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        bottleneck = bottleneck_of(hidden_size, reduction_factor)
+        resolve(activation)
+        self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
+        self.residual_before_ln, self.init_weights = residual_before_ln, init_weights
+        self.down = Linear(hidden_size, bottleneck, device=device, dtype=dtype)
+        self.up = Linear(bottleneck, hidden_size, device=device, dtype=dtype)
+        scaling = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
+        self.register_parameter("scaling", scaling)
+        self.norm_before = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
+        self.norm_after = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new values for all weights."""
+        for linear in (self.down, self.up):
+            nn.init.zeros_(linear.bias)
+            if self.init_weights == "bert":
+                nn.init.normal_(linear.weight, std=0.02)
+            elif self.init_weights == "houlsby":
+                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            elif linear is self.down:
+                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(linear.weight)
+        if self.scaling is not None:
+            nn.init.ones_(self.scaling)
+        for norm in (self.norm_before, self.norm_after):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
+
+        residual: a tensor to add instead of x.
+        """
+        if residual is None and self.add_residual:
+            residual = x
+        h = x if self.norm_before is None else self.norm_before(x)
+        scale: Any = self.scale if self.scale != "learned" else self._weight("scaling")
+        y: Tensor = self.up(resolve(self.activation).function(self.down(h)))
+        y = F.dropout(y * scale, self.dropout, self.training).to(x.dtype)
+        if self.norm_after is not None and not self.residual_before_ln:
+            y = self.norm_after(y)
+        if residual is not None:
+            y = y + residual
+        return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
