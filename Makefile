@@ -65,15 +65,15 @@ $(LATER): | $(READY)
 
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY) $(LATER)
-	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py tests/test_trainers.py
+	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN tests/test_inject.py tests/test_inject_options.py tests/test_trainers.py \
+		$(PEFT_TESTS)
 
 $(EARLIER): | $(READY)
 	$(PIP) --no-deps --target $@ peft==$(PEFT)
 
-# the methods of peft under the oldest version that is supported, and under the newest with that of transformers
-peft: $(READY) $(EARLIER) $(LATER)
-	PYTHONPATH=$(EARLIER) $(TESTS) -W ignore -rN $(PEFT_TESTS)
-	PYTHONPATH=$(LATER) $(TESTS) -W ignore -rN $(PEFT_TESTS)
+# the methods of peft, and patches of it, under the oldest version that is supported
+peft: $(READY) $(EARLIER)
+	PYTHONPATH=$(EARLIER) $(TESTS) -W ignore -rN -m 'not slow' $(PEFT_TESTS) tests/test_patch_lokr.py
 
 # the Triton kernels on the CPU, in Triton's interpreter: the contract's tests, each through impl="triton",
 # without the largest sizes
