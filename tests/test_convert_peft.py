@@ -101,6 +101,20 @@ def test_a_head_of_adapters_becomes_that_of_a_class(case: str, tmp_path: Path) -
         close(ours(**batch)[0], expected)
 
 
+def test_a_head_of_another_adapter_stays(tmp_path: Path) -> None:
+    base = base_with_head("bert", "BertForSequenceClassification")
+    model = with_flexible_head("bert", "classification", base, {**ONE, "use_pooler": True})
+    expected = model(**batch_of("bert"))[0]
+    model.add_adapter("other", config=SEQ_BN)
+    model.add_classification_head("other", num_labels=7)
+    model.active_head = "task"
+    ck.convert(model, "peft", tmp_path / "moved", name="task")
+    close(in_peft(base, tmp_path / "moved")(**batch_of("bert"))[0], expected)
+    model.add_classification_head("third", num_labels=7)
+    with pytest.raises(ValueError, match=r"cannot hold prediction heads of `adapters` .*: third, class"):
+        ck.convert(model, "peft", name="task")
+
+
 def test_a_factor_above_the_hidden_size(tmp_path: Path) -> None:
     """There `adapters` makes a bottleneck of one number."""
     for factor in (100, {"0": 2, "default": 64.0}):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import names
 from compacter_kernels.checkpoints.checkpoint import Checkpoint
@@ -99,9 +99,12 @@ def read_heads(source: Source, tensors: Mapping[str, Tensor], name: str, checkpo
     flexible: dict[str, dict[str, Tensor]] = {}
     for key, tensor in {**source.head, **tensors}.items():
         if key.startswith("heads."):
-            _, head_name, rest = key.split(".", 2)
+            head_name, _, rest = key.removeprefix("heads.").partition(".")
             flexible.setdefault(head_name, {})[rest] = tensor
+    others = set(getattr(getattr(source.model, "adapters_config", None), "adapters", ())) - {name}
     for head_name, parameters in flexible.items():
+        if head_name in others:  # It belongs to another adapter, as this one has its name.
+            continue
         config = _head_config(source, head_name)
         named = named_as_in_class(parameters, config, checkpoint.model["model_type"])
         head_type = str(config.get("head_type"))
@@ -111,7 +114,8 @@ def read_heads(source: Source, tensors: Mapping[str, Tensor], name: str, checkpo
             )
         else:
             checkpoint.copies = named
-            labels = {number: label for label, number in (config.get("label2id") or {}).items()}
+            label2id = config.get("label2id")
+            labels = {number: label for label, number in label2id.items()} if isinstance(label2id, Mapping) else {}
             checkpoint.notes.append(
                 f"the head is that of {AUTO_CLASSES[head_type]}, with num_labels={config.get('num_labels')}"
                 f"{f' and id2label={labels}' if labels else ''}"
@@ -124,7 +128,8 @@ def read_heads(source: Source, tensors: Mapping[str, Tensor], name: str, checkpo
 def _head_config(source: Source, name: str) -> Mapping[str, Any]:
     """Return the library's config of one of its heads, empty if it is not there."""
     if source.model is not None:
-        config = getattr(source.model.heads[name], "config", None)  # type: ignore[index]
+        heads = dict(getattr(source.model, "heads", nn.ModuleDict()).named_children())
+        config = getattr(heads.get(name), "config", None)
     else:
         saved = source.head_config
         config = saved.get("config") if saved.get("name") == name else None
