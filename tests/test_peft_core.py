@@ -142,6 +142,23 @@ def test_several_active_adapters_add_their_outputs() -> None:
     assert not torch.equal(output("bert", model), output("bert", wrapped(build("bert"))))
 
 
+def test_a_fixed_rule_is_never_trained() -> None:
+    """Nor by a switch, by set_requires_grad, or after a time with disabled adapters."""
+    model = add(wrapped(build("bert"), learn_phm=False), "second", 1)
+    for change in (
+        lambda: model.set_adapter("second"),
+        lambda: model.set_adapter("default"),
+        lambda: model.set_requires_grad(["default", "second"]),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+    ):
+        change()
+        rules = {name: p.requires_grad for name, p in model.named_parameters() if "phm_rule" in name}
+        assert not rules["base_model.model.compacter_shared_phm_rule.default"]
+    model.set_requires_grad("second")
+    assert "base_model.model.compacter_shared_phm_rule.second" in trained(model)
+
+
 def test_status() -> None:
     model = add(wrapped(build("bert")), "second", 1)
     layers = [status for status in peft.get_layer_status(model) if status.module_type == "AdapterLayer"]
