@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
 from compacter_kernels.checkpoints.files import CONFIG, TENSORS
-from compacter_kernels.checkpoints.versions import adapted_modules, names_of_version_1
+from compacter_kernels.checkpoints.versions import adapted_modules, todays_names
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.injection import add_adapters, injection_of
 from compacter_kernels.inject.keys import is_head, names_of_file
@@ -67,7 +67,7 @@ def load_adapter(
     path = files.find_folder(folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     content = files.read_json(path / CONFIG)
     tensors = files.read_tensors(path / TENSORS)
-    named = names_of_file(inner, names_of_version_1(tensors) if content.get("format_version") == 1 else tensors)
+    named = names_of_file(inner, todays_names(tensors, content))
     config = files.read_config(content, path / CONFIG, lambda: adapted_modules(named), CompacterConfig)
     config = dataclasses.replace(config, modules_to_save=_modules_to_save(inner, config, content))
     for key, value in files.of_model(inner).items():

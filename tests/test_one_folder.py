@@ -176,6 +176,18 @@ def test_version_1_is_read(options: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(output("bert", wrapped.get_base_model()), output("bert", model))
 
 
+def test_tensors_of_other_adapters_are_left_out(tmp_path: Path) -> None:
+    """peft before 0.20 writes them into the same file."""
+    model = by_inject(build("bert"))
+    ck.save_adapter(model, tmp_path / "a")
+    config, tensors = content(tmp_path / "a")
+    others = {f"{key}.other": t + 1 for key, t in tensors.items() if ".compacter_" in key}
+    safetensors.torch.save_file({**tensors, **others}, tmp_path / "a" / files.TENSORS)
+    (tmp_path / "a" / files.CONFIG).write_text(json.dumps({**config, files.DIGEST: None}))
+    assert torch.equal(output("bert", ck.load_adapter(build("bert"), tmp_path / "a")), output("bert", model))
+    assert ck.convert(tmp_path / "a", "peft").tensors.keys() == tensors.keys()
+
+
 def test_a_later_version_is_refused(tmp_path: Path) -> None:
     ck.save_adapter(by_inject(build("bert")), tmp_path)
     config = json.loads((tmp_path / files.CONFIG).read_text())

@@ -12,7 +12,7 @@ from compacter_kernels.checkpoints.files import CONFIG, VERSION, about_model, re
 from compacter_kernels.checkpoints.methods import METHODS
 from compacter_kernels.checkpoints.names import head_of, names_in_base
 from compacter_kernels.checkpoints.source import Source
-from compacter_kernels.checkpoints.versions import adapted_modules, names_of_version_1
+from compacter_kernels.checkpoints.versions import adapted_modules, todays_names
 from compacter_kernels.nn.flat_names import SHARED, dotted, flat
 from compacter_kernels.targets.architectures import BASE_PREFIXES
 from compacter_kernels.targets.wrappers import IN_FILE
@@ -23,9 +23,7 @@ def read(source: Source) -> Checkpoint:
     method = source.config.get("peft_type")
     if method not in METHODS:
         raise ValueError(f"a source of this format is a folder whose {CONFIG} has peft_type {' or '.join(METHODS)}")
-    tensors = names_in_base(source.tensors)
-    if source.config.get("format_version") == 1:
-        tensors = names_of_version_1(tensors)
+    tensors = todays_names(names_in_base(source.tensors), source.config)
     kind = METHODS[method]
     config = read_config(source.config, Path(CONFIG), lambda: adapted_modules(tensors, kind.prefix), kind.config)
     checkpoint = Checkpoint(method=method, options=config.to_dict(), model=about_model(source.config))
