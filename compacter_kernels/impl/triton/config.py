@@ -1,8 +1,10 @@
 """Tile sizes for each kernel, device and class of shapes, from a table and not by timing.
 
-The best configuration of a class comes first: on sm_90 as benchmarks/tune_triton.py measured it,
-elsewhere as the compiler reports. A kernel takes the first one that fits into the shared memory of
-the device. No configuration in use may spill registers, see benchmarks/aot_report.py.
+The best configuration of a class comes first. On sm_90 it is the one that benchmarks/tune_triton.py
+measured. The streamed kernels and those of two phases have changed since then, so in bfloat16 a
+model of one multiprocessor chose theirs. Elsewhere the compiler's report chose. A kernel takes the
+first one that fits into the shared memory of the device. No configuration in use may spill
+registers, see benchmarks/aot_report.py.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Config(NamedTuple):
 
 Configurations = dict[str, tuple[Config, ...]]  # the kernels that serve a problem; best configuration first
 
+HOPPER = "sm_90", "interpreter"  # the interpreter stands for sm_90
 HELD_COLUMNS = 256  # the longest chunk of x that a program holds; a longer one is streamed
 HELD_BYTES = 2048  # the longest row of x for a backward in one kernel
 HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix, and of the wide factors, in its sums
@@ -71,7 +74,8 @@ def _held_sums(s: Sizes) -> bool:
 def _held_forward(s: Sizes) -> tuple[Config, ...]:
     c = _columns(s, 64)
     if s.inner <= 16 and s.DP <= 32:
-        return Config(16, c, 4, 3, 3), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2)
+        most = 2 if s.K > 64 else 3  # Two programs with longer chunks need all registers, or all of the bandwidth.
+        return Config(16, c, 4, 3, most), Config(16, c, 4, 2, 4), Config(16, c, 4, 1, 4), Config(16, c, 8, 1, 2)
     if s.inner <= 16:
         return Config(16, c, 8, 3, 2), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2)
     if s.inner <= 64:
@@ -79,8 +83,19 @@ def _held_forward(s: Sizes) -> tuple[Config, ...]:
     return Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 2), Config(16, c, 8, 1, 2), Config(16, c, 16, 1, 1)
 
 
+def _two_programs(s: Sizes, bf16: bool, architecture: str) -> bool:
+    """Whether a streamed kernel has 4 warps, so that sm_90 has the registers for two programs.
+
+    One program then computes while the other waits for memory or at a barrier. A projection alone
+    needs few registers, so that two programs of 8 warps fit as well.
+    """
+    return bf16 and architecture in HOPPER and s.ACTIVATION is not None and s.FOLD and s.inner <= 64
+
+
 def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     """Fewer columns at a time if the middle needs more registers."""
+    if _two_programs(s, bf16, architecture):
+        return {"forward_streamed": (Config(16, _columns(s, 32), 4, 4, 2),)}
     if bf16:
         c = _columns(s, 32 if s.inner > 64 and s.K > 64 else 64)
     elif not s.FOLD:
@@ -92,14 +107,21 @@ def _streamed_forward(s: Sizes, bf16: bool, architecture: str) -> Configurations
 
 
 def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
-    c = _columns(s, 32 if not (bf16 and s.FOLD) else 64)
+    hopper = bf16 and architecture in HOPPER
+    c = _columns(s, 64 if bf16 and (s.FOLD or (hopper and s.K <= 64)) else 32)
     if not bf16 and not s.FOLD and architecture in ("sm_90", "sm_100"):
         c = 16
     half, w = max(16, c // 2), _warps(architecture)
+    if _two_programs(s, bf16, architecture):
+        tokens: tuple[Config, ...] = (Config(16, _columns(s, 32), 4, 3, 2),)
+    else:
+        tokens = Config(16, c, w, 3 if bf16 else 2, 2), Config(16, half, w, 1, 2)
     rows = 128 if architecture in ("sm_90", "sm_100") else 64
-    small = Config(32, _columns(s, 32), 4, 1, 8)
+    # A program writes a row of partials. Many blocks, or a shorter side, need more programs.
+    most = 2 if hopper and s.SQUARE and s.K <= HELD_COLUMNS else 8
+    small = Config(32, _columns(s, 32), 4, 1, most)
     return {
-        "tokens": (Config(16, c, w, 3 if bf16 else 2, 2), Config(16, half, w, 1, 2)),
-        "columns": (Config(rows, _columns(s, 64), 4, 2, 8) if bf16 else small, small),
+        "tokens": tokens,
+        "columns": (Config(rows, _columns(s, 64), 4, 2, most) if bf16 else small, small),
         "sums": (Config(16, 0, w, 1, 1),),
     }
