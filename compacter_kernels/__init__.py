@@ -1,6 +1,7 @@
 """Fused kernels for Compacter adapters (arXiv 2106.04647), which never build the matrix H."""
 
-from compacter_kernels.checkpoints.convert import convert
+from typing import TYPE_CHECKING, Any
+
 from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
@@ -19,6 +20,9 @@ from compacter_kernels.nn import CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.save import save_adapter
 from compacter_kernels.weights import NormWeights, PHMWeights
+
+if TYPE_CHECKING:
+    from compacter_kernels.checkpoints.convert import convert
 
 __version__ = "0.1.0"
 
@@ -50,3 +54,12 @@ __all__ = [
     "set_adapter",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `convert` when it is first used: it knows many formats, and few programs convert."""
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from compacter_kernels.checkpoints.convert import convert
+
+    return globals().setdefault(name, convert)
