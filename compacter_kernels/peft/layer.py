@@ -132,8 +132,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
         """Call base_layer and apply the active adapters, or those of adapter_names."""
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return output
 
         def inputs_of(name: str, y: Tensor) -> tuple[Tensor, Tensor]:
             return self.reads[name](y, args, kwargs) if name in self.reads else (y, y)
@@ -142,8 +140,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             result = y
             for name in self.active_adapters:
                 if name in self.adapters:
-                    output = self.adapters[name](*inputs_of(name, y))
-                    result = output if result is y else result + (output - y)
+                    changed = self.adapters[name](*inputs_of(name, y))
+                    result = changed if result is y else result + (changed - y)
             return result
 
         def apply_named(y: Tensor) -> Tensor:
@@ -152,11 +150,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 y, self.adapters, lambda name, rows: self.adapters[name](*(x[rows] for x in inputs_of(name, y)))
             )
 
-        with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):
-            result = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+        if not self.disable_adapters:
+            with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):
+                output = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
         if self.reads:
             forget()
-        return result
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise NotImplementedError."""
