@@ -1,4 +1,4 @@
-"""Two processes train one model of peft by DDP or FSDP2, as one process does."""
+"""Two processes train one model of peft by DDP, FSDP2 or ZeRO-3, as one process does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from peft_models import config, peft, randomise
 from small_models import adamw, base_of, batch, trained
 from torch import Tensor, distributed, nn
-from two_processes import run_two
+from two_processes import as_torchrun, free_port, run_two
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +75,41 @@ def test_two_processes_train_as_one(wrap: str, tmp_path: Path) -> None:
     assert gradients.keys() == expected.keys()
     for name, value in gradients.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+IN_PIECES = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def train_in_pieces(rank: int, port: int) -> None:
+    """Three steps of DeepSpeed give the gradients of a model beside it that sees all parts."""
+    as_torchrun(rank, port)
+    torch.set_num_threads(1)
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.init_distributed("gloo")
+    model, plain = make(), make()
+    optimizers = [torch.optim.SGD(trained(each).values(), 0.1) for each in (model, plain)]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=IN_PIECES)
+    assert all(p.numel() == 0 for p in model.parameters())
+    for step in range(3):
+        parts = [{k: v.chunk(2)[other] for k, v in batch("bert", 8, seed=step).items()} for other in range(2)]
+        engine.backward(engine(**parts[rank]).loss)
+        (sum(plain(**part).loss for part in parts) / 2).backward()
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(safe_get_full_grad(p), q.grad, rtol=1e-4, atol=1e-6, msg=name)
+        engine.step()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_3_gives_the_gradients_of_one_process() -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    run_two(train_in_pieces, free_port())
