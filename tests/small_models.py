@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,3 +106,20 @@ def fit(model: nn.Module, kind: str, steps: range, optimizer: torch.optim.Optimi
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def trainer_arguments(folder: Path, **options: Any) -> Any:
+    """TrainingArguments that print nothing and save nothing, unless the options say otherwise."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+        **{"save_strategy": "no", **options},
+    )

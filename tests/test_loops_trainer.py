@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import adamw, assert_only_adapters_trained, batch, make, rows, trained, values
+from small_models import adamw, assert_only_adapters_trained, batch, make, rows, trained, trainer_arguments, values
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -23,20 +23,9 @@ pytestmark = [
 
 def fit(model: nn.Module, kind: str, folder: Path, resume: bool = False, **options: Any) -> list[float]:
     """Train for six epochs of two batches, and return the logged losses."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    options = {"num_train_epochs": 6, "save_strategy": "no", **options}
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        logging_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        seed=0,
-        **options,
-    )
+    arguments = trainer_arguments(folder, **{"num_train_epochs": 6, **options})
     trainer = Trainer(model, arguments, train_dataset=rows(kind, 16))
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft_models import adapter_values, add, config, peft, randomise, wrapped
-from small_models import adamw, base_of, batch, fit, gradients, rows, trained, values
+from small_models import adamw, base_of, batch, fit, gradients, rows, trained, trainer_arguments, values
 from torch import nn
 
 from compacter_kernels.peft.block_input import _block_input
@@ -26,20 +26,7 @@ def make(seed: int = 0, **options: Any) -> Any:
 
 
 def training(folder: Path, **options: Any) -> Any:
-    from transformers import TrainingArguments
-
-    options = {"num_train_epochs": 3, "save_strategy": "no", **options}
-    return TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        logging_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        seed=0,
-        **options,
-    )
+    return trainer_arguments(folder, **{"num_train_epochs": 3, **options})
 
 
 def losses(trainer: Any) -> list[float]:

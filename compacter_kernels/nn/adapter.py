@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.nn.borrower import Borrower, LayerNorm
+from compacter_kernels.nn.adapter_base import AdapterBase
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
 from compacter_kernels.private import children, runs
 from compacter_kernels.problem import check_phm_dim
 
 
-class CompacterAdapter(Borrower):
+class CompacterAdapter(AdapterBase):
     """scale * up(act(down(x))) + x, the adapter of Compacter (arXiv 2106.04647, section 3).
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
@@ -47,8 +47,6 @@ class CompacterAdapter(Borrower):
     Raises:
         TypeError, ValueError: an option does not fit; the message names it and a value that does.
     """
-
-    scaling: nn.Parameter | None
 
     def __init__(
         self,
@@ -110,10 +108,7 @@ class CompacterAdapter(Borrower):
         }
         self.down = PHMLinear(hidden_size, bottleneck, **options)
         self.up = PHMLinear(bottleneck, hidden_size, **options)
-        scaling = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
-        self.register_parameter("scaling", scaling)
-        self.norm_before = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
-        self.norm_after = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
+        self._add_scaling_and_norms(hidden_size, scale, ln_before, ln_after, device, dtype)
         self._reset_shared_rule()
 
     def _reset_shared_rule(self) -> None:
@@ -125,11 +120,7 @@ class CompacterAdapter(Borrower):
         self.down.reset_parameters()
         self.up.reset_parameters()
         self._reset_shared_rule()
-        if self.scaling is not None:
-            nn.init.ones_(self.scaling)
-        for norm in (self.norm_before, self.norm_after):
-            if norm is not None:
-                norm.reset_parameters()
+        self._reset_scaling_and_norms()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
@@ -162,12 +153,7 @@ class CompacterAdapter(Borrower):
             y = (y * scale).to(y.dtype)
         if not late:
             return y if self.norm_after is None else self.norm_after(y)
-        y = F.dropout(y, self.dropout, self.training)
-        if self.norm_after is not None and not self.residual_before_ln:
-            y = self.norm_after(y)
-        if residual is not None:
-            y = y + residual
-        return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
+        return self._finished(F.dropout(y, self.dropout, self.training), residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompacterAdapter:
         """Keep a rule that down and up share when `to`, `double`, `to_empty` and so on call this.

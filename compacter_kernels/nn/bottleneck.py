@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from compacter_kernels.activations import resolve
 from compacter_kernels.nn.adapter import bottleneck_of
-from compacter_kernels.nn.borrower import Borrower, LayerNorm
+from compacter_kernels.nn.adapter_base import AdapterBase
+from compacter_kernels.nn.borrower import Borrower
 
 
 class Linear(Borrower, nn.Linear):
@@ -31,7 +32,7 @@ class Linear(Borrower, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class BottleneckAdapter(Borrower):
+class BottleneckAdapter(AdapterBase):
     """scale * up(act(down(x))) + x, the adapter of Houlsby et al. (arXiv 1902.00751).
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
@@ -54,8 +55,6 @@ class BottleneckAdapter(Borrower):
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
     """
-
-    scaling: nn.Parameter | None
 
     def __init__(
         self,
@@ -80,10 +79,7 @@ class BottleneckAdapter(Borrower):
         self.residual_before_ln, self.init_weights = residual_before_ln, init_weights
         self.down = Linear(hidden_size, bottleneck, device=device, dtype=dtype)
         self.up = Linear(bottleneck, hidden_size, device=device, dtype=dtype)
-        scaling = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learned" else None
-        self.register_parameter("scaling", scaling)
-        self.norm_before = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_before else None
-        self.norm_after = LayerNorm(hidden_size, device=device, dtype=dtype) if ln_after else None
+        self._add_scaling_and_norms(hidden_size, scale, ln_before, ln_after, device, dtype)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -99,11 +95,7 @@ class BottleneckAdapter(Borrower):
                 nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
             else:
                 nn.init.zeros_(linear.weight)
-        if self.scaling is not None:
-            nn.init.ones_(self.scaling)
-        for norm in (self.norm_before, self.norm_after):
-            if norm is not None:
-                norm.reset_parameters()
+        self._reset_scaling_and_norms()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
@@ -115,9 +107,4 @@ class BottleneckAdapter(Borrower):
         h = x if self.norm_before is None else self.norm_before(x)
         scale: Any = self.scale if self.scale != "learned" else self._weight("scaling")
         y: Tensor = self.up(resolve(self.activation).function(self.down(h)))
-        y = F.dropout(y * scale, self.dropout, self.training).to(x.dtype)
-        if self.norm_after is not None and not self.residual_before_ln:
-            y = self.norm_after(y)
-        if residual is not None:
-            y = y + residual
-        return self.norm_after(y) if self.norm_after is not None and self.residual_before_ln else y
+        return self._finished(F.dropout(y * scale, self.dropout, self.training).to(x.dtype), residual)

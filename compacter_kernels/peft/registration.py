@@ -46,7 +46,7 @@ def _add_member(enum: type[Enum], name: str) -> None:
 
 
 def register(name: str, config: type, tuner: type) -> None:
-    """Make a method known to peft, once in a process, and set the peft_type of its config."""
+    """Make a method known to peft, once in a process."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
