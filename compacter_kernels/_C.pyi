@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-Shape = tuple[int, int, int, int, bool]  # n, rank, in, out, has bias
+Shape = tuple[int, int, int, int, int, int, bool, bool]  # terms, n_in, n_out, rank, in, out, has bias, transposed
+Choice = tuple[int, int, int, int]  # groups, addresses of route and mix, dtype of mix
 Addresses = tuple[int, ...]
 
 def build_info() -> dict[str, Any]: ...
@@ -19,8 +20,12 @@ class Tensors:
 
 class Linear:
     def __init__(self, dtype: int, shape: Shape, dtypes: Sequence[int]) -> None: ...
-    def forward(self, x: int, out: int, tokens: int, threads: int, params: Addresses) -> None: ...
-    def backward(self, x: int, grad: int, grad_x: int, tokens: int, threads: int, params: Addresses) -> None: ...
+    def forward(
+        self, x: int, base: int, out: int, tokens: int, scale: float, threads: int, params: Addresses
+    ) -> None: ...
+    def backward(
+        self, x: int, grad: int, grad_x: int, tokens: int, scale: float, threads: int, params: Addresses
+    ) -> None: ...
 
 class Adapter:
     """norm: the addresses of weight, bias and rows; in backward of weight, rows and grad_rows."""
@@ -59,6 +64,46 @@ class Adapter:
         params: Addresses,
     ) -> None: ...
 
+class Bank:
+    """adapters: their number; the last two: whether the rules of down and up belong to all."""
+
+    def __init__(
+        self,
+        dtype: int,
+        activation: int,
+        down: Shape,
+        up: Shape,
+        dtypes: Sequence[int],
+        adapters: int,
+        shared_rule_down: bool,
+        shared_rule_up: bool,
+    ) -> None: ...
+    def forward(
+        self,
+        x: int,
+        residual: int,
+        out: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        threads: int,
+        params: Addresses,
+    ) -> None: ...
+    def backward(
+        self,
+        x: int,
+        grad: int,
+        grad_x: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        grad_mix: int,
+        threads: int,
+        params: Addresses,
+    ) -> None: ...
+
 def cuda_versions() -> list[int]:
     """The versions of CUDA that the driver serves and that is linked in, 1000 major + 10 minor."""
 
@@ -81,9 +126,19 @@ class CudaLinear:
     def refuses(self) -> str: ...
     def workspace(self, tokens: int) -> int: ...
     def division(self, tokens: int) -> list[int]: ...
-    def forward(self, x: int, out: int, tokens: int, stream: int, params: Addresses) -> None: ...
+    def forward(
+        self, x: int, base: int, out: int, tokens: int, scale: float, stream: int, params: Addresses
+    ) -> None: ...
     def backward(
-        self, x: int, grad: int, grad_x: int, tokens: int, workspace: int, stream: int, params: Addresses
+        self,
+        x: int,
+        grad: int,
+        grad_x: int,
+        tokens: int,
+        scale: float,
+        workspace: int,
+        stream: int,
+        params: Addresses,
     ) -> None: ...
 
 class CudaAdapter:

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
-from compacter_kernels.functional import compacter_adapter, explain, phm_linear, phm_matrix
+from compacter_kernels.functional import (
+    bottleneck_adapter,
+    compacter_adapter,
+    compacter_adapter_bank,
+    explain,
+    kronecker_linear,
+    phm_linear,
+    phm_matrix,
+)
 from compacter_kernels.inject.api import (
     adapter_parameters,
     count_parameters,
@@ -19,7 +27,7 @@ from compacter_kernels.load import load_adapter
 from compacter_kernels.nn import CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.save import save_adapter
-from compacter_kernels.weights import NormWeights, PHMWeights
+from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights
 
 if TYPE_CHECKING:
     from compacter_kernels.checkpoints.convert import convert
@@ -31,19 +39,23 @@ __all__ = [
     "CompacterConfig",
     "CompacterPlusPlusConfig",
     "Compression",
+    "LinearWeights",
     "NormWeights",
     "PHMLinear",
     "PHMWeights",
     "__version__",
     "adapter_parameters",
     "available_impls",
+    "bottleneck_adapter",
     "compacter_adapter",
+    "compacter_adapter_bank",
     "convert",
     "count_parameters",
     "disable_adapters",
     "explain",
     "from_dense",
     "inject",
+    "kronecker_linear",
     "load_adapter",
     "patch",
     "phm_linear",

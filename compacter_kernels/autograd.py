@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import AdapterCall, Call, LinearCall
+from compacter_kernels.calls import AdapterCall, BankCall, Call, LinearCall
 from compacter_kernels.impl import Gradients, Kernel
 from compacter_kernels.ops import NO_SECOND_DERIVATIVE
 from compacter_kernels.private import direct_apply, graph_is_kept, saved_tensors_hooks
-from compacter_kernels.weights import NormWeights, PHMWeights
+from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights, Weights
 
 
 def forward(kernel: Kernel, call: Call) -> Tensor:
     """Run kernel.forward(call) and record it for backward."""
     result: Tensor
     if call.__class__ is LinearCall:
-        x, weights = call
-        result = LinearFunction.apply(kernel, call, x, *weights)
+        x, weights, base, _ = call
+        result = LinearFunction.apply(kernel, call, base, x, *weights)
+    elif call.__class__ is BankCall:
+        x, down, up, residual, *_, mix = call
+        result = BankFunction.apply(kernel, call, residual, mix, x, *down, *up)
     else:
         x, down, up, residual, _, _, norm = call  # type: ignore[misc]
         if norm is None:
@@ -57,24 +60,34 @@ def _gradients(kernel: Kernel, call: Call, grad: Tensor, wanted: Any, inputs: An
     return guarded
 
 
+def _sides(params: list[Any]) -> tuple[Weights, Weights]:
+    """The weights of down and up from all their tensors."""
+    half = len(params) // 2
+    kind = PHMWeights if half == 4 else LinearWeights
+    return kind(*params[:half]), kind(*params[half:])
+
+
 class LinearFunction(torch.autograd.Function):
-    """phm_linear through a fused kernel. `call` holds the same tensors as the other arguments."""
+    """A projection alone. `call` holds the same tensors as the other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, call: LinearCall, x: Tensor, *params: Tensor | None) -> Tensor:
-        ctx.kernel = kernel
+    def forward(ctx: Any, kernel: Kernel, call: LinearCall, _: Any, x: Tensor, *params: Tensor | None) -> Tensor:
+        ctx.rest = kernel, call.scale
         ctx.save_for_backward(x, *params)
         return kernel.forward(call)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *params = ctx.saved_tensors
-        call = LinearCall(x, PHMWeights(*params))
-        return (None, None, *_gradients(ctx.kernel, call, grad, ctx.needs_input_grad[2:], (x, *params)))
+        kernel, scale = ctx.rest
+        _, _, base_wanted, *wanted = ctx.needs_input_grad
+        call = LinearCall(x, PHMWeights(*params), None, scale)
+        grads = _gradients(kernel, call, grad, tuple(wanted), (x, *params))
+        return (None, None, grad if base_wanted else None, *grads)
 
 
 class AdapterFunction(torch.autograd.Function):
-    """compacter_adapter without a norm. `call` holds the tensors of the other arguments."""
+    """An adapter without a norm. `call` holds the tensors of the other arguments."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, call: AdapterCall, _: Any, x: Tensor, *params: Tensor | None) -> Tensor:
@@ -87,7 +100,7 @@ class AdapterFunction(torch.autograd.Function):
         x, *params = ctx.saved_tensors
         kernel, add_x, scale = ctx.rest
         _, _, residual_wanted, *wanted = ctx.needs_input_grad
-        call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale)
+        call = AdapterCall(x, *_sides(params), None, add_x, scale)
         grads = _gradients(kernel, call, grad, tuple(wanted), (x, *params))
         return (None, None, grad if residual_wanted else None, *grads)
 
@@ -117,11 +130,32 @@ class NormedFunction(torch.autograd.Function):
         _, _, residual_wanted, x_wanted, _, _, *params_wanted = ctx.needs_input_grad
         of_norm = rows if own and not graph_is_kept() else torch.empty_like(rows)
         norm = NormWeights(weight, bias, eps, rows, of_norm)
-        call = AdapterCall(x, PHMWeights(*params[:4]), PHMWeights(*params[4:]), None, add_x, scale, norm)
+        call = AdapterCall(x, *_sides(params), None, add_x, scale, norm)
         grads = _gradients(kernel, call, grad, (x_wanted, *params_wanted), (x, *params), (of_norm,))
         of_residual, of_x, *others = grads
         return (None, None, of_residual if residual_wanted else None, of_x, None, None, *others)
 
 
-for function in (LinearFunction, AdapterFunction, NormedFunction):
+class BankFunction(torch.autograd.Function):
+    """A bank of adapters. `call` holds the tensors of the other arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, call: BankCall, _: Any, mix: Any, x: Tensor, *params: Tensor | None
+    ) -> Tensor:
+        ctx.rest = kernel, call.add_x, call.scale
+        ctx.save_for_backward(call.route, mix, x, *params)
+        return kernel.forward(call)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        route, mix, x, *params = ctx.saved_tensors
+        kernel, add_x, scale = ctx.rest
+        _, _, residual_wanted, mix_wanted, *wanted = ctx.needs_input_grad
+        call = BankCall(x, *_sides(params), None, add_x, scale, None, route, mix)
+        *grads, of_mix = _gradients(kernel, call, grad, (*wanted, mix_wanted), (x, *params, mix))
+        return (None, None, grad if residual_wanted else None, of_mix, *grads)
+
+
+for function in (LinearFunction, AdapterFunction, NormedFunction, BankFunction):
     function.apply = direct_apply(function)  # type: ignore[method-assign]

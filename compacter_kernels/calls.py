@@ -1,7 +1,8 @@
 """The arguments of one call, as the value that every implementation takes.
 
-    LinearCall:   y = x H + b
+    LinearCall:   y = [base +] scale * (x H + b)
     AdapterCall:  y = norm(scale * up(act(down(x))) [+ x] [+ residual]), where norm may be absent
+    BankCall:     the same with the adapter of each row, or with a weighted sum of all adapters
 
 The activation belongs to the problem (`compacter_kernels.problem`), which a kernel is made for.
 """
@@ -14,20 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compacter_kernels.weights import NormWeights, PHMWeights
+from compacter_kernels.weights import NormWeights, PHMWeights, Weights
 
 ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class LinearCall(NamedTuple):
-    """A call of phm_linear with x (..., in)."""
+    """A call of phm_linear or kronecker_linear with x (..., in); base (..., out) or None."""
 
     x: Tensor
     weights: PHMWeights
+    base: Tensor | None = None
+    scale: float = 1.0
 
     def named(self) -> list[tuple[str, Tensor]]:
         """All tensors of the call, with their names."""
-        return [("x", self.x), *self.weights.named("weights")]
+        named = [("x", self.x), *self.weights.named("weights")]
+        return named if self.base is None else [*named, ("base", self.base)]
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The tensors that get a gradient, in the order of `Kernel.backward`."""
@@ -35,19 +39,20 @@ class LinearCall(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LinearCall:
         """The same call with `change` applied to each tensor."""
-        return LinearCall(change(self.x), self.weights.map(change))
+        base = None if self.base is None else change(self.base)
+        return LinearCall(change(self.x), self.weights.map(change), base, self.scale)
 
 
 class AdapterCall(NamedTuple):
-    """A call of compacter_adapter with x (..., k).
+    """A call of compacter_adapter or bottleneck_adapter with x (..., k).
 
     residual, a tensor like x or None, is added, and with add_x also x. norm, or None, is the layer
-    norm over the rows of that sum.
+    norm over the rows of that sum. down and up are of one class.
     """
 
     x: Tensor
-    down: PHMWeights
-    up: PHMWeights
+    down: Weights
+    up: Weights
     residual: Tensor | None
     add_x: bool
     scale: float
@@ -72,7 +77,40 @@ class AdapterCall(NamedTuple):
         return self._replace(x=change(self.x), down=self.down.map(change), up=self.up.map(change), residual=residual)
 
 
-Call = LinearCall | AdapterCall
+class BankCall(NamedTuple):
+    """A call of compacter_adapter_bank with x (..., k) and the weights of E adapters.
+
+    The rows of x are groups of equally many consecutive rows. Either route (groups,), int64, has
+    the adapter of each group, -1 for none, or mix (groups, E), of any float dtype, has its weights.
+    The other is None.
+    """
+
+    x: Tensor
+    down: Weights
+    up: Weights
+    residual: Tensor | None
+    add_x: bool
+    scale: float
+    norm: NormWeights | None
+    route: Tensor | None
+    mix: Tensor | None
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """All tensors of the call, with their names."""
+        chosen = [("route", self.route)] if self.mix is None else [("mix", self.mix)]
+        return AdapterCall(*self[:7]).named() + chosen  # type: ignore[operator]
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The tensors that get a gradient, in the order of `Kernel.backward`."""
+        return (self.x, *self.down, *self.up, self.mix)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> BankCall:
+        """The same call with `change` applied to each float tensor, except those of the norm."""
+        mix = None if self.mix is None else change(self.mix)
+        return self._replace(**AdapterCall(*self[:7]).map(change)._asdict(), mix=mix)
+
+
+Call = LinearCall | AdapterCall | BankCall
 
 
 def ordinary(tensor: Tensor) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from compacter_kernels import dispatch, route
-from compacter_kernels.calls import AdapterCall, LinearCall, explain_failure
+from compacter_kernels import dispatch
+from compacter_kernels.arguments import Activation, Residual, adapter_call, bank_call, linear_call
+from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl.memory import check_for_torch
 from compacter_kernels.impl.plain import without_autocast
-from compacter_kernels.problem import adapter_problem, check_like, check_tensor, check_weights
-from compacter_kernels.weights import NormWeights, PHMWeights, kronecker_sum
-
-Activation = str | Callable[[Tensor], Tensor]
-Residual = Tensor | tuple[Tensor, Tensor] | None
+from compacter_kernels.problem import check_weights
+from compacter_kernels.route import explain as _explain, run as _run
+from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights, Weights, kronecker_sum
 
 
 def phm_matrix(weights: PHMWeights) -> Tensor:
@@ -57,7 +54,33 @@ def phm_linear(x: Tensor, weights: PHMWeights, *, impl: str = "auto") -> Tensor:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
     """
-    return route.run(LinearCall(x, weights), None, None, impl)
+    return _run(LinearCall(x, weights), None, None, impl)
+
+
+def kronecker_linear(
+    x: Tensor, weights: PHMWeights, base: Tensor | None = None, scale: float | Tensor = 1.0, *, impl: str = "auto"
+) -> Tensor:
+    """base + scale * (x H + b) with a sum of Kronecker products H = sum_i A_i (x) (s_i t_i).
+
+    H may have any shape: LoKr (arXiv 2309.14859), KronA (arXiv 2212.10650) and PHM projections are
+    such sums.
+
+    Args:
+        x: (..., in), float32, bfloat16, float16 or float64, with any strides.
+        weights: rule (terms, n_in, n_out), left (terms, in/n_in, r), right (terms, r, out/n_out),
+            or a whole second factor as left and no right; in any float dtypes.
+        base: (..., out) in x's dtype, or None. Its gradient is that of the result.
+        scale: a number, or a tensor of one number, which is differentiable.
+        impl: "auto", "dense", "factored", "cpu", "triton" or "cuda".
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
+    """
+    return _run(linear_call(x, weights, base, scale), None, None, impl)
 
 
 def compacter_adapter(
@@ -94,14 +117,92 @@ def compacter_adapter(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
     """
-    return route.run(_adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
+    return _run(adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down: LinearWeights,
+    up: LinearWeights,
+    *,
+    activation: Activation = "silu",
+    residual: Residual = None,
+    scale: float | Tensor = 1.0,
+    norm: NormWeights | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """scale * up(act(down(x))) [+ residual], a plain bottleneck adapter (arXiv 1902.00751).
+
+    Args:
+        x: (..., k), float32, bfloat16, float16 or float64, with any strides.
+        down, up: the dense projections k -> d and d -> k, in any float dtypes. Weights of the
+            layout of nn.Linear, `LinearWeights(linear.weight.t(), linear.bias)`, are not copied.
+        activation, residual, scale, norm, out, impl: see `compacter_adapter`.
+
+    Returns:
+        (..., k), contiguous, in x's dtype; or `out`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
+    """
+    for weights, name in ((down, "down"), (up, "up")):
+        if not isinstance(weights, LinearWeights):
+            raise TypeError(f"{name} must be LinearWeights(weight, bias), got {type(weights).__name__}")
+    return _run(adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
+
+
+def compacter_adapter_bank(
+    x: Tensor,
+    down: Weights,
+    up: Weights,
+    *,
+    route: Tensor | None = None,
+    mix: Tensor | None = None,
+    activation: Activation = "gelu_new",
+    residual: Residual = None,
+    scale: float | Tensor = 1.0,
+    norm: NormWeights | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The adapter of each row, or a weighted sum of all adapters, from a bank of E adapters.
+
+        route:  scale * up_e(act(down_e(x))) [+ residual], with e the adapter of the row
+        mix:    sum_e w_e scale * up_e(act(down_e(x))) [+ residual], with the w_e of the row
+
+    Args:
+        x: (..., k), float32, bfloat16, float16 or float64, with any strides.
+        down, up: PHMWeights or LinearWeights k -> d and d -> k, whose tensors have a leading
+            dimension E. A rule without it belongs to all adapters.
+        route: int64 or int32; its shape is the first sizes of x, as (B,) or (B, S) for x (B, S, k).
+            -1 stands for no adapter: the row gets its residual alone. An adapter without a row
+            gets gradients of 0.
+        mix: (..., E) in any float dtype, after the first sizes of x, as (E,), (B, E) or (B, S, E);
+            differentiable.
+        scale: a number, or a tensor of one number or of E, which is differentiable.
+        activation, residual, norm, out, impl: see `compacter_adapter`. torch computes the norm.
+
+    Returns:
+        (..., k), contiguous, in x's dtype; or `out`. On a GPU, where nothing waits for the numbers
+        in route, a row whose adapter does not exist is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a number in route is not an adapter (on the CPU).
+        RuntimeError: an explicit impl cannot serve the call, or an argument has no readable memory.
+    """
+    return _run(bank_call(x, down, up, route, mix, residual, scale, norm), activation, out, impl)
 
 
 def explain(
     x: Tensor,
-    down: PHMWeights,
-    up: PHMWeights | None = None,
+    down: Weights,
+    up: Weights | None = None,
     *,
+    route: Tensor | None = None,
+    mix: Tensor | None = None,
     activation: Activation = "gelu_new",
     residual: Residual = None,
     scale: float | Tensor = 1.0,
@@ -109,72 +210,16 @@ def explain(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> dispatch.Explanation:
-    """Tell which impl the call `compacter_adapter(x, down, up, ...)` takes, and why.
+    """Tell which impl the call of an adapter with these arguments takes, and why.
 
-    Without `up` the call is `phm_linear(x, down)`. Raises whatever that call would raise.
+    With route or mix, the adapter is a bank. Without `up` the call is `phm_linear(x, down)`. Raises
+    whatever that call would raise.
     """
+    call: Call
     if up is None:
-        return route.explain(LinearCall(x, down), None, out, impl)
-    return route.explain(_adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
-
-
-def _adapter_call(
-    x: Tensor, down: PHMWeights, up: PHMWeights, residual: Residual, scale: float | Tensor, norm: NormWeights | None
-) -> AdapterCall:
-    """The call as every kernel takes it: scale is a number, and at most one residual is not x."""
-    add_x = residual is x
-    if add_x:
-        residual = None
-    elif residual is not None:
-        if isinstance(residual, tuple):
-            residual, add_x = _split_residuals(x, down, up, residual)
-        else:
-            _check_residual(residual, x, down, up)
-    if not isinstance(scale, float):
-        up, scale = _with_scale(up, scale)
-    return AdapterCall(x, down, up, residual, add_x, scale, norm)
-
-
-def _split_residuals(x: Tensor, down: PHMWeights, up: PHMWeights, pair: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
-    """The residual that is not x, and whether x is added too."""
-    if len(pair) != 2:
-        raise TypeError(f"residual must be a tensor or two of them, got a tuple of {len(pair)}")
-    first, second = pair if pair[1] is x else pair[::-1]
-    for residual in (first, second):
-        _check_residual(residual, x, down, up)
-    if second is x:
-        return first, True
-    check_for_torch([("residual", first), ("residual", second)])
-    return first + second, False
-
-
-def _check_residual(residual: Tensor, x: Tensor, down: PHMWeights, up: PHMWeights) -> None:
-    """Raise for a wrong residual, or for an error of x, down and up, which comes first."""
-    try:
-        like = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-    except (AttributeError, RuntimeError):  # not a tensor, or a nested tensor
-        like = False
-    if not like:
-        adapter_problem(x, down, up, "identity")
-        check_like(residual, "residual", x, x.shape)
-
-
-def _with_scale(up: PHMWeights, scale: float | Tensor) -> tuple[PHMWeights, float]:
-    """Return up and scale as a number. A tensor is multiplied into up, where autograd sees it."""
-    if isinstance(scale, Tensor):
-        check_weights(up, "up")
-        check_tensor(scale, "scale")
-        if scale.numel() != 1:
-            raise ValueError(f"scale must be a number or a tensor of one number, got shape {tuple(scale.shape)}")
-        if scale.device != up.device:
-            raise ValueError(f"scale is on {scale.device}, up on {up.device}; move one of them")
-        named = [*up.named("up"), ("scale", scale)]
-        check_for_torch(named)
-        try:
-            return up.scaled(scale.reshape(())), 1.0
-        except Exception as error:
-            explain_failure(named, error)
-            raise
-    if not isinstance(scale, (float, int)):
-        raise TypeError(f"scale must be a number or a tensor of one number, got {type(scale).__name__}")
-    return up, float(scale)
+        call = LinearCall(x, down)  # type: ignore[arg-type]
+    elif route is None and mix is None:
+        call = adapter_call(x, down, up, residual, scale, norm)
+    else:
+        call = bank_call(x, down, up, route, mix, residual, scale, norm)
+    return _explain(call, None if up is None else activation, out, impl)

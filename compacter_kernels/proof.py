@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import modes
-from compacter_kernels.calls import AdapterCall, Call, LinearCall
+from compacter_kernels.calls import AdapterCall, BankCall, Call, LinearCall
 from compacter_kernels.impl import Impl, factored
 from compacter_kernels.impl.native import plan_arguments
 from compacter_kernels.private import evaluated_when_compiled
 from compacter_kernels.problem import Problem, Projection
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import LinearWeights, PHMWeights, Weights
 
 logger = logging.getLogger("compacter_kernels")
 TOKENS = 333  # more than a tile of any kernel, and no multiple of one
@@ -48,7 +48,7 @@ def earlier_failure(problem: Problem, name: str) -> str | None:
 
 
 def _key(problem: Problem, name: str) -> tuple[Any, ...]:
-    return (problem.operation, plan_arguments(problem), problem.device.index or 0, name)
+    return (problem.operation, plan_arguments(problem), problem.bank, problem.base, problem.device.index or 0, name)
 
 
 @evaluated_when_compiled
@@ -77,7 +77,10 @@ def _compare(problem: Problem, impl: Impl) -> str:
     call, grad = _case(problem)
     wanted, exact_call = tuple(t is not None for t in call.differentiable()), call.map(Tensor.double)
     kernel, exact_kernel = impl.prepare(problem), factored.prepare(problem)
-    names = ["the output", *(f"the gradient of {name}" for name, _ in call.named() if name != "residual")]
+    names = [
+        "the output",
+        *(f"the gradient of {name}" for name, _ in call.named() if name not in ("residual", "base", "route")),
+    ]
     with torch.no_grad():
         results = (kernel.forward(call), *kernel.backward(call, grad, wanted))
         exact = (exact_kernel.forward(exact_call), *exact_kernel.backward(exact_call, grad.double(), wanted))
@@ -98,20 +101,35 @@ def _case(problem: Problem) -> tuple[Call, Tensor]:
     def normal(shape: tuple[int, ...], std: float, dtype: torch.dtype | None) -> Tensor:
         return (torch.randn(shape, generator=generator) * std).to(problem.device, dtype or torch.float32)
 
-    def weights(p: Projection) -> PHMWeights:
-        n, rank, chunk_in, chunk_out = p.phm_dim, p.rank or 0, p.in_features // p.phm_dim, p.out_features // p.phm_dim
-        rule, left, right, bias = p.dtypes
+    bank = () if problem.bank is None else (problem.bank.adapters,)
+
+    def weights(p: Projection, shared_rule: bool) -> Weights:
+        bias = None if p.dtypes[-1] is None else normal((*bank, p.out_features), 0.5, p.dtypes[-1])
+        if not p.terms:
+            return LinearWeights(normal((*bank, p.in_features, p.out_features), p.in_features**-0.5, p.dtypes[0]), bias)
+        rule, left, right, _ = p.dtypes
+        chunk_in, chunk_out, rank = p.in_features // p.n_in, p.out_features // p.n_out, p.rank or 0
         return PHMWeights(
-            normal((n, n, n), n**-0.5, rule),
-            normal((n, chunk_in, rank), chunk_in**-0.5, left),
-            normal((n, rank, chunk_out), (n * rank) ** -0.5, right),
-            None if bias is None else normal((p.out_features,), 0.5, bias),
+            normal((*(() if shared_rule else bank), p.terms, p.n_in, p.n_out), p.n_in**-0.5, rule),
+            normal((*bank, p.terms, chunk_in, rank), chunk_in**-0.5, left),
+            normal((*bank, p.terms, rank, chunk_out), (p.terms * rank) ** -0.5, right),
+            bias,
         )
 
     first, last = problem.projections[0], problem.projections[-1]
     x = normal((TOKENS, first.in_features), 1.0, problem.dtype)
     grad = normal((TOKENS, last.out_features), 1.0, problem.dtype)
     if problem.activation is None:
-        return LinearCall(x, weights(first)), grad
+        base = normal(tuple(grad.shape), 1.0, problem.dtype) if problem.base else None
+        return LinearCall(x, weights(first, False), base, 0.5 if problem.base else 1.0), grad  # type: ignore[arg-type]
     residual = normal(tuple(x.shape), 1.0, problem.dtype)
-    return AdapterCall(x, weights(first), weights(last), residual, True, 0.5), grad
+    shared = (False, False) if problem.bank is None else problem.bank.shared_rules
+    down, up = weights(first, shared[0]), weights(last, shared[1])
+    if problem.bank is None:
+        return AdapterCall(x, down, up, residual, True, 0.5), grad
+    route, mix, adapters = None, None, problem.bank.adapters
+    if problem.bank.mixed:
+        mix = normal((TOKENS, adapters), 1.0, torch.float32)
+    else:
+        route = torch.randint(-1, adapters, (TOKENS,), generator=generator).to(problem.device)
+    return BankCall(x, down, up, residual, True, 0.5, None, route, mix), grad

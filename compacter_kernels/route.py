@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compacter_kernels import autograd, dispatch, modes, ops
-from compacter_kernels.calls import AdapterCall, Call, LinearCall, explain_failure, fake, ordinary
+from compacter_kernels.calls import AdapterCall, BankCall, Call, LinearCall, explain_failure, fake, ordinary
 from compacter_kernels.impl.memory import NoStorageError, check_all, check_for_torch
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.impl.plain import Plain
@@ -45,7 +45,7 @@ def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Te
         plan = _plan(call, activation, impl) if known is None else known
         if known is None and key is not None and plan.final and not callable(activation):
             _plans[key] = plan
-    if out is not None or (call.__class__ is AdapterCall and call[6] is not None):
+    if out is not None or (call.__class__ is not LinearCall and call[6] is not None):  # type: ignore[misc]
         return _with_options(plan, call, activation, out, impl)
     return _without_options(plan, call)
 
@@ -72,7 +72,7 @@ def _looked_through(call: Call) -> Call:
     torch's own operations look through such a wrapper. Any other tensor without storage raises.
     """
     _problem(call, "identity")  # checks what a plan takes for granted, such as the layout of weights
-    if isinstance(call, AdapterCall) and call.residual is not None:
+    if not isinstance(call, LinearCall) and call.residual is not None:
         check_like(call.residual, "residual", call.x, call.x.shape)
     unwrapped = call.map(lambda t: t.view_as(t))
     check_all(unwrapped.named())
@@ -90,14 +90,23 @@ def explain(call: Call, activation: Activation, out: Tensor | None, impl: str) -
 def _signature(call: Call) -> tuple[Any, ...]:
     """All properties of the other tensors that the checks depend on. Every call computes it."""
     if call.__class__ is LinearCall:
-        weights = call[1]
-        return (weights.__class__, (_described and _described(weights)) or _of_each(weights))
-    _, down, up, residual, _, _, norm = call  # type: ignore[misc]
+        _, weights, base, _ = call
+        described = (_described and _described(weights)) or _of_each(weights)
+        if base is None:
+            return (weights.__class__, described)
+        return (weights.__class__, described, base.__class__, _facts(base)[1:], base.shape[-1])
+    down: Any
+    _, down, up, residual, _, _, norm, *chosen = call  # type: ignore[misc]
     params = (*down, *up)
     described = (_described and _described(params)) or _of_each(params)
-    if norm is None:
-        return (down.__class__, up.__class__, residual.__class__, described)
-    return (down.__class__, up.__class__, residual.__class__, described, norm.__class__, _of_each(norm[:2]))
+    found: tuple[Any, ...] = (down.__class__, up.__class__, residual.__class__, described)
+    if norm is not None:
+        found = (*found, norm.__class__, _of_each(norm[:2]))
+    if chosen:
+        route, mix = chosen
+        of_mix = None if mix is None else (mix.__class__, mix.dtype, mix.device, mix.shape[-1])
+        return (*found, None if route is None else (route.__class__, route.device), of_mix)
+    return found
 
 
 def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
@@ -107,8 +116,9 @@ def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
 def _problem(call: Call, activation: Activation) -> Problem:
     """The problem of a call, checked."""
     if isinstance(call, LinearCall):
-        return linear_problem(*call)
-    problem = adapter_problem(call.x, call.down, call.up, activation)  # type: ignore[arg-type]
+        return linear_problem(*call[:3])
+    bank = (call.down.slots()[1].shape[0], call.mix is not None) if isinstance(call, BankCall) else ()
+    problem = adapter_problem(call.x, call.down, call.up, activation, *bank)  # type: ignore[arg-type]
     if call.norm is not None:
         check_norm(call.norm, call.x)
     return problem
@@ -139,7 +149,8 @@ def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
 def _requires_grad(call: Call) -> bool:
     if call[0].requires_grad:
         return True
-    tensors: Any = call[1] if call.__class__ is LinearCall else (*call[1], *call[2], call[3])  # type: ignore[misc]
+    single = call.__class__ is LinearCall
+    tensors: Any = (*call[1], call[2]) if single else (*call[1], *call[2], call[3], *call[8:])  # type: ignore[misc]
     for tensor in tensors:  # noqa: SIM110  any() takes twice the time
         if tensor is not None and tensor.requires_grad:
             return True
@@ -162,7 +173,7 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
     """The result of a call with an `out`, a norm, or both."""
     if out is not None:
         _check_out(out, call)
-    if isinstance(call, AdapterCall) and call.norm is not None and not _takes_norm(plan, call):
+    if not isinstance(call, LinearCall) and call.norm is not None and not _takes_norm(plan, call):
         weight, bias, eps, *_ = call.norm
         check_for_torch([("norm.weight", weight), ("norm.bias", bias)])
         y = run(call._replace(norm=None), activation, None, plan.name)
@@ -185,10 +196,10 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
         raise
 
 
-def _takes_norm(plan: dispatch.Plan, call: AdapterCall) -> bool:
+def _takes_norm(plan: dispatch.Plan, call: AdapterCall | BankCall) -> bool:
     """Whether the kernel computes the norm: it is frozen, and a second derivative still raises."""
     norm = call.norm
-    if plan.kernel is None or not plan.kernel.norms or norm is None:
+    if plan.kernel is None or not plan.kernel.norms or norm is None or isinstance(call, BankCall):
         return False
     if not torch.is_grad_enabled():
         return True

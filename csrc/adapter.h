@@ -1,5 +1,5 @@
-// The problem of each native target, in sizes and pointers, without torch and Python. A PHM
-// projection (Compacter, arXiv 2106.04647, section 3) of x, a token's n chunks of in/n numbers, is
+// The problem of each native target, in sizes and pointers, without torch and Python. A sum of
+// Kronecker products (PHM: Compacter, arXiv 2106.04647, section 3) of a token's x, n_in chunks, is
 //     Z[p,i] = sum_u x[p,u] s_i[u]    V[q,i] = sum_p A_i[p,q] Z[p,i]
 //     y[q,v] = sum_i V[q,i] t_i[v] + b[q,v]
 #pragma once
@@ -21,22 +21,30 @@ struct Array {
     DType dtype = DType::f32;
 };
 
-// rule (n, n, n), left (n, in/n, rank), right (n, rank, out/n), and bias (out,) or none.
+// rule (terms, n_in, n_out), left (terms, in/n_in, rank), right (terms, rank, out/n_out), and bias
+// (out,) or none. A dense projection has only left, its weight (in, out), and bias.
 struct Parameters {
     Array rule, left, right, bias;
 };
 
+// A PHM projection has terms = n_in = n_out. A dense one has no terms, one chunk on either side and
+// rank 0; if it is transposed, its weight lies in memory as (out, in).
 struct Projection {
-    int64_t n, rank, in, out;
+    int64_t terms, n_in, n_out, rank, in, out;
+    bool transposed;
     Parameters weights;
+
+    bool dense() const { return terms == 0; }
 };
 
-// out = phm(x): x (tokens, in), out (tokens, out), both contiguous in `dtype` (f32, bf16 or f16).
+// out = base + scale * phm(x): x (tokens, in), out and base (tokens, out), all contiguous in `dtype`
+// (f32, bf16 or f16).
 struct Linear {
     Projection projection;
     DType dtype;
     int64_t tokens;
     const void* x;
+    float scale = 1.f;
 };
 
 // out = scale * up(act(down(x))) + residual with down k -> d and up d -> k, which may differ in n
@@ -48,6 +56,17 @@ struct Adapter {
     DType dtype;
     int64_t tokens;
     const void* x;
+};
+
+// `count` adapters, whose tensors lie one behind the other. The rows of x are `groups` groups of
+// equally many rows. Either route [groups] has the adapter of each, -1 for none, or mix
+// [groups][count] has its weights of all adapters.
+struct Bank {
+    int64_t count;
+    bool shared_rule_down, shared_rule_up;
+    int64_t groups;
+    const int64_t* route;
+    Array mix;
 };
 
 // The norm (y - mean) / sqrt(variance + eps) * weight + bias of each row y of an adapter's output.

@@ -16,7 +16,8 @@ namespace compacter::bindings {
 
 namespace py = pybind11;
 
-using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;  // n, rank, in, out, has_bias
+// terms, n_in, n_out, rank, in, out, has_bias, transposed
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool>;
 
 inline DType dtype_of(int code) {
     if (code < 0 || code > static_cast<int>(DType::f64))
@@ -72,12 +73,14 @@ struct ProjectionPlan {
     bool has_bias;
 
     ProjectionPlan(const Shape& shape, const int* dtypes) {
-        const auto [n, rank, in, out, bias] = shape;
-        if (n < 1 || rank < 1 || in < 1 || out < 1 || in % n || out % n)
-            throw std::invalid_argument("n=" + std::to_string(n) + " and rank=" + std::to_string(rank) +
-                                        " must be positive, and n must divide in=" + std::to_string(in) +
-                                        " and out=" + std::to_string(out));
-        projection = {n, rank, in, out, {}};
+        const auto [terms, n_in, n_out, rank, in, out, bias, transposed] = shape;
+        const bool dense = terms == 0 && rank == 0 && n_in == 1 && n_out == 1;
+        if ((!dense && (terms < 1 || rank < 1)) || n_in < 1 || n_out < 1 || in < 1 || out < 1 || in % n_in || out % n_out)
+            throw std::invalid_argument("terms=" + std::to_string(terms) + " and rank=" + std::to_string(rank) +
+                                        " must be positive, or both 0 with one chunk, n_in=" + std::to_string(n_in) +
+                                        " must divide in=" + std::to_string(in) + " and n_out=" + std::to_string(n_out) +
+                                        " must divide out=" + std::to_string(out));
+        projection = {terms, n_in, n_out, rank, in, out, transposed, {}};
         has_bias = bias;
         Parameters& w = projection.weights;
         w.rule.dtype = dtype_of(dtypes[0]);
@@ -105,7 +108,7 @@ struct ProjectionPlan {
         Projection p = projection;
         p.weights = gradients(addresses);
         const Parameters& w = p.weights;
-        if (!w.rule.data || !w.left.data || !w.right.data || (has_bias && !w.bias.data))
+        if (!w.left.data || (!p.dense() && (!w.rule.data || !w.right.data)) || (has_bias && !w.bias.data))
             throw std::invalid_argument("a parameter has no memory: its address is 0");
         return p;
     }
@@ -116,10 +119,12 @@ struct LinearPlan {
     ProjectionPlan plan;
 
     LinearPlan(int dtype, const Shape& shape, const std::array<int, 4>& dtypes)
-        : dtype(input_dtype_of(dtype)), plan(shape, dtypes.data()) {}
+        : dtype(input_dtype_of(dtype)), plan(shape, dtypes.data()) {
+        if (plan.projection.dense()) throw std::invalid_argument("a dense projection alone has no kernel");
+    }
 
-    Linear at(uintptr_t x, int64_t tokens, Addresses& addresses) const {
-        return {plan.with(addresses), dtype, tokens, of_rows(x, tokens)};
+    Linear at(uintptr_t x, int64_t tokens, Addresses& addresses, double scale = 1.) const {
+        return {plan.with(addresses), dtype, tokens, of_rows(x, tokens), static_cast<float>(scale)};
     }
 
     // The problem without addresses, for functions that depend on sizes alone.
@@ -138,6 +143,8 @@ struct AdapterPlan {
           up(up, dtypes.data() + 4) {
         if (this->down.projection.out != this->up.projection.in || this->down.projection.in != this->up.projection.out)
             throw std::invalid_argument("down must be k -> d and up d -> k");
+        if (this->down.projection.dense() != this->up.projection.dense())
+            throw std::invalid_argument("down and up must both be dense, or neither");
     }
 
     Adapter at(uintptr_t x, int64_t tokens, double scale, Addresses& addresses) const {
@@ -147,6 +154,32 @@ struct AdapterPlan {
 
     Adapter sizes(int64_t tokens) const {
         return {down.sizes(), up.sizes(), activation, 1.f, dtype, tokens, nullptr};
+    }
+};
+
+// A bank of `count` adapters, whose parameters lie one behind the other.
+struct BankPlan : AdapterPlan {
+    // groups, address of route or 0, address of mix or 0, dtype of mix
+    using Choice = std::tuple<int64_t, uintptr_t, uintptr_t, int>;
+
+    int64_t count;
+    bool shared_rule_down, shared_rule_up;
+
+    BankPlan(int dtype, int activation, const Shape& down, const Shape& up, const std::array<int, 8>& dtypes, int64_t count,
+             bool shared_rule_down, bool shared_rule_up)
+        : AdapterPlan(dtype, activation, down, up, dtypes),
+          count(count),
+          shared_rule_down(shared_rule_down),
+          shared_rule_up(shared_rule_up) {
+        if (count < 1) throw std::invalid_argument("a bank must have an adapter");
+    }
+
+    Bank chosen(const Choice& choice, int64_t tokens) const {
+        const auto [groups, route, mix, dtype] = choice;
+        if (groups < 0 || (groups ? tokens % groups != 0 : tokens != 0))
+            throw std::invalid_argument(std::to_string(groups) + " groups do not divide " + std::to_string(tokens) + " rows");
+        const auto* ids = static_cast<const int64_t*>(input(route));
+        return {count, shared_rule_down, shared_rule_up, groups, ids, {output(mix), dtype_of(dtype)}};
     }
 };
 

@@ -1,4 +1,4 @@
-// Linear and Adapter of the CPU target. A call releases the interpreter's lock.
+// Linear, Adapter and Bank of the CPU target. A call releases the interpreter's lock.
 #include "bindings.h"
 #include "cpu/isa.h"
 #include "cpu/launch.h"
@@ -9,19 +9,20 @@ namespace {
 struct CpuLinear : LinearPlan {
     using LinearPlan::LinearPlan;
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, int threads, const py::tuple& parameters) const {
+    void forward(uintptr_t x, uintptr_t base, uintptr_t out, int64_t tokens, double scale, int threads,
+                 const py::tuple& parameters) const {
         Addresses addresses(parameters, 1);
-        const Linear linear = at(x, tokens, addresses);
+        const Linear linear = at(x, tokens, addresses, scale);
         void* const result = of_rows(out, tokens);
         py::gil_scoped_release release;
-        cpu::forward(linear, result, threads);
+        cpu::forward(linear, input(base), result, threads);
     }
 
     // parameters: those of the projection, then their gradients.
-    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, int threads,
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, double scale, int threads,
                   const py::tuple& parameters) const {
         Addresses addresses(parameters, 2);
-        const Linear linear = at(x, tokens, addresses);
+        const Linear linear = at(x, tokens, addresses, scale);
         const Parameters gradients = plan.gradients(addresses);
         const void* const grad = of_rows(grad_out, tokens);
         py::gil_scoped_release release;
@@ -83,6 +84,37 @@ struct CpuAdapter : AdapterPlan {
     }
 };
 
+struct CpuBank : BankPlan {
+    using BankPlan::BankPlan;
+
+    void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
+                 const Choice& choice, int threads, const py::tuple& parameters) const {
+        Addresses addresses(parameters, 2);
+        const Adapter adapter = at(x, tokens, scale, addresses);
+        const Bank bank = chosen(choice, tokens);
+        void* const result = of_rows(out, tokens);
+        const void* const first = input(added(x, residual, add_x));
+        py::gil_scoped_release release;
+        (bank.route ? cpu::forward_routed : cpu::forward_mixed)(adapter, bank, first, add_x && residual, result, threads);
+    }
+
+    // mix_gradient: memory for the gradient of mix, in its dtype, or 0.
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
+                  const Choice& choice, uintptr_t mix_gradient, int threads, const py::tuple& parameters) const {
+        Addresses addresses(parameters, 4);
+        const Adapter adapter = at(x, tokens, scale, addresses);
+        const Parameters down_gradients = down.gradients(addresses), up_gradients = up.gradients(addresses);
+        const Bank bank = chosen(choice, tokens);
+        const void* const grad = of_rows(grad_out, tokens);
+        py::gil_scoped_release release;
+        if (bank.route)
+            cpu::backward_routed(adapter, bank, grad, output(grad_x), add_x, down_gradients, up_gradients, threads);
+        else
+            cpu::backward_mixed(adapter, bank, grad, output(grad_x), add_x, down_gradients, up_gradients,
+                                {output(mix_gradient), bank.mix.dtype}, threads);
+    }
+};
+
 }  // namespace
 
 void describe_cpu(py::dict& info) {
@@ -107,6 +139,10 @@ void add_cpu(py::module_& module) {
         .def("backward", &CpuAdapter::backward)
         .def("forward_normed", &CpuAdapter::forward_normed)
         .def("backward_normed", &CpuAdapter::backward_normed);
+    py::class_<CpuBank>(module, "Bank", py::module_local())
+        .def(py::init<int, int, const Shape&, const Shape&, const std::array<int, 8>&, int64_t, bool, bool>())
+        .def("forward", &CpuBank::forward)
+        .def("backward", &CpuBank::backward);
 }
 
 }  // namespace compacter::bindings

@@ -13,6 +13,10 @@ namespace {
 
 using cuda::Device;
 
+void check_plain(uintptr_t base, double scale) {
+    if (base || scale != 1.) throw std::invalid_argument("a base and a scale of a projection are not served");
+}
+
 std::array<int, 3> as_tuple(const cuda::Division& d) { return {d.blocks, d.tokens, d.stages}; }
 
 // The last four arguments are the members of Device.
@@ -28,14 +32,17 @@ struct CudaLinear : LinearPlan {
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
     auto division(int64_t tokens) const { return as_tuple(cuda::division(sizes(tokens), device)); }
 
-    void forward(uintptr_t x, uintptr_t out, int64_t tokens, uintptr_t stream, const py::tuple& parameters) const {
+    void forward(uintptr_t x, uintptr_t base, uintptr_t out, int64_t tokens, double scale, uintptr_t stream,
+                 const py::tuple& parameters) const {
+        check_plain(base, scale);
         Addresses addresses(parameters, 1);
         cuda::forward(at(x, tokens, addresses), of_rows(out, tokens), device, output(stream));
     }
 
     // parameters: those of the projection, then their gradients.
-    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, uintptr_t workspace,
+    void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, int64_t tokens, double scale, uintptr_t workspace,
                   uintptr_t stream, const py::tuple& parameters) const {
+        check_plain(0, scale);
         Addresses addresses(parameters, 2);
         const Linear linear = at(x, tokens, addresses);
         cuda::backward(linear, of_rows(grad_out, tokens), output(grad_x), plan.gradients(addresses),

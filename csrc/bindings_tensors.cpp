@@ -59,7 +59,7 @@ class Tensors {
             PyTypeObject* const kind = Py_TYPE(tensor.ptr());
             put(&kind, sizeof(kind));
             if (tensor.is_none()) continue;
-            if (!describe(tensor, found) || found.ndim > 3) return py::none();
+            if (!describe(tensor, found) || found.ndim > 4) return py::none();
             put(&found.device, sizeof(found.device));
             put(&found.dtype, sizeof(found.dtype));
             put(&found.ndim, sizeof(found.ndim));

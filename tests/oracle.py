@@ -26,7 +26,7 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 
 def _why_not(name: str) -> str | None:
     """The reason why the impl cannot serve a plain call on the CPU in this process, or None."""
-    module, sizes = MODULES[name], Projection(1, 1, 2, 2, (FP32,) * 4)
+    module, sizes = MODULES[name], Projection(1, 1, 1, 1, 2, 2, (FP32,) * 4)
     plain = Problem("adapter", torch.device("cpu"), FP32, (sizes, sizes), resolve("relu"))
     return ck.available_impls()[name] or module.refuses(plain)
 

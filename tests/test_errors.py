@@ -43,7 +43,7 @@ WEIGHTS = [
     ("no PHMWeights", 3, TypeError, r"weights must be PHMWeights.* got int"),
     ("a plain tuple", tuple(_of_linear()), TypeError, r"weights must be PHMWeights.* got tuple"),
     ("rule no tensor", _of_linear(rule=[1.0]), TypeError, r"weights\.rule must be a torch\.Tensor, got list"),
-    ("rule not square", _of_linear(rule=_ones(4, 4, 3)), ValueError, r"weights\.rule must have shape .*\(4, 4, 3\)"),
+    ("rule of another width", _of_linear(rule=_ones(4, 4, 3)), ValueError, r"weights\.bias must have shape \(9,\)"),
     ("rule 2-d", _of_linear(rule=_ones(4, 4)), ValueError, r"weights\.rule must have 3 dimensions, .*\(4, 4\)"),
     ("rule empty", _of_linear(rule=_ones(0, 0, 0)), ValueError, r"weights\.rule must have shape"),
     ("rule int", _of_linear(rule=_ones(4, 4, 4).int()), TypeError, r"weights\.rule must be float32.*got int32"),

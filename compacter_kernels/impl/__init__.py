@@ -33,9 +33,10 @@ class Kernel(Protocol):
         """The result, in `out` if given, which is contiguous and overlaps no input."""
 
     def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
-        """The gradients of x and of rule, left, right, bias of each projection; None if unwanted.
+        """The gradients of call.differentiable(); None if unwanted.
 
-        The gradient of a residual is grad itself. With a norm, it is norm.grad_rows after the call.
+        The gradient of a base or residual is grad itself. With a norm, it is norm.grad_rows after
+        the call.
         """
 
 
@@ -56,10 +57,23 @@ def not_fused(problem: Problem) -> str | None:
     """Why no fused kernel serves this problem on any device, or None."""
     if problem.dtype == torch.float64:
         return "x is float64; the kernels compute in float32"
-    if any(p.rank is None for p in problem.projections):
+    if any(p.rank is None and p.terms for p in problem.projections):
         return "the weights are not factorised (right is None)"
     if problem.activation is not None and problem.activation.code is None:
         return f"the activation {problem.activation.name} is not fused"
+    return None
+
+
+def beyond_compacter(problem: Problem) -> str | None:
+    """Why kernels for single projections and adapters of PHM alone cannot serve this problem."""
+    if problem.bank is not None:
+        return "no kernel of this impl takes a bank of adapters"
+    if problem.operation == "bottleneck":
+        return "no kernel of this impl takes dense projections"
+    if any(p.phm_dim is None for p in problem.projections):
+        return "no kernel of this impl takes a rule that is not (phm_dim, phm_dim, phm_dim)"
+    if problem.base:
+        return "no kernel of this impl adds a base"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from compacter_kernels.impl import Kernel, native, not_fused
 from compacter_kernels.impl.memory import addresses, readable
 from compacter_kernels.impl.module import MISSING, MODULE as _C
+from compacter_kernels.impl.native_family import FamilyKernel
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import NormWeights
 
@@ -30,8 +31,18 @@ def refuses(problem: Problem) -> str | None:
 
 def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    plan = _C.Linear if problem.operation == "linear" else _C.Adapter
-    return _Kernel(problem, plan(*native.plan_arguments(problem)))
+    bank = problem.bank
+    if bank is None and problem.operation != "bottleneck":
+        plan = _C.Linear if problem.operation == "linear" else _C.Adapter
+        return _Kernel(problem, plan(*native.plan_arguments(problem)))
+
+    def make(transposed: tuple[bool, ...]) -> _Kernel:
+        arguments = native.plan_arguments(problem, transposed)
+        if bank is None:
+            return _Kernel(problem, _C.Adapter(*arguments))
+        return _Kernel(problem, _C.Bank(*arguments, bank.adapters, *bank.shared_rules))
+
+    return FamilyKernel(problem, make)
 
 
 class _Kernel(native.Kernel):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compacter_kernels.impl import Kernel, native, not_fused
+from compacter_kernels.impl import Kernel, beyond_compacter, native, not_fused
 from compacter_kernels.impl.module import BUILD as _BUILD, MISSING, MODULE as _C
 from compacter_kernels.private import (
     current_device as _current_device,
@@ -60,7 +60,7 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernels cannot serve this problem, or None."""
     if problem.device.type != _DEVICE_TYPE:
         return f"x is on {problem.device.type}, not on {_DEVICE_TYPE}"
-    reason = not_fused(problem) or _not_compiled(problem.projections)
+    reason = not_fused(problem) or beyond_compacter(problem) or _not_compiled(problem.projections)
     if reason is None and unavailable() is None:
         reason = _refused(problem.operation, native.plan_arguments(problem), problem.device.index or 0)
     return reason

@@ -7,31 +7,36 @@ also run over the rank index.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from compacter_kernels.calls import BankCall
 from compacter_kernels.impl import Kernel
-from compacter_kernels.impl.plain import Plain, refuses as refuses, unavailable as unavailable, wide
+from compacter_kernels.impl.plain import Plain, adapters_exist, refuses as refuses, unavailable as unavailable, wide
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import LinearWeights, PHMWeights, Weights
+
+_GATHERED = 4  # the largest memory for gathered weights, in numbers for each number of x
 
 
 def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """x H for x (T, in), without building H if the weights are factorised."""
-    n, chunk, rank = left.shape
+    (terms, chunk, rank), (_, n_in, n_out) = left.shape, rule.shape
     tokens = x.shape[0]
     if right is None:
         # H[p,u,q,v] = sum_i A_i[p,q] W_i[u,v] as one matmul, since W has no low-rank form
-        w = rule.reshape(n, n * n).t() @ left.reshape(n, chunk * rank)
-        return x @ w.reshape(n, n, chunk, rank).transpose(1, 2).reshape(n * chunk, n * rank)
-    if chunk >= right.shape[2]:
+        w = rule.reshape(terms, n_in * n_out).t() @ left.reshape(terms, chunk * rank)
+        return x @ w.reshape(n_in, n_out, chunk, rank).transpose(1, 2).reshape(n_in * chunk, n_out * rank)
+    if n_in * chunk >= n_out * right.shape[2]:
         # Z[p,i] = sum_u x[p,u] s_i[u], y[q,v] = sum_pi Z[p,i] C[(p,i),(q,v)], C = A_i[p,q] t_i[v]
-        z = x.reshape(tokens * n, chunk) @ left.transpose(0, 1).reshape(chunk, n * rank)
+        z = x.reshape(tokens * n_in, chunk) @ left.transpose(0, 1).reshape(chunk, terms * rank)
         c = rule.transpose(0, 1)[:, :, None, :, None] * right[None, :, :, None, :]  # (p, i, r, q, v)
-        return z.reshape(tokens, n * n * rank) @ c.reshape(n * n * rank, -1)
+        return z.reshape(tokens, n_in * terms * rank) @ c.reshape(n_in * terms * rank, -1)
     # V[q,i] = sum_pu x[p,u] D[(p,u),(q,i)], D = A_i[p,q] s_i[u], y[q,v] = sum_i V[q,i] t_i[v]
     d = rule.permute(1, 2, 0)[:, None, :, :, None] * left.transpose(0, 1)[None, :, None, :, :]  # (p, u, q, i, r)
-    v = x @ d.reshape(n * chunk, n * n * rank)
-    return (v.reshape(tokens * n, n * rank) @ right.reshape(n * rank, -1)).reshape(tokens, n * right.shape[2])
+    v = x @ d.reshape(n_in * chunk, n_out * terms * rank)
+    y = v.reshape(tokens * n_out, terms * rank) @ right.reshape(terms * rank, -1)
+    return y.reshape(tokens, n_out * right.shape[2])
 
 
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
@@ -46,6 +51,43 @@ def _rows(x: Tensor) -> Tensor:
     return wide(x).reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
+def _of_groups(x: Tensor, weights: Weights) -> Tensor:
+    """x (groups, rows, in) through the weights of each group, a bank with one adapter for each."""
+    if isinstance(weights, LinearWeights):
+        y = x @ weights.weight.to(x.dtype)
+    else:
+        rule, left, right = (None if w is None else w.to(x.dtype) for w in weights[:3])
+        assert rule is not None and left is not None
+        chunks = x.unflatten(2, (rule.shape[-2], left.shape[-2]))
+        rules = "gipq" if rule.ndim == 4 else "ipq"
+        if right is None:
+            y = torch.einsum(f"gspu,giuv,{rules}->gsqv", chunks, left, rule)
+        else:
+            v = torch.einsum(f"gspir,{rules}->gsqir", torch.einsum("gspu,giur->gspir", chunks, left), rule)
+            y = torch.einsum("gsqir,girv->gsqv", v, right)
+        y = y.flatten(2)
+    return y if weights.bias is None else y + weights.bias.to(x.dtype)[:, None]
+
+
+class _Factored(Plain):
+    """Plain, with the weights of each group of a routed call gathered where they are few."""
+
+    def routed(self, rows: Tensor, call: BankCall) -> Tensor:
+        """The adapter of each row, (rows, k)."""
+        assert call.route is not None and self.activation is not None
+        of_one = sum(t.numel() // t.shape[0] for t in (*call.down, *call.up) if t is not None)
+        groups = len(call.route)
+        if not groups or groups * of_one > _GATHERED * rows.numel():
+            return super().routed(rows, call)
+        adapters = call.down.slots()[1].shape[0]
+        adapters_exist(call.route, adapters)
+        own = call.route.clamp(0, adapters - 1)
+        h = self.activation(_of_groups(rows.unflatten(0, (groups, -1)), call.down.adapter(own)))
+        y, of_group = _of_groups(h, call.up.adapter(own)), call.route[:, None, None]
+        y = torch.where(of_group == -1, torch.zeros_like(y), torch.where(of_group == own[:, None, None], y, torch.nan))
+        return y.flatten(0, 1)
+
+
 def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    return Plain(problem, _rows, _project)
+    return _Factored(problem, _rows, _project)

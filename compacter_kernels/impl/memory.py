@@ -17,7 +17,7 @@ from compacter_kernels import modes
 from compacter_kernels.calls import ORDINARY
 from compacter_kernels.impl.module import TENSORS
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import LinearWeights, PHMWeights
 
 _storage, _nbytes = Tensor.untyped_storage, torch.UntypedStorage.nbytes
 _offset, _is_contiguous, _data_ptr = Tensor.storage_offset, Tensor.is_contiguous, Tensor.data_ptr
@@ -94,7 +94,8 @@ class Parameters:
 
     def __init__(self, problem: Problem) -> None:
         sides = ("weights",) if problem.operation == "linear" else ("down", "up")
-        self.names = [f"{side}.{field}" for side in sides for field in PHMWeights._fields]
+        fields = LinearWeights._fields if problem.operation == "bottleneck" else PHMWeights._fields
+        self.names = [f"{side}.{field}" for side in sides for field in fields]
         self.has_all = all(None not in p.dtypes for p in problem.projections)
         self.checked: set[tuple[int, ...]] = set()
 

@@ -12,25 +12,33 @@ from torch import Tensor
 from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl import Gradients, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
-from compacter_kernels.problem import Problem
+from compacter_kernels.problem import Problem, Projection
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/adapter.h
 
 
-def plan_arguments(problem: Problem) -> tuple[Any, ...]:
+def plan_arguments(problem: Problem, transposed: tuple[bool, ...] = (False, False)) -> tuple[Any, ...]:
     """The arguments of every target's plan.
 
-    They are the dtype of x, the activation of an adapter, (n, rank, in, out, has bias) of each
-    projection, and the dtypes of all parameters.
+    They are the dtype of x, the activation of an adapter, of each projection (terms, n_in, n_out,
+    rank, in, out, has bias, is transposed), and the dtypes of the four slots of each.
     """
     activation = [] if problem.activation is None else [problem.activation.code]
     shapes = [
         # Under torch.compile a size may be a symbol; index gives its number.
-        (*map(index, (p.phm_dim, p.rank or 0, p.in_features, p.out_features)), p.dtypes[3] is not None)
-        for p in problem.projections
+        (
+            *map(index, (p.terms, p.n_in, p.n_out, p.rank or 0, p.in_features, p.out_features)),
+            *(p.dtypes[-1] is not None, turned and not p.terms),
+        )
+        for p, turned in zip(problem.projections, transposed, strict=False)
     ]
-    dtypes = tuple(_DTYPES[d or torch.float32] for p in problem.projections for d in p.dtypes)
-    return (_DTYPES[problem.dtype], *activation, *shapes, dtypes)
+    dtypes = tuple(DTYPES[d or torch.float32] for p in problem.projections for d in _slots(p))
+    return (DTYPES[problem.dtype], *activation, *shapes, dtypes)
+
+
+def _slots(p: Projection) -> tuple[torch.dtype | None, ...]:
+    """The dtypes of rule, left, right and bias."""
+    return p.dtypes if p.terms else (None, p.dtypes[0], None, p.dtypes[1])
 
 
 class Kernel:
@@ -56,11 +64,12 @@ class Kernel:
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         norm = None
         if call.__class__ is LinearCall:
-            x, weights = call
+            x, weights, base, scale = call
             x, (_, params) = readable(x, "x"), self.parameters.readable(weights)
             if out is None:
                 out = x.new_empty(*x.shape[:-1], self.out_features)  # in half the time of a tuple
-            arguments: tuple[Any, ...] = (x.data_ptr(), out.data_ptr(), x.numel() // self.width)
+            added = 0 if base is None else (base := readable(base, "base")).data_ptr()
+            arguments: tuple[Any, ...] = (x.data_ptr(), added, out.data_ptr(), x.numel() // self.width, scale)
         else:
             x, down, up, residual, add_x, scale, norm = call  # type: ignore[misc]
             x, (_, params) = readable(x, "x"), self.parameters.readable((*down, *up))
@@ -83,7 +92,7 @@ class Kernel:
         tokens, norm = x.numel() // self.width, None
         if isinstance(call, LinearCall):
             params, given = self.parameters.readable(call.weights)
-            options: tuple[Any, ...] = (tokens,)
+            options: tuple[Any, ...] = (tokens, call.scale)
         else:
             params, given = self.parameters.readable((*call.down, *call.up))
             options, norm = (call.add_x, tokens, call.scale), call.norm

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import Call, LinearCall
+from compacter_kernels import modes
+from compacter_kernels.calls import BankCall, Call, LinearCall, fake
 from compacter_kernels.impl import Gradients
 from compacter_kernels.impl.memory import Parameters, check_readable
 from compacter_kernels.problem import Problem
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import PHMWeights, Weights
 
 
 def autocasts(device: torch.device) -> bool:
@@ -34,6 +35,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def adapters_exist(route: Tensor, adapters: int) -> None:
+    """Raise IndexError for a number in route that is no adapter, where the CPU can read it."""
+    eager = not torch.compiler.is_compiling() and modes.alone() and not fake(route)
+    if eager and route.device.type == "cpu" and route.numel():
+        least, most = map(int, torch.aminmax(route))
+        if least < -1 or most >= adapters:
+            wrong = least if least < -1 else most
+            raise IndexError(
+                f"route has the adapter {wrong}; the bank has {adapters}: 0 to {adapters - 1}, or -1 for none"
+            )
+
+
 class Plain:
     """A `Kernel` of plain torch.
 
@@ -45,16 +58,21 @@ class Plain:
     def __init__(
         self, problem: Problem, rows: Callable[[Tensor], Tensor], project: Callable[[Tensor, PHMWeights], Tensor]
     ) -> None:
-        self.rows, self.project = rows, project
+        self.rows, self.project_phm = rows, project
         self.activation = None if problem.activation is None else problem.activation.function
         self.parameters = Parameters(problem)
 
     def check(self, call: Call) -> None:
         """Raise for a tensor without memory, which torch's own operations do not check."""
         check_readable(call.x, "x")
-        if not isinstance(call, LinearCall) and call.residual is not None:
-            check_readable(call.residual, "residual")
-        self.parameters.readable(call.differentiable()[1:])
+        added = call.base if isinstance(call, LinearCall) else call.residual
+        if added is not None:
+            check_readable(added, "base" if isinstance(call, LinearCall) else "residual")
+        if isinstance(call, BankCall):
+            check_readable(call.mix if call.route is None else call.route, "mix" if call.route is None else "route")  # type: ignore[arg-type]
+            self.parameters.readable((*call.down, *call.up))
+        else:
+            self.parameters.readable(call.differentiable()[1:])
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         if autocasts(call.x.device):
@@ -74,19 +92,56 @@ class Plain:
         grads = iter(torch.autograd.grad(out, needed, grad) if needed else ())
         return tuple(next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
 
+    def project(self, rows: Tensor, weights: Weights) -> Tensor:
+        """The projection of wide rows."""
+        if isinstance(weights, PHMWeights):
+            return self.project_phm(rows, weights)
+        y = rows @ weights.weight.to(rows.dtype)
+        return y if weights.bias is None else y + weights.bias.to(rows.dtype)
+
+    def adapter(self, rows: Tensor, down: Weights, up: Weights) -> Tensor:
+        """up(act(down(x))) of wide rows."""
+        assert self.activation is not None
+        return self.project(self.activation(self.project(rows, down)), up)
+
+    def routed(self, rows: Tensor, call: BankCall) -> Tensor:
+        """The adapter of each row, (rows, k): a loop over all adapters."""
+        assert call.route is not None
+        adapters = call.down.slots()[1].shape[0]
+        adapters_exist(call.route, adapters)
+        of_row = call.route.repeat_interleave(rows.shape[0] // max(1, len(call.route)))[:, None]
+        y = torch.where((of_row < -1) | (of_row >= adapters), torch.nan, torch.zeros_like(rows))
+        for index in range(adapters):
+            y = torch.where(of_row == index, self.adapter(rows, call.down.adapter(index), call.up.adapter(index)), y)
+        return y
+
+    def mixed(self, rows: Tensor, call: BankCall) -> Tensor:
+        """The weighted sum of all adapters of each row, (rows, k)."""
+        assert call.mix is not None
+        weights = call.mix.to(rows.dtype).repeat_interleave(rows.shape[0] // max(1, len(call.mix)), 0)
+        y = torch.zeros_like(rows)
+        for index in range(weights.shape[1]):
+            own = self.adapter(rows, call.down.adapter(index), call.up.adapter(index))
+            y = y + weights[:, index, None] * own
+        return y
+
     def _compute(self, call: Call) -> Tensor:
         x, rows = call.x, self.rows(call.x)
         if isinstance(call, LinearCall):
-            y = self.project(rows, call.weights)
+            y, add_x, added = self.project(rows, call.weights), False, call.base
         else:
-            assert self.activation is not None
-            y = self.project(self.activation(self.project(rows, call.down)), call.up)
-            if call.scale != 1.0:
-                y = y * call.scale
-            if call.add_x:
-                y = y + rows
-            if call.residual is not None:
-                y = y + self.rows(call.residual)
+            add_x, added = call.add_x, call.residual
+            if isinstance(call, BankCall):
+                rows = rows.reshape(x.numel() // x.shape[-1], x.shape[-1])
+                y = self.routed(rows, call) if call.mix is None else self.mixed(rows, call)
+            else:
+                y = self.adapter(rows, call.down, call.up)
+        if call.scale != 1.0:
+            y = y * call.scale
+        if add_x:
+            y = y + rows
+        if added is not None:
+            y = y + self.rows(added).reshape(y.shape)
         y = y.to(x.dtype)
         return y if y.ndim == x.ndim else y.reshape(*x.shape[:-1], y.shape[-1])
 

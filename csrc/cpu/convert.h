@@ -63,6 +63,8 @@ struct Number<DType::f16> {
     }
 };
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 template <class Body>
 void with_number(DType dtype, const Body& body) {
     switch (dtype) {

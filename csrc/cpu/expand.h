@@ -8,7 +8,8 @@
 
 namespace compacter::COMPACTER_ISA {
 
-template <class T>
+// Residual and Also are the types of the numbers that are added.
+template <class T, class Residual = T, class Also = T>
 struct Expansion {
     int64_t n, m, chunk;
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
@@ -16,7 +17,7 @@ struct Expansion {
 
     // Rows of `tokens` <= 16 tokens. It prefetches `next`, the rows of the next block, which may be
     // null like residual and also.
-    void operator()(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
+    void operator()(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
             blocks<4>(v, residual, also, out, tokens, next);
         else if (m == 8)
@@ -32,7 +33,7 @@ private:
 
     // M: the number of terms if it is known at compile time, else 0.
     template <int M>
-    void blocks(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next) const {
+    void blocks(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
         // Backwards, since the ends of x's rows were read last and are still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
@@ -52,7 +53,8 @@ private:
     // Pointers to the first number of a chunk.
     struct Chunk {
         const float *coef, *bias;
-        const T *residual, *also;
+        const Residual* residual;
+        const Also* also;
         T* out;
         const T* next;
     };
@@ -65,7 +67,8 @@ private:
         const int64_t row = n * chunk;
         const bool streams = streaming;
         const float* coef = at.coef;
-        const T *residual = at.residual ? at.residual + u : nullptr, *also = at.also ? at.also + u : nullptr;
+        const Residual* residual = at.residual ? at.residual + u : nullptr;
+        const Also* also = at.also ? at.also + u : nullptr;
         const T* next = at.next ? at.next + u : nullptr;
         const auto get = [count](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
         Vec t[M][U], start[U];
@@ -131,7 +134,7 @@ private:
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r][k] = start;
         }
-        const auto add = [&](const T* p) COMPACTER_INLINE_LAMBDA {
+        const auto add = [&](auto p) COMPACTER_INLINE_LAMBDA {
             if (!p) return;
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)

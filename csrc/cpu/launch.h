@@ -5,7 +5,8 @@
 
 namespace compacter::cpu {
 
-void forward(const Linear& linear, void* out, int threads);
+// base, or null, is added.
+void forward(const Linear& linear, const void* base, void* out, int threads);
 // also_x adds x besides the residual. With a norm, the normed rows are written to out.
 void forward(const Adapter& adapter, const void* residual, bool also_x, void* out, int threads,
              const LayerNorm* norm = nullptr);
@@ -15,5 +16,15 @@ void forward(const Adapter& adapter, const void* residual, bool also_x, void* ou
 void backward(const Linear& linear, const void* grad_out, void* grad_x, const Parameters& gradients, int threads);
 void backward(const Adapter& adapter, const void* grad_out, void* grad_x, bool residual_is_x, const Parameters& down_gradients,
               const Parameters& up_gradients, int threads, const LayerNorm* norm = nullptr);
+
+// The adapters of a bank have the parameters and gradients of `adapter` one behind the other. Routed:
+// throws std::out_of_range for an adapter that the bank has not, before any write.
+void forward_routed(const Adapter& adapter, const Bank& bank, const void* residual, bool also_x, void* out, int threads);
+void forward_mixed(const Adapter& adapter, const Bank& bank, const void* residual, bool also_x, void* out, int threads);
+void backward_routed(const Adapter& adapter, const Bank& bank, const void* grad_out, void* grad_x, bool residual_is_x,
+                     const Parameters& down_gradients, const Parameters& up_gradients, int threads);
+// mix_gradient is like the mix of the bank; its data is null if it is unwanted.
+void backward_mixed(const Adapter& adapter, const Bank& bank, const void* grad_out, void* grad_x, bool residual_is_x,
+                    const Parameters& down_gradients, const Parameters& up_gradients, const Array& mix_gradient, int threads);
 
 }  // namespace compacter::cpu

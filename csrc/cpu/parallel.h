@@ -13,15 +13,21 @@ int64_t part_count(int64_t tokens, int64_t work_per_token, int threads);
 
 inline int64_t block_count(int64_t tokens) { return (tokens + block_tokens - 1) / block_tokens; }
 
-// body(part, begin, end), which must not throw. The parts, and so their sums, depend on tokens and
-// parts alone, and not on the thread that runs a part.
+// body(part), which must not throw, for each part on a thread of its own.
+template <class Body>
+void for_each_part(int64_t parts, const Body& body) {
+    if (parts == 1) return body(0);
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(parts))
+    for (int64_t part = 0; part < parts; ++part) body(part);
+}
+
+// body(part, begin, end). The parts, and so their sums, depend on tokens and parts alone, and not
+// on the thread that runs a part.
 template <class Body>
 void for_each_part(int64_t tokens, int64_t parts, const Body& body) {
     const int64_t blocks = block_count(tokens);
     const auto start = [&](int64_t part) { return std::min(tokens, blocks * part / parts * block_tokens); };
-    if (parts == 1) return body(0, 0, tokens);
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(parts))
-    for (int64_t part = 0; part < parts; ++part) body(part, start(part), start(part + 1));
+    for_each_part(parts, [&](int64_t part) { body(part, start(part), start(part + 1)); });
 }
 
 }  // namespace compacter::cpu

@@ -7,20 +7,10 @@
 
 namespace compacter::cpu {
 
-class Scratch {
+// Memory that is taken piece by piece.
+class Room {
 public:
-    // Throws std::bad_alloc. Two Scratch objects of one thread must not live at the same time.
-    explicit Scratch(int64_t floats) {
-        if (floats > kept.floats) kept.resize(floats);
-        data = kept.data;
-    }
-
-    ~Scratch() {
-        if (kept.floats > keep_at_most) kept.resize(0);
-    }
-
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
+    explicit Room(float* memory) : data(memory) {}
 
     float* take(int64_t floats) {
         float* piece = data;
@@ -28,7 +18,25 @@ public:
         return piece;
     }
 
+    float* rest() const { return data; }
+
     static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+private:
+    float* data;
+};
+
+class Scratch : public Room {
+public:
+    // Throws std::bad_alloc. Two Scratch objects of one thread must not live at the same time.
+    explicit Scratch(int64_t floats) : Room(hold(floats)) {}
+
+    ~Scratch() {
+        if (kept.floats > keep_at_most) kept.resize(0);
+    }
+
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
 
 private:
     static constexpr int64_t keep_at_most = int64_t{1} << 20;
@@ -50,8 +58,12 @@ private:
         }
     };
 
+    static float* hold(int64_t floats) {
+        if (floats > kept.floats) kept.resize(floats);
+        return kept.data;
+    }
+
     static thread_local Memory kept;
-    float* data;
 };
 
 inline thread_local Scratch::Memory Scratch::kept;

@@ -16,10 +16,10 @@ bool aligned(const Parameters& p) {
 std::string refuses(const Problem& p, const Device& device) {
     const Projection &down = *p.down, &up = p.up ? *p.up : down;
     const auto text = [](int64_t number) { return std::to_string(number); };
-    const int64_t n = down.n, rank = down.rank;
+    const int64_t n = down.n_in, rank = down.rank;
     if (device.capability < 80) return "the device is older than sm_80";
-    if (n != up.n || rank != up.rank)
-        return "down has phm_dim " + text(n) + " and rank " + text(rank) + ", up has " + text(up.n) + " and " + text(up.rank);
+    if (n != up.n_in || rank != up.rank)
+        return "down has phm_dim " + text(n) + " and rank " + text(rank) + ", up has " + text(up.n_in) + " and " + text(up.rank);
     if (n != 1 && n != 2 && n != 4 && n != 8 && n != 12 && n != 16)
         return "phm_dim is " + text(n) + "; the kernels have 1, 2, 4, 8, 12 and 16";
     if (rank != 1 && rank != 2 && rank != 4) return "the rank is " + text(rank) + "; the kernels have 1, 2 and 4";

@@ -21,12 +21,12 @@ int least_tokens(int n) { return n == 12 ? 4 : 16 / n; }
 Sizes sizes_of(const Problem& problem, int tokens) {
     const Projection &first = *problem.down, &last = problem.up ? *problem.up : first;
     Sizes s{};
-    s.n = static_cast<int>(first.n);
+    s.n = static_cast<int>(first.n_in);
     s.rank = static_cast<int>(first.rank);
     s.m = s.n * s.rank;
-    s.in = static_cast<int>(first.in / first.n);
-    s.inner = problem.up ? static_cast<int>(first.out / first.n) : 0;
-    s.out = static_cast<int>(last.out / last.n);
+    s.in = static_cast<int>(first.in / first.n_in);
+    s.inner = problem.up ? static_cast<int>(first.out / first.n_in) : 0;
+    s.out = static_cast<int>(last.out / last.n_in);
     const int quad = s.n % 4 == 0 ? 4 : 1;
     s.blocks = s.n / quad;
     s.rule_stride = s.n * s.n + quad;
@@ -68,7 +68,7 @@ Row row_of(const Problem& problem) {
     for (const Projection* p : {problem.down, problem.up}) {
         if (!p) continue;
         const int64_t bias = p->weights.bias.data ? p->out : 0;
-        for (const int64_t count : {p->n * p->n * p->n, p->in * p->rank, p->out * p->rank, bias}) {
+        for (const int64_t count : {p->n_in * p->n_in * p->n_in, p->in * p->rank, p->out * p->rank, bias}) {
             row.begin[row.count++] = static_cast<int>(at);
             at += count;
         }
@@ -99,7 +99,7 @@ Factors factors_of(const Problem& problem) {
 PlannedForward plan_forward(const Problem& problem, const Device& device) {
     PlannedForward plan{};
     Forward& f = plan.arguments;
-    const Sizes s = f.sizes = sizes_of(problem, least_tokens(static_cast<int>(problem.down->n)));
+    const Sizes s = f.sizes = sizes_of(problem, least_tokens(static_cast<int>(problem.down->n_in)));
     f.factors = factors_of(problem);
     f.tokens = problem.tokens;
     const int terms = s.m + (f.factors.bias2.data ? s.n : 0);
@@ -235,7 +235,7 @@ PlannedBackward plan_backward(const Problem& problem, const Device& device, bool
 
     // The first choice that fits twice on a multiprocessor, else the first that fits at all: 32 or
     // 16 rows (48 for n = 12), with or without the next tile in flight.
-    const int n = static_cast<int>(problem.down->n), least = least_tokens(n), more = n == 12 || n == 1 ? least : 2 * least;
+    const int n = static_cast<int>(problem.down->n_in), least = least_tokens(n), more = n == 12 || n == 1 ? least : 2 * least;
     const int choices[][2] = {{more, 2}, {more, 1}, {least, 2}, {least, 1}};
     const auto bytes_of = [&](int choice) {
         return with_element(problem.dtype, [&](auto element) {

@@ -63,14 +63,14 @@ PlannedPairForward plan(const Problem& problem, const Device& device) {
 }  // namespace
 
 bool pairs_serve(const Problem& p) {
-    if (!p.up || p.dtype != DType::bf16 || p.down->rank != 1 || p.up->rank != 1 || p.down->n != p.up->n) return false;
-    const int64_t n = p.down->n;
+    if (!p.up || p.dtype != DType::bf16 || p.down->rank != 1 || p.up->rank != 1 || p.down->n_in != p.up->n_in) return false;
+    const int64_t n = p.down->n_in;
     return (n == 4 || n == 8 || n == 12) && p.down->in / n % 16 == 0 && p.down->out % 8 == 0;
 }
 
 PlannedPairForward plan_pair_forward(const Problem& problem, const Device& device) {
-    if (problem.down->n == 4) return plan<Pairs<4>>(problem, device);
-    if (problem.down->n == 8) return plan<Pairs<8>>(problem, device);
+    if (problem.down->n_in == 4) return plan<Pairs<4>>(problem, device);
+    if (problem.down->n_in == 8) return plan<Pairs<8>>(problem, device);
     return plan<Pairs<12>>(problem, device);
 }
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from compacter_kernels.impl import Kernel, not_fused
+from compacter_kernels.impl import Kernel, beyond_compacter, not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
@@ -32,7 +32,7 @@ def refuses(problem: Problem) -> str | None:
     wanted = "cpu" if _interpreted() else "cuda"
     if problem.device.type != wanted:
         return f"x is on {problem.device.type}, not on {wanted}"
-    if reason := not_fused(problem):
+    if reason := not_fused(problem) or beyond_compacter(problem):
         return reason
     return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 

@@ -56,7 +56,7 @@ class TritonKernel:
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         if call.__class__ is LinearCall:
-            x, weights = call
+            x, weights, *_ = call
             x, added, scale = readable(x, "x"), None, 1.0
             (rule, left, right, bias), given = self.parameters.readable(weights)
             params: Optionals = (rule, left, None, None, None, None, right, bias)

@@ -122,7 +122,7 @@ def sizes(problem: Problem, backward: bool = False) -> Sizes:
     columns = 4 if bf16 else 8
     first, last = problem.projections[0], problem.projections[-1]
     n1, n2 = first.phm_dim, last.phm_dim
-    assert first.rank is not None and last.rank is not None
+    assert n1 is not None and n2 is not None and first.rank is not None and last.rank is not None
     adapter = problem.activation is not None
     d1, d2 = (first.out_features // n1, last.in_features // n2) if adapter else (1, 1)
     np1, np2 = power_of_two(n1), power_of_two(n2)
