@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compacter_kernels.functional import compacter_adapter, phm_linear
+from compacter_kernels.functional import bottleneck_adapter, compacter_adapter, compacter_adapter_bank, phm_linear
 from compacter_kernels.nn.initialisation import reset_factors, reset_rule
-from compacter_kernels.weights import PHMWeights
+from compacter_kernels.weights import LinearWeights, PHMWeights, Weights
 
 RESIDUALS = ("x", "other", "none")
 INITS = ("random", "paper")
@@ -34,20 +34,24 @@ class Inputs(NamedTuple):
     """The tensors of one call, and the gradient that its backward starts from.
 
     x: (..., k). up: None for phm_linear, whose weights are `down`. residual: None, x itself,
-    another tensor like x, or the pair of both. grad: like the output.
+    another tensor like x, or the pair of both. grad: like the output. route or mix: of a bank.
     """
 
     x: Tensor
-    down: PHMWeights
-    up: PHMWeights | None
+    down: Weights
+    up: Weights | None
     residual: Any
     grad: Tensor
     activation: Any = "gelu_new"
     scale: Any = 1.0
+    route: Tensor | None = None
+    mix: Tensor | None = None
 
     def tensors(self) -> Tensors:
-        """The inputs that can have a gradient, by name: x, residual, down.rule, ..., up.bias."""
+        """The inputs that can have a gradient, by name: x, mix, residual, down.rule, ..."""
         named = {"x": self.x}
+        if self.mix is not None:
+            named["mix"] = self.mix
         residual = self.residual[1] if isinstance(self.residual, tuple) else self.residual
         if residual is not None and residual is not self.x:
             named["residual"] = residual
@@ -62,19 +66,23 @@ class Inputs(NamedTuple):
             residual = (x, change(residual[1]))
         elif residual is not None:
             residual = x if residual is self.x else change(residual)
-        up = None if self.up is None else self.up.map(change)
-        return self._replace(x=x, down=self.down.map(change), up=up, residual=residual, grad=change(self.grad))
+        up, mix = None if self.up is None else self.up.map(change), None if self.mix is None else change(self.mix)
+        return self._replace(x=x, down=self.down.map(change), up=up, residual=residual, grad=change(self.grad), mix=mix)
 
 
 def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
     """The public function through that impl, with further options, as a function of inputs."""
 
     def function(inputs: Inputs) -> Tensor:
-        x, down, up, residual, _, activation, scale = inputs
+        x, down, up, residual, _, activation, scale, route, mix = inputs
         if up is None:
-            return phm_linear(x, down, impl=impl)
-        given = {"activation": activation, "scale": scale, **options}
-        return compacter_adapter(x, down, up, residual=residual, impl=impl, **given)
+            return phm_linear(x, down, impl=impl)  # type: ignore[arg-type]
+        given = {"activation": activation, "scale": scale, "residual": residual, "impl": impl, **options}
+        if route is not None or mix is not None:
+            return compacter_adapter_bank(x, down, up, route=route, mix=mix, **given)
+        adapter: Any = bottleneck_adapter if isinstance(down, LinearWeights) else compacter_adapter
+        result: Tensor = adapter(x, down, up, **given)
+        return result
 
     return function
 
@@ -89,7 +97,7 @@ class Case:
     is the authors' start, where the rule is near 0 and the bias is 0.
     """
 
-    operation: str = "adapter"  # or "linear", the down projection alone
+    operation: str = "adapter"  # "bottleneck", of dense projections, or "linear", the down projection alone
     width: int = 24
     bottleneck: int = 12
     n: int = 4
@@ -103,6 +111,9 @@ class Case:
     residual: str = "x"  # "none", "x", "other", or "both" for x and another
     bias: bool = True
     scale: Any = 1.0
+    bank: int | None = None  # the number of adapters
+    choice: str = "rows"  # of a bank: "rows" or "sequences" are routed, "mix", "mix sequences" or "mix rows" mixed
+    shared_rule: bool = False
     init: str = "random"
     seed: int = 0
 
@@ -125,26 +136,46 @@ class Case:
             drawn = torch.randn(shape, generator=rng, dtype=torch.float64) * std
             return drawn.to(dtype or kind).requires_grad_()
 
+        bank = () if self.bank is None else (self.bank,)
+
         def projection(side: str, n: int, rank: int | None, fan_in: int, fan_out: int) -> Tensors:
+            if self.operation == "bottleneck":
+                weight = leaf((*bank, fan_in, fan_out), fan_in**-0.5)
+                return dict(LinearWeights(weight, leaf((*bank, fan_out), 0.5) if self.bias else None).named(side))
             columns = fan_out // n
             weights = PHMWeights(
-                leaf((n, n, n), n**-0.5),
-                leaf((n, fan_in // n, rank or columns), fan_in**-0.5),
-                leaf((n, rank, columns), rank**-0.5) if rank else None,
-                leaf((fan_out,), 0.5) if self.bias else None,
+                leaf((*(() if self.shared_rule else bank), n, n, n), n**-0.5),
+                leaf((*bank, n, fan_in // n, rank or columns), fan_in**-0.5),
+                leaf((*bank, n, rank, columns), rank**-0.5) if rank else None,
+                leaf((*bank, fan_out), 0.5) if self.bias else None,
             )
             if self.init == "paper":
                 _as_authors(weights, self.seed)
             return dict(weights.named(side))
 
         named = {"x": leaf((*self.shape, self.width), 1.0, self.dtype)}
-        adapter = self.operation == "adapter"
+        adapter = self.operation != "linear"
+        if self.choice.startswith("mix") and self.bank is not None:
+            named["mix"] = leaf((*self._chosen(), self.bank), 1.0)
         if adapter and self.residual in ("other", "both"):
             named["residual"] = leaf((*self.shape, self.width), 1.0, self.dtype)
         named |= projection("down", self.n, self.rank, self.width, self.bottleneck)
         if adapter:
             named |= projection("up", self.up_n or self.n, self.up_rank or self.rank, self.bottleneck, self.width)
         return named
+
+    def _chosen(self) -> tuple[int, ...]:
+        """The first sizes of x, for each of which there is one choice of adapters."""
+        if self.choice == "mix":
+            return ()
+        return self.shape if self.choice.endswith("rows") else self.shape[:1]
+
+    def route(self) -> Tensor | None:
+        """The adapters of a routed bank, among them -1."""
+        if self.bank is None or self.choice.startswith("mix"):
+            return None
+        rng = torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + self.seed + 2)
+        return torch.randint(-1, self.bank, self._chosen(), generator=rng)
 
     def grad_output(self) -> Tensor:
         """The gradient that a backward starts from."""
@@ -161,12 +192,15 @@ class Case:
         if self.operation == "linear":
             return Inputs(x, weights(tensors), None, None, grad)
         residual = {"x": x, "other": other, "both": (x, other), "none": None}[self.residual]
-        return Inputs(x, weights(tensors), weights(tensors, "up."), residual, grad, self.activation, self.scale)
+        down, up = weights(tensors), weights(tensors, "up.")
+        chosen = (self.route(), tensors.get("mix"))
+        return Inputs(x, down, up, residual, grad, self.activation, self.scale, *chosen)
 
 
-def weights(tensors: Tensors, prefix: str = "down.") -> PHMWeights:
-    """The PHMWeights among the tensors, by the prefix of their names."""
-    return PHMWeights(*(tensors.get(prefix + field) for field in PHMWeights._fields))  # type: ignore[arg-type]
+def weights(tensors: Tensors, prefix: str = "down.") -> Any:
+    """The weights of a projection among the tensors, by the prefix of their names."""
+    kind: type[Any] = LinearWeights if prefix + "weight" in tensors else PHMWeights
+    return kind(*(tensors.get(prefix + field) for field in kind._fields))
 
 
 def _text(value: Any) -> str:

@@ -80,7 +80,10 @@ def problem(case: Case, device: str = "cpu") -> Problem:
     if case.operation == "linear":
         found = linear_problem(tensors["x"], weights(tensors))
     else:
-        found = adapter_problem(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), case.activation)
+        bank = () if case.bank is None else (case.bank, "mix" in tensors)
+        found = adapter_problem(
+            tensors["x"], weights(tensors, "down."), weights(tensors, "up."), case.activation, *bank
+        )
     return found._replace(device=torch.device(device))
 
 

@@ -44,7 +44,7 @@ class Provider(NamedTuple):
 
 
 def _arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
-    assert case.up is not None and case.residual is case.x
+    assert isinstance(case.down, PHMWeights) and isinstance(case.up, PHMWeights) and case.residual is case.x
     return case.x, case.down, case.up, case.activation
 
 

@@ -4,80 +4,11 @@
 
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/launch.h"
-#include "cases.h"
-#include "reference.h"
+#include "family_check.h"
+#include "stored.h"
 
 namespace compacter::check {
 namespace {
-
-int passed = 0, failed = 0;
-
-double rounding(DType dtype) {
-    return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 0x1p-24;
-}
-
-// Largest error over largest value, against the rounding of the dtype and that of a chain of fp32 sums.
-void expect(const std::string& name, const char* what, const Tensor& got, const Numbers& want) {
-    double error = 0., largest = 1e-30;
-    const Numbers values = got.values();
-    for (size_t j = 0; j < want.size(); ++j) {
-        largest = std::max(largest, std::abs(want[j]));
-        const double difference = std::abs(values[j] - want[j]);
-        if (!(difference <= error)) error = difference;  // NaN stays
-    }
-    if (error <= largest * (rounding(got.dtype) + 2e-5)) {
-        ++passed;
-    } else {
-        ++failed;
-        std::printf("FAILED %s %s: error %.3g of %.3g\n", name.c_str(), what, error, largest);
-    }
-}
-
-void expect(const std::string& name, const char* what, bool holds) {
-    holds ? ++passed : ++failed;
-    if (!holds) std::printf("FAILED %s %s\n", name.c_str(), what);
-}
-
-// One projection's parameters in memory, and poisoned gradients of the same shape.
-struct Stored {
-    int64_t n, rank, in, out;
-    Tensor rule, left, right, bias;
-
-    Stored(const Case& c, bool down)
-        : n(down ? c.n_down : c.n_up),
-          rank(down ? c.rank_down : c.rank_up),
-          in(down ? c.k : c.d),
-          out(down ? c.d : c.k),
-          rule(n * n * n, c.parameters),
-          left(in * rank, c.parameters, c.offset),
-          right(out * rank, c.parameters),
-          bias(c.bias ? out : 0, c.parameters, c.bias ? c.offset : 0) {}
-
-    void randomise(std::mt19937& random) {
-        rule.randomise(random, 0.5);
-        left.randomise(random, 1. / std::sqrt(double(in / n * rank)));
-        right.randomise(random, 0.7);
-        if (bias.count) bias.randomise(random, 0.3);
-    }
-
-    Parameters parameters() { return {rule.array(), left.array(), right.array(), bias.array()}; }
-    Projection projection() { return {n, rank, in, out, parameters()}; }
-    Weights values() const { return {n, rank, in, out, rule.values(), left.values(), right.values(), bias.values()}; }
-
-    bool same_bits(const Stored& other) const {
-        return rule.same_bits(other.rule) && left.same_bits(other.left) && right.same_bits(other.right) && bias.same_bits(other.bias);
-    }
-};
-
-void expect_gradients(const std::string& name, const Stored& got, const Weights& want) {
-    if (got.rule.count) expect(name, "rule", got.rule, want.rule);
-    if (got.left.count) expect(name, "left", got.left, want.left);
-    if (got.right.count) expect(name, "right", got.right, want.right);
-    if (got.bias.count) expect(name, "bias", got.bias, want.bias);
-}
-
-// Leaves out every other gradient.
-void drop_some(Stored& gradients) { gradients.rule = gradients.right = Tensor(); }
 
 void check_linear(const std::string& name, const Case& c, std::mt19937& random) {
     Stored weights(c, true), grads(c, true), again(c, true);
@@ -87,7 +18,7 @@ void check_linear(const std::string& name, const Case& c, std::mt19937& random) 
     g.randomise(random, 1.);
     if (c.some_gradients) drop_some(grads), drop_some(again), dx = Tensor();
     const Linear linear{weights.projection(), c.x, c.tokens, x.data()};
-    cpu::forward(linear, out.data(), c.threads);
+    cpu::forward(linear, nullptr, out.data(), c.threads);
     cpu::backward(linear, g.data(), dx.data(), grads.parameters(), c.threads);
     cpu::backward(linear, g.data(), dx.data(), again.parameters(), c.threads);
 
@@ -205,6 +136,12 @@ int main() {
             check::check_linear(isa + " linear " + c.name(), c, random);
             for (const bool normed : {false, true})
                 check::check_adapter(isa + (normed ? " normed adapter " : " adapter ") + c.name(), c, normed, random);
+            for (const bool dense : {false, true}) {
+                const std::string kind = isa + (dense ? " dense " : " ");
+                if (dense) check::check_dense(kind + c.name(), c, random);
+                check::check_routed(kind + "routed " + c.name(), c, dense, random);
+                check::check_mixed(kind + "mixed " + c.name(), c, dense, random);
+            }
         }
         for (int code = 0; code <= static_cast<int>(Activation::quick_gelu); ++code)
             check::check_nan(isa + " activation " + std::to_string(code), static_cast<Activation>(code));
