@@ -87,11 +87,15 @@ def check_tensor(value: object, name: str, ndim: int | None = None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}")
+    _check_layout(value, name)
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+
+
+def _check_layout(value: Tensor, name: str) -> None:
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-    if ndim is not None and value.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
 
 
 def check_weights(weights: PHMWeights, name: str, adapters: int | None = None) -> Projection:
@@ -205,6 +209,7 @@ def check_choice(x: Tensor, route: object, mix: object, adapters: int) -> None:
     if mix is None:
         if choice.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"route must be int64 or int32, got {dtype_name(choice.dtype)}")
+        _check_layout(choice, "route")
         leading, wanted = choice.shape, ""
     else:
         check_tensor(choice, "mix")

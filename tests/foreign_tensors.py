@@ -79,7 +79,7 @@ def sparse(tensor: Tensor) -> Tensor:
 
 
 def opaque(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_mkldnn()
+    return tensor.detach().to_mkldnn() if tensor.is_floating_point() else tensor
 
 
 def nested(tensor: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def nested(tensor: Tensor) -> Tensor:
 
 
 def quantised(tensor: Tensor) -> Tensor:
-    return torch.quantize_per_tensor(tensor.detach(), 0.1, 0, torch.qint8)
+    return torch.quantize_per_tensor(tensor.detach(), 0.1, 0, torch.qint8) if tensor.is_floating_point() else tensor
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,6 +99,8 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 LINEAR = ("x", *(f"weights.{f}" for f in FIELDS))
 ADAPTER = ("x", *(f"{side}.{f}" for side in ("down", "up") for f in FIELDS), "residual", "scale")
 ADAPTER += ("norm.weight", "norm.bias", "out")
+DENSE = ("x", "down.weight", "down.bias", "up.weight", "up.bias", "residual")
+BANK = ("x", *(f"{side}.{f}" for side in ("down", "up") for f in FIELDS), "residual")
 
 
 # The arguments that are tested with torch.compile. For other arguments torch compiles a plain impl
@@ -144,6 +146,34 @@ def adapter(given: dict[str, Tensor], impl: str = "auto", what: str = "") -> Ten
     return ck.compacter_adapter(given["x"], down, up, impl=impl, **options)
 
 
+def bottleneck(given: dict[str, Tensor], impl: str = "auto") -> Tensor:
+    sides = (ck.LinearWeights(given[f"{side}.weight"], given[f"{side}.bias"]) for side in ("down", "up"))
+    return ck.bottleneck_adapter(given["x"], *sides, residual=given["residual"], impl=impl)
+
+
+def routed(given: dict[str, Tensor], impl: str = "auto") -> Tensor:
+    chosen = {"route": given["route"], "residual": given["residual"], "impl": impl}
+    return ck.compacter_adapter_bank(given["x"], weights(given, "down"), weights(given, "up"), **chosen)
+
+
+def mixed(given: dict[str, Tensor], impl: str = "auto") -> Tensor:
+    chosen = {"mix": given["mix"], "residual": given["residual"], "impl": impl}
+    return ck.compacter_adapter_bank(given["x"], weights(given, "down"), weights(given, "up"), **chosen)
+
+
+def bank() -> dict[str, Tensor]:
+    """Plain tensors for a bank of two adapters."""
+    found = tensors()
+    found = {name: torch.stack((t, 2 * t)) if "." in name else t for name, t in found.items()}
+    return found | {"route": torch.tensor([0, 1, -1, 1, 0]), "mix": torch.randn(5, 2)}
+
+
+def dense() -> dict[str, Tensor]:
+    """Plain tensors for dense projections."""
+    found = tensors() | {"down.weight": torch.randn(WIDTH, BOTTLENECK), "up.weight": torch.randn(BOTTLENECK, WIDTH)}
+    return {name: found[name] for name in DENSE}
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The plain tensor that a result of another class represents."""
     if hasattr(tensor, "full_tensor"):
@@ -179,7 +209,8 @@ def calls(
             return [function(given, impl, **options)]
 
     def recorded() -> list[Tensor]:
-        other = "x" if name.endswith("left") else "weights.left" if function is linear else "up.left"
+        other = "weights.left" if function is linear else "up.weight" if function is bottleneck else "up.left"
+        other = "x" if name == other or name.endswith("left") else other
         leaf = given[other].detach().requires_grad_()
         out = function({**given, other: leaf}, impl, **options)
         return [out.detach(), *torch.autograd.grad(out.sum(), leaf)]
@@ -203,11 +234,16 @@ def functions(kind: str) -> dict[str, str]:
     """The outcome of each call with one argument of that kind, and with all of them."""
     found = {}
     foreign = KINDS[kind]
-    for function, names in ((linear, LINEAR), (adapter, ADAPTER)):
+    single = tensors() | {"out": torch.zeros(5, WIDTH)}
+    single |= {name.replace("down.", "weights."): t for name, t in single.items() if name.startswith("down.")}
+    all_calls: tuple[Any, ...] = ((linear, LINEAR, single), (adapter, ADAPTER, single), (bottleneck, DENSE, dense()))
+    all_calls += ((routed, (*BANK, "route"), bank()), (mixed, (*BANK, "mix"), bank()))
+    for function, names, plain_tensors in all_calls:
         for impl in ("auto", "factored"):
             for name in (*names, "all"):
-                base = tensors() | {"out": torch.zeros(5, WIDTH)}
-                base |= {name.replace("down.", "weights."): t for name, t in base.items() if name.startswith("down.")}
+                if name == "route" and foreign in (opaque, quantised):
+                    continue  # they have no integers
+                base = {n: t.clone() for n, t in plain_tensors.items()}
                 given = {n: foreign(t) if name in (n, "all") else t for n, t in base.items()}
                 plain_calls = dict(calls(function, name, impl, base, foreign))
                 for how, call in calls(function, name, impl, given, foreign):

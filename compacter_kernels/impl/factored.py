@@ -84,7 +84,7 @@ class _Factored(Plain):
         own = call.route.clamp(0, adapters - 1)
         h = self.activation(_of_groups(rows.unflatten(0, (groups, -1)), call.down.adapter(own)))
         y, of_group = _of_groups(h, call.up.adapter(own)), call.route[:, None, None]
-        y = torch.where(of_group == -1, torch.zeros_like(y), torch.where(of_group == own[:, None, None], y, torch.nan))
+        y = y.masked_fill(of_group == -1, 0.0).masked_fill((of_group < -1) | (of_group >= adapters), torch.nan)
         return y.flatten(0, 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compacter_kernels.calls import AdapterCall, BankCall
 from compacter_kernels.impl import Gradients, native
-from compacter_kernels.impl.memory import Parameters, addresses, readable
+from compacter_kernels.impl.memory import Parameters, addresses, check_memory, readable
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import LinearWeights, Weights
 
@@ -30,7 +30,11 @@ class Given:
             if turned:
                 weight = given[index]
                 assert weight is not None
-                given[index] = weight.mT
+                try:
+                    given[index] = weight.mT
+                except RuntimeError:  # raised by torch for freed storage
+                    check_memory(weight, parameters.names[index])
+                    raise
         read, _ = parameters.readable(given)
         self.tensors = read
         self.slots = read if not dense else (None, read[0], None, read[1], None, read[2], None, read[3])

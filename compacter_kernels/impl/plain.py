@@ -110,9 +110,10 @@ class Plain:
         adapters = call.down.slots()[1].shape[0]
         adapters_exist(call.route, adapters)
         of_row = call.route.repeat_interleave(rows.shape[0] // max(1, len(call.route)))[:, None]
-        y = torch.where((of_row < -1) | (of_row >= adapters), torch.nan, torch.zeros_like(rows))
+        y = torch.zeros_like(rows).masked_fill((of_row < -1) | (of_row >= adapters), torch.nan)
         for index in range(adapters):
-            y = torch.where(of_row == index, self.adapter(rows, call.down.adapter(index), call.up.adapter(index)), y)
+            own = self.adapter(rows, call.down.adapter(index), call.up.adapter(index))
+            y = y + own.masked_fill(of_row != index, 0.0)
         return y
 
     def mixed(self, rows: Tensor, call: BankCall) -> Tensor:
