@@ -239,7 +239,7 @@ def functions(kind: str) -> dict[str, str]:
     all_calls: tuple[Any, ...] = ((linear, LINEAR, single), (adapter, ADAPTER, single), (bottleneck, DENSE, dense()))
     all_calls += ((routed, (*BANK, "route"), bank()), (mixed, (*BANK, "mix"), bank()))
     for function, names, plain_tensors in all_calls:
-        for impl in ("auto", "factored"):
+        for impl in ("auto", "factored") if function in (linear, adapter) else ("auto",):
             for name in (*names, "all"):
                 if name == "route" and foreign in (opaque, quantised):
                     continue  # they have no integers
