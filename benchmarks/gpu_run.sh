@@ -14,7 +14,7 @@
 # next one runs all the same. A kernel that fails its first look is not measured. Exits 0 when every stage passed.
 #
 # OUT/visit.tar.gz is written anew after each stage: stages.json (the exit code and seconds of each), machine.json, the
-# output of each stage in NAME.log, ab.json and ab.txt, tests.xml, the folder bench, and model_step_*.json and .txt.
+# output of each stage in NAME.log, ab.json and ab.txt, family.json, tests.xml, the folder bench, and model_step_*.json and .txt.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu_run.sh OUT}
 mkdir -p "$out"
@@ -22,7 +22,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 exec </dev/null
 
-STAGES=${STAGES:-build machine first ab ncu memcheck racecheck tests large bench model}
+STAGES=${STAGES:-build machine first ab family ncu memcheck racecheck tests large bench model}
 DEADLINE=${DEADLINE:-570} # seconds of the whole visit
 IMPLS=${IMPLS:-cuda triton}
 VARIANTS=${VARIANTS:-} # other builds of the native part
@@ -108,6 +108,12 @@ for name in $STAGES; do
             stage ab 150 "${python[@]}" benchmarks/gpu_ab.py "$results/ab.json" "${kernels[@]}" --limit 90 ${AB:-}
             test ! -f "$results/ab.txt" || cat "$results/ab.txt"
             ;;
+        family)
+            impls=()
+            for kernel in "${kernels[@]}"; do [[ " $IMPLS " == *" $kernel "* ]] && impls+=("$kernel"); done
+            # shellcheck disable=SC2086  # FAMILY is a list of options
+            stage family 120 "${python[@]}" benchmarks/gpu_family.py "$results/family.json" "${impls[@]}" ${FAMILY:-}
+            ;;
         ncu)
             watched ncu 120 ncu --clock-control none --profile-from-start off --page raw --print-units base \
                 "${sections[@]/#/--section=}" --metrics "$metrics" \
@@ -144,7 +150,7 @@ for name in $STAGES; do
                 --model t5-base --device cuda --dtype bfloat16 --batch 32
             ;;
         *)
-            printf 'no stage %s; choose of build machine first ab ncu memcheck racecheck tests large bench model\n' "$name" >&2
+            printf 'no stage %s; choose of build machine first ab family ncu memcheck racecheck tests large bench model\n' "$name" >&2
             exit 2
             ;;
     esac

@@ -67,7 +67,9 @@ class Inputs(NamedTuple):
         elif residual is not None:
             residual = x if residual is self.x else change(residual)
         up, mix = None if self.up is None else self.up.map(change), None if self.mix is None else change(self.mix)
-        return self._replace(x=x, down=self.down.map(change), up=up, residual=residual, grad=change(self.grad), mix=mix)
+        route = None if self.route is None else self.route.to(x.device)
+        changed = {"x": x, "down": self.down.map(change), "up": up, "residual": residual, "grad": change(self.grad)}
+        return self._replace(**changed, route=route, mix=mix)
 
 
 def call(impl: str, **options: Any) -> Callable[[Inputs], Tensor]:
@@ -193,7 +195,8 @@ class Case:
             return Inputs(x, weights(tensors), None, None, grad)
         residual = {"x": x, "other": other, "both": (x, other), "none": None}[self.residual]
         down, up = weights(tensors), weights(tensors, "up.")
-        chosen = (self.route(), tensors.get("mix"))
+        route = self.route()
+        chosen = (None if route is None else route.to(x.device), tensors.get("mix"))
         return Inputs(x, down, up, residual, grad, self.activation, self.scale, *chosen)
 
 

@@ -26,7 +26,16 @@ from compacter_kernels.dispatch import IMPLS
 from compacter_kernels.impl import cpu
 from compacter_kernels.impl.module import MODULE
 
-OPTIONS = ("AB", "BENCH", "DEADLINE", "IMPLS", "PYTEST", "STAGES", "VARIANTS")  # of gpu_run.sh, and of the Makefile
+OPTIONS = (
+    "AB",
+    "BENCH",
+    "DEADLINE",
+    "FAMILY",
+    "IMPLS",
+    "PYTEST",
+    "STAGES",
+    "VARIANTS",
+)  # of gpu_run.sh, and of the Makefile
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = Shape(48, 24, 4)
 INPUTS = Case.of(SHAPE, 20, dtype=torch.bfloat16).inputs()
@@ -53,7 +62,7 @@ def visit(out: Path, **environment: str) -> tuple[int, dict[str, dict[str, int]]
 def test_a_dry_run_reads_every_command_line(tmp_path: Path) -> None:
     code, stages, files, printed = visit(tmp_path)
     assert code == 0, printed
-    expected = "build machine first_0 first_1 ab ncu memcheck racecheck tests large bench"
+    expected = "build machine first_0 first_1 ab family ncu memcheck racecheck tests large bench"
     assert " ".join(name for name in stages if name != "model") == expected
     assert all(stage["exit_code"] == 0 for stage in stages.values())
     assert {f"{name}.log" for name in stages} <= set(files)
