@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_family.py OUT.json IMPL... [--tokens 16384] [--limit 90]
 
-x is bfloat16. Each case is compared with the contract on few tokens; one that is wrong is not
-timed. The timer is that of `bench --device cuda`, in turns with a copy and with the single Compacter
-adapter. Backward is the kernel alone, with all gradients; its copy reads x and the gradient and
-writes dx. OUT.json is written anew after each case. Returns 1 if something is wrong or failed.
+x is bfloat16. Each case is compared with the contract on few tokens. One that is wrong is not
+timed. The timer is that of `bench --device cuda`, in turns with a copy and with the single adapter
+of Compacter. Backward is the kernel alone, with all gradients. Its copy reads x and the gradient
+and writes dx. OUT.json is written anew after each case. Returns 1 if something is wrong or failed.
 """
 
 from __future__ import annotations
