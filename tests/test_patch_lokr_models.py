@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import run_two
 
 import compacter_kernels as ck
-from compacter_kernels import kronecker_map
+from compacter_kernels import functional, route
+from compacter_kernels.dispatch import ENVIRONMENT
+from compacter_kernels.impl import chain
 from compacter_kernels.patch import patch as patch_module
 from compacter_kernels.saved import saved_bytes
 
@@ -26,7 +28,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-both_ways = pytest.mark.parametrize("one_operation", [True, False], ids=["one operation", "seen by torch"])
+
+
+@pytest.fixture(params=["auto", "factored", "seen by torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The fused kernel where it serves; the chain of products; that chain where torch sees them."""
+    if request.param != "auto":
+        monkeypatch.setenv(ENVIRONMENT, "factored")
+        monkeypatch.setattr(chain, "alone", lambda: request.param == "factored")
+    return str(request.param)
 
 
 def compiled(model: Any, **options: Any) -> Any:
@@ -50,13 +60,10 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@both_ways
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("options", [{}, {"rank_dropout": 0.5, "module_dropout": 0.1}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_no_matrix_of_the_size_of_the_weight(
-    setup: str, options: dict[str, Any], one_operation: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kronecker_map, "alone", lambda: one_operation)
+def test_no_matrix_of_the_size_of_the_weight(setup: str, options: dict[str, Any]) -> None:
     model = make(setup, count=2, **options).train()
     size = layer(model).base_layer.weight.numel()
     x, grad = batch(model, leading=(2,))
@@ -70,10 +77,8 @@ def test_no_matrix_of_the_size_of_the_weight(
     assert largest[1] < size
 
 
-@both_ways
 @pytest.mark.parametrize("setup", SETUPS)
-def test_nothing_of_that_size_is_saved(setup: str, one_operation: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kronecker_map, "alone", lambda: one_operation)
+def test_nothing_of_that_size_is_saved(setup: str, way: str) -> None:
     model = make(setup, alpha=SETUPS[setup][2]["r"])
     x, _ = batch(model, leading=(2,))
     x.requires_grad_()
@@ -81,7 +86,7 @@ def test_nothing_of_that_size_is_saved(setup: str, one_operation: bool, monkeypa
     saved = [saved_bytes(lambda m=m: m(x), (*m.parameters(), x)) for m in (model, patched(model))]
     assert saved[0] >= size
     assert saved[1] < size
-    if one_operation and "w1" not in setup and "number" not in setup:
+    if way != "seen by torch" and "w1" not in setup and "number" not in setup:
         assert saved[1] == 0  # x and the parameters alone
 
 
@@ -141,6 +146,40 @@ def test_checkpointing(use_reentrant: bool) -> None:
     again.forward = lambda x: checkpoint(forward, x, use_reentrant=use_reentrant)
     got = step(again, x, grad)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("setup", ["low rank", "factorised w1", "whole w2"])
+def test_the_output_of_the_base_is_added_in_the_same_call(setup: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low rank is a call of the fused kernel where it is built, and a whole w2 of the chain."""
+    model = patched(make(setup, count=2))
+    x, _ = batch(model)
+    calls, run = [], route.run
+
+    def recorded(call: Any, *args: Any) -> Tensor:
+        explanation = route.explain(call, *args)
+        calls.append((call.base is not None, explanation.impl))
+        return run(call, *args)
+
+    monkeypatch.setattr(functional, "_run", recorded)
+    model(x)
+    low_rank = "cpu" if ck.available_impls()["cpu"] is None else "factored"
+    assert calls == 2 * [(True, "factored" if setup == "whole w2" else low_rank)]
+
+
+def test_second_derivatives_through_the_fused_kernel_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(make())
+    x, _ = batch(model)
+    x.requires_grad_()
+
+    def twice() -> Tensor:
+        (first,) = torch.autograd.grad(model(x).square().sum(), [x], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x])[0]
+
+    if ck.available_impls()["cpu"] is None:
+        with pytest.raises(RuntimeError, match=r"no second derivative.*impl='factored'"):
+            twice()
+    monkeypatch.setenv(ENVIRONMENT, "factored")
+    assert twice().abs().sum() > 0
 
 
 def test_training_gives_the_same_losses() -> None:

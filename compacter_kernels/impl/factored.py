@@ -1,8 +1,9 @@
 """The same function by small matmuls without H, on any device, in any dtype, differentiable twice.
 
-A projection of rank r is a low-rank map in -> n^2 r -> out. Its factor on the wide side is
+A PHM projection of rank r is a low-rank map in -> n^2 r -> out. Its factor on the wide side is
 block-diagonal with equal blocks; the rule is folded into the factor on the narrow side. All sums
-also run over the rank index.
+also run over the rank index. Maps of other shapes, and a whole second factor, which have large
+rules or no narrow side, are a chain of small products (`chain`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compacter_kernels.calls import BankCall
+from compacter_kernels.calls import BankCall, LinearCall
 from compacter_kernels.impl import Kernel
+from compacter_kernels.impl.chain import chain
 from compacter_kernels.impl.plain import Plain, adapters_exist, refuses as refuses, unavailable as unavailable, wide
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import LinearWeights, PHMWeights, Weights
@@ -19,14 +21,10 @@ from compacter_kernels.weights import LinearWeights, PHMWeights, Weights
 _GATHERED = 4  # the largest memory for gathered weights, in numbers for each number of x
 
 
-def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """x H for x (T, in), without building H if the weights are factorised."""
+def _low_rank(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x H for x (T, in) and a PHM projection of rank r."""
     (terms, chunk, rank), (_, n_in, n_out) = left.shape, rule.shape
     tokens = x.shape[0]
-    if right is None:
-        # H[p,u,q,v] = sum_i A_i[p,q] W_i[u,v] as one matmul, since W has no low-rank form
-        w = rule.reshape(terms, n_in * n_out).t() @ left.reshape(terms, chunk * rank)
-        return x @ w.reshape(n_in, n_out, chunk, rank).transpose(1, 2).reshape(n_in * chunk, n_out * rank)
     if n_in * chunk >= n_out * right.shape[2]:
         # Z[p,i] = sum_u x[p,u] s_i[u], y[q,v] = sum_pi Z[p,i] C[(p,i),(q,v)], C = A_i[p,q] t_i[v]
         z = x.reshape(tokens * n_in, chunk) @ left.transpose(0, 1).reshape(chunk, terms * rank)
@@ -39,11 +37,23 @@ def _product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor | None) -> Ten
     return y.reshape(tokens, n_out * right.shape[2])
 
 
+def _folds(weights: PHMWeights) -> bool:
+    """Whether the rule is folded into a factor. With one chunk there is nothing to fold."""
+    terms, n_in, n_out = weights.rule.shape
+    return weights.right is not None and terms == n_in == n_out > 1
+
+
+def _converted(weights: PHMWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The weights in this dtype. to() takes time even if the dtype is the same."""
+    return tuple(w if w is None or w.dtype == dtype else w.to(dtype) for w in weights)  # type: ignore[return-value]
+
+
 def _project(x: Tensor, weights: PHMWeights) -> Tensor:
-    # to() takes time even if the dtype is the same
-    rule, left, right, bias = [w if w is None or w.dtype == x.dtype else w.to(x.dtype) for w in weights]
-    assert rule is not None and left is not None
-    y = _product(x, rule, left, right)
+    rule, left, right, bias = _converted(weights, x.dtype)
+    if right is not None and _folds(weights):
+        y = _low_rank(x, rule, left, right)
+    else:
+        y = chain(x, [rule], [left] if right is None else [left, right])
     return y if bias is None else y + bias
 
 
@@ -71,6 +81,15 @@ def _of_groups(x: Tensor, weights: Weights) -> Tensor:
 
 class _Factored(Plain):
     """Plain, with the weights of each group of a routed call gathered where they are few."""
+
+    def linear(self, call: LinearCall) -> Tensor:
+        """A chain adds the base in its last product, and keeps x as it is."""
+        x, weights, base, scale = call
+        if _folds(weights):
+            return super().linear(call)
+        rule, left, right, bias = _converted(weights, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        y = chain(x, [rule], [left] if right is None else [left, right], scale, base)
+        return y if bias is None else y + (bias if scale == 1.0 else bias * scale)
 
     def routed(self, rows: Tensor, call: BankCall) -> Tensor:
         """The adapter of each row, (rows, k)."""

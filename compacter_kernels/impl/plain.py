@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compacter_kernels import modes
-from compacter_kernels.calls import BankCall, Call, LinearCall, fake
+from compacter_kernels.calls import AdapterCall, BankCall, Call, LinearCall, fake
 from compacter_kernels.impl import Gradients
 from compacter_kernels.impl.memory import Parameters, check_readable
 from compacter_kernels.problem import Problem
@@ -99,6 +99,13 @@ class Plain:
         y = rows @ weights.weight.to(rows.dtype)
         return y if weights.bias is None else y + weights.bias.to(rows.dtype)
 
+    def linear(self, call: LinearCall) -> Tensor:
+        """[base +] scale * (x H + b), wide."""
+        y = self.project(self.rows(call.x), call.weights)
+        if call.scale != 1.0:
+            y = y * call.scale
+        return y if call.base is None else y + self.rows(call.base).reshape(y.shape)
+
     def adapter(self, rows: Tensor, down: Weights, up: Weights) -> Tensor:
         """up(act(down(x))) of wide rows."""
         assert self.activation is not None
@@ -127,24 +134,24 @@ class Plain:
         return y
 
     def _compute(self, call: Call) -> Tensor:
-        x, rows = call.x, self.rows(call.x)
-        if isinstance(call, LinearCall):
-            y, add_x, added = self.project(rows, call.weights), False, call.base
-        else:
-            add_x, added = call.add_x, call.residual
-            if isinstance(call, BankCall):
-                rows = rows.reshape(x.numel() // x.shape[-1], x.shape[-1])
-                y = self.routed(rows, call) if call.mix is None else self.mixed(rows, call)
-            else:
-                y = self.adapter(rows, call.down, call.up)
-        if call.scale != 1.0:
-            y = y * call.scale
-        if add_x:
-            y = y + rows
-        if added is not None:
-            y = y + self.rows(added).reshape(y.shape)
+        x = call.x
+        y = self.linear(call) if isinstance(call, LinearCall) else self._adapted(call)
         y = y.to(x.dtype)
         return y if y.ndim == x.ndim else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _adapted(self, call: AdapterCall | BankCall) -> Tensor:
+        """The result of an adapter or a bank, wide."""
+        x, rows = call.x, self.rows(call.x)
+        if isinstance(call, BankCall):
+            rows = rows.reshape(x.numel() // x.shape[-1], x.shape[-1])
+            y = self.routed(rows, call) if call.mix is None else self.mixed(rows, call)
+        else:
+            y = self.adapter(rows, call.down, call.up)
+        if call.scale != 1.0:
+            y = y * call.scale
+        if call.add_x:
+            y = y + rows
+        return y if call.residual is None else y + self.rows(call.residual).reshape(y.shape)
 
 
 def unavailable() -> str | None:

@@ -14,7 +14,7 @@ from peft.tuners.lokr.layer import Linear, LoKrLayer
 from torch import Tensor, nn
 
 from compacter_kernels.impl.plain import autocasts
-from compacter_kernels.kronecker_map import kronecker_map
+from compacter_kernels.patch.lokr import lokr_linear
 from compacter_kernels.patch.methods import put, replaced_by_others
 
 _METHODS = ("forward", "_get_delta_activations", "get_delta_weight")  # what `forward` below stands in for
@@ -40,42 +40,47 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     result = layer.base_layer(x, *args, **kwargs)
-    for name in layer.active_adapters:
-        if name in layer._available_adapters:
-            result = _with_adapter(layer, name, x, result)
+    active = [name for name in layer.active_adapters if name in layer._available_adapters]
+    for name in active:
+        result = _with_adapter(layer, name, x, result, len(active) == 1)
     return result.to(x.dtype)  # type: ignore[no-any-return]
 
 
-def _with_adapter(layer: Any, name: str, x: Tensor, result: Tensor) -> Tensor:
+def _with_adapter(layer: Any, name: str, x: Tensor, result: Tensor, only: bool) -> Tensor:
     """The result with this adapter added, unless module dropout leaves it out."""
     probability, compiled = layer.module_dropout[name], torch.compiler.is_compiling()
     if not layer.training or (compiled and not probability):
-        return result + _added(layer, name, x)
+        return _added(layer, name, x, result, only)
     keep = torch.rand(1) > probability
     if compiled:  # a compiled graph cannot branch on a random number
-        return torch.where(keep.to(result.device), result + _added(layer, name, x), result)
-    return result + _added(layer, name, x) if keep else result
+        return torch.where(keep.to(result.device), _added(layer, name, x, result, only), result)
+    return _added(layer, name, x, result, only) if keep else result
 
 
-def _added(layer: Any, name: str, x: Tensor) -> Tensor:
-    """What the adapter adds, in the dtype in which `peft` computes it, rounded to that once."""
-    rules, factors = _matrices(layer, "w1", name), _matrices(layer, "w2", name)
-    dtype = reduce(torch.promote_types, [matrix.dtype for matrix in rules + factors])
+def _added(layer: Any, name: str, x: Tensor, result: Tensor, only: bool) -> Tensor:
+    """The result with this adapter added, in one pass where `peft` rounds the sum as one does.
+
+    only: whether no other adapter is added, so that the sum gets x's dtype next.
+    """
+    w1, w2, scale = _matrices(layer, "w1", name), _matrices(layer, "w2", name), layer.scaling[name]
+    dtype = reduce(torch.promote_types, [matrix.dtype for matrix in w1 + w2])
     if autocasts(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    working = torch.promote_types(dtype, torch.float32)
-    rules, factors = ([matrix.to(working) for matrix in side] for side in (rules, factors))
-    y = kronecker_map(x, rules, factors, layer.scaling[name])
-    if layer.training and layer.rank_dropout[name]:
-        kept = (torch.rand(y.shape[-1]) > layer.rank_dropout[name]).float().to(y.device)
+    working = torch.promote_types(x.dtype, dtype)
+    rank_dropout = layer.rank_dropout[name] if layer.training else 0.0
+    one_pass = working == x.dtype or (only and working != torch.float64)
+    if one_pass and result.dtype == x.dtype and not rank_dropout:
+        return lokr_linear(x, w1, w2, result, scale)
+    y = lokr_linear(x.to(working), w1, w2, None, scale)
+    if rank_dropout:
+        kept = (torch.rand(y.shape[-1]) > rank_dropout).float().to(y.device)
         if layer.rank_dropout_scale[name]:
             kept /= kept.mean()
         y = y * kept
-    return y.to(dtype)
+    return result + y.to(dtype)
 
 
 def _matrices(layer: Any, side: str, name: str) -> list[Tensor]:
-    """The transposed w1 or w2, (1, columns, rows), or its two factors, for `kronecker_map`."""
+    """w1 or w2, or its two factors."""
     whole = getattr(layer, f"lokr_{side}")
-    parts = [whole[name]] if name in whole else [getattr(layer, f"lokr_{side}_{part}")[name] for part in "ba"]
-    return [part.mT[None] for part in parts]
+    return [whole[name]] if name in whole else [getattr(layer, f"lokr_{side}_{part}")[name] for part in "ab"]

@@ -12,9 +12,9 @@ import torch
 from oracle import BF16, FP16, FP32, FP64
 from torch import Tensor
 
-from compacter_kernels import kronecker_map as module
 from compacter_kernels.accuracy import error, floor
-from compacter_kernels.kronecker_map import kronecker_map
+from compacter_kernels.impl import chain as module
+from compacter_kernels.impl.chain import chain
 from compacter_kernels.saved import saved_bytes
 
 # terms, (n_in, [s,] n_out), (in/n_in, [r,] out/n_out)
@@ -26,20 +26,22 @@ SHAPES: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [
 ]
 
 
-def _chain(terms: int, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def _matrices(terms: int, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(terms, *pair, dtype=dtype).requires_grad_() for pair in pairwise(sizes)]
 
 
-def _dense(x: Tensor, rules: Sequence[Tensor], factors: Sequence[Tensor], scale: float) -> Tensor:
+def _dense(
+    x: Tensor, rules: Sequence[Tensor], factors: Sequence[Tensor], scale: float, base: Tensor | float = 0.0
+) -> Tensor:
     """The same by its definition."""
     rule, factor = (side[0] if len(side) == 1 else side[0] @ side[1] for side in (rules, factors))
-    return scale * x @ sum(torch.kron(a, w) for a, w in zip(rule, factor, strict=True))
+    return base + scale * x @ sum(torch.kron(a, w) for a, w in zip(rule, factor, strict=True))
 
 
 def _draw(shape: tuple[int, Any, Any], dtype: torch.dtype = FP64) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     terms, rule, factor = shape
     x = torch.randn(2, 3, rule[0] * factor[0], dtype=dtype, requires_grad=True)
-    return x, _chain(terms, rule, dtype), _chain(terms, factor, dtype)
+    return x, _matrices(terms, rule, dtype), _matrices(terms, factor, dtype)
 
 
 @pytest.fixture(params=[True, False], ids=["one operation", "seen by torch"])
@@ -49,11 +51,19 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("based", [False, True], ids=["", "base"])
+@pytest.mark.parametrize("wide", [1, 16], ids=["a product for each token", "one product"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape: Any) -> None:
+def test_output_and_gradients(shape: Any, wide: int, based: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WIDE", wide)
     x, rules, factors = _draw(shape)
     inputs = [x, *rules, *factors]
-    y, exact = kronecker_map(x, rules, factors, 0.7), _dense(x, rules, factors, 0.7)
+    base: Any = None
+    if based:  # with the tokens last in memory
+        base = torch.randn(rules[-1].shape[2] * factors[-1].shape[2], 2, 3, dtype=FP64).permute(1, 2, 0)
+        inputs.append(base.requires_grad_())
+    y = chain(x, rules, factors, 0.7, base)
+    exact = _dense(x, rules, factors, 0.7, 0.0 if base is None else base)
     assert y.is_contiguous()
     torch.testing.assert_close(y, exact)
     grad = torch.randn_like(y)
@@ -69,7 +79,7 @@ def test_second_derivatives(shape: Any) -> None:
     x, rules, factors = _draw(shape)
 
     def function(*tensors: Tensor) -> Tensor:
-        return kronecker_map(tensors[0], tensors[1 : 1 + len(rules)], tensors[1 + len(rules) :], 2.0)
+        return chain(tensors[0], tensors[1 : 1 + len(rules)], tensors[1 + len(rules) :], 2.0)
 
     assert torch.autograd.gradgradcheck(function, (x, *rules, *factors))
 
@@ -94,19 +104,19 @@ def test_the_order_has_the_fewest_multiplications(shape: Any) -> None:
 
 
 def test_two_factors_are_multiplied_first_where_that_is_less() -> None:
-    wide, narrow = _chain(1, (2, 8, 2), FP32), _chain(1, (8, 2, 8), FP32)
-    assert [m.shape for m in module._multiplied(wide)] == [(1, 2, 2)]
-    assert module._multiplied(narrow) is narrow
+    wide, narrow = _matrices(1, (2, 8, 2), FP32), _matrices(1, (8, 2, 8), FP32)
+    assert [m.shape for m in module.multiplied(wide, FP32)] == [(1, 2, 2)]
+    assert module.multiplied(narrow, FP32) is narrow
 
 
 @pytest.mark.parametrize("shape", [(1, (8, 8), (16, 2, 16)), (1, (8, 8), (16, 16)), (3, (8, 2, 8), (16, 16))], ids=str)
 def test_only_the_inputs_are_kept(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "alone", lambda: True)
     x, rules, factors = _draw(shape, FP32)
-    assert saved_bytes(lambda: kronecker_map(x, rules, factors), (x, *rules, *factors)) == 0
+    assert saved_bytes(lambda: chain(x, rules, factors), (x, *rules, *factors)) == 0
     strided = torch.randn(3, 2, x.shape[-1] * 2)[..., ::2].transpose(0, 1).requires_grad_()
-    assert saved_bytes(lambda: kronecker_map(strided, rules, factors), (strided, *rules, *factors)) == 0
-    y = kronecker_map(strided, rules, factors)
+    assert saved_bytes(lambda: chain(strided, rules, factors), (strided, *rules, *factors)) == 0
+    y = chain(strided, rules, factors)
     torch.testing.assert_close(y, _dense(strided, rules, factors, 1.0), rtol=1e-4, atol=1e-4)
 
 
@@ -117,7 +127,7 @@ def test_x_of_low_precision(dtype: torch.dtype) -> None:
     x, rules, factors = _draw((2, (4, 6), (8, 3, 5)), FP32)
     low = x.detach().to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        y = kronecker_map(low, rules, factors)
+        y = chain(low, rules, factors)
     y.sum().backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in (low, *rules, *factors)]
     reference = _dense(exact[0], exact[1:2], exact[2:], 1.0)
@@ -135,12 +145,25 @@ def test_x_of_low_precision(dtype: torch.dtype) -> None:
 def test_any_number_of_tokens(leading: tuple[int, ...]) -> None:
     _, rules, factors = _draw((2, (3, 4), (5, 1, 2)))
     x = torch.randn(*leading, 15, dtype=FP64, requires_grad=True)
-    y = kronecker_map(x, rules, factors)
+    y = chain(x, rules, factors)
     torch.testing.assert_close(y, _dense(x, rules, factors, 1.0))
     grads = torch.autograd.grad(y.sum(), [x, *rules, *factors])
     expected = torch.autograd.grad(_dense(x, rules, factors, 1.0).sum(), [x, *rules, *factors])
     for got, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.usefixtures("_way")
+def test_a_base_of_low_precision() -> None:
+    """It is added in the dtype of the weights, and its gradient is rounded to its own."""
+    x, rules, factors = _draw((1, (4, 6), (8, 3, 5)), FP32)
+    base = torch.randn(2, 3, 30).to(BF16).requires_grad_()
+    y = chain(x, rules, factors, 2.0, base)
+    assert y.dtype == FP32
+    torch.testing.assert_close(y, _dense(x, rules, factors, 2.0, base.float()), rtol=1e-5, atol=1e-4)
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, [base], grad)
+    assert torch.equal(got, grad.to(BF16))
 
 
 def test_frozen_tensors_get_no_gradient() -> None:
@@ -151,7 +174,7 @@ def test_frozen_tensors_get_no_gradient() -> None:
         for other in inputs:
             other.requires_grad_(other is tensor)
             other.grad = None
-        kronecker_map(x, rules, factors).sum().backward()
+        chain(x, rules, factors).sum().backward()
         for other in inputs:
             assert (other.grad is not None) == (other is tensor)
         torch.testing.assert_close(tensor.grad, exact[index])
@@ -163,7 +186,7 @@ def test_transforms_and_forward_mode() -> None:
     x, rules, factors = x.detach(), [t.detach() for t in rules], [t.detach() for t in factors]
 
     def function(x: Tensor) -> Tensor:
-        return kronecker_map(x, rules, factors)
+        return chain(x, rules, factors)
 
     expected = _dense(x, rules, factors, 1.0)
     torch.testing.assert_close(torch.func.vmap(function)(x), expected)
