@@ -44,7 +44,7 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that is made, except views."""
 
     def __init__(self, known: Any) -> None:
@@ -70,7 +70,7 @@ def test_no_matrix_of_the_size_of_the_weight(setup: str, options: dict[str, Any]
     largest = []
     for one in (model, patched(model)):
         known = [*one.parameters(), x, grad]
-        with _Largest(known) as mode:
+        with Largest(known) as mode:
             step(one, x, grad, seed=2)
         largest.append(mode.largest)
     assert largest[0] >= size  # the test sees what peft makes
