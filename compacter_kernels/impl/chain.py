@@ -146,7 +146,10 @@ def _order(*sizes: list[int]) -> tuple[int, ...]:
             done[side] += 1
         return total
 
-    return sorted(candidates, key=multiplications)[0]  # torch.compile has no rule for min with a key
+    best, *others = candidates
+    for order in others:  # torch.compile has no rule for min with a key
+        best = order if multiplications(order) < multiplications(best) else best
+    return best
 
 
 def _values(steps: Sequence[_Step], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
