@@ -1,0 +1,206 @@
+r"""LoKr of lycoris and of peft, as shipped and under ck.patch, in one run on the CPU.
+
+    python benchmarks/lokr_lycoris.py OUT [--rounds 15]
+
+A layer is a frozen linear one in float32 with LoKr, on 1024 tokens; all variants have the same
+weights. Rounds, page faults and disturbed samples are as in lokr_step.py. Nothing is timed unless
+output and gradients agree with those of peft.
+
+The first call is the first forward and backward of a layer in a new process, after all imports. The
+median of several processes is given.
+
+The kernels of lycoris (Triton, TileLang) take tensors on a GPU alone. On a CPU it takes plain
+torch, and torch.compile if LYCORIS_KERNEL_BACKEND=compile asks for it. The script prints what it
+chose.
+
+Writes OUT/lokr_lycoris.json and OUT/lokr_lycoris.txt. Needs peft and lycoris-lora 4.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from lycoris.kernels.select import choose
+from lycoris.modules.lokr import LokrModule
+from torch import Tensor, nn
+
+import compacter_kernels as ck
+from compacter_kernels import machine
+from compacter_kernels.bench.cpu import Timing, environment, interleave
+
+TOKENS, TOLERANCE, STARTS = 1024, 1e-4, 3
+WIDTHS = (1024, 2048)
+SETUPS = {"w2 of rank 8": {"r": 8}, "whole w2": {"r": 4096}}  # so high a rank makes peft take w2 whole
+VARIANTS = {
+    "base": "without LoKr",
+    "peft": "peft as shipped",
+    "lycoris": "lycoris as shipped",
+    "bypass": "lycoris, bypass_mode",
+    "compiled": "lycoris, bypass_mode, its backend compile",
+    "peft patched": "peft, patched",
+    "lycoris patched": "lycoris, patched",
+}
+BACKEND = "LYCORIS_KERNEL_BACKEND"
+
+
+def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest difference of two outcomes, relative to the largest entry."""
+    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
+
+
+class Layer:
+    """A layer with LoKr whose weights are those of peft's start from the same seed."""
+
+    def __init__(self, width: int, setup: str, variant: str) -> None:
+        torch.manual_seed(0)
+        linear, self.variant = nn.Linear(width, width).requires_grad_(False), variant
+        config = peft.LoKrConfig(target_modules=["0"], init_weights=False, alpha=1, **SETUPS[setup])
+        self.model: Any = peft.get_peft_model(nn.Sequential(linear), config)
+        self.wanted = [p for p in self.model.parameters() if p.requires_grad]
+        if variant == "base":
+            self.model, self.wanted = linear, []
+        elif variant.startswith(("lycoris", "bypass", "compiled")):
+            self._as_lycoris(linear, bypass=variant in ("bypass", "compiled"))
+        if variant.endswith("patched"):
+            assert len(ck.patch(self.model).patched) == 1
+        torch.manual_seed(1)
+        self.x = torch.randn(TOKENS, width, requires_grad=True)
+        self.grad = torch.randn(TOKENS, width)
+
+    def _as_lycoris(self, linear: nn.Module, bypass: bool) -> None:
+        layer = self.model.base_model.model[0]
+        whole = "default" in layer.lokr_w2
+        options = {"lora_dim": 8, "alpha": 1, "full_matrix": whole, "bypass_mode": bypass}
+        self.lokr, self.model = LokrModule("lokr", linear, **options), linear
+        self.lokr.scale = layer.scaling["default"]
+        self.lokr.apply_to()
+        for name, parameter in self.lokr.named_parameters():
+            parameter.data.copy_(getattr(layer, name)["default"].data)
+        self.wanted = list(self.lokr.parameters())
+
+    def forward(self) -> Tensor:
+        """The output, without a graph."""
+        with torch.no_grad():
+            y: Tensor = self.model(self.x)
+        return y
+
+    def outcome(self) -> list[Tensor]:
+        """The output and the gradients of x and of what LoKr trains."""
+        os.environ[BACKEND] = "compile" if self.variant == "compiled" else "auto"
+        y = self.model(self.x)
+        return [y.detach(), *torch.autograd.grad(y, [self.x, *self.wanted], self.grad)]
+
+
+def measure(width: int, setup: str, rounds: int, variants: list[str]) -> dict[str, Any]:
+    """The times of the variants in turns."""
+    layers = {variant: Layer(width, setup, variant) for variant in variants}
+    expected = layers["peft"].outcome()
+    for variant, layer in layers.items():
+        error = disagreement(expected, layer.outcome()) if variant != "base" else 0.0
+        if error > TOLERANCE:
+            raise SystemExit(f"{setup}: {variant} and peft differ by {error:.1e}: nothing was timed")
+    rows: dict[str, Any] = {variant: {"what": VARIANTS[variant]} for variant in variants}
+    for what in ("forward", "outcome"):
+        timings = {variant: Timing(getattr(layer, what)) for variant, layer in layers.items()}
+        interleave(list(timings.values()), rounds, 0.0, 1, os.cpu_count() or 1)
+        for variant, timing in timings.items():
+            low, median, high = (1e3 * seconds for seconds in timing.quantiles())
+            rows[variant][what] = {"ms": median, "ms_q20": low, "ms_q80": high, **timing.columns()}
+    return {"width": width, "setup": setup, "rows": rows}
+
+
+def first(width: int, setup: str, variant: str) -> float:
+    """The seconds of the first forward and backward in this process."""
+    layer = Layer(width, setup, variant)
+    start = time.perf_counter()
+    layer.outcome()
+    return time.perf_counter() - start
+
+
+def first_calls(variants: list[str]) -> dict[str, list[float]]:
+    """The seconds of the first step of the first layer in new processes, in turns."""
+    found: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(STARTS):
+        for variant in variants:
+            with_cold_cache = {**environment("removed", 1), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            command = [sys.executable, __file__, "--first", variant]
+            done = subprocess.run(command, env=with_cold_cache, capture_output=True, text=True, check=True)
+            found[variant].append(float(done.stdout.split()[-1]))
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in columns."""
+    about, versions = result["machine"], result["versions"]
+    lines = [
+        f"LoKr of lycoris-lora {versions['lycoris-lora']} and peft {versions['peft']}, torch {about['torch']}, float32",
+        f"{about['cpu']}, {about['torch_cpu_capability']}, {about['threads']} thread",
+        f"medians of {result['rounds']} rounds in turns, in ms; layers with {result['tokens']} tokens",
+        "share: the time without that of the base, over that of the last line",
+        f"on a CPU, lycoris chose {result['chosen']}; its own kernels take tensors on a GPU alone",
+        "* beside other load: too few samples were undisturbed",
+    ]
+    for line in result["layers"]:
+        rows = line["rows"]
+        lines += ["", f"{line['width']} x {line['width']}, {line['setup']}"]
+        lines.append(f"{'':<46}" + "".join(f"{head:>12}" for head in ("forward", "share", "+ backward", "share")))
+        *_, last = rows
+        for row in rows.values():
+            cells = []
+            for what in ("forward", "outcome"):
+                base, ours = (rows[name][what]["ms"] for name in ("base", last))
+                share = (row[what]["ms"] - base) / (ours - base)
+                cells.append(f"{row[what]['ms']:.1f}" + ("" if row[what]["quiet"] else "*"))
+                cells.append(f"{share:.1f}" if row is not rows["base"] else "")
+            lines.append(f"{row['what']:<46}" + "".join(f"{cell:>12}" for cell in cells))
+    lines += ["", f"first forward and backward of a new process, 1024 x 1024, w2 of rank 8, {STARTS} processes, in ms"]
+    for variant, seconds in result["first"].items():
+        middle, low, high = (1e3 * f(seconds) for f in (statistics.median, min, max))
+        lines.append(f"{VARIANTS[variant]:<46}{middle:>12.0f}  ({low:.0f} to {high:.0f})")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure and write, or print the time of a first call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--first", choices=VARIANTS)
+    args = parser.parse_args()
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    if args.first:
+        print(first(WIDTHS[0], next(iter(SETUPS)), args.first))
+        return 0
+    settings = environment("removed", 1)
+    if settings != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], settings)
+    variants = [name for name in VARIANTS if name != "base"]
+    starts = first_calls(variants)
+    result = {
+        "tokens": TOKENS, "rounds": args.rounds, "chosen": choose([torch.zeros(1)]), "first": starts,
+        "layers": [measure(width, setup, args.rounds, list(VARIANTS)) for width in WIDTHS for setup in SETUPS],
+        "machine": machine.describe(),
+        "versions": {name: version(name) for name in ("lycoris-lora", "peft")},
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "lokr_lycoris.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.out / "lokr_lycoris.txt").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
