@@ -1,6 +1,7 @@
 """Drop-in modules that call the functions."""
 
 from compacter_kernels.nn.adapter import CompacterAdapter
+from compacter_kernels.nn.bottleneck import BottleneckAdapter
 from compacter_kernels.nn.phm_linear import PHMLinear
 
-__all__ = ["CompacterAdapter", "PHMLinear"]
+__all__ = ["BottleneckAdapter", "CompacterAdapter", "PHMLinear"]
