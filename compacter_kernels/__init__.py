@@ -24,7 +24,7 @@ from compacter_kernels.inject.api import (
     set_adapter,
 )
 from compacter_kernels.load import load_adapter
-from compacter_kernels.nn import BottleneckAdapter, CompacterAdapter, PHMLinear
+from compacter_kernels.nn import AdapterBank, BottleneckAdapter, CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.save import save_adapter
 from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "BottleneckAdapter",
     "CompacterAdapter",
     "CompacterConfig",

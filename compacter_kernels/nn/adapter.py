@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.nn.adapter_base import AdapterBase
+from compacter_kernels.nn.adapter_base import AdapterBase, SharesRule
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
 from compacter_kernels.problem import check_phm_dim
 
 
-class CompacterAdapter(AdapterBase):
+class CompacterAdapter(SharesRule, AdapterBase):
     """scale * up(act(down(x))) + x, the adapter of Compacter (arXiv 2106.04647, section 3).
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
@@ -114,19 +114,6 @@ class CompacterAdapter(AdapterBase):
         self.up.reset_parameters()
         self._reset_shared_rule()
         self._reset_scaling_and_norms()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompacterAdapter:
-        """Keep a rule that down and up share when `to`, `double`, `to_empty` and so on call this.
-
-        torch replaces a Parameter on meta by a new one for each of its names. It has no public hook
-        for this.
-        """
-        down, up = (self._modules[position]._parameters for position in ("down", "up"))  # type: ignore[union-attr]
-        shared = [name for name, rule in down.items() if rule is not None and up.get(name) is rule]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse:
-            up.update({name: down[name] for name in shared})
-        return self
 
     def extra_repr(self) -> str:
         """The arguments that rebuild this adapter. A rule passed in appears as phm_rule."""

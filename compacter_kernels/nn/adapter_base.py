@@ -16,6 +16,23 @@ from compacter_kernels.nn.borrower import Borrower, LayerNorm
 from compacter_kernels.private import children, runs
 
 
+class SharesRule(nn.Module):
+    """A module whose children down and up may share parameters."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keep what down and up share when `to`, `double`, `to_empty` and so on call this.
+
+        torch replaces a Parameter on meta by a new one for each of its names. It has no public hook
+        for this.
+        """
+        down, up = (self._modules[position]._parameters for position in ("down", "up"))  # type: ignore[union-attr]
+        shared = [name for name, rule in down.items() if rule is not None and up.get(name) is rule]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse:
+            up.update({name: down[name] for name in shared})
+        return self
+
+
 class AdapterBase(Borrower):
     """scale * up(act(down(x))) + x, with a learned scale, layer norms and dropout as options.
 

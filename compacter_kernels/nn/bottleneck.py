@@ -31,9 +31,17 @@ class Linear(Borrower, nn.Linear):
         weight = self._weight("weight")
         return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, self._weight("bias"))
 
+    def factor_names(self) -> tuple[str, ...]:
+        """The names of the parameters but the bias."""
+        return ("weight",)
+
     def weights(self) -> LinearWeights:
         """The parameters for the functions."""
-        return LinearWeights(self._weight("weight").t(), self._weight("bias"))
+        return self.packed(self._weight)
+
+    def packed(self, read: Callable[[str], Any]) -> LinearWeights:
+        """The parameters that `read` gives by their names, as `weights` packs its own."""
+        return LinearWeights(read("weight").mT, read("bias"))
 
     def extra_repr(self) -> str:
         """The sizes."""
