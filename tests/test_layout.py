@@ -26,7 +26,7 @@ RANKS = (
     ("dispatch",),
     ("ops",),
     ("autograd", "kronecker_map"),
-    ("route",),
+    ("way",),
     ("arguments",),
     ("functional",),
     ("nn",),
