@@ -114,12 +114,12 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = [f"{'private name':<24}{'call':<30}{'us with':>9}{'us without':>12}{'saved':>8}"]
     timed = calls()
-    for name, (way, served) in ways().items():
+    for name, (taken, served) in ways().items():
         for call in served:
             with_it, without = [], []
             for _ in range(args.rounds):
                 with_it.append(train(timed[call]))
-                with way():
+                with taken():
                     without.append(train(timed[call]))
             low = [statistics.quantiles(times, n=4)[0] for times in (with_it, without)]
             saved = statistics.median(1 - a / b for a, b in zip(with_it, without, strict=True))

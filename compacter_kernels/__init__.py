@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from compacter_kernels.choose import mix, route
 from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
@@ -59,11 +60,13 @@ __all__ = [
     "inject",
     "kronecker_linear",
     "load_adapter",
+    "mix",
     "patch",
     "phm_linear",
     "phm_matrix",
     "print_trainable_parameters",
     "remove_adapters",
+    "route",
     "save_adapter",
     "set_adapter",
     "unpatch",

@@ -33,7 +33,7 @@ RANKS = (
     ("compress", "config"),
     ("targets",),
     ("checkpoints", "inject", "patch"),  # As any names of one rank, these three never import each other.
-    ("load", "peft", "save"),
+    ("choose", "load", "peft", "save"),
     ("cases",),
     ("accuracy",),
     ("machine", "options", "saved"),

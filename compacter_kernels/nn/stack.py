@@ -41,7 +41,7 @@ class Norms(NamedTuple):
         """x with the norm of each row's adapter, in x's dtype. Rows without one get any norm."""
         y = F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
         own = route.clamp(min=0)
-        weight, bias = (_along(t[own], x) for t in (self.weight, self.bias))
+        weight, bias = (along(t[own], x) for t in (self.weight, self.bias))
         return (y * weight + bias).to(x.dtype)
 
 
@@ -93,10 +93,10 @@ class Stack(NamedTuple):
             y = norm_after.of_rows(y, route)  # type: ignore[arg-type]
         if route is None:
             return y
-        return torch.where(_along(route == -1, y, 0), torch.zeros_like(y) if residual is None else residual, y)
+        return torch.where(along(route == -1, y, 0), torch.zeros_like(y) if residual is None else residual, y)
 
 
-def _along(of_rows: Tensor, x: Tensor, last: int = 1) -> Tensor:
+def along(of_rows: Tensor, x: Tensor, last: int = 1) -> Tensor:
     """A tensor of the first sizes of x, and its last ones, broadcast over the sizes between."""
     rows, own = of_rows.shape[: of_rows.ndim - last], of_rows.shape[of_rows.ndim - last :]
     return of_rows.reshape(*rows, *[1] * (x.ndim - of_rows.ndim - 1 + last), *(own or (1,)))
