@@ -105,7 +105,12 @@ def along(of_rows: Tensor, x: Tensor, last: int = 1) -> Tensor:
 def options_of(adapter: AdapterBase) -> dict[str, Any]:
     """The options that adapters of one stack have in common, by name."""
     down: Any = adapter.down
-    values = {**vars(down), **vars(adapter), "phm_bias": down.bias is not None, "dtype": first_parameter(adapter).dtype}
+    values = {
+        **vars(down),
+        **vars(adapter),
+        "phm_bias": down.weights().bias is not None,
+        "dtype": first_parameter(adapter).dtype,
+    }
     names = [name for name in inspect.signature(type(adapter)).parameters if name not in _INITIAL]
     return {"kind": type(adapter), **{name: values[name] for name in (*names, "bottleneck")}}
 
