@@ -16,8 +16,10 @@ from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.methods import is_ours, replaced_by_others, runs_more
 from compacter_kernels.private import children, hook_tables, parameter
-from compacter_kernels.weights import NormWeights, PHMWeights
+from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights
 
+# The widest bottleneck of dense projections that the kernels are made for.
+WIDEST = 256
 # The methods of the library that `patch()` has replaced on their classes.
 originals: dict[tuple[type, str], Any] = {}
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
@@ -40,7 +42,21 @@ def is_phm_layer(module: Any) -> bool:
     return isinstance(module, PHMLayer) and original(kind, "forward") is original(PHMLayer, "forward")
 
 
-def weights(layer: Any) -> PHMWeights:
+def fits(down: Any, up: Any) -> bool:
+    """Whether one kernel computes both: PHM layers, or linear layers with a narrow bottleneck."""
+    if type(down) is nn.Linear:
+        return type(up) is nn.Linear and down.out_features <= WIDEST
+    return is_phm_layer(down) and is_phm_layer(up)
+
+
+def weights(layer: Any) -> Any:
+    """PHMWeights or LinearWeights of a projection; shared ones are in the ForwardContext."""
+    if type(layer) is nn.Linear:
+        return LinearWeights(parameter(layer, "weight").t(), parameter(layer, "bias"))
+    return phm_weights(layer)
+
+
+def phm_weights(layer: Any) -> PHMWeights:
     """The weights of a PHMLayer; the model's forward puts shared ones into the ForwardContext."""
     if not (layer.shared_phm_rule or layer.shared_W_phm):
         return phm_modules.weights(layer, layer, layer)
@@ -53,7 +69,7 @@ def weights(layer: Any) -> PHMWeights:
 
 def projection(layer: nn.Module, x: Tensor) -> Tensor:
     """Instead of PHMLayer.forward."""
-    return phm_linear(x, weights(layer))
+    return phm_linear(x, phm_weights(layer))
 
 
 def parts(adapter: Any) -> tuple[tuple[Any, ...], Any]:
@@ -75,7 +91,7 @@ def activation_of(layer: Any) -> Any:
 def can_fuse(adapter: Any, *others: nn.Module) -> bool:
     """Whether the kernel may stand in for both projections, the activation and the others."""
     layers, up = parts(adapter)
-    if len(layers) != 2 + adapter.add_layer_norm_before or not (is_phm_layer(layers[-2]) and is_phm_layer(up)):
+    if len(layers) != 2 + adapter.add_layer_norm_before or not fits(layers[-2], up):
         return False
     inner = _inner(layers[-1])
     if isinstance(inner, nn.Module):
@@ -200,7 +216,7 @@ def _output_gating() -> Any:
 
 
 def _is_plain(adapter: Any) -> bool:
-    """Whether it computes x + scale * up(act(down(x))) with two PHM layers, and has no hooks."""
+    """Whether it computes x + scale * up(act(down(x))) by one kernel, and has no hooks."""
     attributes, modules = vars(adapter), children(adapter)
     if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating:
         return False
