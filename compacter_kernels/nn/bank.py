@@ -17,6 +17,7 @@ from compacter_kernels.nn.stack import Stack, options_of, packed
 from compacter_kernels.private import children, parameter
 
 KINDS: dict[str, type[AdapterBase]] = {"compacter": CompacterAdapter, "bottleneck": BottleneckAdapter}
+_FREE = ("dtype", "impl", "learn_phm", "dropout")  # options that may differ from those of a source
 Source = AdapterBase | Mapping[str, Tensor]
 Route = Tensor | Sequence[str | None]
 
@@ -124,6 +125,7 @@ class AdapterBank(SharesRule):
         The bank's parameters become new ones. KeyError: there is no adapter of that name.
         ValueError: it is the last one.
         """
+        self._check_whole()
         index = self.index(name)
         if len(self.names) == 1:
             raise ValueError(f"{name!r} is the last adapter of the bank, which has at least one")
@@ -138,6 +140,7 @@ class AdapterBank(SharesRule):
 
     def __getitem__(self, name: str) -> Any:
         """A copy of an adapter, as a `CompacterAdapter` or `BottleneckAdapter` of its own."""
+        self._check_whole()
         with random_state_kept(self._device):
             made = self._built().train(self.training)
         index = self.index(name)
@@ -152,6 +155,11 @@ class AdapterBank(SharesRule):
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
+
+    def options(self) -> dict[str, Any]:
+        """The options on which the function of its adapters depends, by name."""
+        options = options_of(self._like)
+        return {name: value for name, value in options.items() if name not in ("kind", *_FREE)}
 
     # -- the computation
 
@@ -227,12 +235,18 @@ class AdapterBank(SharesRule):
             raise ValueError(f"the bank has an adapter {name!r} already; replace it, or give another name")
         return name
 
+    def _check_whole(self) -> None:
+        """Raise ValueError if the bank's parameters are cut into pieces."""
+        if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in self.parameters()):
+            raise ValueError("the parameters of the bank are sharded; exchange its adapters before that")
+
     def _checked(self, source: Source, fresh: bool = False) -> dict[str, Tensor]:
         """The tensors of a source by the names of the bank's parameters."""
+        self._check_whole()
         if isinstance(source, AdapterBase):
-            given, wanted = options_of(source), options_of(self._like)
-            for option, value in wanted.items():
-                if given.get(option) != value and option not in ("dtype", "impl", "learn_phm", "dropout"):
+            given = options_of(source)
+            for option, value in {"kind": KINDS[self.kind], **self.options()}.items():
+                if given.get(option) != value:
                     raise ValueError(f"{option} is {value!r} in the bank, and {given.get(option)!r} in the source")
             source = source.state_dict()
         elif not isinstance(source, Mapping):
@@ -245,8 +259,10 @@ class AdapterBank(SharesRule):
             )
         for path, value in source.items():
             shape = own[path].shape if self._shares(path) else own[path].shape[1:]
-            if value.shape != shape:
-                raise ValueError(f"{path} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+            if value.shape != shape or not value.is_floating_point():
+                raise ValueError(
+                    f"{path} must be floats of shape {tuple(shape)}, got {value.dtype}, {tuple(value.shape)}"
+                )
             if self._shares(path) and not fresh and not torch.equal(value.to(own[path]), own[path]):
                 raise ValueError(f"share_rule=True: the source has another {path} than the bank")
         first: dict[int, str] = {}
