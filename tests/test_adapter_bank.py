@@ -176,6 +176,17 @@ def test_a_bank_of_one_has_the_bits_of_its_adapter(kind: str) -> None:
     assert torch.equal(bank(x, route=torch.zeros(4, dtype=torch.int64)), bank["nl"](x))
 
 
+@pytest.mark.skipif("cpu" not in IMPLS, reason="the native part is not built")
+@pytest.mark.parametrize("route", ["samples", "tokens"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_have_the_bits_of_a_run_with_their_adapter_alone(kind: str, route: str) -> None:
+    bank, ids = of_kind(kind, impl="cpu"), ROUTES[route]
+    x = torch.randn(4, 5, 24)
+    mixed, of_token = bank(x, route=ids), ids.reshape(4, -1).expand(4, 5)
+    for index, name in enumerate(NAMES):
+        assert torch.equal(mixed[of_token == index], bank[name](x)[of_token == index])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_are_numbers(kind: str) -> None:
     bank, x = of_kind(kind), torch.randn(4, 5, 24)
