@@ -135,8 +135,7 @@ def test_the_whole_library(whole_library: Report) -> None:
         "adapters.methods.modeling.Adapter",
         "adapters.methods.modeling.ParallelAdapter",
         "adapters.methods.modeling.PHMLayer",
-        "adapters.methods.bottleneck.BottleneckLayer",
-        "adapters.methods.bottleneck.BottleneckLayer",
+        *["adapters.methods.bottleneck.BottleneckLayer"] * 4,
         "adapters.composition",
         "adapters.methods.adapter_layer_base.AdapterLayerBase",
     ]

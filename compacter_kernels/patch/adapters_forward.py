@@ -196,7 +196,7 @@ def _single(layer: Any) -> Any:
         return None
     name = setup.children[0]
     adapter = children(children(layer)["adapters"]).get(name) if type(name) is str else None
-    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _output_gating() else None
+    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not output_gating() else None
 
 
 def _composes_as_library(layer: Any) -> bool:
@@ -209,7 +209,7 @@ def _composes_as_library(layer: Any) -> bool:
     return _inherits[kind]
 
 
-def _output_gating() -> Any:
+def output_gating() -> Any:
     """Whether the caller of the model asks for the scores of gates."""
     contexts = ForwardContext.get_contexts()
     return contexts[-1].output_adapter_gating_scores if contexts else False
@@ -228,10 +228,11 @@ def _is_plain(adapter: Any) -> bool:
         return False
     dropout = modules["dropout"]
     drops = dropout.p > 0 and dropout.training
-    return not drops and _runs_bottleneck(adapter) and can_fuse(adapter, adapter, dropout)
+    return not drops and runs_bottleneck(adapter) and can_fuse(adapter, adapter, dropout)
 
 
-def _runs_bottleneck(adapter: Any) -> bool:
+def runs_bottleneck(adapter: Any) -> bool:
+    """Whether a call of the adapter runs `bottleneck`."""
     method = vars(adapter).get("forward", type(adapter).forward)
     return method is bottleneck or (is_ours(method) and method.func is bottleneck)
 
@@ -245,7 +246,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     modules = children(layer)
     adapter = children(modules["adapters"])[adapter_setup]
     needs_up = len(children(modules["adapter_fusion_layer"])) > 0
-    gating, options = _output_gating(), {}
+    gating, options = output_gating(), {}
     if not gating and _takes_fused(adapter):  # the gate is one of the outputs that `fused` leaves out
         options["fused"] = "up" if needs_up else "output"
     outputs = adapter(state.hidden_states, residual_input=state.adapter_residual, output_gating=gating, **options)
@@ -258,7 +259,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
 def _takes_fused(adapter: Any) -> bool:
     """Whether a call of this adapter runs `bottleneck`, and no hook reads the outputs left out."""
     tables = hook_tables(adapter)
-    if tables is None or not _runs_bottleneck(adapter):
+    if tables is None or not runs_bottleneck(adapter):
         return False
     hooks = [hook for table in tables for hook in table.values()]  # those of FSDP do not read the outputs
     return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)

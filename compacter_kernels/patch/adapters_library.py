@@ -17,7 +17,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
-from compacter_kernels.patch import Entry, adapters_forward, phm_modules
+from compacter_kernels.patch import Entry, adapters_bank, adapters_forward, phm_modules
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.adapters_forward import WIDEST, fits, is_phm_layer, original, originals
 from compacter_kernels.patch.methods import put, replaced_by_others
@@ -29,6 +29,8 @@ _OF_CLASSES: dict[tuple[type, str], Any] = {
     (PHMLayer, "forward"): adapters_forward.projection,
     (BottleneckLayer, "compose_single"): adapters_forward.compose_single,
     (BottleneckLayer, "bottleneck_layer_forward"): adapters_forward.layer_forward,
+    (BottleneckLayer, "compose_batch_split"): adapters_bank.compose_batch_split,
+    (BottleneckLayer, "compose_average"): adapters_bank.compose_average,
 }
 
 
@@ -136,7 +138,7 @@ _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models with the shortcuts, a
 def patch_classes() -> tuple[Entry, ...]:
     """Replace the methods on their classes, and take the shortcuts."""
     for (kind, name), function in _OF_CLASSES.items():
-        originals.setdefault((kind, name), vars(kind)[name])
+        originals.setdefault((kind, name), getattr(kind, name))
         setattr(kind, name, function)
     return (*_METHODS, *take_shortcuts(sys.modules["adapters"]))
 
@@ -145,7 +147,10 @@ def unpatch_classes() -> tuple[Entry, ...]:
     """Restore what `patch_classes` replaced."""
     restored = _METHODS if originals else ()
     for (kind, name), method in originals.items():
-        setattr(kind, name, method)
+        if any(vars(base).get(name) is method for base in kind.__mro__[1:]):
+            delattr(kind, name)  # the class had it from a base
+        else:
+            setattr(kind, name, method)
     originals.clear()
     return (*restored, *give_back_shortcuts(sys.modules["adapters"]))
 
