@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.nn.choice import Choice, Chooser
+from compacter_kernels.nn.choice import Choice, Chooser, computes_on
 from compacter_kernels.targets.wrappers import is_a
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function that recomputes
@@ -44,7 +44,7 @@ def route(
     """
     holders = _holders(model, "route")
     if isinstance(adapters, Tensor):
-        choice = _of_numbers(adapters, names)
+        choice = _of_numbers(adapters.to(computes_on(model)), names)
     else:
         if names is not None:
             raise ValueError("names goes with a tensor of numbers; adapters already has the names")
@@ -52,7 +52,7 @@ def route(
             raise TypeError(f"adapters must be one name for each sample, got {adapters!r}")
         occur = tuple(dict.fromkeys(name for name in adapters if name is not None))
         numbers = [-1 if name is None else occur.index(name) for name in adapters]
-        choice = Choice(occur, torch.tensor(numbers, dtype=torch.int64))
+        choice = Choice(occur, torch.tensor(numbers, dtype=torch.int64).to(computes_on(model)))
     with _chosen(model, holders, choice, "route"):
         yield
 
@@ -90,7 +90,7 @@ def mix(model: nn.Module, adapters: Sequence[str], weights: Tensor) -> Iterator[
     if weights.ndim not in (1, 2, 3) or weights.shape[-1] != len(names):
         shapes = f"({len(names)},), (B, {len(names)}) or (B, layers, {len(names)})"
         raise ValueError(f"weights must have the shape {shapes}, got {tuple(weights.shape)}")
-    with _chosen(model, holders, Choice(names, None, weights), "mix"):
+    with _chosen(model, holders, Choice(names, None, weights.to(computes_on(model))), "mix"):
         yield
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compacter_kernels.nn.stack import along, options_of, stack, stackable
 
@@ -144,6 +144,11 @@ def _part(choice: Choice, names: Sequence[str], together: bool) -> Part:
         table = torch.tensor([of_number.get(number, -1) for number in range(len(choice.names))] + [-1])
         table = table.to(choice.route.device)
     return Part(tuple(names), numbers, together, table)
+
+
+def computes_on(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter with values, where a choice should lie."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def adapted(chosen: Chosen, held: Any, y: Tensor, inputs_of: Callable[[str, Tensor], tuple[Tensor, Tensor]]) -> Tensor:

@@ -22,12 +22,13 @@ class Names(Choice):
     Args:
         names: the argument adapter_names.
         repeats: how often generate() repeats each sample, for its beams or its sequences.
+        device: where the model computes.
     """
 
-    def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
+    def __init__(self, names: Sequence[str], repeats: int, device: torch.device) -> None:
         occur = tuple(dict.fromkeys(name for name in names if name != BASE))
         numbers = [-1 if name == BASE else occur.index(name) for name in names]
-        super().__init__(occur, torch.tensor(numbers, dtype=torch.int64), repeats=repeats)
+        super().__init__(occur, torch.tensor(numbers, dtype=torch.int64).to(device), repeats=repeats)
 
     def wrong_length(self, given: int, rows: int) -> str:
         """What peft says."""

@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.inject.prepare import check_residual
+from compacter_kernels.nn.choice import computes_on
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, BlockOutput
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
@@ -179,7 +180,7 @@ class AdapterTuner(ChoosesCopies, BaseTuner):
         generation = kwargs.get("generation_config")
         sizes = ("num_beams", "num_return_sequences")
         repeats = max(kwargs.get(size) or getattr(generation, size, None) or 1 for size in sizes)
-        with given_names(self, Names(names, repeats)):
+        with given_names(self, Names(names, repeats, computes_on(self))):
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
