@@ -25,6 +25,7 @@ from compacter_kernels.patch.adapters_forward import (
     weights,
 )
 from compacter_kernels.private import children
+from compacter_kernels.weights import LinearWeights, PHMWeights
 
 
 def compose_batch_split(layer: Any, adapter_setup: Any, state: Any, lvl: int = 0) -> Any:
@@ -107,4 +108,9 @@ def _bank(adapters: list[Any], x: Tensor, residual: Tensor | None, **choice: Any
 
 
 def _stacked(sides: list[Any]) -> Any:
-    return type(sides[0])(*(None if ts[0] is None else torch.stack(ts) for ts in zip(*sides, strict=True)))
+    """The weights of a bank. Dense ones keep the layout of nn.Linear, which is the fastest copy."""
+    if isinstance(sides[0], LinearWeights):
+        bias = None if sides[0].bias is None else torch.stack([side.bias for side in sides])
+        return LinearWeights(torch.stack([side.weight.mT for side in sides]).mT, bias)
+    fields: Any = zip(*sides, strict=True)
+    return PHMWeights(*[None if tensors[0] is None else torch.stack(tensors) for tensors in fields])
