@@ -50,7 +50,7 @@ def route(
             raise ValueError("names goes with a tensor of numbers; adapters already has the names")
         if isinstance(adapters, str):
             raise TypeError(f"adapters must be one name for each sample, got {adapters!r}")
-        occur = tuple(dict.fromkeys(name for name in adapters if name is not None))
+        occur = sorted({name for name in adapters if name is not None})  # one graph of torch.compile for each set
         numbers = [-1 if name is None else occur.index(name) for name in adapters]
         choice = Choice(occur, torch.tensor(numbers, dtype=torch.int64).to(computes_on(model)))
     with _chosen(model, holders, choice, "route"):

@@ -249,7 +249,7 @@ def test_compile(options: dict[str, Any]) -> None:
     expected = apart(model, batch, NAMES)
     with ck.route(model, NAMES):
         check(compiled(**batch)[0], model, expected)
-    with ck.route(model, NAMES[::-1]):
+    with torch._dynamo.config.patch(error_on_recompile=True), ck.route(model, ["sv", "de", None, None]):
         close(compiled(**batch)[0], model(**batch)[0])
     w = torch.rand(4, 2).double().requires_grad_()
     with ck.mix(model, ["de", "sv"], w):

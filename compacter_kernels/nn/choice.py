@@ -183,7 +183,8 @@ def adapted(chosen: Chosen, held: Any, y: Tensor, inputs_of: Callable[[str, Tens
 def copied(chosen: Chosen, x: Tensor, y: Tensor, call: Callable[[str, Tensor], Tensor]) -> Tensor:
     """y with the outputs of the trained copies of each sample, or with y + w (copy - y) of each.
 
-    x, y: the input and the output of the original module. call: the copy of that name.
+    x, y: the input and the output of the original module. call: the copy of that name. A copy gets
+    its own samples. For tokens, and where a compiler makes one graph for all routes, it gets all.
     """
     choice, result = chosen.choice, y
     route, mix = choice.of_batch(x)
@@ -191,7 +192,7 @@ def copied(chosen: Chosen, x: Tensor, y: Tensor, call: Callable[[str, Tensor], T
         for name, number in zip(part.names, part.numbers, strict=True):
             if mix is not None:
                 result = result + along(mix[..., number], y, 0) * (call(name, x).to(y.dtype) - y)
-            elif choice.rows is None:
+            elif choice.rows is None or torch.compiler.is_compiling():  # one graph for any number of rows
                 assert route is not None
                 if x.shape[: route.ndim] != route.shape:
                     raise ValueError(

@@ -112,5 +112,5 @@ def _stacked(sides: list[Any]) -> Any:
     if isinstance(sides[0], LinearWeights):
         bias = None if sides[0].bias is None else torch.stack([side.bias for side in sides])
         return LinearWeights(torch.stack([side.weight.mT for side in sides]).mT, bias)
-    fields: Any = zip(*sides, strict=True)
-    return PHMWeights(*[None if tensors[0] is None else torch.stack(tensors) for tensors in fields])
+    stacked: list[Any] = [None if ts[0] is None else torch.stack(ts) for ts in zip(*sides, strict=True)]
+    return PHMWeights(*stacked)
