@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import BF16, FP32, FP64, IMPLS, bits
+from phm_lookalikes import hooks_known
 from test_bottleneck_adapter import OPTIONS as BOTTLENECK
 from test_compacter_adapter import OPTIONS as COMPACTER
 from torch import Tensor
@@ -167,6 +168,7 @@ def test_every_impl(kind: str, impl: str) -> None:
     torch.testing.assert_close(bank(x, mix=w), mixed, rtol=1e-4, atol=1e-4)
 
 
+@hooks_known
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bank_of_one_has_the_bits_of_its_adapter(kind: str) -> None:
     bank, x = of_kind(kind), torch.randn(4, 70, 24)
@@ -176,6 +178,7 @@ def test_a_bank_of_one_has_the_bits_of_its_adapter(kind: str) -> None:
     assert torch.equal(bank(x, route=torch.zeros(4, dtype=torch.int64)), bank["nl"](x))
 
 
+@hooks_known
 @pytest.mark.skipif("cpu" not in IMPLS, reason="the native part is not built")
 @pytest.mark.parametrize("route", ["samples", "tokens"])
 @pytest.mark.parametrize("kind", KINDS)

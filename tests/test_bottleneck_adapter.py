@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import BF16, FP32, FP64, IMPLS
+from phm_lookalikes import hooks_known
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,6 +101,7 @@ def test_parameters_are_those_of_linear_layers() -> None:
     assert torch.equal(adapter(x), other(x))
 
 
+@hooks_known
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_call_computes_both_projections(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make(impl=impl)
@@ -134,6 +136,7 @@ def test_residual_of_another_dtype(dropout: float) -> None:
     torch.testing.assert_close(adapter(x, residual), expected)
 
 
+@hooks_known
 def test_autocast_leaves_the_kernel_in_float32() -> None:
     adapter, x = make(), torch.randn(5, 24)
     with torch.autocast("cpu", BF16):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import build, inputs
 from peft_models import add, peft, wrapped
+from phm_lookalikes import hooks_known
 from torch import Tensor
 
 import compacter_kernels as ck
@@ -53,6 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
+@hooks_known
 @pytest.mark.parametrize("options", OPTIONS)
 def test_route_is_adapter_names(options: str, calls: list[int]) -> None:
     model, batch = make(**OPTIONS[options]), inputs("bert", len(NAMES))
@@ -73,6 +75,7 @@ def test_route_is_adapter_names(options: str, calls: list[int]) -> None:
                 torch.testing.assert_close(expected[row], own[row], rtol=1e-4, atol=1e-5)
 
 
+@hooks_known
 def test_bottleneck_adapters_run_in_a_bank(calls: list[int]) -> None:
     model, batch = bottlenecks(), inputs("bert", len(NAMES))
     model.set_requires_grad(["default", "second"])

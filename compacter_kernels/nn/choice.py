@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.nn.stack import along, options_of, stack, stackable
+from compacter_kernels.nn.stack import along, check_mixable, options_of, stack, stackable
 
 
 class Choice:
@@ -165,14 +165,16 @@ def adapted(chosen: Chosen, held: Any, y: Tensor, inputs_of: Callable[[str, Tens
         if mix is not None and len(part.numbers) < len(chosen.choice.names):
             mix = mix[..., list(part.numbers)]
         adapters = [held[name] for name in part.names]
-        if not part.together and mix is not None:
-            raise ValueError(
-                f"mix: the adapter {part.names[0]!r} has hooks or exchanged projections and cannot be mixed"
-            )
-        if base is y and part.together:
-            result = stack(adapters)(x, result, route, mix).to(y.dtype)
-        elif mix is not None:
-            raise ValueError("residual_before_ln=False: adapters that add to what they take cannot be mixed")
+        if mix is not None:
+            if base is not y:
+                raise ValueError("residual_before_ln=False: adapters that add to what they take cannot be mixed")
+            check_mixable(adapters[0])
+            if part.together:
+                result = stack(adapters)(x, result, None, mix).to(y.dtype)
+            else:
+                result = result + along(mix[..., 0], y, 0).to(y.dtype) * adapters[0](x, torch.zeros_like(y)).to(y.dtype)
+        elif base is y and part.together:
+            result = stack(adapters)(x, result, route, None).to(y.dtype)
         else:
             assert route is not None
             changed = stack(adapters)(x, base, route, None) if part.together else adapters[0](x, base)

@@ -65,9 +65,8 @@ class Stack(NamedTuple):
         ValueError: mix for adapters with layer norms, which no sum of adapters has.
         """
         like, norm_after = self.like, self.norm_after
-        for name in NORMS:
-            if mix is not None and getattr(like, name):
-                raise ValueError(f"{name}=True: adapters with a layer norm can be routed, but not mixed")
+        if mix is not None:
+            check_mixable(like)
         h = x if self.norm_before is None else self.norm_before.of_rows(x, route)  # type: ignore[arg-type]
         late = (like.dropout > 0 and self.training) or norm_after is not None
         late |= residual is not None and residual.dtype != h.dtype
@@ -94,6 +93,13 @@ class Stack(NamedTuple):
         if route is None:
             return y
         return torch.where(along(route == -1, y, 0), torch.zeros_like(y) if residual is None else residual, y)
+
+
+def check_mixable(adapter: Any) -> None:
+    """Raise ValueError for an adapter with layer norms, which no sum of adapters has."""
+    for name in NORMS:
+        if getattr(adapter, name):
+            raise ValueError(f"{name}=True: adapters with a layer norm can be routed, but not mixed")
 
 
 def along(of_rows: Tensor, x: Tensor, last: int = 1) -> Tensor:
