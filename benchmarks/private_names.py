@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import compacter_kernels as ck
-from compacter_kernels import autograd, dispatch, machine, route
+from compacter_kernels import autograd, dispatch, machine, way
 from compacter_kernels.nn import adapter as adapter_module, phm_linear as linear_module
 
 CALLS = 300  # in a series
@@ -71,7 +71,7 @@ def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[s
     replace, apply = mock.patch.object, torch.autograd.Function.apply.__func__
     return {
         "os.environ._data": (
-            lambda: public(replace(route, "ENVIRON", os.environ), replace(route, "_variable", dispatch.ENVIRONMENT)),
+            lambda: public(replace(way, "ENVIRON", os.environ), replace(way, "_variable", dispatch.ENVIRONMENT)),
             functions,
         ),
         "_FunctionBase.apply": (
@@ -114,12 +114,12 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = [f"{'private name':<24}{'call':<30}{'us with':>9}{'us without':>12}{'saved':>8}"]
     timed = calls()
-    for name, (way, served) in ways().items():
+    for name, (taken, served) in ways().items():
         for call in served:
             with_it, without = [], []
             for _ in range(args.rounds):
                 with_it.append(train(timed[call]))
-                with way():
+                with taken():
                     without.append(train(timed[call]))
             low = [statistics.quantiles(times, n=4)[0] for times in (with_it, without)]
             saved = statistics.median(1 - a / b for a, b in zip(with_it, without, strict=True))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from compacter_kernels.choose import mix, route
 from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
@@ -24,7 +25,7 @@ from compacter_kernels.inject.api import (
     set_adapter,
 )
 from compacter_kernels.load import load_adapter
-from compacter_kernels.nn import CompacterAdapter, PHMLinear
+from compacter_kernels.nn import AdapterBank, BottleneckAdapter, CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch
 from compacter_kernels.save import save_adapter
 from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
+    "BottleneckAdapter",
     "CompacterAdapter",
     "CompacterConfig",
     "CompacterPlusPlusConfig",
@@ -57,11 +60,13 @@ __all__ = [
     "inject",
     "kronecker_linear",
     "load_adapter",
+    "mix",
     "patch",
     "phm_linear",
     "phm_matrix",
     "print_trainable_parameters",
     "remove_adapters",
+    "route",
     "save_adapter",
     "set_adapter",
     "unpatch",

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from compacter_kernels.activations import resolve
+from compacter_kernels.nn.bottleneck import INITIAL_WEIGHTS
 from compacter_kernels.nn.initialisation import check_options
 
 Options = TypeVar("Options", bound="AdapterConfig")
-INITIAL_WEIGHTS = ("bert", "mam_adapter", "houlsby")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # The options that `CompacterAdapter` has under the same names.
 _ADAPTER_OPTIONS = (

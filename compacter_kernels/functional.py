@@ -1,4 +1,4 @@
-"""The public functions. Each packs its arguments into one call, which `route` takes to a kernel."""
+"""The public functions. Each packs its arguments into one call, which `way` takes to a kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl.memory import check_for_torch
 from compacter_kernels.impl.plain import without_autocast
 from compacter_kernels.problem import check_weights
-from compacter_kernels.route import explain as _explain, run as _run
+from compacter_kernels.way import explain as _explain, run as _run
 from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights, Weights, kronecker_sum
 
 

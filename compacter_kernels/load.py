@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.checkpoints import files
+from compacter_kernels.checkpoints.bank import load_one
 from compacter_kernels.checkpoints.files import CONFIG, TENSORS
 from compacter_kernels.checkpoints.versions import adapted_modules, todays_names
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.injection import add_adapters, injection_of
 from compacter_kernels.inject.keys import is_head, names_of_file
 from compacter_kernels.inject.prepare import Prepared, check_name, prepare
+from compacter_kernels.nn.bank import AdapterBank
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.targets.added import adapters_of
 from compacter_kernels.targets.find import base_modules
@@ -43,7 +45,8 @@ def load_adapter(
 
     Args:
         model: a model of the same family and size as the saved one; head and dtype may differ.
-            Values are cast to the dtype of the adapters in this model.
+            Values are cast to the dtype of the adapters in this model. Or an `AdapterBank`, which
+            reads what `save_adapter` wrote of a bank.
         folder: a folder, or the id of a repository on the hub.
         revision, cache_dir, local_files_only: as `huggingface_hub.snapshot_download` takes them.
         name: the name of the adapters, as in `inject`. Existing adapters of this name must have the
@@ -60,6 +63,9 @@ def load_adapter(
         FileNotFoundError, ImportError: there is no such folder or file; safetensors is not
             installed.
     """
+    if isinstance(model, AdapterBank):
+        load_one(model, folder, name)
+        return model
     check_name(name)
     check_gathered(model)
     check_fillable(model)

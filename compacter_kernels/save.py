@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import distributed as dist, nn
 
+from compacter_kernels.checkpoints.bank import save_one
 from compacter_kernels.checkpoints.files import FORMAT, TENSORS, of_model, require_safetensors, write_folder
 from compacter_kernels.inject.injection import injection_of
 from compacter_kernels.inject.keys import name_in_file, named_tensors
 from compacter_kernels.inject.offload import onloaded
+from compacter_kernels.nn.bank import AdapterBank
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.wrappers import check_gathered, unwrapped
 
@@ -26,13 +28,22 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     In a distributed run call this on all ranks. They gather sharded parameters (those of FSDP1
     within its `summon_full_params`), and rank 0 writes.
 
+    model may also be an `AdapterBank`, of which one adapter is written into a folder that
+    `load_adapter` reads into a bank again.
+
     Raises:
+        KeyError: the bank has no adapter of that name.
         ValueError: the model has no adapters of that name; their weights are not here (sharded, on
             "meta"); modules with adapters or trained copies were exchanged since `inject`.
         OSError, ImportError: the folder cannot be written; safetensors is not installed. Files that
             were in the folder are unchanged.
     """
     require_safetensors()
+    if isinstance(model, AdapterBank):
+        if name is None:
+            raise ValueError(f"name= must say which adapter of the bank, of {', '.join(model.names)}")
+        save_one(model, folder, name)
+        return
     check_gathered(model)
     model = unwrapped(model)
     injection = injection_of(model)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import BF16
+from test_bottleneck_adapter import OPTIONS as BOTTLENECK_OPTIONS
 from test_compacter_adapter import OPTIONS as ADAPTER_OPTIONS
 from test_phm_linear import OPTIONS as LINEAR_OPTIONS
 from torch import nn
@@ -32,6 +33,10 @@ MODULES = {
     **{
         f"CompacterAdapter: {name}": (ck.CompacterAdapter, (24,), {"reduction_factor": 2, **options})
         for name, options in {**ADAPTER_OPTIONS, **MORE}.items()
+    },
+    **{
+        f"BottleneckAdapter: {name}": (ck.BottleneckAdapter, (24,), {"reduction_factor": 2, **options})
+        for name, options in {**BOTTLENECK_OPTIONS, "meta": {"device": "meta"}, "impl": {"impl": "factored"}}.items()
     },
 }
 
@@ -59,6 +64,7 @@ def test_repr_rebuilds_the_module(name: str) -> None:
 def test_repr_is_short() -> None:
     assert repr(ck.PHMLinear(24, 12)) == "PHMLinear(24, 12)"
     assert repr(ck.CompacterAdapter(768, reduction_factor=16)) == "CompacterAdapter(768, reduction_factor=16)"
+    assert repr(ck.BottleneckAdapter(768, reduction_factor=8)) == "BottleneckAdapter(768, reduction_factor=8)"
 
 
 def _pickled(module: nn.Module) -> nn.Module:
@@ -154,9 +160,15 @@ ADAPTER: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((24,), {"dropout": "0.1"}, ValueError, r"dropout must be a probability in \[0, 1\), got '?0.1"),
     *(((24,), options, kind, match) for options, kind, match in COMMON),
 ]
+BOTTLENECK: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    *(entry for entry in ADAPTER if entry[1].keys() <= {"activation", "scale", "dropout"}),
+    ((24,), {"impl": "gpu"}, ValueError, "impl='gpu' is not known; choose one of auto"),
+    ((24,), {"init_weights": "xavier"}, ValueError, "init_weights='xavier' is not known; choose one of bert"),
+]
 ERRORS = [
     *((ck.PHMLinear, *entry) for entry in LINEAR),
     *((ck.CompacterAdapter, widths, {"reduction_factor": 2, **o}, kind, match) for widths, o, kind, match in ADAPTER),
+    *((ck.BottleneckAdapter, w, {"reduction_factor": 2, **o}, kind, match) for w, o, kind, match in BOTTLENECK),
 ]
 
 
@@ -171,7 +183,10 @@ def test_errors_at_construction(
 
 
 def test_errors_at_call_name_x() -> None:
-    for module in (ck.PHMLinear(24, 12), ck.CompacterAdapter(24, reduction_factor=2)):
+    for module in (
+        ck.PHMLinear(24, 12),
+        *(kind(24, reduction_factor=2) for kind in (ck.CompacterAdapter, ck.BottleneckAdapter)),
+    ):
         with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 24\).*got \(3, 23\)"):
             module(torch.randn(3, 23))
 

@@ -135,8 +135,7 @@ def test_the_whole_library(whole_library: Report) -> None:
         "adapters.methods.modeling.Adapter",
         "adapters.methods.modeling.ParallelAdapter",
         "adapters.methods.modeling.PHMLayer",
-        "adapters.methods.bottleneck.BottleneckLayer",
-        "adapters.methods.bottleneck.BottleneckLayer",
+        *["adapters.methods.bottleneck.BottleneckLayer"] * 4,
         "adapters.composition",
         "adapters.methods.adapter_layer_base.AdapterLayerBase",
     ]
@@ -259,9 +258,11 @@ def test_report_prints() -> None:
     assert "(the model): one kernel" in str(patch(OriginalAdapter()))
 
 
-def test_plain_adapters_are_no_compacter() -> None:
+def test_a_model_without_adapters() -> None:
+    model = make(a=compacter())
+    model.delete_adapter("a")
     with pytest.raises(ValueError, match=r"has no PHM layer: no module with phm_dim.*Add the adapter first"):
-        patch(make(a=adapters.SeqBnConfig(reduction_factor=4)))
+        patch(model)
 
 
 @pytest.mark.parametrize("call", [patch, unpatch])

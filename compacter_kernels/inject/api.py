@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -59,14 +59,19 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     return model
 
 
-def set_adapter(model: nn.Module, name: str) -> None:
+def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """Use and train the adapters of that name. The others stay in the model, unused and frozen.
+
+    name: one, or several, of which the first is used and all are trained, as `route` and `mix` can.
 
     A loss that was computed before still gives gradients to the adapters that it was computed with.
     Raises ValueError if the model has no adapters of that name.
     """
     injection = injection_of(model)
-    injection.activate(injection.require(name))
+    names = [name] if isinstance(name, str) else list(name)
+    if not names:
+        raise ValueError("name is empty; give the name of the adapters to use, or several")
+    injection.activate(*[injection.require(each) for each in names])
 
 
 @contextmanager

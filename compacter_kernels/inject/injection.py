@@ -106,14 +106,14 @@ class Injection(Adapters, nn.Module):
         for modules in self._added.values():
             modules.active = name
 
-    def activate(self, name: str) -> None:
-        """Compute with the adapters of that name, and train them and no others."""
+    def activate(self, name: str, *others: str) -> None:
+        """Compute with the adapters of that name; train them and the others, and no more."""
         self.use(name)
         for modules in (self.shared, *self._added.values()):
             for key, module in modules.items():
                 for path, parameter in module.named_parameters():
                     fixed = not self.configs[key].learn_phm and path.rpartition(".")[2].startswith("phm_rule")
-                    if key == name and not fixed:
+                    if key in (name, *others) and not fixed:
                         parameter.requires_grad_(True)
                     else:
                         freeze(parameter)

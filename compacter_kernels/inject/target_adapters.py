@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compacter_kernels.inject.hidden_states import first_input, map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
+from compacter_kernels.nn.choice import Choice, Part, adapted, check_inputs
 from compacter_kernels.targets.added import NAME, AddedModules
 from compacter_kernels.targets.fast_path import FastPath
 from compacter_kernels.targets.wrappers import is_a, unwrapped, wrapper_chain
@@ -144,9 +145,29 @@ class TargetAdapters(AddedModules):
             handle.remove()
         self._handles.clear()
 
+    def input_key(self, name: str) -> Any:
+        """What tells apart adapters of different inputs."""
+        read, norm = self._reads.get(name), self._norms.get(name)
+        parts = [None if layer is None else layer.module for layer in (read and read[0], norm)]
+        return parts, self._before_norm[name]
+
+    def parts_of(self, choice: Choice) -> tuple[Part, ...]:
+        """The adapters that occur here; ValueError if they take the inputs of different modules."""
+        check_inputs(choice, {name: read.module for name, (read, _) in self._reads.items()})
+        return super().parts_of(choice)
+
+    def _in_use(self) -> tuple[str, ...]:
+        """The names of the adapters that compute."""
+        if self.active is None:
+            return ()
+        if self.chosen_adapters is not None:
+            return tuple(name for part in self.chosen_adapters.parts for name in part.names)
+        return (self.active,) if self.active in self else ()
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if self.active in self._reads:
-            read, first = self._reads[self.active]
+        name = next((name for name in self._in_use() if name in self._reads), None)
+        if name is not None:
+            read, first = self._reads[name]
             if module in read.parts and read.is_outer_call(module, "LoraLayer"):
                 _block_input.waiting = (self, first_input(module, args, kwargs or {}, first))
 
@@ -155,33 +176,50 @@ class TargetAdapters(AddedModules):
 
         torch.ao registers the hook again in such a way that the keyword arguments are missing.
         """
-        adapter: CompacterAdapter | None = self.in_use()
-        if adapter is None or not self._write.is_outer_call(module):
+        names = self._in_use()
+        if not names or not self._write.is_outer_call(module):
             return rest[-1]
         if module not in self._write.parts:
             now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
             raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
-        with onloaded(self._owners[self.active]):  # type: ignore[index]
-            if self.active not in self._reads:
-                return map_first(adapter, output, module)
-            return map_first(lambda y: adapter(*self._inputs(y, module, args, kwargs)), output, module)
+        if self.chosen_adapters is None and names[0] not in self._reads:  # the usual case, in the least time
+            with onloaded(self._owners[names[0]]):
+                return map_first(self[names[0]], output, module)
+        x = self._input(names, module, args, kwargs)
 
-    def _inputs(
-        self, y: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """What the active adapter takes and what it adds to."""
-        x, adapter = self._input(module, args, kwargs), self.in_use()
+        def inputs_of(name: str, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self._inputs_of(name, y, x)
+
+        def change(y: Tensor) -> Tensor:
+            if self.chosen_adapters is not None:
+                return adapted(self.chosen_adapters, self, y, inputs_of)
+            return self[names[0]](*inputs_of(names[0], y))  # type: ignore[no-any-return]
+
+        with onloaded([owner for name in names for owner in self._owners[name]]):
+            return map_first(change, output, module)
+
+    def _inputs_of(self, name: str, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What an adapter takes and what it adds to, from the output and the block's input."""
+        adapter: Any = self[name]
+        if name not in self._reads:
+            return y, y
+        assert x is not None
         if not adapter.add_residual:
             return x, y
         x = y + x
-        norm = self._norms.get(self.active)  # type: ignore[arg-type]
+        norm = self._norms.get(name)
         x = x if norm is None else norm.module(x)
-        return x, y if self._before_norm[self.active] else x  # type: ignore[index]
+        return x, y if self._before_norm[name] else x
 
-    def _input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The input of the block that ends with this module."""
-        read, first = self._reads[self.active]  # type: ignore[index]
+    def _input(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The input of the block that ends with this module, if one of the adapters needs it."""
+        name = next((name for name in names if name in self._reads), None)
+        if name is None:
+            return None
+        read, first = self._reads[name]
         if read.module is self._write.module:
             return first_input(module, args, kwargs, first)
         waiting: tuple[TargetAdapters, Tensor] | None = getattr(_block_input, "waiting", None)

@@ -19,6 +19,7 @@ from torch import nn
 
 from compacter_kernels.inject.hidden_states import map_tensors
 from compacter_kernels.inject.offload import HOOK, OLD_FORWARD, onloaded
+from compacter_kernels.nn.choice import Chosen, copied
 from compacter_kernels.nn.partitioned import gathered
 from compacter_kernels.targets.added import NAME, AddedModules, added_modules
 
@@ -28,6 +29,8 @@ ORIGINAL_CLASS = "_class_without_copies"
 
 class TrainedCopies(AddedModules):
     """The trained copies of a module, by adapter name, like peft's ModulesToSaveWrapper."""
+
+    holds_adapters = False
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -50,17 +53,33 @@ class TrainedCopies(AddedModules):
         self[name] = trained
         self._casts[name] = casts
 
-    def call_copy(self, trained: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the copy in its own dtype; the output gets the original's dtype.
+    def call_copy(
+        self, trained: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None
+    ) -> Any:
+        """Call the copy, of that name or the active one, in its own dtype.
 
-        So a float32 layer norm can work in a float16 model. Autocast chooses its own dtypes.
+        The output gets the original's dtype. So a float32 layer norm can work in a float16 model.
+        Autocast chooses its own dtypes.
         """
-        if self._casts[self.active]:  # type: ignore[index]
+        name = self.active if name is None else name
+        if self._casts[name]:  # type: ignore[index]
             inner, outer = (next(module.parameters()) for module in (trained, self.original_module))
             if inner.dtype != outer.dtype and not torch.is_autocast_enabled(inner.device.type):
                 args, kwargs = map_tensors(_cast(outer.dtype, inner.dtype), (args, kwargs))
                 return map_tensors(_cast(inner.dtype, outer.dtype), trained(*args, **kwargs))
         return trained(*args, **kwargs)
+
+    def call_chosen(
+        self, chosen: Chosen, original_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call the original, and the copy of each sample's adapter."""
+        y = original_forward(*args, **kwargs)
+        if not chosen.parts:
+            return y
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
+            kind = type(self.original_module).__name__
+            raise TypeError(f"route, mix: a {kind} that is trained whole must take a single tensor, by position")
+        return copied(chosen, args[0], y, lambda name, x: self.call_copy(self[name], (x,), {}, name))
 
     def detach(self) -> None:
         """Restore the class and the `forward` of the original."""
@@ -86,6 +105,8 @@ def _cast(before: torch.dtype, after: torch.dtype) -> Callable[[torch.Tensor], t
 def _call(module: nn.Module, original_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with copies: call the copy in use, or else the original's forward."""
     copies = added_modules(module)
+    if isinstance(copies, TrainedCopies) and copies.chosen_adapters is not None and copies.active is not None:
+        return copies.call_chosen(copies.chosen_adapters, original_forward, args, kwargs)
     trained = copies.in_use() if isinstance(copies, TrainedCopies) else None
     if trained is None:
         return original_forward(*args, **kwargs)

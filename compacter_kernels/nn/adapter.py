@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from compacter_kernels.activations import resolve
 from compacter_kernels.functional import compacter_adapter
-from compacter_kernels.nn.adapter_base import AdapterBase
+from compacter_kernels.nn.adapter_base import AdapterBase, SharesRule
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.nn.phm_linear import PHMLinear, Rule, arguments, rule_shapes
-from compacter_kernels.private import children, runs
 from compacter_kernels.problem import check_phm_dim
 
 
-class CompacterAdapter(AdapterBase):
+class CompacterAdapter(SharesRule, AdapterBase):
     """scale * up(act(down(x))) + x, the adapter of Compacter (arXiv 2106.04647, section 3).
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
@@ -47,6 +44,8 @@ class CompacterAdapter(AdapterBase):
     Raises:
         TypeError, ValueError: an option does not fit; the message names it and a value that does.
     """
+
+    _projection, _function = PHMLinear, staticmethod(compacter_adapter)
 
     def __init__(
         self,
@@ -78,15 +77,9 @@ class CompacterAdapter(AdapterBase):
         super().__init__()
         bottleneck = bottleneck_of(hidden_size, reduction_factor)
         check_phm_dim(phm_dim, phm_rank, hidden_size=hidden_size, bottleneck=bottleneck)
-        resolve(activation)
-        if scale != "learned" and not (isinstance(scale, (float, int)) and math.isfinite(scale)):
-            raise ValueError(f"scale must be a finite number or 'learned', got {scale!r}")
-        if not (isinstance(dropout, (float, int)) and 0.0 <= dropout < 1.0):
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
-        self.hidden_size, self.bottleneck, self.reduction_factor = hidden_size, bottleneck, reduction_factor
-        self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
-        self.ln_before, self.ln_after, self.residual_before_ln = ln_before, ln_after, residual_before_ln
-        self.shared_phm_rule, self.impl = shared_phm_rule, impl
+        sizes = (hidden_size, bottleneck, reduction_factor)
+        self._set_options(*sizes, activation, add_residual, scale, dropout, residual_before_ln, impl)
+        self.shared_phm_rule = shared_phm_rule
         self._own_rule = phm_rule is None and shared_phm_rule
         if self._own_rule:
             shapes = rule_shapes(phm_dim, factorized_phm_rule)
@@ -108,7 +101,7 @@ class CompacterAdapter(AdapterBase):
         }
         self.down = PHMLinear(hidden_size, bottleneck, **options)
         self.up = PHMLinear(bottleneck, hidden_size, **options)
-        self._add_scaling_and_norms(hidden_size, scale, ln_before, ln_after, device, dtype)
+        self._add_scaling_and_norms(ln_before, ln_after, device, dtype)
         self._reset_shared_rule()
 
     def _reset_shared_rule(self) -> None:
@@ -122,52 +115,6 @@ class CompacterAdapter(AdapterBase):
         self._reset_shared_rule()
         self._reset_scaling_and_norms()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
-
-        residual: a tensor to add instead of x, for a parallel adapter or a residual before a norm.
-        """
-        if residual is None and self.add_residual:
-            residual = x
-        h = x if self.norm_before is None else self.norm_before(x)
-        late = self.dropout > 0 and self.training
-        late |= self.norm_after is not None and not self.residual_before_ln
-        late |= residual is not None and residual.dtype != h.dtype
-        modules = children(self)
-        down, up = modules["down"], modules["up"]
-        scaling = self._weight("scaling")
-        scale = self.scale if scaling is None else scaling
-        if runs(PHMLinear.forward, down, up):
-            y = compacter_adapter(
-                h,
-                down.weights(),
-                up.weights(),
-                activation=self.activation,
-                residual=None if late else residual,
-                scale=scale,  # type: ignore[arg-type]
-                impl=self.impl,
-            )
-        else:
-            late = True
-            y = up(resolve(self.activation).function(down(h)))
-            y = (y * scale).to(y.dtype)
-        if not late:
-            return y if self.norm_after is None else self.norm_after(y)
-        return self._finished(F.dropout(y, self.dropout, self.training), residual)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompacterAdapter:
-        """Keep a rule that down and up share when `to`, `double`, `to_empty` and so on call this.
-
-        torch replaces a Parameter on meta by a new one for each of its names. It has no public hook
-        for this.
-        """
-        down, up = (self._modules[position]._parameters for position in ("down", "up"))  # type: ignore[union-attr]
-        shared = [name for name, rule in down.items() if rule is not None and up.get(name) is rule]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse:
-            up.update({name: down[name] for name in shared})
-        return self
-
     def extra_repr(self) -> str:
         """The arguments that rebuild this adapter. A rule passed in appears as phm_rule."""
         if not self._as_built():
@@ -175,13 +122,6 @@ class CompacterAdapter(AdapterBase):
         values = {**vars(self.down), **vars(self), "phm_bias": self.down.bias is not None}
         shared_rule = self.down.shared_phm_rule and not self._own_rule
         return arguments(self, "hidden_size", shared_rule=shared_rule, values=values)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})" if self._as_built() else super().__repr__()
-
-    def _as_built(self) -> bool:
-        """Whether both projections are still PHMLinear, which arguments can describe."""
-        return isinstance(self.down, PHMLinear) and isinstance(self.up, PHMLinear)
 
 
 def bottleneck_of(hidden_size: int, reduction_factor: float) -> int:

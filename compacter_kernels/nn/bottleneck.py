@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compacter_kernels.activations import resolve
+from compacter_kernels.functional import bottleneck_adapter
 from compacter_kernels.nn.adapter import bottleneck_of
 from compacter_kernels.nn.adapter_base import AdapterBase
 from compacter_kernels.nn.borrower import Borrower
+from compacter_kernels.nn.phm_linear import arguments
+from compacter_kernels.weights import LinearWeights
+
+INITIAL_WEIGHTS = ("bert", "mam_adapter", "houlsby")
 
 
 class Linear(Borrower, nn.Linear):
@@ -27,6 +31,18 @@ class Linear(Borrower, nn.Linear):
         weight = self._weight("weight")
         return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, self._weight("bias"))
 
+    def factor_names(self) -> tuple[str, ...]:
+        """The names of the parameters but the bias."""
+        return ("weight",)
+
+    def weights(self) -> LinearWeights:
+        """The parameters for the functions."""
+        return self.packed(self._weight)
+
+    def packed(self, read: Callable[[str], Any]) -> LinearWeights:
+        """The parameters that `read` gives by their names, as `weights` packs its own."""
+        return LinearWeights(read("weight").mT, read("bias"))
+
     def extra_repr(self) -> str:
         """The sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -37,12 +53,15 @@ class BottleneckAdapter(AdapterBase):
 
     The bottleneck between down and up has hidden_size // reduction_factor numbers. The parameters
     are down.weight, down.bias, up.weight, up.bias, and `scaling`, `norm_before.*` and
-    `norm_after.*` if the options ask for them. torch computes it.
+    `norm_after.*` if the options ask for them.
+
+    One kernel computes down and up together. If one of them has hooks, as pruning adds, or is
+    replaced by another module, both are called as modules, one after the other.
 
     Args:
         hidden_size: the width of x.
         reduction_factor: an int or a float.
-        activation: a name or a callable, see `compacter_kernels.compacter_adapter`.
+        activation: a name or a callable, see `compacter_kernels.bottleneck_adapter`.
         add_residual: add x, or the `residual` passed to forward.
         scale: a number, or "learned" for a parameter `scaling` that starts at 1.
         dropout: the probability of dropout on the scaled output, before the residual.
@@ -51,10 +70,13 @@ class BottleneckAdapter(AdapterBase):
         init_weights: how weights are drawn, as `adapters` does. Biases are 0. "bert": normal with
             deviation 0.02. "houlsby": normal with deviation 0.01, within two of them.
             "mam_adapter": down as nn.Linear, up 0.
+        impl: see `compacter_kernels.bottleneck_adapter`.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
     """
+
+    _projection, _function = Linear, staticmethod(bottleneck_adapter)
 
     def __init__(
         self,
@@ -69,17 +91,20 @@ class BottleneckAdapter(AdapterBase):
         ln_after: bool = False,
         residual_before_ln: bool = True,
         init_weights: str = "bert",
+        impl: str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         bottleneck = bottleneck_of(hidden_size, reduction_factor)
-        resolve(activation)
-        self.activation, self.add_residual, self.scale, self.dropout = activation, add_residual, scale, dropout
-        self.residual_before_ln, self.init_weights = residual_before_ln, init_weights
+        sizes = (hidden_size, bottleneck, reduction_factor)
+        self._set_options(*sizes, activation, add_residual, scale, dropout, residual_before_ln, impl)
+        if init_weights not in INITIAL_WEIGHTS:
+            raise ValueError(f"init_weights={init_weights!r} is not known; choose one of {', '.join(INITIAL_WEIGHTS)}")
+        self.init_weights = init_weights
         self.down = Linear(hidden_size, bottleneck, device=device, dtype=dtype)
         self.up = Linear(bottleneck, hidden_size, device=device, dtype=dtype)
-        self._add_scaling_and_norms(hidden_size, scale, ln_before, ln_after, device, dtype)
+        self._add_scaling_and_norms(ln_before, ln_after, device, dtype)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -97,14 +122,8 @@ class BottleneckAdapter(AdapterBase):
                 nn.init.zeros_(linear.weight)
         self._reset_scaling_and_norms()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Map x (..., hidden_size) to the same shape, in the promoted dtype of x and residual.
-
-        residual: a tensor to add instead of x.
-        """
-        if residual is None and self.add_residual:
-            residual = x
-        h = x if self.norm_before is None else self.norm_before(x)
-        scale: Any = self.scale if self.scale != "learned" else self._weight("scaling")
-        y: Tensor = self.up(resolve(self.activation).function(self.down(h)))
-        return self._finished(F.dropout(y * scale, self.dropout, self.training).to(x.dtype), residual)
+    def extra_repr(self) -> str:
+        """The arguments that rebuild this adapter."""
+        if not self._as_built():
+            return f"{self.hidden_size}"
+        return arguments(self, "hidden_size", shared_rule=False, values={})

@@ -167,7 +167,10 @@ class PHMLinear(Borrower):
 
     def weights(self) -> PHMWeights:
         """The parameters for the functions: a factorised rule multiplied, a fixed one detached."""
-        read: Callable[[str], Any] = self._weight if self._borrowed else partial(parameter, self)
+        return self.packed(self._weight if self._borrowed else partial(parameter, self))
+
+    def packed(self, read: Callable[[str], Any]) -> PHMWeights:
+        """The parameters that `read` gives by their names, as `weights` packs its own."""
         if self.factorized_phm_rule:
             rule: Tensor = factorised_rule(read("phm_rule_left"), read("phm_rule_right"))
         else:

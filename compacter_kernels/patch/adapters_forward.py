@@ -16,8 +16,10 @@ from compacter_kernels.patch import phm_modules
 from compacter_kernels.patch.activation_names import fused_name
 from compacter_kernels.patch.methods import is_ours, replaced_by_others, runs_more
 from compacter_kernels.private import children, hook_tables, parameter
-from compacter_kernels.weights import NormWeights, PHMWeights
+from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights
 
+# The widest bottleneck of dense projections that the kernels are made for.
+WIDEST = 256
 # The methods of the library that `patch()` has replaced on their classes.
 originals: dict[tuple[type, str], Any] = {}
 _BYPASSED = ("compose", "compose_stack", "compose_single", "pre_block")
@@ -40,7 +42,21 @@ def is_phm_layer(module: Any) -> bool:
     return isinstance(module, PHMLayer) and original(kind, "forward") is original(PHMLayer, "forward")
 
 
-def weights(layer: Any) -> PHMWeights:
+def fits(down: Any, up: Any) -> bool:
+    """Whether one kernel computes both: PHM layers, or linear layers with a narrow bottleneck."""
+    if type(down) is nn.Linear:
+        return type(up) is nn.Linear and down.out_features <= WIDEST
+    return is_phm_layer(down) and is_phm_layer(up)
+
+
+def weights(layer: Any) -> Any:
+    """PHMWeights or LinearWeights of a projection; shared ones are in the ForwardContext."""
+    if type(layer) is nn.Linear:
+        return LinearWeights(parameter(layer, "weight").t(), parameter(layer, "bias"))
+    return phm_weights(layer)
+
+
+def phm_weights(layer: Any) -> PHMWeights:
     """The weights of a PHMLayer; the model's forward puts shared ones into the ForwardContext."""
     if not (layer.shared_phm_rule or layer.shared_W_phm):
         return phm_modules.weights(layer, layer, layer)
@@ -53,7 +69,7 @@ def weights(layer: Any) -> PHMWeights:
 
 def projection(layer: nn.Module, x: Tensor) -> Tensor:
     """Instead of PHMLayer.forward."""
-    return phm_linear(x, weights(layer))
+    return phm_linear(x, phm_weights(layer))
 
 
 def parts(adapter: Any) -> tuple[tuple[Any, ...], Any]:
@@ -75,7 +91,7 @@ def activation_of(layer: Any) -> Any:
 def can_fuse(adapter: Any, *others: nn.Module) -> bool:
     """Whether the kernel may stand in for both projections, the activation and the others."""
     layers, up = parts(adapter)
-    if len(layers) != 2 + adapter.add_layer_norm_before or not (is_phm_layer(layers[-2]) and is_phm_layer(up)):
+    if len(layers) != 2 + adapter.add_layer_norm_before or not fits(layers[-2], up):
         return False
     inner = _inner(layers[-1])
     if isinstance(inner, nn.Module):
@@ -180,7 +196,7 @@ def _single(layer: Any) -> Any:
         return None
     name = setup.children[0]
     adapter = children(children(layer)["adapters"]).get(name) if type(name) is str else None
-    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not _output_gating() else None
+    return adapter if type(adapter) is Adapter and _is_plain(adapter) and not output_gating() else None
 
 
 def _composes_as_library(layer: Any) -> bool:
@@ -193,14 +209,14 @@ def _composes_as_library(layer: Any) -> bool:
     return _inherits[kind]
 
 
-def _output_gating() -> Any:
+def output_gating() -> Any:
     """Whether the caller of the model asks for the scores of gates."""
     contexts = ForwardContext.get_contexts()
     return contexts[-1].output_adapter_gating_scores if contexts else False
 
 
 def _is_plain(adapter: Any) -> bool:
-    """Whether it computes x + scale * up(act(down(x))) with two PHM layers, and has no hooks."""
+    """Whether it computes x + scale * up(act(down(x))) by one kernel, and has no hooks."""
     attributes, modules = vars(adapter), children(adapter)
     if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating:
         return False
@@ -212,10 +228,11 @@ def _is_plain(adapter: Any) -> bool:
         return False
     dropout = modules["dropout"]
     drops = dropout.p > 0 and dropout.training
-    return not drops and _runs_bottleneck(adapter) and can_fuse(adapter, adapter, dropout)
+    return not drops and runs_bottleneck(adapter) and can_fuse(adapter, adapter, dropout)
 
 
-def _runs_bottleneck(adapter: Any) -> bool:
+def runs_bottleneck(adapter: Any) -> bool:
+    """Whether a call of the adapter runs `bottleneck`."""
     method = vars(adapter).get("forward", type(adapter).forward)
     return method is bottleneck or (is_ours(method) and method.func is bottleneck)
 
@@ -229,7 +246,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
     modules = children(layer)
     adapter = children(modules["adapters"])[adapter_setup]
     needs_up = len(children(modules["adapter_fusion_layer"])) > 0
-    gating, options = _output_gating(), {}
+    gating, options = output_gating(), {}
     if not gating and _takes_fused(adapter):  # the gate is one of the outputs that `fused` leaves out
         options["fused"] = "up" if needs_up else "output"
     outputs = adapter(state.hidden_states, residual_input=state.adapter_residual, output_gating=gating, **options)
@@ -242,7 +259,7 @@ def compose_single(layer: Any, adapter_setup: str, state: Any, lvl: int = 0) -> 
 def _takes_fused(adapter: Any) -> bool:
     """Whether a call of this adapter runs `bottleneck`, and no hook reads the outputs left out."""
     tables = hook_tables(adapter)
-    if tables is None or not _runs_bottleneck(adapter):
+    if tables is None or not runs_bottleneck(adapter):
         return False
     hooks = [hook for table in tables for hook in table.values()]  # those of FSDP do not read the outputs
     return all(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)

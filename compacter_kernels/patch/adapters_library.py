@@ -17,9 +17,9 @@ from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 
-from compacter_kernels.patch import Entry, adapters_forward, phm_modules
+from compacter_kernels.patch import Entry, adapters_bank, adapters_forward, phm_modules
 from compacter_kernels.patch.activation_names import fused_name
-from compacter_kernels.patch.adapters_forward import is_phm_layer, original, originals
+from compacter_kernels.patch.adapters_forward import WIDEST, fits, is_phm_layer, original, originals
 from compacter_kernels.patch.methods import put, replaced_by_others
 from compacter_kernels.private import children
 
@@ -29,6 +29,8 @@ _OF_CLASSES: dict[tuple[type, str], Any] = {
     (PHMLayer, "forward"): adapters_forward.projection,
     (BottleneckLayer, "compose_single"): adapters_forward.compose_single,
     (BottleneckLayer, "bottleneck_layer_forward"): adapters_forward.layer_forward,
+    (BottleneckLayer, "compose_batch_split"): adapters_bank.compose_batch_split,
+    (BottleneckLayer, "compose_average"): adapters_bank.compose_average,
 }
 
 
@@ -49,26 +51,28 @@ def patch_module(module: nn.Module) -> tuple[bool, str] | None:
 def _patch_layer(layer: Any) -> tuple[bool, str] | None:
     """The layer that calls the adapters. Only a failure is reported."""
     adapters = [a for a in getattr(layer, "adapters", {}).values() if isinstance(a, Adapter)]
-    if not any(is_phm_layer(adapter.adapter_up) for adapter in adapters):
+    if not any(is_phm_layer(adapter.adapter_up) or type(adapter.adapter_up) is nn.Linear for adapter in adapters):
         return None
     names = [name for kind, name in _OF_CLASSES if kind is BottleneckLayer and not replaced_by_others(layer, name)]
     inherited = [name for name in names if original(type(layer), name) is original(BottleneckLayer, name)]
     if "compose_single" not in inherited:
-        return False, "it has a compose_single of its own; its adapters run their PHM layers one by one"
+        return False, "it has a compose_single of its own; its adapters run their layers one by one"
     for name in inherited:
         put(layer, name, _OF_CLASSES[BottleneckLayer, name])
     return None
 
 
 def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
-    if not any(phm_modules.is_phm_layer(part) for part in adapter.modules()):
-        return None  # a bottleneck adapter without Compacter
+    kind = "PHM layers" if any(phm_modules.is_phm_layer(part) for part in adapter.modules()) else "linear layers"
     if original(type(adapter), "forward") not in {original(kind, "forward") for kind in (Adapter, ParallelAdapter)}:
-        return False, f"{type(adapter).__name__} has a forward of its own; its PHM layers run one by one"
+        return False, f"{type(adapter).__name__} has a forward of its own; its {kind} run one by one"
     if replaced_by_others(adapter, "forward"):
-        return False, "its forward was replaced on the module; its PHM layers run one by one"
-    if not is_phm_layer(adapter.adapter_up):
-        return False, "one of its projections is not a PHM layer of `adapters`"
+        return False, f"its forward was replaced on the module; its {kind} run one by one"
+    layers, up = adapters_forward.parts(adapter)
+    if len(layers) < 2 or not fits(layers[-2], up):
+        if type(up) is nn.Linear and up.in_features > WIDEST:
+            return False, f"its bottleneck of {up.in_features} is wider than {WIDEST}; its linear layers run one by one"
+        return False, "its projections are not two PHM layers, nor two linear layers, of `adapters`"
     put(adapter, "forward", adapters_forward.bottleneck)
     in_torch = {
         "layer norm before": adapter.add_layer_norm_before,
@@ -81,7 +85,7 @@ def _patch_adapter(adapter: Any) -> tuple[bool, str] | None:
     }
     names = ", ".join(name for name, is_in_torch in in_torch.items() if is_in_torch)
     how = f"one kernel, but for: {names}" if names else "one kernel"
-    rule = "" if adapter.adapter_up.learn_phm else " (learn_phm=False, but train_adapter trains the rule too)"
+    rule = "" if getattr(up, "learn_phm", True) else " (learn_phm=False, but train_adapter trains the rule too)"
     return True, how + rule
 
 
@@ -134,7 +138,7 @@ _users: weakref.WeakSet[Any] = weakref.WeakSet()  # models with the shortcuts, a
 def patch_classes() -> tuple[Entry, ...]:
     """Replace the methods on their classes, and take the shortcuts."""
     for (kind, name), function in _OF_CLASSES.items():
-        originals.setdefault((kind, name), vars(kind)[name])
+        originals.setdefault((kind, name), getattr(kind, name))
         setattr(kind, name, function)
     return (*_METHODS, *take_shortcuts(sys.modules["adapters"]))
 
@@ -143,7 +147,10 @@ def unpatch_classes() -> tuple[Entry, ...]:
     """Restore what `patch_classes` replaced."""
     restored = _METHODS if originals else ()
     for (kind, name), method in originals.items():
-        setattr(kind, name, method)
+        if any(vars(base).get(name) is method for base in kind.__mro__[1:]):
+            delattr(kind, name)  # the class had it from a base
+        else:
+            setattr(kind, name, method)
     originals.clear()
     return (*restored, *give_back_shortcuts(sys.modules["adapters"]))
 

@@ -15,7 +15,10 @@ from torch import nn
 
 from compacter_kernels.private import hooked
 
-NAMES = ("forward", "post_forward", "compose_single", "bottleneck_layer_forward", "_rebuild_forward", "bypass_forward")
+NAMES = (
+    *("forward", "post_forward", "compose_single", "bottleneck_layer_forward"),
+    *("compose_batch_split", "compose_average", "_rebuild_forward", "bypass_forward"),
+)
 
 
 def is_ours(method: Any) -> bool:

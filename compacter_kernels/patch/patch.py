@@ -23,15 +23,16 @@ LYCORIS = "compacter_kernels.patch.lycoris_lokr"
 
 
 def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
-    """Put the kernels under the Compacter modules of a model, or under the library `adapters`.
+    """Put the kernels under the adapters of a model, or under the library `adapters`.
 
     The model keeps its modules, Parameters and state dict. It computes the same function with the
-    same gradients. These modules are recognised: the adapters of `adapters` 1.3, and modules built
-    like PHMLinear and HyperComplexAdapter of OpenDelta, of T-Few and of the original repository.
-    An adapter runs as one kernel where its options allow it; torch computes the options that the
-    kernel does not have, before, between or after the projections. Otherwise each PHM layer runs
-    as one kernel. `patch` does not change which parameters train: the `train_adapter` of
-    `adapters` trains the rule in spite of `learn_phm=False`, patched or not.
+    same gradients. These modules are recognised: the adapters of `adapters` 1.3 (of Compacter, and
+    plain bottleneck adapters of up to 256 numbers), and modules built like PHMLinear and
+    HyperComplexAdapter of OpenDelta, of T-Few and of the original repository. An adapter runs as
+    one kernel where its options allow it; torch computes the options that the kernel does not have,
+    before, between or after the projections. Otherwise each PHM layer runs as one kernel. `patch`
+    does not change which parameters train: the `train_adapter` of `adapters` trains the rule in
+    spite of `learn_phm=False`, patched or not.
 
     The linear layers of LoKr in `peft` 0.18 to 0.21 and in `lycoris` 4.1 are recognised, too. They
     run on `kronecker_linear` (`lokr`), and no matrix of the size of the weight is built. For
@@ -56,7 +57,7 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
 
     Raises:
         TypeError: model is no module.
-        ValueError: a model without any PHM or LoKr layer, or shortcuts of a model without
+        ValueError: a model without any such module, or shortcuts of a model without
             `adapters`.
         RuntimeError: `adapters` is not installed (without a model), or it, `peft` or `lycoris` is
             of a version not known.
@@ -86,9 +87,9 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     if not patched and not skipped:
         raise ValueError(
             f"{type(model).__name__} has no PHM layer: no module with phm_dim, phm_rule and W_left, W_right or W, as "
-            "`adapters`, OpenDelta, T-Few and the original repository have them. It has no LoKr layer of `peft` "
-            "either, nor one of `lycoris` that apply_to() put onto it. Add the adapter first; ck.patch() without a "
-            "model covers `adapters` models made later"
+            "`adapters`, OpenDelta, T-Few and the original repository have them. It has no bottleneck adapter of "
+            "`adapters`. It has no LoKr layer of `peft` either, nor one of `lycoris` that apply_to() put onto it. Add "
+            "the adapter first; ck.patch() without a model covers `adapters` models made later"
         )
     if shortcuts and patched:
         patched += library.take_shortcuts(model)

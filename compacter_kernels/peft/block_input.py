@@ -65,6 +65,16 @@ class BlockInput:
         """
         return self.kept(args, kwargs), y
 
+    @property
+    def module(self) -> nn.Module:
+        """The module whose input is kept."""
+        return self._read
+
+    @property
+    def key(self) -> Any:
+        """Equal for adapters of one layer that take the same and add to the same."""
+        return type(self), self._read
+
     def remove(self) -> None:
         """Stop keeping the input."""
         if self._handle is not None:
@@ -95,6 +105,11 @@ class BlockOutput(BlockInput):
             parent, name = self._norm
             x = parent.get_submodule(name)(x)
         return x, y if self._before_norm else x
+
+    @property
+    def key(self) -> Any:
+        """Equal for adapters of one layer that take the same and add to the same."""
+        return *super().key, self._norm, self._before_norm
 
 
 def forget() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from compacter_kernels.inject.hidden_states import map_first
 from compacter_kernels.inject.offload import onloaded
+from compacter_kernels.nn.choice import Choice, Chooser, Part, adapted, check_inputs
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, forget, numbers
-from compacter_kernels.peft.mixed_batch import Names
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
 
@@ -22,7 +22,7 @@ CANNOT_MERGE = (
 )
 
 
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(Chooser, nn.Module, BaseTunerLayer):
     """y = base_layer(x), and then y + sum over active adapters of (adapter(y) - y).
 
     Some adapters take another input than y, which `reads` gives. base_layer may also return a
@@ -129,8 +129,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.reads[adapter_name].remove()
         super().delete_adapter(adapter_name)
 
-    def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
-        """Call base_layer and apply the active adapters, or those of adapter_names."""
+    def held_adapters(self) -> Mapping[str, Any]:
+        """The adapters by name."""
+        return self.adapters._modules
+
+    def input_key(self, name: str) -> Any:
+        """Equal for adapters that take the same input and add to the same tensor."""
+        return self.reads[name].key if name in self.reads else None
+
+    def parts_of(self, choice: Choice) -> tuple[Part, ...]:
+        """The adapters that occur here; ValueError if they take the inputs of different modules."""
+        check_inputs(choice, {name: read.module for name, read in self.reads.items()})
+        return super().parts_of(choice)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call base_layer and apply the active adapters, or those chosen for each sample."""
         output = self.base_layer(*args, **kwargs)
 
         def inputs_of(name: str, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,15 +157,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     result = changed if result is y else result + (changed - y)
             return result
 
-        def apply_named(y: Tensor) -> Tensor:
-            assert adapter_names is not None
-            return adapter_names.change(
-                y, self.adapters, lambda name, rows: self.adapters[name](*(x[rows] for x in inputs_of(name, y)))
-            )
+        def apply_chosen(y: Tensor) -> Tensor:
+            return adapted(self.chosen_adapters, self.adapters, y, inputs_of)  # type: ignore[arg-type]
 
         if not self.disable_adapters:
             with onloaded(getattr(self, kind) for kind in self.adapter_layer_names):
-                output = map_first(apply_active if adapter_names is None else apply_named, output, self.base_layer)
+                output = map_first(
+                    apply_active if self.chosen_adapters is None else apply_chosen, output, self.base_layer
+                )
         if self.reads:
             forget()
         return output

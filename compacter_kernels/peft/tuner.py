@@ -14,10 +14,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.inject.prepare import check_residual
+from compacter_kernels.nn.choice import computes_on
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, BlockOutput
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
-from compacter_kernels.peft.mixed_batch import BASE, Names, given_names
+from compacter_kernels.peft.mixed_batch import BASE, ChoosesCopies, Names, given_names
 from compacter_kernels.peft.plan import check_not_offloaded, expand_all_linear, plan_modules_to_save, plan_targets
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.targets.fast_path import FastPath
@@ -41,7 +42,7 @@ def _rename(begin: str, model: nn.Module, state_dict: dict[str, Any], prefix: st
             state_dict[start + name_in(names, path, base) + found + kind] = state_dict.pop(key)
 
 
-class AdapterTuner(BaseTuner):
+class AdapterTuner(ChoosesCopies, BaseTuner):
     """Adapters of one method in a model. A subclass says how they are built.
 
     Args:
@@ -179,7 +180,7 @@ class AdapterTuner(BaseTuner):
         generation = kwargs.get("generation_config")
         sizes = ("num_beams", "num_return_sequences")
         repeats = max(kwargs.get(size) or getattr(generation, size, None) or 1 for size in sizes)
-        with given_names(self, AdapterLayer, Names(names, repeats)):
+        with given_names(self, Names(names, repeats, computes_on(self))):
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

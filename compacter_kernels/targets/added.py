@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from compacter_kernels.config import CompacterConfig
+from compacter_kernels.nn.choice import Chooser
 
 NAME = "compacter"  # The name of the child that `inject` adds to the model and to each adapted module.
 
@@ -19,7 +21,7 @@ class Added:
         return x
 
 
-class AddedModules(Added, nn.ModuleDict):
+class AddedModules(Added, Chooser, nn.ModuleDict):
     """The child `compacter` of a module of the base: its adapters or its trained copies, by name.
 
     As a child it moves, trains, shards and is copied together with the module, and the parameters
@@ -28,6 +30,10 @@ class AddedModules(Added, nn.ModuleDict):
     """
 
     active: str | None = None
+
+    def held_adapters(self) -> Mapping[str, Any]:
+        """The modules by name."""
+        return self._modules
 
     def in_use(self) -> Any:
         """The module of the active name, or None."""
