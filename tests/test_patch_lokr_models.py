@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import run_two
 
 import compacter_kernels as ck
-from compacter_kernels import functional, route
+from compacter_kernels import functional, way
 from compacter_kernels.dispatch import ENVIRONMENT
 from compacter_kernels.impl import chain
 from compacter_kernels.patch import patch as patch_module

@@ -131,13 +131,19 @@ void adapter_skip(const AdapterJob& job, int64_t begin, int64_t end, float* memo
     const T *residual = static_cast<const T*>(job.residual), *also = job.also_x ? static_cast<const T*>(job.x) : nullptr;
     T* out = static_cast<T*>(job.out);
     if (!out) return;
-    const Expansion<T> expand{1, 0, k, nullptr, nullptr, false};
+    const Expansion<T> add{1, 0, k, nullptr, nullptr, false};
+    const auto bytes = [&](int64_t tokens) { return static_cast<size_t>(tokens * k) * sizeof(T); };
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const T* first = residual ? rows.read(residual, token, tokens, gathered.other) : nullptr;
         const T* second = also ? rows.read(also, token, tokens, gathered.x) : nullptr;
         T* to = rows.consecutive(token, tokens) ? rows.direct(out, token) : gathered.out;
-        expand(nullptr, first, second, to, tokens, nullptr);
+        if (first && second)
+            add(nullptr, first, second, to, tokens, nullptr);
+        else if (first || second)  // its bits, also those of -0
+            __builtin_memcpy(to, first ? first : second, bytes(tokens));
+        else
+            __builtin_memset(to, 0, bytes(tokens));
         rows.write(out, token, tokens, to);
     }
 }
