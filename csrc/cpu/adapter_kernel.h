@@ -11,28 +11,34 @@ namespace compacter::COMPACTER_ISA {
 
 using cpu::AdapterJob;
 
-// Copies of rows that are not consecutive.
+// Copies of rows that are not consecutive. Those of x and other stay as long as the gradients of the
+// wide factors keep them.
 template <class T>
 struct Gathered {
+    int64_t kept, block;
     T *x, *other, *out;
 
-    Gathered(const AdapterJob& job, Arena& arena) : x(take(job, arena)), other(take(job, arena)), out(take(job, arena)) {}
+    Gathered(const AdapterJob& job, Arena& arena)
+        : kept(kept_blocks(job.down.m < job.up.m ? job.up.m : job.down.m)), block(lanes * job.down.in),
+          x(take(job, arena, kept)), other(take(job, arena, kept)), out(take(job, arena, 1)) {}
+
+    T* x_of(int64_t number) const { return x ? x + number % kept * block : nullptr; }
+    T* other_of(int64_t number) const { return other ? other + number % kept * block : nullptr; }
 
 private:
-    static T* take(const AdapterJob& job, Arena& arena) {
-        return job.rows ? reinterpret_cast<T*>(arena.take(lanes * job.down.in * static_cast<int64_t>(sizeof(T)) / 4)) : nullptr;
+    T* take(const AdapterJob& job, Arena& arena, int64_t blocks) const {
+        return job.rows ? reinterpret_cast<T*>(arena.take(blocks * block * static_cast<int64_t>(sizeof(T)) / 4)) : nullptr;
     }
 };
 
 template <class T, class Middle>
 struct AdapterScratch {
-    float *x_contraction, *g_contraction;
+    WideScratch wide;
     Gathered<T> gathered;
     Middle middle;
 
     AdapterScratch(const AdapterJob& job, Arena& arena)
-        : x_contraction(arena.take(Contraction::size(job.down.m, job.down.in_chunk()))),
-          g_contraction(arena.take(Contraction::size(job.up.m, job.up.out_chunk()))),
+        : wide({job.down.n_in, job.down.m, job.down.in_chunk()}, {job.up.n_out, job.up.m, job.up.out_chunk()}, arena),
           gathered(job, arena),
           middle(job.down, job.up, job.activation, arena) {}
 };
@@ -55,8 +61,9 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
     const T* others = residual && residual != x ? residual : nullptr;
     T *out = static_cast<T*>(job.out), *y = job.norm.weight ? static_cast<T*>(job.y) : out;
     const bool streaming = job.streaming && !job.norm.weight && can_stream(out, up.out_chunk());
-    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.x_contraction);
+    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
     Expansion<T> expand{up.n_out, up.m, up.out_chunk(), up.right, up.bias, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
     const Normalisation<T> norm{job.norm, up.out, job.streaming && y != out && can_stream(out, up.out)};
 
     for (int64_t token = begin; token < end; token += lanes) {
@@ -91,19 +98,21 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
     T *grad_x = static_cast<T*>(job.out), *grad_y = static_cast<T*>(job.grad_y);
     const T* g = job.norm.weight ? grad_y : grad_out;
     const bool streaming = job.streaming && can_stream(grad_x, down.in_chunk());
-    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.x_contraction);
-    const Contraction contract_g(up.n_out, up.m, up.out_chunk(), up.right, scratch.g_contraction);
-    const WeightGradient<T> down_left{down.n_in, down.m, down.in_chunk(), down_sums.left, nullptr};
-    const WeightGradient<T> up_right{up.n_out, up.m, up.out_chunk(), up_sums.right, up_sums.bias};
+    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction contract_g(up.n_out, up.m, up.out_chunk(), up.right, scratch.wide.g_contraction);
+    WeightGradient<T> down_left(down.n_in, down.m, down.in_chunk(), down_sums.left, nullptr, scratch.wide.x_gradient, end - begin);
+    WeightGradient<T> up_right(up.n_out, up.m, up.out_chunk(), up_sums.right, up_sums.bias, scratch.wide.g_gradient, end - begin);
     Expansion<T> expand{down.n_in, down.m, down.in_chunk(), down.left, nullptr, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
     const Normalisation<T> norm{job.norm, k, false};
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const bool direct = rows.consecutive(token, tokens);
         if (job.norm.weight) norm.backward(y + token * k, grad_out + token * k, tokens, grad_y + token * k);
-        const T* x_rows = rows.read(x, token, tokens, scratch.gathered.x);
-        const T* g_rows = rows.read(g, token, tokens, scratch.gathered.other);
+        const int64_t number = (token - begin) / lanes;
+        const T* x_rows = rows.read(x, token, tokens, scratch.gathered.x_of(number));
+        const T* g_rows = rows.read(g, token, tokens, scratch.gathered.other_of(number));
         contract_x(x_rows, tokens, middle.z(), rows.after(x, token, end));
         const float* v2 = middle.forward_with_slopes();
         contract_g(g_rows, tokens, middle.dv2(), rows.after(grad_out, token, end));
@@ -117,6 +126,8 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
         expand(dz, job.residual ? g_rows : nullptr, nullptr, grad_rows, tokens, nullptr);
         rows.write(grad_x, token, tokens, grad_rows);
     }
+    down_left.flush();
+    up_right.flush();
     middle.flush(down_sums, up_sums);
     if (streaming) stream_fence();
 }

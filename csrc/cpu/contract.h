@@ -29,23 +29,35 @@ public:
         if (tokens < lanes)
             for (int64_t j = 0; j < n * m * lanes; ++j) z[j] = 0.f;
         for (int64_t p = 0; p < n; ++p)
-            tiles<rows_at_once, 4, 1>(0, tokens, [&](auto size, int64_t token) {
-                constexpr int R = decltype(size)::value;
-                const T* rows = x + token * n * chunk + p * chunk;
-                const T* ahead = next ? next + (rows - x) : nullptr;
-                float* to = z + p * m * lanes + token;
-                with_span([&](auto span) { all_groups<R, decltype(span)::value>(rows, ahead, to); });
+            with_span([&](auto span) {
+                constexpr int Span = decltype(span)::value;
+                const T *rows = x + p * chunk, *ahead = next ? next + p * chunk : nullptr;
+                float* to = z + p * m * lanes;
+                if (size(m, chunk) <= stays_cached) {
+                    each_rows(tokens, [&](auto R, int64_t token) {
+                        each_groups<Span>([&](auto G, int64_t first) {
+                            tile<R, G, Span>(rows, first ? nullptr : ahead, token, first, to);
+                        });
+                    });
+                } else {
+                    each_groups<Span>([&](auto G, int64_t first) {
+                        each_rows(tokens, [&](auto R, int64_t token) {
+                            // The first tiles share the prefetches.
+                            tile<R, G, Span>(rows, first == token / R * G ? ahead : nullptr, token, first, to);
+                        });
+                    });
+                }
             });
     }
 
 private:
     static constexpr int rows_at_once = many_registers ? 8 : 4;
 
-    static int span(int64_t m) { return many_registers && m <= 4 ? 8 : 4; }
+    static int span(int64_t m) { return W == 16 && m <= 4 ? 8 : 4; }
 
     template <class Body>
     COMPACTER_INLINE void with_span(const Body& body) const {
-        if constexpr (many_registers)
+        if constexpr (W == 16)
             if (span(m) == 8) return body(Int<8>{});
         body(Int<4>{});
     }
@@ -70,30 +82,45 @@ private:
             }
     }
 
-    template <int R, int Span, class T>
-    void all_groups(const T* rows, const T* ahead, float* z) const {
-        const auto body = [&](auto count, int64_t first) {
-            tile<R, decltype(count)::value, Span>(rows, first ? nullptr : ahead, first, z);
-        };
+    // A larger s is read once for all rows, since it comes from a cache that other cores use too.
+    static constexpr int64_t stays_cached = 1 << 16;
+
+    template <class Body>
+    COMPACTER_INLINE static void each_rows(int64_t tokens, const Body& body) {
+        tiles<rows_at_once, 4, 1>(0, tokens, body);
+    }
+
+    template <int Span, class Body>
+    COMPACTER_INLINE void each_groups(const Body& body) const {
         if constexpr (many_registers && Span == 4)
             tiles<3, 2, 1>(0, groups(m, Span), body);
         else
             tiles<2, 1>(0, groups(m, Span), body);
     }
 
-    // R tokens by G groups. A step prefetches in every second row, the next step in the others.
+    // R tokens by G groups; the same rows of `next`, which may be null, are prefetched.
     template <int R, int G, int Span, class T>
-    __attribute__((noinline)) void tile(const T* rows, const T* ahead, int64_t first, float* z) const {
+    __attribute__((noinline)) void tile(const T* x, const T* next, int64_t token, int64_t first, float* lanes_of_z) const {
         const int64_t stride = n * chunk;
         const int64_t steps = (chunk + Span - 1) / Span;
+        const T *rows = x + token * stride, *ahead = next ? next + token * stride : nullptr;
         const float* s = packed + first * steps * W;
+        float* z = lanes_of_z + token;
         Vec sum[R][G] = {};
+        // Each line once: a step, or pair of steps, prefetches in every `turns`-th row.
+        constexpr int turns = 64 / ((in_pairs<T> ? 2 : 1) * Span * static_cast<int>(sizeof(T)));
+        const auto fetch_ahead = [&](int64_t at) COMPACTER_INLINE_LAMBDA {
+            const int64_t turn = at % turns, from = at / turns * (64 / static_cast<int>(sizeof(T)));
+            if constexpr (turns >= R) {
+                if (turns == R || turn < R) __builtin_prefetch(ahead + turn * stride + from, 1, 2);
+            } else {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r += turns) __builtin_prefetch(ahead + (r + turn) * stride + from, 1, 2);
+            }
+        };
         const auto step = [&](int64_t at, auto numbers_of) COMPACTER_INLINE_LAMBDA {
             Vec basis[G];
-            if (ahead) {
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r += 2) __builtin_prefetch(ahead + (r + at % 2) * stride + at / 2 * 2 * Span, 1, 2);
-            }
+            if (ahead) fetch_ahead(at);
 #pragma GCC unroll 4
             for (int j = 0; j < G; ++j) basis[j] = load(s + (j * steps + at) * W);
 #pragma GCC unroll 8
@@ -103,7 +130,26 @@ private:
                 for (int j = 0; j < G; ++j) sum[r][j] += numbers * basis[j];
             }
         };
-        for (int64_t at = 0; at < chunk / Span; ++at) step(at, [](const T* row) { return load_repeated<Span>(row); });
+        int64_t at = 0;
+        if constexpr (in_pairs<T>)
+            for (; at + 2 <= chunk / Span; at += 2) {
+                Vec basis[2][G];
+                if (ahead) fetch_ahead(at / 2);
+#pragma GCC unroll 4
+                for (int j = 0; j < G; ++j) {
+                    basis[0][j] = load(s + (j * steps + at) * W);
+                    basis[1][j] = load(s + (j * steps + at) * W + W);
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const VecPair numbers = load_pair_repeated(rows + r * stride + at * Span);
+#pragma GCC unroll 4
+                    for (int j = 0; j < G; ++j) sum[r][j] += numbers.first * basis[0][j];
+#pragma GCC unroll 4
+                    for (int j = 0; j < G; ++j) sum[r][j] += numbers.second * basis[1][j];
+                }
+            }
+        for (; at < chunk / Span; ++at) step(at, [](const T* row) { return load_repeated<Span>(row); });
         if (chunk % Span) step(chunk / Span, [&](const T* row) {
             T padded[Span] = {};
             for (int64_t k = 0; k < chunk % Span; ++k) padded[k] = row[k];

@@ -102,6 +102,42 @@ COMPACTER_INLINE Vec load_repeated(const f16* p) {
     return from_f16(load_bits_repeated<Span>(p));
 }
 
+// On AVX2, bf16 is converted by two vectors at once and without moves between their halves: `first`
+// has the numbers 0 to 3 and 8 to 11 of 16, `second` the others.
+template <class T>
+constexpr bool in_pairs = W == 8 && std::is_same_v<T, bf16>;
+
+struct VecPair {
+    Vec first, second;
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+COMPACTER_INLINE VecPair from_bf16(__m256i bits) {
+    const __m256i zero = _mm256_setzero_si256();
+    return {(Vec)_mm256_unpacklo_epi16(zero, bits), (Vec)_mm256_unpackhi_epi16(zero, bits)};
+}
+COMPACTER_INLINE VecPair load_pair(const bf16* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+COMPACTER_INLINE VecPair load_pair(const float* p) {
+    const auto halves = [p](int at) COMPACTER_INLINE_LAMBDA {
+        return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + at)), _mm_loadu_ps(p + at + 8), 1);
+    };
+    return {halves(0), halves(4)};
+}
+// Numbers 0 to 3 repeated, and 4 to 7.
+COMPACTER_INLINE VecPair load_pair_repeated(const bf16* p) {
+    return from_bf16(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)));
+}
+COMPACTER_INLINE __m256i to_bf16(VecPair pair) {
+    const auto upper_half = [](Vec v) COMPACTER_INLINE_LAMBDA {
+        const BitVec bits = (BitVec)v;
+        return (__m256i)((((bits + 0x7fffu) + ((bits >> 16) & 1u)) | (BitVec)(v != v)) >> 16);
+    };
+    return _mm256_packus_epi32(upper_half(pair.first), upper_half(pair.second));
+}
+COMPACTER_INLINE void store_pair(bf16* p, VecPair pair) { _mm256_storeu_si256((__m256i*)p, to_bf16(pair)); }
+COMPACTER_INLINE void stream_pair(bf16* p, VecPair pair) { _mm256_stream_si256((__m256i*)p, to_bf16(pair)); }
+#endif
+
 COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
 COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
 

@@ -8,45 +8,80 @@
 
 namespace compacter::COMPACTER_ISA {
 
+// More terms than this are worth packing.
+constexpr int64_t few_terms = 12;
+
+inline int64_t packed_size(int64_t m, int64_t chunk) { return m > few_terms ? m * round_up(chunk, W) : 0; }
+
 // Residual and Also are the types of the numbers that are added.
 template <class T, class Residual = T, class Also = T>
 struct Expansion {
     int64_t n, m, chunk;
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
+    const float* packed = nullptr;
+
+    // Lays t out strip by strip in `to`, which has packed_size(m, chunk) floats. It pays for many
+    // terms, whose rows of t would drive one another out of the first cache, and more than one block.
+    void pack(float* to, int64_t tokens) {
+        if (!packed_size(m, chunk) || tokens <= lanes) return;
+        packed = to;
+        columns<packed_vectors, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
+            constexpr int U = decltype(vectors)::value;
+            for (int64_t c = 0; c < m; ++c, to += U * W) {
+                Vec t[U];
+                get<U, decltype(cut)::value>(basis + c * chunk + u, t, count);
+#pragma GCC unroll 4
+                for (int k = 0; k < U; ++k) store(to + k * W, t[k]);
+            }
+        });
+    }
 
     // Rows of `tokens` <= 16 tokens. It prefetches `next`, the rows of the next block, which may be
     // null like residual and also.
     void operator()(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
         if (m == 4)
-            blocks<4>(v, residual, also, out, tokens, next);
+            chunks<4>(v, residual, also, out, tokens, next);
         else if (m == 8)
-            blocks<8>(v, residual, also, out, tokens, next);
+            chunks<8>(v, residual, also, out, tokens, next);
         else if (m == 12)
-            blocks<12>(v, residual, also, out, tokens, next);
+            chunks<12>(v, residual, also, out, tokens, next);
         else
-            blocks<0>(v, residual, also, out, tokens, next);
+            chunks<0>(v, residual, also, out, tokens, next);
     }
 
 private:
     static constexpr int64_t page = 4096;  // bytes; with wider rows each token would touch a new page
+    static constexpr int64_t strip_floats = 4096;
+    // Tiles of the packed t: rows, and vectors of a row. Vectors of a row in a tile of four rows of t itself.
+    static constexpr int packed_rows = W == 16 ? 8 : 4, packed_vectors = W == 4 && many_registers ? 4 : 2;
+    static constexpr int tile_vectors = many_registers ? 4 : W == 8 && !in_pairs<T> ? 3 : 2;
+
+    // The vectors of a row whose M terms, sums and starts fit into the registers, at least 2; 0: none.
+    static constexpr int held(int M) {
+        for (int U = 4; M && U > 1; U /= 2)
+            if (M * U + 2 * U < registers) return U;
+        return 0;
+    }
 
     // M: the number of terms if it is known at compile time, else 0.
     template <int M>
-    void blocks(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
+    void chunks(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
         // Backwards, since the ends of x's rows were read last and are still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
             const Chunk here{v + q * m * lanes,           bias ? bias + at : nullptr, residual ? residual + at : nullptr,
                              also ? also + at : nullptr, out + at,                   next ? next + at : nullptr};
-            if constexpr (many_registers && M)
-                if (n * chunk * static_cast<int64_t>(sizeof(T)) <= page) {
-                    columns<M == 4 ? 4 : 2, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
+            if constexpr (held(M) > 0)
+                if (n * chunk * static_cast<int64_t>(sizeof(T)) < page) {
+                    columns<held(M), 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
                         basis_held<decltype(vectors)::value, M>(here, u, tokens, cut, count);
                     });
                     continue;
                 }
-            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) { rows<decltype(size)::value, M>(here, token); });
+            constexpr int64_t step = 4 * 3 * W;  // any tile's vectors
+            const int64_t fit = strip_floats / (m > 0 ? m : 1) / step * step, width = fit ? fit : step;
+            for (int64_t u = 0; u < chunk; u += width) strip<M>(here, u, chunk - u < width ? chunk - u : width, tokens);
         }
     }
 
@@ -59,6 +94,50 @@ private:
         const T* next;
     };
 
+    // U vectors of a row, the last of which may be cut. What is added and stored goes through these
+    // three, so that a pair's order of numbers is that of all its vectors.
+    template <int U, bool Cut, class Number>
+    COMPACTER_INLINE static void get(const Number* p, Vec (&vectors)[U], int64_t count) {
+        if constexpr (Cut) {
+            vectors[0] = load(p, count);
+        } else if constexpr (in_pairs<T> && U % 2 == 0) {
+#pragma GCC unroll 4
+            for (int k = 0; k < U; k += 2) {
+                const VecPair pair = load_pair(p + k * W);
+                vectors[k] = pair.first;
+                vectors[k + 1] = pair.second;
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) vectors[k] = load(p + k * W);
+        }
+    }
+
+    template <int U, bool Cut, class Number>
+    COMPACTER_INLINE static void add(const Number* p, Vec (&sum)[U], int64_t count) {
+        Vec more[U];
+        get<U, Cut>(p, more, count);
+#pragma GCC unroll 4
+        for (int k = 0; k < U; ++k) sum[k] += more[k];
+    }
+
+    template <int U, bool Cut>
+    COMPACTER_INLINE static void put(T* to, const Vec (&sum)[U], int64_t count, bool streams) {
+        if constexpr (Cut) {
+            store(to, sum[0], count);
+        } else if constexpr (in_pairs<T> && U % 2 == 0) {
+#pragma GCC unroll 4
+            for (int k = 0; k < U; k += 2)
+                streams ? stream_pair(to + k * W, {sum[k], sum[k + 1]}) : store_pair(to + k * W, {sum[k], sum[k + 1]});
+        } else if (streams) {
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) stream(to + k * W, sum[k]);
+        } else {
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) store(to + k * W, sum[k]);
+        }
+    }
+
     // The basis stays in registers for all tokens, which saves loads and spreads the stores.
     template <int U, int M, bool Cut>
     __attribute__((noinline)) void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
@@ -70,14 +149,10 @@ private:
         const Residual* residual = at.residual ? at.residual + u : nullptr;
         const Also* also = at.also ? at.also + u : nullptr;
         const T* next = at.next ? at.next + u : nullptr;
-        const auto get = [count](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
-        Vec t[M][U], start[U];
+        Vec t[M][U], start[U] = {};
 #pragma GCC unroll 12
-        for (int c = 0; c < M; ++c)
-#pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) t[c][k] = get(basis + c * chunk + u + k * W);
-#pragma GCC unroll 4
-        for (int k = 0; k < U; ++k) start[k] = at.bias ? get(at.bias + u + k * W) : Vec{};
+        for (int c = 0; c < M; ++c) get<U, Cut>(basis + c * chunk + u, t[c], count);
+        if (at.bias) get<U, Cut>(at.bias + u, start, count);
         T *out = at.out + u, *const end = out + tokens * row;
         for (; out < end; out += row, ++coef) {
             Vec sum[U];
@@ -99,93 +174,92 @@ private:
                 for (int k = 0; k < U; ++k) sum[k] += weight * t[c][k];
             }
             if (also) {
-#pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[k] += get(also + k * W);
+                add<U, Cut>(also, sum, count);
                 also += row;
             }
             if (residual) {
-#pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[k] += get(residual + k * W);
+                add<U, Cut>(residual, sum, count);
                 residual += row;
             }
             put<U, Cut>(out, sum, count, streams);
         }
     }
 
-    // R rows of one chunk.
-    template <int R, int M>
-    __attribute__((noinline)) void rows(const Chunk& at, int64_t token) const {
-        constexpr int widest = many_registers ? 4 : 2;
-        columns<widest, 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-            token_tile<R, decltype(vectors)::value, M>(at, token, u, cut, count);
-        });
+    // `width` columns of all rows, whose part of t stays in the first cache. Tiles go along the rows,
+    // since a load that lies a multiple of 4 KiB behind a recent store waits for it.
+    template <int M>
+    __attribute__((noinline)) void strip(const Chunk& at, int64_t u, int64_t width, int64_t tokens) const {
+        if (!M && packed)
+            tiles<packed_rows, 4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+                columns<packed_vectors, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+                    constexpr int U = decltype(vectors)::value;
+                    tile<decltype(size)::value, U, M, true>(at, packed + (u + j) * m, U * W, token, u + j, cut, count);
+                });
+            });
+        else
+            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+                columns<tile_vectors, 2, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
+                    tile<decltype(size)::value, decltype(vectors)::value, M, false>(at, basis + u + j, chunk, token, u + j, cut, count);
+                });
+            });
     }
 
-    // R tokens by U vectors, with the basis from the first cache.
-    template <int R, int U, int M, bool Cut>
-    COMPACTER_INLINE void token_tile(const Chunk& at, int64_t token, int64_t u, std::bool_constant<Cut>, int64_t count) const {
-        const auto get = [&](auto p) COMPACTER_INLINE_LAMBDA { return Cut ? load(p, count) : load(p); };
+    // R tokens by U vectors.
+    template <int R, int U, int M, bool Packed, bool Cut>
+    COMPACTER_INLINE void tile(const Chunk& at, const float* t, int64_t stride, int64_t token, int64_t u,
+                               std::bool_constant<Cut>, int64_t count) const {
         const int64_t row = n * chunk, offset = token * row + u;
-        T* out = at.out + offset;
-        Vec sum[R][U];
-#pragma GCC unroll 4
-        for (int k = 0; k < U; ++k) {
-            const Vec start = at.bias ? get(at.bias + u + k * W) : Vec{};
+        const bool streams = streaming;
+        Vec start[U] = {}, sum[R][U];
+        if (at.bias) get<U, Cut>(at.bias + u, start, count);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[r][k] = start;
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int k = 0; k < U; ++k) sum[r][k] = start[k];
+        if (const T* next = at.next) {
+            next += offset;
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r, next += row)
+#pragma GCC unroll 4
+                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(next + k * W, 0, 2);
         }
-        const auto add = [&](auto p) COMPACTER_INLINE_LAMBDA {
-            if (!p) return;
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[r][k] += get(p + offset + r * row + k * W);
-        };
-        if (at.next) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(at.next + offset + r * row + k * W, 0, 2);
-        }
+        const float* coef = at.coef + token;
         const int64_t terms = M ? M : m;
-        const float* t = basis + u;
 #pragma GCC unroll 12
-        for (int64_t c = 0; c < terms; ++c, t += chunk) {
+        for (int64_t c = 0; c < terms; ++c, t += stride) {
             Vec value[U];
+            if constexpr (Packed) {
 #pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) value[k] = get(t + k * W);
+                for (int k = 0; k < U; ++k) value[k] = load(t + k * W);
+            } else {
+                get<U, Cut>(t, value, count);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(at.coef[c * lanes + token + r]);
+                const Vec weight = splat(coef[c * lanes + r]);
 #pragma GCC unroll 4
                 for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
         }
-        add(at.also);
-        add(at.residual);
+        const auto add_rows = [&](auto p) COMPACTER_INLINE_LAMBDA {
+            if (!p) return;
+            p += offset;
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) put<U, Cut>(out + r * row, sum[r], count, streaming);
-    }
-
-    template <int U, bool Cut>
-    COMPACTER_INLINE static void put(T* to, const Vec (&sum)[U], int64_t count, bool streams) {
-        const auto all = [&](auto write) COMPACTER_INLINE_LAMBDA {
-#pragma GCC unroll 4
-            for (int k = 0; k < U; ++k) write(to + k * W, sum[k]);
+            for (int r = 0; r < R; ++r, p += row) add<U, Cut>(p, sum[r], count);
         };
-        if constexpr (Cut)
-            all([&](T* p, Vec v) COMPACTER_INLINE_LAMBDA { store(p, v, count); });
-        else if (streams)
-            all([](T* p, Vec v) COMPACTER_INLINE_LAMBDA { stream(p, v); });
-        else
-            all([](T* p, Vec v) COMPACTER_INLINE_LAMBDA { store(p, v); });
+        add_rows(at.also);
+        add_rows(at.residual);
+        T* out = at.out + offset;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r, out += row) put<U, Cut>(out, sum[r], count, streams);
     }
 };
 
 // Whether all vectors of all rows of `out` are aligned, as streamed stores require.
 template <class T>
 COMPACTER_INLINE bool can_stream(const T* out, int64_t chunk) {
-    return reinterpret_cast<uintptr_t>(out) % (W * sizeof(T)) == 0 && chunk % W == 0;
+    constexpr int together = in_pairs<T> ? 2 * W : W;
+    return reinterpret_cast<uintptr_t>(out) % (together * sizeof(T)) == 0 && chunk % together == 0;
 }
 
 }  // namespace compacter::COMPACTER_ISA

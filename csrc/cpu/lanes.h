@@ -27,29 +27,30 @@ struct LaneRows {
 
 inline void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Coefficients coef,
                                 const float* init = nullptr) {
-    constexpr int P = many_registers ? 1 : 2;  // vectors of tokens at once
+    constexpr int P = many_registers || lane_vectors < 2 ? lane_vectors : 2;  // vectors of tokens at once
+    constexpr int largest = P == 1 ? 8 : 4;
     for (int l = 0; l < lanes; l += P * W)
-        tiles<8 / P, 4 / P, 1>(0, n_out, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
+        tiles<largest, largest / 2, 1>(0, n_out, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
             constexpr int A = decltype(size)::value;
             Vec sum[A][P];
             const float* weight = coef.data + a * coef.out_stride;
 #pragma GCC unroll 8
             for (int j = 0; j < A; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int s = 0; s < P; ++s) sum[j][s] = init ? splat(init[a + j]) : Vec{};
             const float* source = in.data + l;
             for (int64_t c = 0; c < n_in; ++c, source += in.stride * lanes, weight += coef.in_stride) {
                 Vec value[P];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int s = 0; s < P; ++s) value[s] = load(source + s * W);
 #pragma GCC unroll 8
                 for (int j = 0; j < A; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int s = 0; s < P; ++s) sum[j][s] += splat(weight[j * coef.out_stride]) * value[s];
             }
 #pragma GCC unroll 8
             for (int j = 0; j < A; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int s = 0; s < P; ++s) store(out.row(a + j) + l + s * W, sum[j][s]);
         });
 }

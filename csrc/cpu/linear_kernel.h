@@ -13,14 +13,14 @@ using cpu::LinearJob;
 using cpu::Sums;
 
 struct LinearScratch {
-    float *dz, *v, *x_contraction, *g_contraction;
+    float *dz, *v;
+    WideScratch wide;
     RuleGradient rule;
 
     LinearScratch(const Factors& f, Arena& arena)
         : dz(arena.take(f.n_in * f.m * lanes)),
           v(arena.take(f.n_out * f.m * lanes)),
-          x_contraction(arena.take(Contraction::size(f.m, f.in_chunk()))),
-          g_contraction(arena.take(Contraction::size(f.m, f.out_chunk()))),
+          wide({f.n_in, f.m, f.in_chunk()}, {f.n_out, f.m, f.out_chunk()}, arena),
           rule(f, arena) {}
 };
 
@@ -38,8 +38,9 @@ void linear_forward(const LinearJob& job, int64_t begin, int64_t end, float* mem
     const T *x = static_cast<const T*>(job.x), *base = static_cast<const T*>(job.base);
     T* out = static_cast<T*>(job.out);
     const bool streaming = job.streaming && can_stream(out, f.out_chunk());
-    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.x_contraction);
-    const Expansion<T> expand{f.n_out, f.m, f.out_chunk(), f.right, f.bias, streaming};
+    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
+    Expansion<T> expand{f.n_out, f.m, f.out_chunk(), f.right, f.bias, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
@@ -59,11 +60,12 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
     const T *x = static_cast<const T*>(job.x), *g = static_cast<const T*>(job.grad_out);
     T* grad_x = static_cast<T*>(job.out);
     const bool streaming = job.streaming && can_stream(grad_x, f.in_chunk());
-    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.x_contraction);
-    const Contraction contract_g(f.n_out, f.m, f.out_chunk(), f.right, scratch.g_contraction);
-    const WeightGradient<T> left_gradient{f.n_in, f.m, f.in_chunk(), sums.left, nullptr};
-    const WeightGradient<T> right_gradient{f.n_out, f.m, f.out_chunk(), sums.right, sums.bias};
-    const Expansion<T> expand{f.n_in, f.m, f.in_chunk(), f.left, nullptr, streaming};
+    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
+    const Contraction contract_g(f.n_out, f.m, f.out_chunk(), f.right, scratch.wide.g_contraction);
+    WeightGradient<T> left_gradient(f.n_in, f.m, f.in_chunk(), sums.left, nullptr, scratch.wide.x_gradient, end - begin);
+    WeightGradient<T> right_gradient(f.n_out, f.m, f.out_chunk(), sums.right, sums.bias, scratch.wide.g_gradient, end - begin);
+    Expansion<T> expand{f.n_in, f.m, f.in_chunk(), f.left, nullptr, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
@@ -77,6 +79,8 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
         if (sums.right) right_gradient(scratch.v, g_rows, tokens, rows_after(g, token, end, f.out));
         if (grad_x) expand(scratch.dz, nullptr, nullptr, grad_x + token * f.in, tokens, nullptr);
     }
+    left_gradient.flush();
+    right_gradient.flush();
     rule.flush(sums.rule);
     if (streaming) stream_fence();
 }

@@ -8,6 +8,8 @@ namespace compacter::COMPACTER_ISA {
 COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
 #if defined(__AVX512F__)  // with a NaN, these return the second operand
     return (Vec)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
 #else
     x = x < splat(low) ? splat(low) : x;
     return x > splat(high) ? splat(high) : x;

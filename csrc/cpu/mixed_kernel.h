@@ -69,15 +69,16 @@ template <class Middle>
 struct MixedScratch {
     Factors down, up;  // of the adapter whose turn it is
     int64_t all_m, all_m2;
-    float *x_contraction, *g_contraction, *b_contraction, *weights, *gb, *added;
+    WideScratch wide;
+    float *b_contraction, *b_gradient, *weights, *gb, *added;
     SideBySide z, v2, dv2, dz;
     Middle middle;
 
     MixedScratch(const MixedJob& job, Arena& arena)
         : down(job.first.down), up(job.first.up), all_m(job.count * down.m), all_m2(job.count * up.m),
-          x_contraction(arena.take(Contraction::size(all_m, down.in_chunk()))),
-          g_contraction(arena.take(Contraction::size(all_m2, up.out_chunk()))),
+          wide({down.n_in, all_m, down.in_chunk()}, {up.n_out, all_m2, up.out_chunk()}, arena),
           b_contraction(arena.take(Contraction::size(job.count, up.out))),
+          b_gradient(arena.take(WeightGradient<float>::size(1, job.count, up.out))),
           weights(arena.take(job.count * lanes)),
           gb(arena.take(job.count * lanes)),
           added(arena.take(lanes * up.out)),
@@ -122,9 +123,10 @@ void mixed_forward(const MixedJob& job, int64_t begin, int64_t end, float* memor
     const T *x = static_cast<const T*>(first.x), *residual = static_cast<const T*>(first.residual);
     T* out = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(out, up.out_chunk());
-    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.x_contraction);
+    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
     const Expansion<float, T> add_bias{1, up.bias ? job.count : 0, k, first.up.bias, nullptr, false};
-    const Expansion<T, T, float> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, nullptr, streaming};
+    Expansion<T, T, float> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, nullptr, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
     const bool adds = first.also_x || first.up.bias;
 
     for (int64_t token = begin; token < end; token += lanes) {
@@ -160,13 +162,16 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
     const T *x = static_cast<const T*>(first.x), *g = static_cast<const T*>(first.grad_out);
     T* grad_x = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(grad_x, down.in_chunk());
-    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.x_contraction);
-    const Contraction contract_g(up.n_out, scratch.all_m2, up.out_chunk(), up.right, scratch.g_contraction);
+    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction contract_g(up.n_out, scratch.all_m2, up.out_chunk(), up.right, scratch.wide.g_contraction);
     const Contraction contract_b(1, up.bias ? job.count : 0, k, up.bias, scratch.b_contraction);
-    const WeightGradient<T> left_gradient{down.n_in, scratch.all_m, down.in_chunk(), down_sums.left, nullptr};
-    const WeightGradient<T> right_gradient{up.n_out, scratch.all_m2, up.out_chunk(), up_sums.right, nullptr};
-    const WeightGradient<T> bias_gradient{1, job.count, k, up_sums.bias, nullptr};
-    const Expansion<T> expand{down.n_in, scratch.all_m, down.in_chunk(), down.left, nullptr, streaming};
+    WeightGradient<T> left_gradient(down.n_in, scratch.all_m, down.in_chunk(), down_sums.left, nullptr,
+                                    scratch.wide.x_gradient, end - begin);
+    WeightGradient<T> right_gradient(up.n_out, scratch.all_m2, up.out_chunk(), up_sums.right, nullptr,
+                                     scratch.wide.g_gradient, end - begin);
+    WeightGradient<T> bias_gradient(1, job.count, k, up_sums.bias, nullptr, scratch.b_gradient, end - begin);
+    Expansion<T> expand{down.n_in, scratch.all_m, down.in_chunk(), down.left, nullptr, streaming};
+    expand.pack(scratch.wide.expansion, end - begin);
     const bool of_weights = down_sums.rule || down_sums.left || down_sums.right || down_sums.bias || up_sums.rule || up_sums.left;
     const bool of_bias = job.grad_mix && up.bias;
 
@@ -206,6 +211,9 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
         if (up_sums.bias) bias_gradient(scratch.weights, g_rows, tokens, nullptr);
         if (grad_x) expand(scratch.dz.all, first.residual ? g_rows : nullptr, nullptr, grad_x + token * k, tokens, nullptr);
     }
+    left_gradient.flush();
+    right_gradient.flush();
+    bias_gradient.flush();
     if (streaming) stream_fence();
 }
 

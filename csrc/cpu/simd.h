@@ -5,6 +5,7 @@
 // keeps one copy of each, which might be the one for AVX-512.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -25,7 +26,12 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-constexpr bool many_registers = W == 16;  // AVX-512 has 32 vector registers, the others 16
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int registers = 32;
+#else
+constexpr int registers = 16;
+#endif
+constexpr bool many_registers = registers == 32;
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t IntVec __attribute__((vector_size(4 * W)));

@@ -6,6 +6,7 @@
 #include "../../csrc/cpu/launch.h"
 #include "family_check.h"
 #include "stored.h"
+#include "wide_check.h"
 
 namespace compacter::check {
 namespace {
@@ -131,6 +132,7 @@ int main() {
     using namespace compacter;
     for (const std::string& isa : cpu::supported_isas()) {
         cpu::set_isa(isa);
+        check::check_wide(isa);
         std::mt19937 random(1);
         for (const check::Case& c : check::cases()) {
             check::check_linear(isa + " linear " + c.name(), c, random);
