@@ -7,11 +7,11 @@ from torch import Tensor
 
 from compacter_kernels import dispatch
 from compacter_kernels.arguments import Activation, Residual, adapter_call, bank_call, linear_call
+from compacter_kernels.call_path import explain as _explain, run as _run
 from compacter_kernels.calls import Call, LinearCall
 from compacter_kernels.impl.memory import check_for_torch
 from compacter_kernels.impl.plain import without_autocast
 from compacter_kernels.problem import check_weights
-from compacter_kernels.way import explain as _explain, run as _run
 from compacter_kernels.weights import LinearWeights, NormWeights, PHMWeights, Weights, kronecker_sum
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from compacter_kernels import way
+from compacter_kernels import call_path
 from compacter_kernels.impl import cuda
 
 VARIABLE = "CUDA_ON_CPU"
@@ -43,4 +43,4 @@ def serve(module: ModuleType, patch: pytest.MonkeyPatch, device: cuda.Device = D
     patch.setattr(cuda, "_current_device", lambda: 0)
     patch.setattr(cuda, "_current_stream", lambda index: 0)
     patch.setattr(cuda, "unavailable", lambda: None)
-    patch.setattr(way, "_plans", {})  # so that no plan for another device is kept
+    patch.setattr(call_path, "_plans", {})  # so that no plan for another device is kept

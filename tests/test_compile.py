@@ -152,9 +152,9 @@ def test_export(strict: bool, impl: str) -> None:
 
 def test_first_call_may_be_a_compiled_one() -> None:
     """There is no plan and no log line yet, and no module has been called."""
-    from compacter_kernels import dispatch, way
+    from compacter_kernels import call_path, dispatch
 
-    way._plans.clear()
+    call_path._plans.clear()
     dispatch._announced.clear()
     compiled, backend = _compiled(ck.CompacterAdapter(24, reduction_factor=2))
     compiled(torch.randn(5, 24)).sum().backward()

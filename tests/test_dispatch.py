@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import compacter_kernels as ck
-from compacter_kernels import dispatch, proof, way
+from compacter_kernels import call_path, dispatch, proof
 from compacter_kernels.dispatch import Class, Ranking
 
 LINEAR, ADAPTER = Case("linear"), Case()
@@ -21,7 +21,7 @@ LINEAR, ADAPTER = Case("linear"), Case()
 
 @pytest.fixture(autouse=True)
 def nothing_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(way, "_plans", {})
+    monkeypatch.setattr(call_path, "_plans", {})
     monkeypatch.setattr(dispatch, "_announced", set())
 
 

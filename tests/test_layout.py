@@ -26,7 +26,7 @@ RANKS = (
     ("dispatch",),
     ("ops",),
     ("autograd",),
-    ("way",),
+    ("call_path",),
     ("arguments",),
     ("functional",),
     ("nn",),

@@ -15,7 +15,6 @@ from test_strides import LAYOUTS
 from torch import Tensor, nn
 
 import compacter_kernels as ck
-from compacter_kernels import way
 from compacter_kernels.accuracy import error, floor
 from compacter_kernels.cases import Inputs
 from compacter_kernels.impl.cpu import unavailable
@@ -250,7 +249,7 @@ def test_threads_give_the_same_bits() -> None:
 @pytest.mark.parametrize("residual", ["none", "x", "other", "both"])
 def test_one_kernel_computes_it(residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(residual=residual, shape=(3,))
-    monkeypatch.setattr(way, "F", None)
+    monkeypatch.setattr(call_path, "F", None)
     _fused(case, case.tensors(), _norm(case)).sum().backward()
 
 
@@ -260,7 +259,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _fused(case, case.tensors(), _norm(case))
     monkeypatch.setenv("COMPACTER_KERNELS_IMPL", "factored")
     torch.testing.assert_close(_fused(case, case.tensors(), _norm(case)), expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(way, "F", None)
+    monkeypatch.setattr(call_path, "F", None)
     with pytest.raises(AttributeError, match="layer_norm"):
         _fused(case, case.tensors(), _norm(case))
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import run_two
 
 import compacter_kernels as ck
-from compacter_kernels import functional, way
+from compacter_kernels import call_path, functional
 from compacter_kernels.dispatch import ENVIRONMENT
 from compacter_kernels.impl import chain
 from compacter_kernels.patch import patch as patch_module
@@ -153,10 +153,10 @@ def test_the_output_of_the_base_is_added_in_the_same_call(setup: str, monkeypatc
     """Low rank is a call of the fused kernel where it is built, and a whole w2 of the chain."""
     model = patched(make(setup, count=2))
     x, _ = batch(model)
-    calls, run = [], route.run
+    calls, run = [], call_path.run
 
     def recorded(call: Any, *args: Any) -> Tensor:
-        explanation = route.explain(call, *args)
+        explanation = call_path.explain(call, *args)
         calls.append((call.base is not None, explanation.impl))
         return run(call, *args)
 

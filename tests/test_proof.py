@@ -13,7 +13,7 @@ import torch
 from oracle import BF16, FP16, FP32, Case, problem
 from torch import Tensor
 
-from compacter_kernels import dispatch, modes, proof, way
+from compacter_kernels import call_path, dispatch, modes, proof
 from compacter_kernels.impl import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu: {cpu.unavailable()}")
@@ -24,7 +24,7 @@ CASES = [Case(), Case("linear"), Case(rank=2, n=3, bias=False, activation="relu"
 def on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "required", lambda problem: True)
     monkeypatch.setattr(proof, "_failures", {})
-    monkeypatch.setattr(way, "_plans", {})
+    monkeypatch.setattr(call_path, "_plans", {})
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, which: int) -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from oracle import FUSED, Case, assert_same_bits, copies, run, skip_if_refused
 
-from compacter_kernels import way
+from compacter_kernels import call_path
 from compacter_kernels.impl import memory
 from compacter_kernels.impl.module import TENSORS
 
 
 @pytest.fixture(params=[True, False], ids=["with", "without"])
 def dlpack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(way, "_plans", {})
+    monkeypatch.setattr(call_path, "_plans", {})
     if not request.param:
-        monkeypatch.setattr(way, "_described", None)
+        monkeypatch.setattr(call_path, "_described", None)
         monkeypatch.setattr(memory, "TENSORS", None)
     elif TENSORS is None:
         pytest.skip("this build, or this torch, has none")
