@@ -165,7 +165,7 @@ TABLE += [
 def test_error_names_the_argument(
     call: Callable[[], object], kind: type[Exception], match: str, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ck.way, "_plans", {})
+    monkeypatch.setattr(ck.call_path, "_plans", {})
     if warm:
         linear()
         adapter()
