@@ -50,4 +50,24 @@ void backward(const Adapter& adapter, const void* grad_out, void* grad_x, bool r
               const Parameters& down_gradients, const Parameters& up_gradients, float* workspace, const Device& device,
               void* stream);
 
+// The kernels for the whole family (family.h): a bank of adapters; without one, an adapter of dense projections; one
+// projection with a rule of any shape. base: null or what is added to the output.
+std::string refuses_family(const Linear& linear, const Device& device);
+std::string refuses_family(const Adapter& adapter, const Bank* bank, const Device& device);
+
+// The floats that they need beside their results. weights, mix: whether any gradient of the parameters, or that of the
+// weights of a mix, is wanted.
+int64_t forward_workspace(const Adapter& adapter, const Bank& bank, const Device& device);
+int64_t backward_workspace(const Linear& linear, bool weights, const Device& device);
+int64_t backward_workspace(const Adapter& adapter, const Bank* bank, bool weights, bool mix, const Device& device);
+
+void forward_family(const Linear& linear, const void* base, void* out, const Device& device, void* stream);
+void forward_family(const Adapter& adapter, const Bank* bank, const void* residual, void* out, float* workspace,
+                    const Device& device, void* stream);
+void backward_family(const Linear& linear, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,
+                     const Device& device, void* stream);
+void backward_family(const Adapter& adapter, const Bank* bank, const void* grad_out, void* grad_x, bool residual_is_x,
+                     const Parameters& down_gradients, const Parameters& up_gradients, const Array& grad_mix,
+                     float* workspace, const Device& device, void* stream);
+
 }  // namespace compacter::cuda

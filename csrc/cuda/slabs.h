@@ -1,0 +1,173 @@
+// The wide sides of a tile, for a block: contraction and expansion of its rows, with factors that need not fit whole.
+#pragma once
+
+#include "tiles.h"
+
+namespace compacter::cuda {
+
+constexpr int at_once = 64;  // factors of a contraction that a warp has in registers
+
+// The wide factor of a tile: `terms` numbers c of each u, of which those from `columns` on are rows of the bias.
+struct Wide {
+    const Factor& factor;
+    const Factor* bias;  // or null
+    int columns, terms, width;
+    float scale;
+
+    // The place of c and u in the tensors of a bank, for a tile of this adapter.
+    COMPACTER_DEVICE Asked ask(const Family& f, int adapter, int c, int u) const {
+        if (c >= columns) {
+            const int row = c - columns, slot = f.by_n_out.quotient(row);
+            return Asked(bias->array, bias->at(f.mixed ? slot : adapter, row - slot * f.n_out, 0, u));
+        }
+        const int slot = f.middle.by_m.quotient(c), of_slot = c - slot * f.middle.m;
+        const int i = f.middle.rank == 1 ? of_slot : of_slot / f.middle.rank;
+        return Asked(factor.array, factor.at(f.mixed ? slot : adapter, i, of_slot - i * f.middle.rank, u));
+    }
+};
+COMPACTER_DEVICE Wide wide_left(const Family& f) { return {f.left, nullptr, f.columns, f.columns, f.middle.in, 1.f}; }
+COMPACTER_DEVICE Wide wide_right(const Family& f, int terms) {
+    return {f.right2, &f.bias2, f.columns, terms, f.middle.out, f.scale};
+}
+
+// Calls body(first segment, segments, factor) for each slab of a wide factor. It stages one if another was there: `staged`
+// is whether that of this tile's adapter is, which holds for a whole factor alone.
+template <class T, class Body>
+COMPACTER_DEVICE void for_each_slab(const Family& f, const Wide& wide, const Slab& slab, int adapter, bool staged,
+                                    const Body& body) {
+    const int all = segments(wide.width);
+    for (int first = 0; first < all; first += slab.segments) {
+        const int count = all - first < slab.segments ? all - first : slab.segments, u = first * segment;
+        const int width = wide.width - u < count * segment ? wide.width - u : count * segment;
+        const Parts to = factor_parts(shared_memory() + slab.at, slab.segments * segment, wide.terms);
+        if (!staged || !slab.whole) {
+            __syncthreads();
+            const auto ask = [&](int c, int column) { return wide.ask(f, adapter, c, u + column); };
+            if (wide.factor.columns_first()) stage_factor<T, true>(to, width, wide.terms, wide.scale, ask);
+            else stage_factor<T>(to, width, wide.terms, wide.scale, ask);
+            __syncthreads();
+        }
+        body(first, count, to);
+    }
+}
+
+// The share of a warp in a tile of 16 * groups rows, at most 16 for each warp: 16 rows, and of the jobs with these rows every
+// `step`-th from `first` on. None if first is step.
+struct WarpShare {
+    int row, first, step;
+
+    COMPACTER_DEVICE explicit WarpShare(int rows) {
+        const int groups = rows / 16, warp = threadIdx.x / 32;
+        step = blockDim.x / 32 / groups;
+        first = min(warp / groups, step);
+        row = (warp - warp / groups * groups) * 16;
+    }
+};
+
+// The numbers Z[row, c] of a tile of `count` rows: adds them to the floats of shared memory at to(row, c), or sets these if
+// the slab is the first. None is at -1.
+template <class T, class To>
+COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, int count, const Parts& factor, int terms, int first, int segments,
+                                    const To& to) {
+    const Lane lane;
+    const WarpShare share(count);
+    const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
+    for (int begin = share.first * at_once; share.first < share.step && begin < terms; begin += share.step * at_once) {
+        float sum[at_once / 8][4] = {};
+        contract_segments<T>(rows, 0, {factor.first + begin * factor.stride, factor.stride, factor.part}, terms - begin, 0,
+                             segments, sum);
+#pragma unroll
+        for (int column = 0; column < at_once / 8; ++column) {
+            if (begin + column * 8 >= terms) break;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int c = begin + column * 8 + lane.t * 2 + e % 2, at = share.row + lane.g + e / 2 * 8;
+                const int place = c < terms && at < x.rows ? to(at, c) : -1;
+                if (place < 0) continue;
+                float& number = floats_at(0)[place];
+                number = first ? number + sum[column][e] : sum[column][e];
+            }
+        }
+    }
+}
+
+// The right operand of c = 8 step to 8 step + 7 as load_expansion, where all of them may be missing.
+COMPACTER_DEVICE void load_terms(uint32_t (&b)[4], const Parts& from, int terms, int part, int step, int at, int lane) {
+    const int c = step * 8 + lane % 8, there = c < terms ? c : lane % 8 < terms ? lane % 8 : 0;
+    load_matrices_transposed(b, from.first + part * from.part + there * from.stride + at * segment + lane / 8 * 8);
+}
+
+// out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] for the rows of a tile and a slab of u. V is [part][c][row], with
+// zeros up to the next multiple of 16 c. poison: all is NaN. residual: null or as out.
+template <class T>
+COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Parts& factor, int first, int segments,
+                                  const TileRows<const T>& residual, const TileRows<T>& output, bool poison) {
+    constexpr int parts = T::factor_parts;
+    const Lane lane;
+    const WarpShare share(count);
+    const LaneRows<T> out = output.of_lane(share.row);
+    LaneRows<const T> added{};
+    if (residual.all) added = residual.of_lane(share.row);
+    const uint16_t* operand = v.first + (lane.index % 8 + lane.index / 16 * 8) * v.stride + share.row + lane.index / 8 % 2 * 8;
+    for (int at = share.first; share.first < share.step && at < segments; at += share.step) {
+        const int column = (first + at) * segment + lane.t * 8;
+        float value[2][8];
+        to_floats(added.load(lane.g, column), value[0]);
+        to_floats(added.load(lane.g + 8, column), value[1]);
+        float sum[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] = value[e / 2][2 * j + e % 2];
+        const auto add = [&](int c, auto both) {  // 16 numbers c, or the last eight
+            float apart[4][4] = {};
+            float(&total)[4][4] = parts == 3 ? apart : sum;
+            uint32_t a[parts][4];
+#pragma unroll
+            for (int part = 0; part < parts; ++part) load_matrices_transposed(a[part], operand + part * v.part + c * v.stride);
+#pragma unroll
+            for (int part = 0; part < parts; ++part) {
+                uint32_t low[4], high[4];
+                load_terms(low, factor, terms, part, c / 8, at, lane.index);
+                if constexpr (decltype(both)::value) load_terms(high, factor, terms, part, c / 8 + 1, at, lane.index);
+#pragma unroll
+                for (int of_v = 0; of_v < parts; ++of_v) {
+                    if (!counts<parts, parts>(of_v, part)) continue;
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        if constexpr (decltype(both)::value) mma_16x8x16(total[j], a[of_v], {low[j], high[j]});
+                        else mma_16x8x8(total[j], {a[of_v][0], a[of_v][1]}, low[j]);
+                }
+            }
+            if constexpr (parts == 3)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[j][e] += apart[j][e];
+        };
+        int c = 0;
+        for (; c + 8 < terms; c += 16) add(c, std::true_type{});
+        if (c < terms) add(c, std::false_type{});
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) value[half][j] = poison ? __uint_as_float(0x7fffffff) : sum[j / 2][half * 2 + j % 2];
+            out.store(lane.g + half * 8, column, from_floats(T{}, value[half]));
+        }
+    }
+}
+
+// Stores a number of V or dZ as parts, [part][c][row].
+template <class T>
+COMPACTER_DEVICE void store_parts(const Parts& to, int c, int row, float value) {
+    uint32_t pair[T::factor_parts];
+    split(value, 0.f, pair);
+#pragma unroll
+    for (int part = 0; part < T::factor_parts; ++part)
+        to.first[part * to.part + c * to.stride + row] = static_cast<uint16_t>(pair[part]);
+}
+COMPACTER_DEVICE Parts parts_at(int offset, int stride, int terms) {
+    return {reinterpret_cast<uint16_t*>(shared_memory() + offset), stride, round_up(terms, 16) * stride};
+}
+
+}  // namespace compacter::cuda
