@@ -172,3 +172,52 @@ class CudaAdapter:
         stream: int,
         params: Addresses,
     ) -> None: ...
+
+class CudaBank:
+    """forward_workspace, workspace: the floats that forward and backward need for themselves."""
+
+    def __init__(
+        self,
+        dtype: int,
+        activation: int,
+        down: Shape,
+        up: Shape,
+        dtypes: Sequence[int],
+        adapters: int,
+        shared_rule_down: bool,
+        shared_rule_up: bool,
+        multiprocessors: int,
+        shared_limit: int,
+        shared_per_multiprocessor: int,
+        capability: int,
+    ) -> None: ...
+    def refuses(self, mixed: bool) -> str: ...
+    def forward_workspace(self, tokens: int, choice: Choice) -> int: ...
+    def workspace(self, tokens: int, choice: Choice, weights: bool, mix: bool) -> int: ...
+    def forward(
+        self,
+        x: int,
+        residual: int,
+        out: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        workspace: int,
+        stream: int,
+        params: Addresses,
+    ) -> None: ...
+    def backward(
+        self,
+        x: int,
+        grad: int,
+        grad_x: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        grad_mix: int,
+        workspace: int,
+        stream: int,
+        params: Addresses,
+    ) -> None: ...

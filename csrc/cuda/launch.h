@@ -39,8 +39,8 @@ struct Versions {
 };
 Versions versions();
 
-// residual: null, x or another tensor. Throws std::runtime_error with the message of CUDA.
-void forward(const Linear& linear, void* out, const Device& device, void* stream);
+// base: null or what is added. residual: null, x or another tensor. Throws std::runtime_error with the message of CUDA.
+void forward(const Linear& linear, const void* base, void* out, const Device& device, void* stream);
 void forward(const Adapter& adapter, const void* residual, void* out, const Device& device, void* stream);
 
 // grad_x or the data of a gradient is null if unwanted. residual_is_x adds grad_out to grad_x.
@@ -50,15 +50,15 @@ void backward(const Adapter& adapter, const void* grad_out, void* grad_x, bool r
               const Parameters& down_gradients, const Parameters& up_gradients, float* workspace, const Device& device,
               void* stream);
 
-// The kernels for the whole family (family.h): a bank of adapters; without one, an adapter of dense projections; one
-// projection with a rule of any shape. base: null or what is added to the output.
+// The kernels for the whole family (family.h), which the functions above call for an adapter of dense projections, and for a
+// projection whose rule has sizes that they do not know. They alone serve a bank: null, or that of the adapter.
 std::string refuses_family(const Linear& linear, const Device& device);
 std::string refuses_family(const Adapter& adapter, const Bank* bank, const Device& device);
 
 // The floats that they need beside their results. weights, mix: whether any gradient of the parameters, or that of the
 // weights of a mix, is wanted.
 int64_t forward_workspace(const Adapter& adapter, const Bank& bank, const Device& device);
-int64_t backward_workspace(const Linear& linear, bool weights, const Device& device);
+int64_t backward_workspace(const Linear& linear, const Device& device);
 int64_t backward_workspace(const Adapter& adapter, const Bank* bank, bool weights, bool mix, const Device& device);
 
 void forward_family(const Linear& linear, const void* base, void* out, const Device& device, void* stream);

@@ -185,8 +185,8 @@ std::string refuses_family(const Adapter& a, const Bank* bank, const Device& dev
 int64_t forward_workspace(const Adapter& a, const Bank& bank, const Device& device) {
     return bank.route && a.tokens ? plan_family_forward(family_of(a, &bank), device).arguments.family.tiling.ints() : 0;
 }
-int64_t backward_workspace(const Linear& l, bool weights, const Device& device) {
-    return workspace(family_of(l), weights, false, device);
+int64_t backward_workspace(const Linear& l, const Device& device) {
+    return workspace(family_of(l), true, false, device);
 }
 int64_t backward_workspace(const Adapter& a, const Bank* bank, bool weights, bool mix, const Device& device) {
     return workspace(family_of(a, bank), weights, mix, device);

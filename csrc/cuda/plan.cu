@@ -60,7 +60,7 @@ int grid(const Device& device, int bytes, int most, int64_t wanted) {
 
 }  // namespace
 
-Problem problem_of(const Linear& l) { return {&l.projection, nullptr, l.dtype, 1.f, Activation::identity, l.tokens}; }
+Problem problem_of(const Linear& l) { return {&l.projection, nullptr, l.dtype, l.scale, Activation::identity, l.tokens}; }
 Problem problem_of(const Adapter& a) { return {&a.down, &a.up, a.dtype, a.scale, a.activation, a.tokens}; }
 
 Row row_of(const Problem& problem) {

@@ -149,7 +149,7 @@ int blocks_of(const Device& device, int bytes) {
 
 }  // namespace
 
-FamilyProblem family_of(const Linear& l) { return {{&l.projection, nullptr, l.dtype, l.scale, Activation::identity, l.tokens}, nullptr}; }
+FamilyProblem family_of(const Linear& l) { return {problem_of(l), nullptr}; }
 FamilyProblem family_of(const Adapter& a, const Bank* bank) { return {problem_of(a), bank}; }
 
 FamilySizes::FamilySizes(const Family& f) {
