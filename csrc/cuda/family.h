@@ -26,8 +26,8 @@ struct Factor {
 };
 
 // What family_table.cu writes, as ints: how many tiles there are; the first tile of each adapter, of the rows without one,
-// of those whose number is out of range, and the end; their first tokens; the adapter of each tile; the groups in the
-// order of their adapters. Without a route all tokens are those of adapter 0, and there is no table.
+// of those whose number is out of range, and the end; for each tile its adapter, its first token and how many it has; the
+// groups in the order of their adapters. Without a route all tokens are those of adapter 0, and there is no table.
 struct Tiling {
     const int* table;
     int adapters, tokens;  // of the bank; of a tile
@@ -35,10 +35,9 @@ struct Tiling {
     int most;              // tiles that there can be
 
     COMPACTER_BOTH int buckets() const { return adapters + 2; }
-    COMPACTER_BOTH int tile_starts() const { return 1; }
-    COMPACTER_BOTH int token_starts() const { return tile_starts() + buckets() + 1; }
-    COMPACTER_BOTH int adapters_of_tiles() const { return token_starts() + buckets() + 1; }
-    COMPACTER_BOTH int order() const { return adapters_of_tiles() + most; }
+    COMPACTER_BOTH int starts() const { return 1; }
+    COMPACTER_BOTH int tiles() const { return starts() + buckets() + 1; }
+    COMPACTER_BOTH int order() const { return tiles() + 3 * most; }
     int64_t ints() const { return int64_t{order()} + all / std::max(group, 1); }
 };
 
@@ -89,6 +88,14 @@ struct FamilyForward {
     FamilyPlaces places;
     int z, v, h;                // z of all slots, v and h of one
     int v_parts, part_stride;   // V2 as [part][c][row] in bf16
+};
+
+// The forward of a routed bank whose tiles are pairs of chunks: f has the parameters of its first adapter. Its groups of
+// rows have whole tiles.
+struct RoutedPairForward {
+    PairForward f;
+    Tiling tiling;
+    bool shared_rule, shared_rule2;
 };
 
 // The rows of partial sums: program p writes those of adapter e into row p + e, since both grow along the tiles; or, if
@@ -164,6 +171,7 @@ template <class T>
 void family_backward_kernel(const FamilyBackward& backward, const Launch& launch);
 template <class T>
 void family_weights_kernel(const FamilyWeights& weights, const Launch& launch);
+void routed_pair_forward_kernel(const RoutedPairForward& forward, const Launch& launch);
 void family_table_kernel(const FamilyTable& table, const Launch& launch);
 void family_reduce_kernel(const FamilyReduce& reduce, const Launch& launch);
 void mix_reduce_kernel(const MixReduce& reduce, const Launch& launch);

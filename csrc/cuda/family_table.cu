@@ -97,11 +97,15 @@ __global__ void __launch_bounds__(table_threads) make_table(const FamilyTable t)
     });
     const int tiles = sort.tiles[sort.buckets];
     if (threadIdx.x == 0) t.table[0] = tiles;
-    for (int bucket = threadIdx.x; bucket <= sort.buckets; bucket += blockDim.x) {
-        t.table[to.tile_starts() + bucket] = sort.tiles[bucket];
-        t.table[to.token_starts() + bucket] = sort.starts[bucket] * to.group;
+    for (int bucket = threadIdx.x; bucket <= sort.buckets; bucket += blockDim.x) t.table[to.starts() + bucket] = sort.tiles[bucket];
+    for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
+        const int bucket = sort.bucket_of(tile), first = sort.starts[bucket] * to.group + (tile - sort.tiles[bucket]) * to.tokens;
+        const int left = sort.starts[bucket + 1] * to.group - first;
+        int* entry = t.table + to.tiles() + 3 * tile;
+        entry[0] = bucket;
+        entry[1] = first;
+        entry[2] = left < to.tokens ? left : to.tokens;
     }
-    for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) t.table[to.adapters_of_tiles() + tile] = sort.bucket_of(tile);
 }
 
 }  // namespace

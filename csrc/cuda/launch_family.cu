@@ -83,6 +83,18 @@ void forward(const FamilyProblem& problem, const void* x, const void* residual, 
              void* stream) {
     if (!problem.problem.tokens) return;
     check_tokens(problem);
+    if (problem.bank && aligned(x) && aligned(residual) && aligned(out) && routed_pairs_serve(problem)) {
+        Launch launch{};
+        RoutedPairForward f = plan_routed_pairs(problem, device, launch);
+        if (launch.shared_bytes <= device.shared_limit) {
+            make_table(problem, f.tiling, device, workspace, stream);
+            f.f.x = x;
+            f.f.residual = residual;
+            f.f.out = out;
+            launch.stream = stream;
+            return routed_pair_forward_kernel(f, launch);
+        }
+    }
     PlannedFamilyForward plan = plan_family_forward(problem, device);
     FamilyForward& f = plan.arguments;
     make_table(problem, f.family.tiling, device, workspace, stream);
@@ -183,7 +195,12 @@ std::string refuses_family(const Linear& l, const Device& device) { return refus
 std::string refuses_family(const Adapter& a, const Bank* bank, const Device& device) { return refuses(family_of(a, bank), device); }
 
 int64_t forward_workspace(const Adapter& a, const Bank& bank, const Device& device) {
-    return bank.route && a.tokens ? plan_family_forward(family_of(a, &bank), device).arguments.family.tiling.ints() : 0;
+    if (!bank.route || !a.tokens) return 0;
+    const FamilyProblem problem = family_of(a, &bank);
+    int64_t ints = plan_family_forward(problem, device).arguments.family.tiling.ints();
+    Launch launch{};
+    if (routed_pairs_serve(problem)) ints = std::max(ints, plan_routed_pairs(problem, device, launch).tiling.ints());
+    return ints;
 }
 int64_t backward_workspace(const Linear& l, const Device& device) {
     return workspace(family_of(l), true, false, device);

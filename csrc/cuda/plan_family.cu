@@ -8,7 +8,7 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int threads = 256, most_rows = 128;
+constexpr int threads = 256, most_rows = 128, pair_tokens = 8;
 constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
 
 Factor left_factor(const Projection& p) {
@@ -247,6 +247,23 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     plan.rows_launch = {b.partials.programs, threads, room.bytes, nullptr, false};
     plan.weights_launch = {w.partials.programs * computed, threads, of_weights.bytes, nullptr, false};
     return plan;
+}
+
+bool routed_pairs_serve(const FamilyProblem& p) {
+    if (!p.bank || !p.bank->route || !p.bank->groups || !pairs_serve(p.problem)) return false;
+    const auto aligned = [](const Parameters& w) {
+        for (const Array& array : {w.rule, w.left, w.right, w.bias})
+            if (reinterpret_cast<uintptr_t>(array.data) % 16) return false;
+        return true;
+    };
+    return p.problem.tokens / p.bank->groups % pair_tokens == 0 && aligned(p.problem.down->weights) &&
+           aligned(p.problem.up->weights);
+}
+
+RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& device, Launch& launch) {
+    const PlannedPairForward plan = plan_pair_forward(problem.problem, device);
+    launch = plan.launch;
+    return {plan.arguments, family(problem, pair_tokens).tiling, problem.bank->shared_rule_down, problem.bank->shared_rule_up};
 }
 
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch) {

@@ -44,6 +44,11 @@ struct PlannedFamilyBackward {
 PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Device& device);
 PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const Device& device, const Wanted& wanted);
 
+// Whether the forward for pairs of chunks serves a routed bank: as for one adapter, in groups of whole tiles. The addresses
+// of x, the residual and the output must be multiples of 16 too.
+bool routed_pairs_serve(const FamilyProblem& problem);
+RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& device, Launch& launch);
+
 // The launch that makes the table of a routed bank.
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch);
 

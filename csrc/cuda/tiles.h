@@ -23,13 +23,12 @@ struct Tiles {
     // The tiles of each program, of which the last ones may have fewer.
     COMPACTER_DEVICE int share(int programs) const { return (count() + programs - 1) / programs; }
     COMPACTER_DEVICE Tile at(int tile) const {
-        int adapter = 0, first = tile * t.tokens, end = t.all;
         if (t.table) {
-            adapter = t.table[t.adapters_of_tiles() + tile];
-            first = t.table[t.token_starts() + adapter] + (tile - t.table[t.tile_starts() + adapter]) * t.tokens;
-            end = t.table[t.token_starts() + adapter + 1];
+            const int* entry = t.table + t.tiles() + 3 * tile;
+            return {entry[0], entry[1], entry[2]};
         }
-        return {adapter, first, end - first < t.tokens ? end - first : t.tokens};
+        const int first = tile * t.tokens;
+        return {0, first, t.all - first < t.tokens ? t.all - first : t.tokens};
     }
     // The token at a place in the order of the adapters.
     COMPACTER_DEVICE int token(int place) const {
@@ -39,8 +38,8 @@ struct Tiles {
     }
     // The programs that have tiles of an adapter, from the first to before the last; none if it does not occur.
     COMPACTER_DEVICE Range programs(int programs, int adapter) const {
-        const int first = t.table ? t.table[t.tile_starts() + adapter] : 0;
-        const int end = t.table ? t.table[t.tile_starts() + adapter + 1] : count();
+        const int first = t.table ? t.table[t.starts() + adapter] : 0;
+        const int end = t.table ? t.table[t.starts() + adapter + 1] : count();
         if (first == end) return {0, 0};
         const int each = share(programs);
         return {first / each, (end - 1) / each + 1};
