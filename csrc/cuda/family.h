@@ -90,12 +90,20 @@ struct FamilyForward {
     int v_parts, part_stride;   // V2 as [part][c][row] in bf16
 };
 
-// The forward of a routed bank whose tiles are pairs of chunks: f has the parameters of its first adapter. Its groups of
-// rows have whole tiles.
-struct RoutedPairForward {
-    PairForward f;
+// A routed bank for the kernels that know the sizes of one adapter of rank 1. Its groups of rows have whole tiles of 8 tokens.
+struct Routed {
     Tiling tiling;
+    int cube, width, bottleneck;  // n^3, k, d
     bool shared_rule, shared_rule2;
+    int note;  // where shared memory has what a block is at
+};
+struct RoutedPairForward {
+    PairForward f;  // with the parameters of the first adapter
+    Routed routed;
+};
+struct RoutedBackward {
+    Backward b;  // the same; program p writes the sums of adapter e into row p + e
+    Routed routed;
 };
 
 // The rows of partial sums: program p writes those of adapter e into row p + e, since both grow along the tiles; or, if
@@ -172,6 +180,7 @@ void family_backward_kernel(const FamilyBackward& backward, const Launch& launch
 template <class T>
 void family_weights_kernel(const FamilyWeights& weights, const Launch& launch);
 void routed_pair_forward_kernel(const RoutedPairForward& forward, const Launch& launch);
+void routed_folded_backward_kernel(const RoutedBackward& backward, const Launch& launch);
 void family_table_kernel(const FamilyTable& table, const Launch& launch);
 void family_reduce_kernel(const FamilyReduce& reduce, const Launch& launch);
 void mix_reduce_kernel(const MixReduce& reduce, const Launch& launch);

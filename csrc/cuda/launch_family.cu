@@ -79,6 +79,33 @@ void check_tokens(const FamilyProblem& problem) {
         throw std::runtime_error("x has " + text(problem.problem.tokens) + " rows; the kernels have at most 2^31 - 1");
 }
 
+void launch_reduce(const FamilyReduce& reduce, bool overlaps, void* stream) {
+    const int blocks = (reduce.columns + 31) / 32 * reduce.family.tiling.adapters;
+    family_reduce_kernel(reduce, {blocks, 256, 256 * 4, stream, overlaps});
+}
+
+// The partials of the folded backward behind its table, whose rows have the gradients in the order of the parameters.
+Partials partials_of(const RoutedBackward& folded, const Launch& launch, float* workspace) {
+    return {workspace + (folded.routed.tiling.ints() + 3) / 4 * 4, folded.b.row, launch.blocks};
+}
+
+void reduce_folded(const FamilyProblem& problem, const RoutedBackward& folded, const Partials& partials, Family family,
+                   const Parameters& down, const Parameters& up, const Device& device, void* stream) {
+    const Row row = row_of(problem.problem);
+    FamilyReduce reduce{};
+    for (const Parameters* side : {&down, &up})
+        for (const Array* array : {&side->rule, &side->left, &side->right, &side->bias}) {
+            const int j = reduce.count++;
+            const bool shared = j == 0 ? family.shared_rule : j == 4 && family.shared_rule2;
+            reduce.gradients[j] = {*array, row.begin[j + 1] - row.begin[j], row.begin[j], false, shared};
+        }
+    family.tiling = folded.routed.tiling;
+    reduce.family = family;
+    reduce.narrow = partials;
+    reduce.columns = row.begin[row.count];
+    launch_reduce(reduce, device.capability >= 90, stream);
+}
+
 void forward(const FamilyProblem& problem, const void* x, const void* residual, void* out, float* workspace, const Device& device,
              void* stream) {
     if (!problem.problem.tokens) return;
@@ -87,7 +114,7 @@ void forward(const FamilyProblem& problem, const void* x, const void* residual, 
         Launch launch{};
         RoutedPairForward f = plan_routed_pairs(problem, device, launch);
         if (launch.shared_bytes <= device.shared_limit) {
-            make_table(problem, f.tiling, device, workspace, stream);
+            make_table(problem, f.routed.tiling, device, workspace, stream);
             f.f.x = x;
             f.f.residual = residual;
             f.f.out = out;
@@ -142,6 +169,21 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
     add_small(linear ? Array{} : up.rule, sizes.rule2, sized.shared_rule2);
     add_small(linear || dense ? Array{} : up.left, sizes.left2, false);
 
+    RoutedBackward folded{};
+    Launch launch{};
+    if (tokens && reduce.count && aligned(x) && aligned(grad_out) && aligned(grad_x) &&
+        plan_routed_backward(folded, problem, device, launch)) {
+        make_table(problem, folded.routed.tiling, device, workspace, stream);
+        folded.b.x = x;
+        folded.b.grad_out = grad_out;
+        folded.b.grad_x = grad_x;
+        folded.b.residual_is_x = residual_is_x;
+        const Partials partials = partials_of(folded, launch, workspace);
+        folded.b.partials = partials.first;
+        launch.stream = stream;
+        routed_folded_backward_kernel(folded, launch);
+        return reduce_folded(problem, folded, partials, plan.rows.family, down, up, device, stream);
+    }
     plan = plan_family_backward(problem, device, wanted);
     FamilyBackward& b = plan.rows;
     FamilyWeights& w = plan.weights;
@@ -178,15 +220,18 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
     reduce.narrow = b.partials;
     reduce.wide = w.partials;
     reduce.columns = static_cast<int>(columns);
-    const int blocks = static_cast<int>((columns + 31) / 32) * b.family.tiling.adapters;
-    const bool overlaps = tokens && (wanted.left || wanted.right) && device.capability >= 90;
-    family_reduce_kernel(reduce, {blocks, 256, 256 * 4, stream, overlaps});
+    launch_reduce(reduce, tokens && (wanted.left || wanted.right) && device.capability >= 90, stream);
 }
 
 int64_t workspace(const FamilyProblem& problem, bool weights, bool mix, const Device& device) {
     if (!problem.problem.tokens) return 0;
     const Wanted wanted{true, weights, weights, weights, mix};
-    return Workspace(problem, plan_family_backward(problem, device, wanted), wanted).floats;
+    const int64_t floats = Workspace(problem, plan_family_backward(problem, device, wanted), wanted).floats;
+    RoutedBackward folded{};
+    Launch launch{};
+    if (!weights || !plan_routed_backward(folded, problem, device, launch)) return floats;
+    const Partials partials = partials_of(folded, launch, nullptr);
+    return std::max(floats, partials.first - static_cast<float*>(nullptr) + partials.rows(false, folded.routed.tiling.adapters) * partials.row);
 }
 
 }  // namespace
@@ -199,7 +244,7 @@ int64_t forward_workspace(const Adapter& a, const Bank& bank, const Device& devi
     const FamilyProblem problem = family_of(a, &bank);
     int64_t ints = plan_family_forward(problem, device).arguments.family.tiling.ints();
     Launch launch{};
-    if (routed_pairs_serve(problem)) ints = std::max(ints, plan_routed_pairs(problem, device, launch).tiling.ints());
+    if (routed_pairs_serve(problem)) ints = std::max(ints, plan_routed_pairs(problem, device, launch).routed.tiling.ints());
     return ints;
 }
 int64_t backward_workspace(const Linear& l, const Device& device) {

@@ -249,6 +249,20 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     return plan;
 }
 
+namespace {
+
+// Takes shared memory behind that of the launch.
+Routed routed(const FamilyProblem& problem, Launch& launch) {
+    const Projection& p = *problem.problem.down;
+    const auto number = [](int64_t size) { return static_cast<int>(size); };
+    const int note = launch.shared_bytes;
+    launch.shared_bytes += 16;
+    return {family(problem, pair_tokens).tiling, number(p.n_in * p.n_in * p.n_in), number(p.in), number(p.out),
+            problem.bank->shared_rule_down, problem.bank->shared_rule_up, note};
+}
+
+}  // namespace
+
 bool routed_pairs_serve(const FamilyProblem& p) {
     if (!p.bank || !p.bank->route || !p.bank->groups || !pairs_serve(p.problem)) return false;
     const auto aligned = [](const Parameters& w) {
@@ -263,7 +277,15 @@ bool routed_pairs_serve(const FamilyProblem& p) {
 RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& device, Launch& launch) {
     const PlannedPairForward plan = plan_pair_forward(problem.problem, device);
     launch = plan.launch;
-    return {plan.arguments, family(problem, pair_tokens).tiling, problem.bank->shared_rule_down, problem.bank->shared_rule_up};
+    return {plan.arguments, routed(problem, launch)};
+}
+
+bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem, const Device& device, Launch& launch) {
+    if (!routed_pairs_serve(problem)) return false;
+    const PlannedBackward plan = plan_backward(problem.problem, device);
+    launch = plan.launch;
+    backward = {plan.arguments, routed(problem, launch)};
+    return plan.arguments.kernel == BackwardKernel::folded && launch.shared_bytes <= device.shared_limit;
 }
 
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch) {

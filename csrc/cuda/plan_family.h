@@ -49,6 +49,9 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
 bool routed_pairs_serve(const FamilyProblem& problem);
 RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& device, Launch& launch);
 
+// The same for the folded backward, which knows fewer sizes, and computes all gradients of the parameters.
+bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem, const Device& device, Launch& launch);
+
 // The launch that makes the table of a routed bank.
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch);
 
