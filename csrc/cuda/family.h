@@ -65,10 +65,20 @@ struct Family {
     COMPACTER_BOTH int numbers() const { return middle.tokens * middle.m * middle.n; }  // of a slot
 };
 
-// A wide factor in shared memory (fragments.h), as many segments at once as there is room for. If it is not whole, it
-// shares its place with the other one.
+// The parameters of an adapter, or of all that are mixed, as shared memory will have them: the small factors, then both wide
+// ones in slabs of columns (fragments.h). family_images.cu makes them once, and every block copies them.
+struct Images {
+    const unsigned char* first;
+    int64_t bytes;                 // of an image
+    int left, right2;              // where the slabs begin in it
+    int left_slab, right2_slab;    // bytes of a slab
+    int small;                     // bytes of the small factors
+};
+
+// A wide factor in shared memory: all of it, or two slabs, of which one is copied while the other is used. Then both factors
+// have the same place.
 struct Slab {
-    int at, segments;
+    int at, segments, terms;
     bool whole;
 };
 
@@ -78,6 +88,7 @@ struct FamilyPlaces {
     Slab left, right2;
     SharedFactors factors;  // of the first slot
     int factors_bytes;      // of a slot
+    Images images;
     int clear, clear_end;   // what must be 0 at first
 };
 
@@ -166,6 +177,13 @@ struct MixReduce {
     int adapters, group;
 };
 
+struct FamilyImages {
+    Family family;
+    FamilyPlaces places;
+    unsigned char* to;
+    int parts, pieces;  // of a number; of an image, a block each
+};
+
 struct FamilyTable {
     Tiling tiling;
     const int64_t* route;
@@ -181,6 +199,7 @@ template <class T>
 void family_weights_kernel(const FamilyWeights& weights, const Launch& launch);
 void routed_pair_forward_kernel(const RoutedPairForward& forward, const Launch& launch);
 void routed_folded_backward_kernel(const RoutedBackward& backward, const Launch& launch);
+void family_images_kernel(const FamilyImages& images, const Launch& launch);
 void family_table_kernel(const FamilyTable& table, const Launch& launch);
 void family_reduce_kernel(const FamilyReduce& reduce, const Launch& launch);
 void mix_reduce_kernel(const MixReduce& reduce, const Launch& launch);

@@ -24,19 +24,21 @@ struct Pass {
     COMPACTER_DEVICE void contract_both(int adapter, bool staged) const {
         const auto x = rows_of_x(static_cast<const T*>(b.x), ids, family);
         const auto g = rows_of_out(static_cast<const T*>(b.grad_out), ids, family);
-        const Wide left = wide_left(family), right = wide_right(family, with_bias ? family.right_terms : family.columns);
+        const Images& images = b.places.images;
+        const unsigned char* image = image_of(family, images, adapter);
+        const Slab &left = b.places.left, &right2 = b.places.right2;
         const auto number = [&](int offset, int token, int p, int c) {
             const int slot = s.by_m.quotient(c);
             return offset / 4 + ((slot * s.tokens + token) * s.m + c - slot * s.m) * s.n + p;
         };
-        for_each_slab<T>(family, left, b.places.left, adapter, staged, [&](int first, int count, const Parts& factor) {
+        for_each_slab(left, s.in, image + images.left, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
             contract_slab<T>(x, family.rows_in, factor, left.terms, first, count, [&](int row, int c) {
                 const int token = family.by_n_in.quotient(row);
                 return number(b.numbers.z, token, row - token * family.n_in, c);
             });
         });
-        for_each_slab<T>(family, right, b.places.right2, adapter, staged, [&](int first, int count, const Parts& factor) {
-            contract_slab<T>(g, family.rows_out, factor, right.terms, first, count, [&](int row, int c) {
+        for_each_slab(right2, s.out, image + images.right2, images.right2_slab, staged, [&](int first, int count, const Parts& factor) {
+            contract_slab<T>(g, family.rows_out, factor, right2.terms, first, count, [&](int row, int c) {
                 const int token = family.by_n_out.quotient(row), q = row - token * family.n_out;
                 if (c < family.columns) return number(b.numbers.dv2, token, q, c);
                 const int slot = family.by_n_out.quotient(c - family.columns);
@@ -145,13 +147,14 @@ struct Pass {
     COMPACTER_DEVICE void expand(const Tile& tile, bool staged) const {
         const auto out = rows_of_x(static_cast<T*>(b.grad_x), ids, family);
         const bool computes = tile.adapter < family.tiling.adapters, poison = tile.adapter > family.tiling.adapters;
-        const Wide wide = wide_left(family);
         const auto residual = rows_of_x(static_cast<const T*>(b.residual_is_x ? b.grad_out : nullptr), ids, family);
         const auto slab = [&](int first, int count, const Parts& factor) {
             expand_slab(dz_parts, family.rows_in, computes ? family.columns : 0, factor, first, count, residual, out, poison);
         };
-        if (computes) for_each_slab<T>(family, wide, b.places.left, tile.adapter, staged, slab);
-        else slab(0, segments(s.in), Parts{});
+        if (!computes) return slab(0, segments(s.in), Parts{});
+        const Images& images = b.places.images;
+        const unsigned char* from = image_of(family, images, tile.adapter) + images.left;
+        for_each_slab(b.places.left, s.in, from, images.left_slab, staged, slab);
     }
 };
 

@@ -23,9 +23,10 @@ struct Pass {
     // Z of all slots.
     COMPACTER_DEVICE void contract_x(int adapter, bool staged) const {
         const auto x = rows_of_x(static_cast<const T*>(f.x), ids, family);
-        const Wide wide = wide_left(family);
-        for_each_slab<T>(family, wide, f.places.left, adapter, staged, [&](int first, int count, const Parts& factor) {
-            contract_slab<T>(x, family.rows_in, factor, wide.terms, first, count, [&](int row, int c) {
+        const Images& images = f.places.images;
+        const unsigned char* from = image_of(family, images, adapter) + images.left;
+        for_each_slab(f.places.left, s.in, from, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
+            contract_slab<T>(x, family.rows_in, factor, family.columns, first, count, [&](int row, int c) {
                 const int token = family.by_n_in.quotient(row), slot = s.by_m.quotient(c);
                 return f.z / 4 + ((slot * s.tokens + token) * s.m + c - slot * s.m) * s.n + row - token * family.n_in;
             });
@@ -76,13 +77,14 @@ struct Pass {
     COMPACTER_DEVICE void expand(const Tile& tile, bool staged) const {
         const auto out = rows_of_out(static_cast<T*>(f.out), ids, family);
         const bool computes = tile.adapter < family.tiling.adapters, poison = tile.adapter > family.tiling.adapters;
-        const Wide wide = wide_right(family, computes ? family.right_terms : 0);
         const auto residual = rows_of_out(static_cast<const T*>(f.residual), ids, family);
         const auto slab = [&](int first, int count, const Parts& factor) {
-            expand_slab(v2, family.rows_out, wide.terms, factor, first, count, residual, out, poison);
+            expand_slab(v2, family.rows_out, computes ? family.right_terms : 0, factor, first, count, residual, out, poison);
         };
-        if (computes) for_each_slab<T>(family, wide, f.places.right2, tile.adapter, staged, slab);
-        else slab(0, segments(s.out), Parts{});
+        if (!computes) return slab(0, segments(s.out), Parts{});
+        const Images& images = f.places.images;
+        const unsigned char* from = image_of(family, images, tile.adapter) + images.right2;
+        for_each_slab(f.places.right2, s.out, from, images.right2_slab, staged, slab);
     }
 };
 

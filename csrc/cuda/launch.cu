@@ -129,16 +129,20 @@ int64_t workspace(const Linear& l, const Device& device) {
 int64_t workspace(const Adapter& a, const Device& device) {
     return a.down.dense() ? backward_workspace(a, nullptr, true, false, device) : workspace(problem_of(a), device);
 }
+int64_t space_of_forward(const Linear& l, const Device& device) { return of_family(l) ? forward_workspace(l, device) : 0; }
+int64_t space_of_forward(const Adapter& a, const Device& device) {
+    return a.down.dense() ? forward_workspace(a, nullptr, device) : 0;
+}
 Division division(const Linear& l, const Device& device) { return division(problem_of(l), device); }
 Division division(const Adapter& a, const Device& device) { return division(problem_of(a), device); }
 Versions versions() { return {driver_version(), runtime_version()}; }
 
-void forward(const Linear& l, const void* base, void* out, const Device& device, void* stream) {
-    if (of_family(l)) return forward_family(l, base, out, device, stream);
+void forward(const Linear& l, const void* base, void* out, float* workspace, const Device& device, void* stream) {
+    if (of_family(l)) return forward_family(l, base, out, workspace, device, stream);
     forward(problem_of(l), l.x, base, out, device, stream);
 }
-void forward(const Adapter& a, const void* residual, void* out, const Device& device, void* stream) {
-    if (a.down.dense()) return forward_family(a, nullptr, residual, out, nullptr, device, stream);
+void forward(const Adapter& a, const void* residual, void* out, float* workspace, const Device& device, void* stream) {
+    if (a.down.dense()) return forward_family(a, nullptr, residual, out, workspace, device, stream);
     forward(problem_of(a), a.x, residual, out, device, stream);
 }
 void backward(const Linear& l, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,

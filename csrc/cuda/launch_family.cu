@@ -12,9 +12,11 @@ constexpr int most_dense = 256, most_terms = 64, most_chunks = 64;
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+int64_t floats_of_images(const Family& f, const FamilyPlaces& places) { return images_of(f) * places.images.bytes / 4; }
+
 // What the workspace of a backward holds, each part a multiple of four floats.
 struct Workspace {
-    int64_t table, v2, dz, grad_mix, small, wide, floats = 0;
+    int64_t table, images, v2, dz, grad_mix, small, wide, floats = 0;
 
     Workspace(const FamilyProblem& problem, const PlannedFamilyBackward& plan, const Wanted& wanted) {
         const Family& f = plan.rows.family;
@@ -26,6 +28,7 @@ struct Workspace {
         };
         const auto of_rows = [&](const Partials& p) { return p.rows(f.mixed, f.tiling.adapters) * p.row; };
         table = take(problem.bank && problem.bank->route, f.tiling.ints());
+        images = take(true, floats_of_images(f, plan.rows.places));
         v2 = take(wanted.right, tokens * f.n_out * f.columns);
         dz = take(wanted.left, tokens * f.n_in * f.columns);
         grad_mix = take(wanted.mix, tokens * f.tiling.adapters);
@@ -42,6 +45,21 @@ void make_table(const FamilyProblem& problem, Tiling& tiling, const Device& devi
     tiling.table = table.table = reinterpret_cast<int*>(workspace);
     launch.stream = stream;
     family_table_kernel(table, launch);
+}
+
+// Makes the images of the adapters there, for kernels with these places.
+void make_images(const Family& family, FamilyPlaces& places, DType dtype, float* to, void* stream) {
+    Launch launch{};
+    FamilyImages images = plan_images(family, places, dtype, launch);
+    images.to = reinterpret_cast<unsigned char*>(to);
+    places.images.first = images.to;
+    launch.stream = stream;
+    family_images_kernel(images, launch);
+}
+
+// Where the images of a forward begin in its workspace.
+int64_t behind_table(const FamilyProblem& problem, const Tiling& tiling) {
+    return problem.bank && problem.bank->route ? (tiling.ints() + 3) / 4 * 4 : 0;
 }
 
 std::string text(int64_t number) { return std::to_string(number); }
@@ -125,6 +143,7 @@ void forward(const FamilyProblem& problem, const void* x, const void* residual, 
     PlannedFamilyForward plan = plan_family_forward(problem, device);
     FamilyForward& f = plan.arguments;
     make_table(problem, f.family.tiling, device, workspace, stream);
+    make_images(f.family, f.places, problem.problem.dtype, workspace + behind_table(problem, f.family.tiling), stream);
     f.x = x;
     f.residual = residual;
     f.out = out;
@@ -190,6 +209,7 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
     const Workspace at(problem, plan, wanted);
     if (tokens) {
         make_table(problem, b.family.tiling, device, workspace + at.table, stream);
+        make_images(b.family, b.places, problem.problem.dtype, workspace + at.images, stream);
         b.x = w.x = x;
         b.grad_out = w.grad_out = grad_out;
         b.grad_x = grad_x;
@@ -234,18 +254,23 @@ int64_t workspace(const FamilyProblem& problem, bool weights, bool mix, const De
     return std::max(floats, partials.first - static_cast<float*>(nullptr) + partials.rows(false, folded.routed.tiling.adapters) * partials.row);
 }
 
+int64_t forward_floats(const FamilyProblem& problem, const Device& device) {
+    if (!problem.problem.tokens) return 0;
+    const FamilyForward f = plan_family_forward(problem, device).arguments;
+    const int64_t floats = behind_table(problem, f.family.tiling) + floats_of_images(f.family, f.places);
+    if (!routed_pairs_serve(problem)) return floats;
+    Launch launch{};
+    return std::max(floats, plan_routed_pairs(problem, device, launch).routed.tiling.ints());
+}
+
 }  // namespace
 
 std::string refuses_family(const Linear& l, const Device& device) { return refuses(family_of(l), device); }
 std::string refuses_family(const Adapter& a, const Bank* bank, const Device& device) { return refuses(family_of(a, bank), device); }
 
-int64_t forward_workspace(const Adapter& a, const Bank& bank, const Device& device) {
-    if (!bank.route || !a.tokens) return 0;
-    const FamilyProblem problem = family_of(a, &bank);
-    int64_t ints = plan_family_forward(problem, device).arguments.family.tiling.ints();
-    Launch launch{};
-    if (routed_pairs_serve(problem)) ints = std::max(ints, plan_routed_pairs(problem, device, launch).routed.tiling.ints());
-    return ints;
+int64_t forward_workspace(const Linear& l, const Device& device) { return forward_floats(family_of(l), device); }
+int64_t forward_workspace(const Adapter& a, const Bank* bank, const Device& device) {
+    return forward_floats(family_of(a, bank), device);
 }
 int64_t backward_workspace(const Linear& l, const Device& device) {
     return workspace(family_of(l), true, false, device);
@@ -254,8 +279,8 @@ int64_t backward_workspace(const Adapter& a, const Bank* bank, bool weights, boo
     return workspace(family_of(a, bank), weights, mix, device);
 }
 
-void forward_family(const Linear& l, const void* base, void* out, const Device& device, void* stream) {
-    forward(family_of(l), l.x, base, out, nullptr, device, stream);
+void forward_family(const Linear& l, const void* base, void* out, float* workspace, const Device& device, void* stream) {
+    forward(family_of(l), l.x, base, out, workspace, device, stream);
 }
 void forward_family(const Adapter& a, const Bank* bank, const void* residual, void* out, float* workspace, const Device& device,
                     void* stream) {

@@ -110,24 +110,29 @@ void lay_out(FamilyPlaces& places, const Family& f, Room& room) {
     room.take(int64_t{f.slots - 1} * places.factors_bytes);
 }
 
-// The wide factors, if they fit whole with what else there is, else slabs in the same place. Returns whether they fit.
+// The wide factors, if they fit whole with what else there is, else two slabs in the same place. Returns whether they fit.
 bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int parts, Room& room, int limit, int least) {
-    Room whole = room;
-    places.left = {whole.take(factor_bytes(f.middle.in, f.columns, parts)), segments(f.middle.in), true};
-    places.right2 = {whole.take(factor_bytes(f.middle.out, right_terms, parts)), segments(f.middle.out), true};
-    if (whole.bytes <= limit) {
-        room = whole;
-        return true;
+    const int of_in = segments(f.middle.in), of_out = segments(f.middle.out), terms = std::max(f.columns, right_terms);
+    Room chosen = room;
+    places.left = {chosen.take(factor_bytes(f.middle.in, f.columns, parts)), of_in, f.columns, true};
+    places.right2 = {chosen.take(factor_bytes(f.middle.out, right_terms, parts)), of_out, right_terms, true};
+    for (int count = std::max(of_in, of_out); chosen.bytes > limit && count >= least; --count) {
+        chosen = room;
+        const int at = chosen.take(2 * factor_bytes(count * segment, terms, parts));
+        places.left = {at, count, f.columns, false};
+        places.right2 = {at, count, right_terms, false};
     }
-    const int terms = std::max(f.columns, right_terms);
-    for (int count = std::max(segments(f.middle.in), segments(f.middle.out)); count >= least; --count) {
-        Room slab = room;
-        places.left = places.right2 = {slab.take(factor_bytes(count * segment, terms, parts)), count, false};
-        if (slab.bytes > limit && count > 1) continue;
-        room = slab;
-        return room.bytes <= limit;
-    }
-    return false;
+    room = chosen;
+    const auto bytes = [&](const Slab& slab) { return static_cast<int>(factor_bytes(slab.segments * segment, slab.terms, parts)); };
+    const auto slabs = [](const Slab& slab, int all) { return (all + slab.segments - 1) / slab.segments; };
+    Images& images = places.images;
+    images.small = f.slots * places.factors_bytes;
+    images.left_slab = bytes(places.left);
+    images.right2_slab = bytes(places.right2);
+    images.left = images.small;
+    images.right2 = images.left + slabs(places.left, of_in) * images.left_slab;
+    images.bytes = int64_t{images.right2} + int64_t{slabs(places.right2, of_out)} * images.right2_slab;
+    return room.bytes <= limit;
 }
 
 // Calls attempt(tokens, limit, least segments of a slab), for many and for few tokens of a tile, and for two blocks of a
@@ -287,6 +292,17 @@ bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem
     backward = {plan.arguments, routed(problem, launch)};
     return plan.arguments.kernel == BackwardKernel::folded && launch.shared_bytes <= device.shared_limit;
 }
+
+FamilyImages plan_images(const Family& f, const FamilyPlaces& places, DType dtype, Launch& launch) {
+    constexpr int numbers = 4096;  // of a block
+    const int64_t all = int64_t{f.columns} * f.middle.in + int64_t{f.right_terms} * f.middle.out;
+    const int parts = with_element(dtype, [](auto element) { return decltype(element)::factor_parts; });
+    const int pieces = static_cast<int>((all + numbers - 1) / numbers);
+    launch = {images_of(f) * pieces, threads, 0, nullptr, false};
+    return {f, places, nullptr, parts, pieces};
+}
+
+int images_of(const Family& f) { return f.mixed ? 1 : f.tiling.adapters; }
 
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch) {
     FamilyTable table{tiling, problem.bank->route, nullptr, static_cast<int>(problem.bank->groups), 32};

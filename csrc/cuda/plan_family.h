@@ -52,6 +52,10 @@ RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& 
 // The same for the folded backward, which knows fewer sizes, and computes all gradients of the parameters.
 bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem, const Device& device, Launch& launch);
 
+// The launch that makes the images, and how many there are.
+int images_of(const Family& family);
+FamilyImages plan_images(const Family& family, const FamilyPlaces& places, DType dtype, Launch& launch);
+
 // The launch that makes the table of a routed bank.
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch);
 

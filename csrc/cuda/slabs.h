@@ -7,48 +7,43 @@ namespace compacter::cuda {
 
 constexpr int at_once = 64;  // factors of a contraction that a warp has in registers
 
-// The wide factor of a tile: `terms` numbers c of each u, of which those from `columns` on are rows of the bias.
-struct Wide {
-    const Factor& factor;
-    const Factor* bias;  // or null
-    int columns, terms, width;
-    float scale;
-
-    // The place of c and u in the tensors of a bank, for a tile of this adapter.
-    COMPACTER_DEVICE Asked ask(const Family& f, int adapter, int c, int u) const {
-        if (c >= columns) {
-            const int row = c - columns, slot = f.by_n_out.quotient(row);
-            return Asked(bias->array, bias->at(f.mixed ? slot : adapter, row - slot * f.n_out, 0, u));
-        }
-        const int slot = f.middle.by_m.quotient(c), of_slot = c - slot * f.middle.m;
-        const int i = f.middle.rank == 1 ? of_slot : of_slot / f.middle.rank;
-        return Asked(factor.array, factor.at(f.mixed ? slot : adapter, i, of_slot - i * f.middle.rank, u));
-    }
-};
-COMPACTER_DEVICE Wide wide_left(const Family& f) { return {f.left, nullptr, f.columns, f.columns, f.middle.in, 1.f}; }
-COMPACTER_DEVICE Wide wide_right(const Family& f, int terms) {
-    return {f.right2, &f.bias2, f.columns, terms, f.middle.out, f.scale};
+// All threads of the block start to copy a multiple of 16 bytes.
+COMPACTER_DEVICE void copy_bytes(int to, const unsigned char* from, int bytes) {
+    for (int at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16) copy_async(shared_memory() + to + at, from + at, true);
 }
 
-// Calls body(first segment, segments, factor) for each slab of a wide factor. It stages one if another was there: `staged`
-// is whether that of this tile's adapter is, which holds for a whole factor alone.
-template <class T, class Body>
-COMPACTER_DEVICE void for_each_slab(const Family& f, const Wide& wide, const Slab& slab, int adapter, bool staged,
-                                    const Body& body) {
-    const int all = segments(wide.width);
-    for (int first = 0; first < all; first += slab.segments) {
-        const int count = all - first < slab.segments ? all - first : slab.segments, u = first * segment;
-        const int width = wide.width - u < count * segment ? wide.width - u : count * segment;
-        const Parts to = factor_parts(shared_memory() + slab.at, slab.segments * segment, wide.terms);
-        if (!staged || !slab.whole) {
+// Calls body(first segment, segments, factor) for each slab of a wide factor, whose slabs begin at `from` in memory. staged:
+// whether a whole one is there already.
+template <class Body>
+COMPACTER_DEVICE void for_each_slab(const Slab& slab, int width, const unsigned char* from, int bytes, bool staged, const Body& body) {
+    const int all = segments(width);
+    const auto factor = [&](int buffer) {
+        return factor_parts(shared_memory() + slab.at + buffer * bytes, slab.segments * segment, slab.terms);
+    };
+    if (slab.whole) {
+        if (!staged) {
             __syncthreads();
-            const auto ask = [&](int c, int column) { return wide.ask(f, adapter, c, u + column); };
-            if (wide.factor.columns_first()) stage_factor<T, true>(to, width, wide.terms, wide.scale, ask);
-            else stage_factor<T>(to, width, wide.terms, wide.scale, ask);
+            copy_bytes(slab.at, from, bytes);
+            commit_copies();
+            wait_copies<0>();
             __syncthreads();
         }
-        body(first, count, to);
+        return body(0, all, factor(0));
     }
+    const int count = (all + slab.segments - 1) / slab.segments;
+    __syncthreads();
+    copy_bytes(slab.at, from, bytes);
+    commit_copies();
+    for (int at = 0; at < count; ++at) {
+        if (at + 1 < count) copy_bytes(slab.at + (at + 1) % 2 * bytes, from + int64_t{at + 1} * bytes, bytes);
+        commit_copies();
+        wait_copies<1>();
+        __syncthreads();
+        const int first = at * slab.segments;
+        body(first, all - first < slab.segments ? all - first : slab.segments, factor(at % 2));
+        __syncthreads();
+    }
+    wait_copies<0>();
 }
 
 // The share of a warp in a tile of 16 * groups rows, at most 16 for each warp: 16 rows, and of the jobs with these rows every

@@ -45,28 +45,16 @@ struct SmallPlaces {
     }
 };
 
-// Stages the small factors of all slots, with zeros between them.
+// The image of a tile's adapter.
+COMPACTER_DEVICE const unsigned char* image_of(const Family& f, const Images& images, int adapter) {
+    return images.first + (f.mixed ? 0 : adapter) * images.bytes;
+}
+
+// Copies the small factors of all slots.
 COMPACTER_DEVICE void stage_small(const Family& f, const FamilyPlaces& places, int adapter) {
-    clear(places.factors.rule, places.factors.rule + f.slots * places.factors_bytes);
-    __syncthreads();
-    const SmallPlaces place{f};
-    for (int slot = 0; slot < f.slots; ++slot) {
-        const SharedFactors at = of_slot(places.factors, slot * places.factors_bytes);
-        const int64_t e = f.mixed ? slot : adapter;
-        const int size = f.rule_size(), inner = f.inner_size();
-        if (f.bias.data)
-            for (int j = threadIdx.x; j < f.bias_size(); j += blockDim.x)
-                floats_at(at.bias)[place.bias(j)] = read(f.bias, e * f.bias_size() + j);
-        if (f.dense) continue;
-        for (int j = threadIdx.x; j < size; j += blockDim.x) {
-            floats_at(at.rule)[place.rule(j)] = read(f.rule, (f.shared_rule ? 0 : e * size) + j);
-            if (f.middle.inner) floats_at(at.rule2)[place.rule(j)] = read(f.rule2, (f.shared_rule2 ? 0 : e * size) + j);
-        }
-        for (int j = threadIdx.x; j < inner; j += blockDim.x) {
-            floats_at(at.right)[place.right(j, f.middle.inner_stride)] = read(f.right, e * inner + j);
-            floats_at(at.left2)[place.left2(j, f.middle.inner_stride)] = read(f.left2, e * inner + j);
-        }
-    }
+    copy_bytes(places.factors.rule, image_of(f, places.images, adapter), places.images.small);
+    commit_copies();
+    wait_copies<0>();
 }
 
 // Writes the sums of all slots to the rows of a program, each in the order of its tensor.
