@@ -110,6 +110,8 @@ def cuda_versions() -> list[int]:
 class CudaLinear:
     """The last four arguments are those of `Device` in csrc/cuda/launch.h.
 
+    forward_workspace, workspace: the floats that forward and backward need for themselves.
+
     division: the blocks of a backward, the tokens of a tile, and the tiles that a block can hold.
     """
 
@@ -124,10 +126,11 @@ class CudaLinear:
         capability: int,
     ) -> None: ...
     def refuses(self) -> str: ...
+    def forward_workspace(self, tokens: int) -> int: ...
     def workspace(self, tokens: int) -> int: ...
     def division(self, tokens: int) -> list[int]: ...
     def forward(
-        self, x: int, base: int, out: int, tokens: int, scale: float, stream: int, params: Addresses
+        self, x: int, base: int, out: int, tokens: int, scale: float, workspace: int, stream: int, params: Addresses
     ) -> None: ...
     def backward(
         self,
@@ -155,10 +158,20 @@ class CudaAdapter:
         capability: int,
     ) -> None: ...
     def refuses(self) -> str: ...
+    def forward_workspace(self, tokens: int) -> int: ...
     def workspace(self, tokens: int) -> int: ...
     def division(self, tokens: int) -> list[int]: ...
     def forward(
-        self, x: int, residual: int, out: int, add_x: bool, tokens: int, scale: float, stream: int, params: Addresses
+        self,
+        x: int,
+        residual: int,
+        out: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        workspace: int,
+        stream: int,
+        params: Addresses,
     ) -> None: ...
     def backward(
         self,
@@ -174,8 +187,6 @@ class CudaAdapter:
     ) -> None: ...
 
 class CudaBank:
-    """forward_workspace, workspace: the floats that forward and backward need for themselves."""
-
     def __init__(
         self,
         dtype: int,

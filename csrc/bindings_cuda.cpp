@@ -30,13 +30,15 @@ struct CudaLinear : LinearPlan {
           device{multiprocessors, shared_limit, shared_per_multiprocessor, capability} {}
 
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
+    int64_t forward_workspace(int64_t tokens) const { return cuda::space_of_forward(sizes(tokens), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
     auto division(int64_t tokens) const { return as_tuple(cuda::division(sizes(tokens), device)); }
 
-    void forward(uintptr_t x, uintptr_t base, uintptr_t out, int64_t tokens, double scale, uintptr_t stream,
-                 const py::tuple& parameters) const {
+    void forward(uintptr_t x, uintptr_t base, uintptr_t out, int64_t tokens, double scale, uintptr_t workspace,
+                 uintptr_t stream, const py::tuple& parameters) const {
         Addresses addresses(parameters, 1);
-        cuda::forward(at(x, tokens, addresses, scale), input(base), of_rows(out, tokens), device, output(stream));
+        cuda::forward(at(x, tokens, addresses, scale), input(base), of_rows(out, tokens),
+                      static_cast<float*>(output(workspace)), device, output(stream));
     }
 
     // parameters: those of the projection, then their gradients.
@@ -58,15 +60,16 @@ struct CudaAdapter : AdapterPlan {
           device{multiprocessors, shared_limit, shared_per_multiprocessor, capability} {}
 
     std::string refuses() const { return cuda::refuses(sizes(0), device); }
+    int64_t forward_workspace(int64_t tokens) const { return cuda::space_of_forward(sizes(tokens), device); }
     int64_t workspace(int64_t tokens) const { return cuda::workspace(sizes(tokens), device); }
     auto division(int64_t tokens) const { return as_tuple(cuda::division(sizes(tokens), device)); }
 
     void forward(uintptr_t x, uintptr_t residual, uintptr_t out, bool add_x, int64_t tokens, double scale,
-                 uintptr_t stream, const py::tuple& parameters) const {
+                 uintptr_t workspace, uintptr_t stream, const py::tuple& parameters) const {
         check_added(residual, add_x);
         Addresses addresses(parameters, 2);
-        cuda::forward(at(x, tokens, scale, addresses), input(added(x, residual, add_x)), of_rows(out, tokens), device,
-                      output(stream));
+        cuda::forward(at(x, tokens, scale, addresses), input(added(x, residual, add_x)), of_rows(out, tokens),
+                      static_cast<float*>(output(workspace)), device, output(stream));
     }
 
     void backward(uintptr_t x, uintptr_t grad_out, uintptr_t grad_x, bool add_x, int64_t tokens, double scale,
@@ -94,7 +97,8 @@ struct CudaBank : BankPlan {
         return cuda::refuses_family(sizes(0), &bank, device);
     }
     int64_t forward_workspace(int64_t tokens, const Choice& choice) const {
-        return cuda::forward_workspace(sizes(tokens), chosen(choice, tokens), device);
+        const Bank bank = chosen(choice, tokens);
+        return cuda::forward_workspace(sizes(tokens), &bank, device);
     }
     // weights, mix: whether the gradients of the parameters, that of mix, are wanted.
     int64_t workspace(int64_t tokens, const Choice& choice, bool weights, bool mix) const {
@@ -128,6 +132,7 @@ struct CudaBank : BankPlan {
 template <class Plan>
 py::class_<Plan>& with_methods(py::class_<Plan>& plan) {
     return plan.def("refuses", &Plan::refuses)
+        .def("forward_workspace", &Plan::forward_workspace)
         .def("workspace", &Plan::workspace)
         .def("division", &Plan::division)
         .def("forward", &Plan::forward)

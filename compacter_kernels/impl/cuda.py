@@ -146,6 +146,8 @@ class _Kernel(native.Kernel):
     def __init__(self, problem: Problem, transposed: tuple[bool, ...] = (False, False)) -> None:
         self.device, self.index = problem.device, problem.device.index or 0
         super().__init__(problem, self._make(problem, native.plan_arguments(problem, transposed)))
+        # A forward that needs no memory for one row needs none for any number of them.
+        self.needs_memory = problem.bank is not None or self.plan.forward_workspace(1) > 0
 
     def _make(self, problem: Problem, arguments: tuple[Any, ...]) -> Any:
         return _plan(problem.operation, arguments, _device(self.index))
@@ -155,8 +157,8 @@ class _Kernel(native.Kernel):
             with torch.cuda.device(self.index):
                 self.launch_forward(call, params)
             return
-        workspaces = self._forward_workspaces(call)
-        self.plan.forward(*call, *addresses(workspaces), _current_stream(self.index), params)
+        workspace = self._empty(self._forward_workspace(call)) if self.needs_memory else None
+        self.plan.forward(*call, *addresses((workspace,)), _current_stream(self.index), params)
 
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         if self.index != _current_device():
@@ -170,8 +172,10 @@ class _Kernel(native.Kernel):
     def _empty(self, floats: int) -> Tensor:
         return torch.empty(floats, dtype=torch.float32, device=self.device)
 
-    def _forward_workspaces(self, call: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return ()
+    def _forward_workspace(self, call: tuple[Any, ...]) -> int:
+        *_, tokens, _ = call
+        floats: int = self.plan.forward_workspace(tokens)
+        return floats
 
     def _workspace(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> int:
         floats: int = self.plan.workspace(tokens)
@@ -179,15 +183,16 @@ class _Kernel(native.Kernel):
 
 
 class _BankKernel(_Kernel):
-    """The same for a bank. A route needs memory in the forward too, for the order of the rows."""
+    """The same for a bank."""
 
     def _make(self, problem: Problem, arguments: tuple[Any, ...]) -> Any:
         assert problem.bank is not None
         return _bank_plan(arguments, problem.bank, _device(self.index))
 
-    def _forward_workspaces(self, call: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def _forward_workspace(self, call: tuple[Any, ...]) -> int:
         *_, tokens, _, choice = call
-        return (self._empty(self.plan.forward_workspace(tokens, choice)),)
+        floats: int = self.plan.forward_workspace(tokens, choice)
+        return floats
 
     def _workspace(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> int:
         *_, choice, grad_mix = call

@@ -78,7 +78,7 @@ struct Images {
 // A wide factor in shared memory: all of it, or two slabs, of which one is copied while the other is used. Then both factors
 // have the same place.
 struct Slab {
-    int at, segments, terms;
+    int at, segments, terms, parts;
     bool whole;
 };
 
@@ -91,6 +91,10 @@ struct FamilyPlaces {
     Images images;
     int clear, clear_end;   // what must be 0 at first
 };
+
+// The parts of t2 and b2 in a forward: for x in bf16 they are rounded once, as the output is.
+template <class T>
+constexpr int forward_right_parts = T::parts == 1 ? 1 : T::factor_parts;
 
 struct FamilyForward {
     Family family;
@@ -181,7 +185,7 @@ struct FamilyImages {
     Family family;
     FamilyPlaces places;
     unsigned char* to;
-    int parts, pieces;  // of a number; of an image, a block each
+    int pieces;  // of an image, a block each
 };
 
 struct FamilyTable {

@@ -79,7 +79,7 @@ struct Pass {
         const bool computes = tile.adapter < family.tiling.adapters, poison = tile.adapter > family.tiling.adapters;
         const auto residual = rows_of_out(static_cast<const T*>(f.residual), ids, family);
         const auto slab = [&](int first, int count, const Parts& factor) {
-            expand_slab(v2, family.rows_out, computes ? family.right_terms : 0, factor, first, count, residual, out, poison);
+            expand_slab<T, forward_right_parts<T>>(v2, family.rows_out, computes ? family.right_terms : 0, factor, first, count, residual, out, poison);
         };
         if (!computes) return slab(0, segments(s.out), Parts{});
         const Images& images = f.places.images;

@@ -23,7 +23,7 @@ struct Wide {
     }
 
     // Pairs of columns `begin` to `end` of all slabs, those of neighbours in memory one after another.
-    COMPACTER_DEVICE void make(unsigned char* to, const Slab& slab, int slab_bytes, int width, int parts, int begin, int end) const {
+    COMPACTER_DEVICE void make(unsigned char* to, const Slab& slab, int slab_bytes, int width, int begin, int end) const {
         constexpr int ahead = 4;
         const int pairs = slabs(slab, width) * slab.segments * segment / 2;
         const int stride = factor_stride(slab.segments * segment), part = slab.terms * stride;
@@ -49,7 +49,7 @@ struct Wide {
                                 place_of(u - number * slab.segments * segment);
 #pragma unroll
                 for (int of = 0; of < 3; ++of)
-                    if (of < parts) *reinterpret_cast<uint32_t*>(numbers + of * part) = pair[of];
+                    if (of < slab.parts) *reinterpret_cast<uint32_t*>(numbers + of * part) = pair[of];
             }
         }
     }
@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(256) make_images(const FamilyImages k) {
     const int of_left = Wide::numbers(left, f.middle.in), all = of_left + Wide::numbers(right2, f.middle.out);
     const int share = (all + k.pieces - 1) / k.pieces, begin = piece * share, end = begin + share < all ? begin + share : all;
     if (begin < of_left)
-        Wide{f, f.left, adapter, 1.f}.make(to + k.places.images.left, left, k.places.images.left_slab, f.middle.in, k.parts, begin,
+        Wide{f, f.left, adapter, 1.f}.make(to + k.places.images.left, left, k.places.images.left_slab, f.middle.in, begin,
                                            end < of_left ? end : of_left);
     if (end > of_left)
         Wide{f, f.right2, adapter, f.scale}.make(to + k.places.images.right2, right2, k.places.images.right2_slab, f.middle.out,
-                                                 k.parts, (begin > of_left ? begin : of_left) - of_left, end - of_left);
+                                                 (begin > of_left ? begin : of_left) - of_left, end - of_left);
 }
 
 }  // namespace

@@ -48,9 +48,9 @@ void make_table(const FamilyProblem& problem, Tiling& tiling, const Device& devi
 }
 
 // Makes the images of the adapters there, for kernels with these places.
-void make_images(const Family& family, FamilyPlaces& places, DType dtype, float* to, void* stream) {
+void make_images(const Family& family, FamilyPlaces& places, float* to, void* stream) {
     Launch launch{};
-    FamilyImages images = plan_images(family, places, dtype, launch);
+    FamilyImages images = plan_images(family, places, launch);
     images.to = reinterpret_cast<unsigned char*>(to);
     places.images.first = images.to;
     launch.stream = stream;
@@ -143,7 +143,7 @@ void forward(const FamilyProblem& problem, const void* x, const void* residual, 
     PlannedFamilyForward plan = plan_family_forward(problem, device);
     FamilyForward& f = plan.arguments;
     make_table(problem, f.family.tiling, device, workspace, stream);
-    make_images(f.family, f.places, problem.problem.dtype, workspace + behind_table(problem, f.family.tiling), stream);
+    make_images(f.family, f.places, workspace + behind_table(problem, f.family.tiling), stream);
     f.x = x;
     f.residual = residual;
     f.out = out;
@@ -209,7 +209,7 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
     const Workspace at(problem, plan, wanted);
     if (tokens) {
         make_table(problem, b.family.tiling, device, workspace + at.table, stream);
-        make_images(b.family, b.places, problem.problem.dtype, workspace + at.images, stream);
+        make_images(b.family, b.places, workspace + at.images, stream);
         b.x = w.x = x;
         b.grad_out = w.grad_out = grad_out;
         b.grad_x = grad_x;

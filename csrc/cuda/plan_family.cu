@@ -111,19 +111,22 @@ void lay_out(FamilyPlaces& places, const Family& f, Room& room) {
 }
 
 // The wide factors, if they fit whole with what else there is, else two slabs in the same place. Returns whether they fit.
-bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int parts, Room& room, int limit, int least) {
-    const int of_in = segments(f.middle.in), of_out = segments(f.middle.out), terms = std::max(f.columns, right_terms);
+// parts: those of the numbers of each factor.
+bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_parts, int right_parts, Room& room, int limit,
+               int least) {
+    const int of_in = segments(f.middle.in), of_out = segments(f.middle.out);
     Room chosen = room;
-    places.left = {chosen.take(factor_bytes(f.middle.in, f.columns, parts)), of_in, f.columns, true};
-    places.right2 = {chosen.take(factor_bytes(f.middle.out, right_terms, parts)), of_out, right_terms, true};
+    places.left = {chosen.take(factor_bytes(f.middle.in, f.columns, left_parts)), of_in, f.columns, left_parts, true};
+    places.right2 = {chosen.take(factor_bytes(f.middle.out, right_terms, right_parts)), of_out, right_terms, right_parts, true};
     for (int count = std::max(of_in, of_out); chosen.bytes > limit && count >= least; --count) {
         chosen = room;
-        const int at = chosen.take(2 * factor_bytes(count * segment, terms, parts));
-        places.left = {at, count, f.columns, false};
-        places.right2 = {at, count, right_terms, false};
+        const int at = chosen.take(2 * std::max(factor_bytes(count * segment, f.columns, left_parts),
+                                                factor_bytes(count * segment, right_terms, right_parts)));
+        places.left = {at, count, f.columns, left_parts, false};
+        places.right2 = {at, count, right_terms, right_parts, false};
     }
     room = chosen;
-    const auto bytes = [&](const Slab& slab) { return static_cast<int>(factor_bytes(slab.segments * segment, slab.terms, parts)); };
+    const auto bytes = [&](const Slab& slab) { return static_cast<int>(factor_bytes(slab.segments * segment, slab.terms, slab.parts)); };
     const auto slabs = [](const Slab& slab, int all) { return (all + slab.segments - 1) / slab.segments; };
     Images& images = places.images;
     images.small = f.slots * places.factors_bytes;
@@ -142,7 +145,7 @@ void first_that_fits(const FamilyProblem& problem, const Device& device, const A
     const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
     const int n = static_cast<int>(std::max(first.n_in, last.n_out));
     const int half = std::min(device.shared_limit, device.shared_per_multiprocessor / 2 - reserved);
-    for (int rows = most_rows;; rows /= 2) {
+    for (int rows = first.dense() ? most_rows / 2 : most_rows;; rows /= 2) {
         const int tokens = std::max(1, rows / n);
         if (attempt(tokens, half, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
     }
@@ -184,7 +187,7 @@ PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Dev
             constexpr int parts = decltype(element)::factor_parts;
             f.v_parts = room.take(int64_t{2} * parts * round_up(its.right_terms, 16) * f.part_stride);
             f.places.clear_end = room.bytes;
-            return add_slabs(f.places, its, its.right_terms, parts, room, limit, least);
+            return add_slabs(f.places, its, its.right_terms, parts, forward_right_parts<decltype(element)>, room, limit, least);
         });
     });
     const int blocks = std::min(blocks_of(device, room.bytes), std::max(f.family.tiling.most, 1));
@@ -221,7 +224,8 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
             using T = decltype(element);
             b.dz_parts = room.take(int64_t{2} * T::factor_parts * round_up(its.columns, 16) * b.part_stride);
             b.places.clear_end = room.bytes;
-            if (!add_slabs(b.places, its, with_bias ? its.right_terms : its.columns, T::factor_parts, room, limit, least)) return false;
+            if (!add_slabs(b.places, its, with_bias ? its.right_terms : its.columns, T::factor_parts, T::factor_parts, room, limit,
+                           least)) return false;
             // The second kernel has the same tiles.
             const int terms = std::max(its.columns, its.right_terms), rows = std::max(its.rows_in, its.rows_out);
             for (const int slab : {128, 64, 32, 16}) {
@@ -293,13 +297,12 @@ bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem
     return plan.arguments.kernel == BackwardKernel::folded && launch.shared_bytes <= device.shared_limit;
 }
 
-FamilyImages plan_images(const Family& f, const FamilyPlaces& places, DType dtype, Launch& launch) {
+FamilyImages plan_images(const Family& f, const FamilyPlaces& places, Launch& launch) {
     constexpr int numbers = 4096;  // of a block
     const int64_t all = int64_t{f.columns} * f.middle.in + int64_t{f.right_terms} * f.middle.out;
-    const int parts = with_element(dtype, [](auto element) { return decltype(element)::factor_parts; });
     const int pieces = static_cast<int>((all + numbers - 1) / numbers);
     launch = {images_of(f) * pieces, threads, 0, nullptr, false};
-    return {f, places, nullptr, parts, pieces};
+    return {f, places, nullptr, pieces};
 }
 
 int images_of(const Family& f) { return f.mixed ? 1 : f.tiling.adapters; }

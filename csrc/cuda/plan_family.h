@@ -54,7 +54,7 @@ bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem
 
 // The launch that makes the images, and how many there are.
 int images_of(const Family& family);
-FamilyImages plan_images(const Family& family, const FamilyPlaces& places, DType dtype, Launch& launch);
+FamilyImages plan_images(const Family& family, const FamilyPlaces& places, Launch& launch);
 
 // The launch that makes the table of a routed bank.
 FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch);

@@ -59,6 +59,60 @@ struct WarpShare {
     }
 };
 
+// sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab, as contract_segments, for factors that many warps share: each
+// right operand is one ldmatrix, and each left one is formed once.
+template <class T, int Most>
+COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int terms, int segments,
+                                    float (&sum)[Most][4]) {
+    constexpr int ahead = 2;
+    const Lane lane;
+    const int columns = eights(terms), c = lane.index % 8;
+    const uint32_t zero = threadIdx.y;  // which the compiler does not know: else it copies a left operand for each product
+    const uint16_t* const from = factor.first + lane.index / 8 * 8;
+    for (int first = 0; first < segments; first += ahead) {
+        Eight<T> upper[ahead], lower[ahead];
+#pragma unroll
+        for (int j = 0; j < ahead; ++j)
+            if (first + j < segments) {
+                upper[j] = rows.load(lane.g, (first + j) * segment + lane.t * 8);
+                lower[j] = rows.load(lane.g + 8, (first + j) * segment + lane.t * 8);
+            }
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+            if (first + j >= segments) break;
+            uint32_t above[4][T::parts], below[4][T::parts], left[T::parts][2][4];
+            to_parts(upper[j], above);
+            to_parts(lower[j], below);
+#pragma unroll
+            for (int part = 0; part < T::parts; ++part)
+#pragma unroll
+                for (int e = 0; e < 8; ++e) left[part][e / 4][e % 4] = (e % 2 ? below : above)[e / 2][part] ^ zero;
+#pragma unroll
+            for (int column = 0; column < Most; ++column) {
+                if (column >= columns) break;
+                const int there = column * 8 + c < terms ? column * 8 + c : 0;
+                const uint16_t* at = from + there * factor.stride + (first + j) * segment;
+                float apart[4] = {};
+                float(&total)[4] = T::parts == 3 ? apart : sum[column];
+#pragma unroll
+                for (int part = 0; part < T::factor_parts; ++part, at += factor.part) {
+                    uint32_t f[4];
+                    load_matrices(f, at);
+#pragma unroll
+                    for (int of_x = 0; of_x < T::parts; ++of_x) {
+                        if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
+                        mma_16x8x16(total, left[of_x][0], {f[0], f[1]});
+                        mma_16x8x16(total, left[of_x][1], {f[2], f[3]});
+                    }
+                }
+                if constexpr (T::parts == 3)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[column][e] += apart[e];
+            }
+        }
+    }
+}
+
 // The numbers Z[row, c] of a tile of `count` rows: adds them to the floats of shared memory at to(row, c), or sets these if
 // the slab is the first. None is at -1.
 template <class T, class To>
@@ -67,17 +121,19 @@ COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, int count, const
     const Lane lane;
     const WarpShare share(count);
     const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
-    for (int begin = share.first * at_once; share.first < share.step && begin < terms; begin += share.step * at_once) {
+    // The warps of the same rows share the factors, in eights, of which each has at most `at_once` in registers.
+    const int each = min(at_once, round_up((terms + share.step - 1) / share.step, 8));
+    for (int begin = share.first * each; share.first < share.step && begin < terms; begin += share.step * each) {
+        const int end = min(begin + each, terms);
         float sum[at_once / 8][4] = {};
-        contract_segments<T>(rows, 0, {factor.first + begin * factor.stride, factor.stride, factor.part}, terms - begin, 0,
-                             segments, sum);
+        contract_wide<T>(rows, {factor.first + begin * factor.stride, factor.stride, factor.part}, end - begin, segments, sum);
 #pragma unroll
         for (int column = 0; column < at_once / 8; ++column) {
-            if (begin + column * 8 >= terms) break;
+            if (begin + column * 8 >= end) break;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int c = begin + column * 8 + lane.t * 2 + e % 2, at = share.row + lane.g + e / 2 * 8;
-                const int place = c < terms && at < x.rows ? to(at, c) : -1;
+                const int place = c < end && at < x.rows ? to(at, c) : -1;
                 if (place < 0) continue;
                 float& number = floats_at(0)[place];
                 number = first ? number + sum[column][e] : sum[column][e];
@@ -94,7 +150,8 @@ COMPACTER_DEVICE void load_terms(uint32_t (&b)[4], const Parts& from, int terms,
 
 // out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] for the rows of a tile and a slab of u. V is [part][c][row], with
 // zeros up to the next multiple of 16 c. poison: all is NaN. residual: null or as out.
-template <class T>
+// FactorParts: those of t_c.
+template <class T, int FactorParts = T::factor_parts>
 COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Parts& factor, int first, int segments,
                                   const TileRows<const T>& residual, const TileRows<T>& output, bool poison) {
     constexpr int parts = T::factor_parts;
@@ -121,7 +178,7 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Pa
 #pragma unroll
             for (int part = 0; part < parts; ++part) load_matrices_transposed(a[part], operand + part * v.part + c * v.stride);
 #pragma unroll
-            for (int part = 0; part < parts; ++part) {
+            for (int part = 0; part < FactorParts; ++part) {
                 uint32_t low[4], high[4];
                 load_terms(low, factor, terms, part, c / 8, at, lane.index);
                 if constexpr (decltype(both)::value) load_terms(high, factor, terms, part, c / 8 + 1, at, lane.index);
