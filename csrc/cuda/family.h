@@ -174,6 +174,7 @@ struct FamilyReduce {
     Partials narrow, wide;
     FamilyGradient gradients[8];
     int count, columns;
+    int groups;  // of the threads of a block
 };
 struct MixReduce {
     const float* tokens;  // [token][adapter]

@@ -5,15 +5,16 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int reduce_groups = 8, mix_threads = 1024;
+constexpr int reduce_threads_of_family = 256, mix_threads = 1024;
 
-// A block has 32 columns of one adapter. Each of its warps sums every eighth row, and the first adds their sums.
-__global__ void __launch_bounds__(32 * reduce_groups) reduce(const FamilyReduce r) {
+// A block has some columns of one adapter. Its threads are `groups` groups, each of which sums the rows of every groups-th
+// program, and the first adds their sums.
+__global__ void __launch_bounds__(reduce_threads_of_family) reduce(const FamilyReduce r) {
     float* sums = reinterpret_cast<float*>(shared_memory());  // [group][column]
-    const int lane = threadIdx.x % 32, group = threadIdx.x / 32, blocks = (r.columns + 31) / 32;
-    const int adapter = blockIdx.x / blocks, column = (blockIdx.x - adapter * blocks) * 32 + lane;
+    const int width = reduce_threads_of_family / r.groups, blocks = (r.columns + width - 1) / width;
+    const int adapter = blockIdx.x / blocks, group = threadIdx.x / width, lane = threadIdx.x - group * width;
     const Tiles tiles{r.family.tiling};
-    int at = column;
+    int at = (blockIdx.x - adapter * blocks) * width + lane;
     FamilyGradient gradient{};
     bool found = false;
 #pragma unroll
@@ -31,9 +32,9 @@ __global__ void __launch_bounds__(32 * reduce_groups) reduce(const FamilyReduce 
         const int end = gradient.shared ? r.family.tiling.adapters : adapter + 1;
         for (int e = adapter, before = 0; e < end; ++e) {
             const Range programs = tiles.programs(partials.programs, e);
-            const int first = (group + reduce_groups - before % reduce_groups) % reduce_groups;
+            const int first = (group + r.groups - before % r.groups) % r.groups;
 #pragma unroll 4
-            for (int p = programs.begin + first; p < programs.end; p += reduce_groups)
+            for (int p = programs.begin + first; p < programs.end; p += r.groups)
                 sum += partials.of(r.family, p, e)[gradient.begin + at];
             before += programs.end - programs.begin;
         }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(32 * reduce_groups) reduce(const FamilyReduce 
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (group != 0 || !computes) return;
-    for (int other = 1; other < reduce_groups; ++other) sum += sums[other * 32 + lane];
+    for (int other = 1; other < r.groups; ++other) sum += sums[other * width + lane];
     write(gradient.array, gradient.shared ? at : int64_t{adapter} * gradient.size + at, sum);
 }
 

@@ -97,9 +97,12 @@ void check_tokens(const FamilyProblem& problem) {
         throw std::runtime_error("x has " + text(problem.problem.tokens) + " rows; the kernels have at most 2^31 - 1");
 }
 
-void launch_reduce(const FamilyReduce& reduce, bool overlaps, void* stream) {
-    const int blocks = (reduce.columns + 31) / 32 * reduce.family.tiling.adapters;
-    family_reduce_kernel(reduce, {blocks, 256, 256 * 4, stream, overlaps});
+// Of many adapters each has the sums of few programs, and of one adapter all have some.
+void launch_reduce(FamilyReduce& reduce, bool overlaps, void* stream) {
+    constexpr int threads = 256;
+    reduce.groups = reduce.family.tiling.adapters < 8 || reduce.family.mixed ? 8 : 1;
+    const int width = threads / reduce.groups, blocks = (reduce.columns + width - 1) / width * reduce.family.tiling.adapters;
+    family_reduce_kernel(reduce, {blocks, threads, threads * 4, stream, overlaps});
 }
 
 // The partials of the folded backward behind its table, whose rows have the gradients in the order of the parameters.

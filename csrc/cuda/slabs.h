@@ -90,7 +90,7 @@ COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& 
 #pragma unroll
             for (int column = 0; column < Most; ++column) {
                 if (column >= columns) break;
-                const int there = column * 8 + c < terms ? column * 8 + c : 0;
+                const int there = column * 8 + c < terms ? column * 8 + c : c < terms ? c : 0;  // a missing one: of its banks
                 const uint16_t* at = from + there * factor.stride + (first + j) * segment;
                 float apart[4] = {};
                 float(&total)[4] = T::parts == 3 ? apart : sum[column];
