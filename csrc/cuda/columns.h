@@ -39,15 +39,15 @@ struct SharedRows {
 
 struct NoRows {};
 
-// sum[c / 8] += sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over segments begin to end, for at most 8 * Most factors.
+// z[token][c][p] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over segments begin to end.
 // Tensor cores truncate what they add to an accumulator. For fp32 each segment has a new one, whose
 // sum an fp32 addition rounds; the rounding of a 16-bit x is far above the error.
-template <class T, int Most, class Rows>
-COMPACTER_DEVICE void contract_segments(const Rows& rows, int row, const Parts& factor, int terms, int begin, int end,
-                                        float (&sum)[Most][4]) {
-    constexpr int ahead = Most > 1 || T::parts > 1 ? 2 : 4;  // segments that are loaded before the first is used
+template <class T, class K, class Rows>
+COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
+    constexpr int ahead = K::most_columns > 1 || T::parts > 1 ? 2 : 4;  // segments that are loaded before the first is used
     const Lane lane;
-    const int columns = eights(terms);
+    const int m = K::m(s), columns = eights(m);
+    float sum[K::most_columns][4] = {};
     for (int first = begin; first < end; first += ahead) {
         Eight<T> upper[ahead], lower[ahead];
 #pragma unroll
@@ -63,9 +63,9 @@ COMPACTER_DEVICE void contract_segments(const Rows& rows, int row, const Parts& 
             to_parts(upper[j], a);
             to_parts(lower[j], b);
 #pragma unroll
-            for (int column = 0; column < Most; ++column) {
+            for (int column = 0; column < K::most_columns; ++column) {
                 if (column >= columns) break;
-                const uint16_t* from = contraction_column(factor, terms, column, lane.g, lane.t) + (first + j) * segment;
+                const uint16_t* from = contraction_column(factor, m, column, lane.g, lane.t) + (first + j) * segment;
                 float apart[4] = {};
                 float(&total)[4] = T::parts == 3 ? apart : sum[column];
 #pragma unroll
@@ -84,15 +84,6 @@ COMPACTER_DEVICE void contract_segments(const Rows& rows, int row, const Parts& 
             }
         }
     }
-}
-
-// z[token][c][p] = sum_u x[row, u] s_c[u] of rows `row` to `row` + 15 over segments begin to end
-template <class T, class K, class Rows>
-COMPACTER_DEVICE void contract(const Rows& rows, int row, const Parts& factor, int begin, int end, const Sizes& s, float* z) {
-    const Lane lane;
-    const int m = K::m(s);
-    float sum[K::most_columns][4] = {};
-    contract_segments<T>(rows, row, factor, m, begin, end, sum);
     const int n = K::n(s);
 #pragma unroll
     for (int column = 0; column < K::most_columns; ++column)

@@ -40,9 +40,8 @@ COMPACTER_DEVICE Parts factor_parts(unsigned char* at, int width, int terms) {
 // The position of the pair of columns u, u + 1.
 COMPACTER_DEVICE int place_of(int u) { return u / segment * segment + u % 8 / 2 * 8 + u % segment / 8 * 2; }
 
-// All threads of the block stage a factor, four pairs in flight. ask(c, u) loads an existing one. ColumnsFirst: neighbours
-// in memory are neighbours c, so that these are what neighbouring threads load.
-template <class T, bool ColumnsFirst = false, class Ask>
+// All threads of the block stage a factor, four pairs in flight. ask(c, u) loads an existing one.
+template <class T, class Ask>
 COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, float scale, const Ask& ask) {
     constexpr int ahead = 4;
     const int pairs = segments(width) * segment / 2, step = blockDim.x;
@@ -50,16 +49,14 @@ COMPACTER_DEVICE void stage_factor(const Parts& to, int width, int terms, float 
         Asked asked[ahead][2];
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * step, c = ColumnsFirst ? e % terms : e / pairs;
-            const int u = (ColumnsFirst ? e / terms : e - c * pairs) * 2, there = c < terms ? c : terms - 1;
+            const int e = first + j * step, c = e / pairs, u = (e - c * pairs) * 2, there = c < terms ? c : terms - 1;
             asked[j][0] = ask(there, u < width ? u : width - 1);
             asked[j][1] = ask(there, u + 1 < width ? u + 1 : width - 1);
         }
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
-            const int e = first + j * step, c = ColumnsFirst ? e % terms : e / pairs;
-            const int u = (ColumnsFirst ? e / terms : e - c * pairs) * 2;
-            if (ColumnsFirst ? e >= terms * pairs : c >= terms) break;
+            const int e = first + j * step, c = e / pairs, u = (e - c * pairs) * 2;
+            if (c >= terms) break;
             uint32_t pair[T::factor_parts];
             split(u < width ? asked[j][0].value() * scale : 0.f, u + 1 < width ? asked[j][1].value() * scale : 0.f, pair);
 #pragma unroll

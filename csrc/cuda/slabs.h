@@ -59,8 +59,8 @@ struct WarpShare {
     }
 };
 
-// sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab, as contract_segments, for factors that many warps share: each
-// right operand is one ldmatrix, and each left one is formed once.
+// sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab, as `contract` (columns.h), for many factors: each right operand
+// is one ldmatrix, and each left one is formed once.
 template <class T, int Most>
 COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int terms, int segments,
                                     float (&sum)[Most][4]) {
