@@ -1,13 +1,18 @@
 // The folded backward of a routed bank. A block has a contiguous range of tiles of 8 tokens, and so few adapters. It serves
-// them one after another, each as backward.cu serves its one, and writes a row of partials for each.
+// them one after another, each as backward.cu serves its one, and writes a row of partials for each. The kernel is left out for
+// architectures on which it would take more registers than there are.
 #include "folded_pass.h"
 #include "routed.h"
 
 namespace compacter::cuda {
 namespace {
 
+#if defined(COMPACTER_CUDA_ON_CPU) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define COMPACTER_ROUTED_BACKWARD
+#endif
+
 // dx of tiles without an adapter: g if the residual is x, else 0; NaN if the route is out of range.
-COMPACTER_DEVICE void without_adapter(const RoutedBackward& r, int first, int end, bool poison) {
+[[maybe_unused]] COMPACTER_DEVICE void without_adapter(const RoutedBackward& r, int first, int end, bool poison) {
     const int vectors = r.routed.width / 8;  // of a token
     for (int e = threadIdx.x; e < (end - first) * 8 * vectors; e += blockDim.x) {
         const int tile = e / (8 * vectors);
@@ -21,6 +26,7 @@ COMPACTER_DEVICE void without_adapter(const RoutedBackward& r, int first, int en
 
 template <class S>
 __global__ void __launch_bounds__(256, 1) backward(const RoutedBackward r) {
+#ifdef COMPACTER_ROUTED_BACKWARD
     const Backward& b = r.b;
     const Segment segment(r.routed);
     for (bool start = true; segment.next(start); start = false) {
@@ -59,6 +65,7 @@ __global__ void __launch_bounds__(256, 1) backward(const RoutedBackward r) {
         FoldedPass<S>(b).finish(sums, [&] { return int64_t{block_anew()} + segment.adapter(); });
     }
     let_next_kernel_start();
+#endif
 }
 
 }  // namespace

@@ -117,8 +117,9 @@ struct RoutedPairForward {
     Routed routed;
 };
 struct RoutedBackward {
-    Backward b;  // the same; program p writes the sums of adapter e into row p + e
+    Backward b;  // the same; block p writes the sums of adapter e into row p + e
     Routed routed;
+    int programs;
 };
 
 // The rows of partial sums: program p writes those of adapter e into row p + e, since both grow along the tiles; or, if

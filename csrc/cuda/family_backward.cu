@@ -159,7 +159,7 @@ struct Pass {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) backward(const FamilyBackward b) {
+__global__ void __launch_bounds__(256, 1) backward(const FamilyBackward b) {
     const Pass<T> pass{b};
     const Family& family = b.family;
     const Tiles tiles{family.tiling};

@@ -86,7 +86,7 @@ COMPACTER_DEVICE void make_small(unsigned char* to, const FamilyImages& k, int a
     }
 }
 
-__global__ void __launch_bounds__(256) make_images(const FamilyImages k) {
+__global__ void __launch_bounds__(256, 2) make_images(const FamilyImages k) {
     const Family& f = k.family;
     const Tiling& t = f.tiling;
     const int adapter = blockIdx.x / k.pieces, piece = blockIdx.x - adapter * k.pieces;

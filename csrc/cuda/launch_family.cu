@@ -106,8 +106,8 @@ void launch_reduce(FamilyReduce& reduce, bool overlaps, void* stream) {
 }
 
 // The partials of the folded backward behind its table, whose rows have the gradients in the order of the parameters.
-Partials partials_of(const RoutedBackward& folded, const Launch& launch, float* workspace) {
-    return {workspace + (folded.routed.tiling.ints() + 3) / 4 * 4, folded.b.row, launch.blocks};
+Partials partials_of(const RoutedBackward& folded, float* workspace) {
+    return {workspace + (folded.routed.tiling.ints() + 3) / 4 * 4, folded.b.row, folded.programs};
 }
 
 void reduce_folded(const FamilyProblem& problem, const RoutedBackward& folded, const Partials& partials, Family family,
@@ -200,7 +200,7 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
         folded.b.grad_out = grad_out;
         folded.b.grad_x = grad_x;
         folded.b.residual_is_x = residual_is_x;
-        const Partials partials = partials_of(folded, launch, workspace);
+        const Partials partials = partials_of(folded, workspace);
         folded.b.partials = partials.first;
         launch.stream = stream;
         routed_folded_backward_kernel(folded, launch);
@@ -253,7 +253,7 @@ int64_t workspace(const FamilyProblem& problem, bool weights, bool mix, const De
     RoutedBackward folded{};
     Launch launch{};
     if (!weights || !plan_routed_backward(folded, problem, device, launch)) return floats;
-    const Partials partials = partials_of(folded, launch, nullptr);
+    const Partials partials = partials_of(folded, nullptr);
     return std::max(floats, partials.first - static_cast<float*>(nullptr) + partials.rows(false, folded.routed.tiling.adapters) * partials.row);
 }
 

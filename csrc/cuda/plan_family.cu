@@ -8,6 +8,7 @@
 namespace compacter::cuda {
 namespace {
 
+constexpr int of_forward = 2, of_backward = 1, of_weights = 2;  // blocks of a multiprocessor, as the registers allow
 constexpr int threads = 256, most_rows = 128, pair_tokens = 8;
 constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
 
@@ -138,21 +139,21 @@ bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_
     return room.bytes <= limit;
 }
 
-// Calls attempt(tokens, limit, least segments of a slab), for many and for few tokens of a tile, and for two blocks of a
+// Calls attempt(tokens, limit, least segments of a slab), for many and for few tokens of a tile, and for so many blocks of a
 // multiprocessor and for one, until it returns true. The last attempt stands: its bytes tell why it does not fit.
 template <class Attempt>
-void first_that_fits(const FamilyProblem& problem, const Device& device, const Attempt& attempt) {
+void first_that_fits(const FamilyProblem& problem, const Device& device, int blocks, const Attempt& attempt) {
     const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
     const int n = static_cast<int>(std::max(first.n_in, last.n_out));
-    const int half = std::min(device.shared_limit, device.shared_per_multiprocessor / 2 - reserved);
+    const int share = std::min(device.shared_limit, device.shared_per_multiprocessor / blocks - reserved);
     for (int rows = first.dense() ? most_rows / 2 : most_rows;; rows /= 2) {
         const int tokens = std::max(1, rows / n);
-        if (attempt(tokens, half, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
+        if (attempt(tokens, share, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
     }
 }
 
-int blocks_of(const Device& device, int bytes) {
-    return device.multiprocessors * std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, 2);
+int blocks_of(const Device& device, int bytes, int most) {
+    return device.multiprocessors * std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, most);
 }
 
 }  // namespace
@@ -175,7 +176,7 @@ PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Dev
     PlannedFamilyForward plan{};
     FamilyForward& f = plan.arguments;
     Room room;
-    first_that_fits(problem, device, [&](int tokens, int limit, int least) {
+    first_that_fits(problem, device, of_forward, [&](int tokens, int limit, int least) {
         const Family& its = f.family = family(problem, tokens);
         room = {};
         lay_out(f.places, its, room);
@@ -190,7 +191,7 @@ PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Dev
             return add_slabs(f.places, its, its.right_terms, parts, forward_right_parts<decltype(element)>, room, limit, least);
         });
     });
-    const int blocks = std::min(blocks_of(device, room.bytes), std::max(f.family.tiling.most, 1));
+    const int blocks = std::min(blocks_of(device, room.bytes, of_forward), std::max(f.family.tiling.most, 1));
     plan.launch = {blocks, threads, room.bytes, nullptr, false};
     return plan;
 }
@@ -199,9 +200,9 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     PlannedFamilyBackward plan{};
     FamilyBackward& b = plan.rows;
     FamilyWeights& w = plan.weights;
-    Room room, of_weights;
+    Room room, of_weights_room;
     w.slab = 16;
-    first_that_fits(problem, device, [&](int tokens, int limit, int least) {
+    first_that_fits(problem, device, of_backward, [&](int tokens, int limit, int least) {
         const Family& its = b.family = w.family = family(problem, tokens);
         const int64_t slots = its.slots, numbers = its.numbers(), inner = int64_t{tokens} * its.middle.inner * its.middle.n;
         const bool with_bias = its.mixed && wanted.mix && its.bias2.array.data;
@@ -229,16 +230,17 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
             // The second kernel has the same tiles.
             const int terms = std::max(its.columns, its.right_terms), rows = std::max(its.rows_in, its.rows_out);
             for (const int slab : {128, 64, 32, 16}) {
-                of_weights = {};
+                of_weights_room = {};
                 w.slab = slab;
-                w.ids = of_weights.take(tokens * 4);
-                w.mix = of_weights.floats(tokens * slots);
+                w.ids = of_weights_room.take(tokens * 4);
+                w.mix = of_weights_room.floats(tokens * slots);
                 w.row_stride = row_bytes<T>(slab);
-                w.rows = of_weights.take(int64_t{rows} * w.row_stride);
+                w.rows = of_weights_room.take(int64_t{rows} * w.row_stride);
                 w.part_stride = rows + 8;
-                w.parts = of_weights.take(int64_t{2} * T::factor_parts * round_up(terms, 16) * w.part_stride);
-                w.sums = of_weights.take(int64_t{16} * sum_vectors(terms) * (slab / 16));
-                if (of_weights.bytes <= (slab > 32 ? limit : device.shared_limit)) return true;
+                w.parts = of_weights_room.take(int64_t{2} * T::factor_parts * round_up(terms, 16) * w.part_stride);
+                w.sums = of_weights_room.take(int64_t{16} * sum_vectors(terms) * (slab / 16));
+                const int half = device.shared_per_multiprocessor / of_weights - reserved;
+                if (of_weights_room.bytes <= (slab > 32 ? half : device.shared_limit)) return true;
             }
             return false;
         });
@@ -251,10 +253,10 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     w.slabs_out = (b.family.middle.out + w.slab - 1) / w.slab;
     const int units = w.slabs_in + w.slabs_out, most = std::max(t.most, 1);  // whatever is wanted, as a workspace must suffice
     const int computed = (wanted.left ? w.slabs_in : 0) + (wanted.right ? w.slabs_out : 0);
-    b.partials = {nullptr, round_up(static_cast<int>(sizes.small()), 4), std::min(blocks_of(device, room.bytes), most)};
-    w.partials = {nullptr, (sizes.wide() + 3) / 4 * 4, std::clamp(blocks_of(device, of_weights.bytes) / units, 1, most)};
+    b.partials = {nullptr, round_up(static_cast<int>(sizes.small()), 4), std::min(blocks_of(device, room.bytes, of_backward), most)};
+    w.partials = {nullptr, (sizes.wide() + 3) / 4 * 4, std::clamp(blocks_of(device, of_weights_room.bytes, of_weights) / units, 1, most)};
     plan.rows_launch = {b.partials.programs, threads, room.bytes, nullptr, false};
-    plan.weights_launch = {w.partials.programs * computed, threads, of_weights.bytes, nullptr, false};
+    plan.weights_launch = {w.partials.programs * computed, threads, of_weights_room.bytes, nullptr, false};
     return plan;
 }
 
@@ -290,10 +292,10 @@ RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& 
 }
 
 bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem, const Device& device, Launch& launch) {
-    if (!routed_pairs_serve(problem)) return false;
+    if (!routed_pairs_serve(problem) || device.capability < 90 || device.capability >= 120) return false;
     const PlannedBackward plan = plan_backward(problem.problem, device);
     launch = plan.launch;
-    backward = {plan.arguments, routed(problem, launch)};
+    backward = {plan.arguments, routed(problem, launch), plan.launch.blocks};
     return plan.arguments.kernel == BackwardKernel::folded && launch.shared_bytes <= device.shared_limit;
 }
 

@@ -5,7 +5,9 @@
 
 namespace compacter::cuda {
 
-constexpr int at_once = 64;  // factors of a contraction that a warp has in registers
+// Factors of a contraction that a warp has in registers, beside the parts of x.
+template <class T>
+constexpr int factors_at_once = T::parts == 3 ? 32 : 64;
 
 // All threads of the block start to copy a multiple of 16 bytes.
 COMPACTER_DEVICE void copy_bytes(int to, const unsigned char* from, int bytes) {
@@ -64,11 +66,12 @@ struct WarpShare {
 template <class T, int Most>
 COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int terms, int segments,
                                     float (&sum)[Most][4]) {
-    constexpr int ahead = 2;
+    constexpr int ahead = T::parts == 3 ? 1 : 2;  // segments that are loaded before the first is used
     const Lane lane;
     const int columns = eights(terms), c = lane.index % 8;
     const uint32_t zero = threadIdx.y;  // which the compiler does not know: else it copies a left operand for each product
     const uint16_t* const from = factor.first + lane.index / 8 * 8;
+#pragma unroll 1
     for (int first = 0; first < segments; first += ahead) {
         Eight<T> upper[ahead], lower[ahead];
 #pragma unroll
@@ -118,6 +121,7 @@ COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& 
 template <class T, class To>
 COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, int count, const Parts& factor, int terms, int first, int segments,
                                     const To& to) {
+    constexpr int at_once = factors_at_once<T>;
     const Lane lane;
     const WarpShare share(count);
     const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
