@@ -89,7 +89,7 @@ struct Pass {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) forward(const FamilyForward f) {
+__global__ void __launch_bounds__(256, 1) forward(const FamilyForward f) {
     const Pass<T> pass{f};
     const Tiles tiles{f.family.tiling};
     clear(f.places.clear, f.places.clear_end);
