@@ -110,6 +110,8 @@ def cuda_versions() -> list[int]:
 class CudaLinear:
     """The last four arguments are those of `Device` in csrc/cuda/launch.h.
 
+    forward_workspace, workspace: the floats that forward and backward need for themselves.
+
     division: the blocks of a backward, the tokens of a tile, and the tiles that a block can hold.
     """
 
@@ -124,10 +126,11 @@ class CudaLinear:
         capability: int,
     ) -> None: ...
     def refuses(self) -> str: ...
+    def forward_workspace(self, tokens: int) -> int: ...
     def workspace(self, tokens: int) -> int: ...
     def division(self, tokens: int) -> list[int]: ...
     def forward(
-        self, x: int, base: int, out: int, tokens: int, scale: float, stream: int, params: Addresses
+        self, x: int, base: int, out: int, tokens: int, scale: float, workspace: int, stream: int, params: Addresses
     ) -> None: ...
     def backward(
         self,
@@ -155,10 +158,20 @@ class CudaAdapter:
         capability: int,
     ) -> None: ...
     def refuses(self) -> str: ...
+    def forward_workspace(self, tokens: int) -> int: ...
     def workspace(self, tokens: int) -> int: ...
     def division(self, tokens: int) -> list[int]: ...
     def forward(
-        self, x: int, residual: int, out: int, add_x: bool, tokens: int, scale: float, stream: int, params: Addresses
+        self,
+        x: int,
+        residual: int,
+        out: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        workspace: int,
+        stream: int,
+        params: Addresses,
     ) -> None: ...
     def backward(
         self,
@@ -168,6 +181,53 @@ class CudaAdapter:
         add_x: bool,
         tokens: int,
         scale: float,
+        workspace: int,
+        stream: int,
+        params: Addresses,
+    ) -> None: ...
+
+class CudaBank:
+    def __init__(
+        self,
+        dtype: int,
+        activation: int,
+        down: Shape,
+        up: Shape,
+        dtypes: Sequence[int],
+        adapters: int,
+        shared_rule_down: bool,
+        shared_rule_up: bool,
+        multiprocessors: int,
+        shared_limit: int,
+        shared_per_multiprocessor: int,
+        capability: int,
+    ) -> None: ...
+    def refuses(self, mixed: bool) -> str: ...
+    def forward_workspace(self, tokens: int, choice: Choice) -> int: ...
+    def workspace(self, tokens: int, choice: Choice, weights: bool, mix: bool) -> int: ...
+    def forward(
+        self,
+        x: int,
+        residual: int,
+        out: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        workspace: int,
+        stream: int,
+        params: Addresses,
+    ) -> None: ...
+    def backward(
+        self,
+        x: int,
+        grad: int,
+        grad_x: int,
+        add_x: bool,
+        tokens: int,
+        scale: float,
+        choice: Choice,
+        grad_mix: int,
         workspace: int,
         stream: int,
         params: Addresses,

@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "ptxas_report.py"
 ARCH = "sm_90"
-SOURCES = ("forward_general.cu", "backward_general.cu")  # these are compiled once for each dtype
+SOURCES = (  # these are compiled once for each dtype
+    *("forward_general.cu", "backward_general.cu"),
+    *("family_forward.cu", "family_backward.cu", "family_weights.cu"),
+)
 NEEDED = (os.environ.get("CUDACXX", "nvcc"), "cmake", "ninja")
 MISSING = [tool for tool in NEEDED if shutil.which(tool) is None]
 

@@ -6,15 +6,18 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from compacter_kernels.impl import Kernel, beyond_compacter, native, not_fused
+from compacter_kernels.impl import Kernel, native, not_fused
+from compacter_kernels.impl.memory import addresses
 from compacter_kernels.impl.module import BUILD as _BUILD, MISSING, MODULE as _C
+from compacter_kernels.impl.native_family import FamilyKernel
 from compacter_kernels.private import (
     current_device as _current_device,
     current_stream as _current_stream,
     evaluated_when_compiled,
 )
-from compacter_kernels.problem import Problem, Projection
+from compacter_kernels.problem import Bank, Problem, Projection
 
 OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are pairs of bfloat16 numbers
 PHM_DIMS = (1, 2, 4, 8, 12, 16)
@@ -60,15 +63,20 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernels cannot serve this problem, or None."""
     if problem.device.type != _DEVICE_TYPE:
         return f"x is on {problem.device.type}, not on {_DEVICE_TYPE}"
-    reason = not_fused(problem) or beyond_compacter(problem) or _not_compiled(problem.projections)
+    reason = not_fused(problem) or _not_compiled(problem)
     if reason is None and unavailable() is None:
-        reason = _refused(problem.operation, native.plan_arguments(problem), problem.device.index or 0)
+        reason = _refused(problem.operation, native.plan_arguments(problem), problem.bank, problem.device.index or 0)
     return reason
 
 
-def _not_compiled(projections: tuple[Projection, ...]) -> str | None:
-    """Why no kernel was compiled for these sizes, or None."""
+def _not_compiled(problem: Problem) -> str | None:
+    """Why no kernel was compiled for these sizes, or None. Some sizes only csrc/cuda can judge."""
+    if problem.operation != "adapter":
+        return None
+    projections: tuple[Projection, ...] = problem.projections
     for p in projections:
+        if p.phm_dim is None:
+            return f"a rule of shape ({p.terms}, {p.n_in}, {p.n_out}) is compiled for single projections alone"
         if p.phm_dim not in PHM_DIMS or p.rank not in RANKS:
             served = f"phm_dim {', '.join(map(str, PHM_DIMS))} and phm_rank {', '.join(map(str, RANKS))}"
             return f"phm_dim={p.phm_dim} with phm_rank={p.rank} is not compiled; {served} are"
@@ -110,32 +118,47 @@ def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:
     return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *device)
 
 
+def _bank_plan(arguments: tuple[Any, ...], bank: Bank, device: Device) -> Any:
+    return _C.CudaBank(*arguments, bank.adapters, *bank.shared_rules, *device)
+
+
 @evaluated_when_compiled
-def _refused(operation: str, arguments: tuple[Any, ...], index: int) -> str | None:
+def _refused(operation: str, arguments: tuple[Any, ...], bank: Bank | None, index: int) -> str | None:
     """Why the device or the native module cannot serve a problem, or None."""
     device = _device(index)
-    return _other_architecture(device.capability) or _plan(operation, arguments, device).refuses() or None
+    if reason := _other_architecture(device.capability):
+        return reason
+    if bank is None:
+        return _plan(operation, arguments, device).refuses() or None
+    return _bank_plan(arguments, bank, device).refuses(bank.mixed) or None
 
 
 def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    return _Kernel(problem)
+    if problem.bank is None and problem.operation != "bottleneck":
+        return _Kernel(problem)
+    return FamilyKernel(problem, functools.partial(_Kernel if problem.bank is None else _BankKernel, problem))
 
 
 class _Kernel(native.Kernel):
     """A kernel that runs on the current stream of the tensors' device, without waiting for it."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, transposed: tuple[bool, ...] = (False, False)) -> None:
         self.device, self.index = problem.device, problem.device.index or 0
-        plan = _plan(problem.operation, native.plan_arguments(problem), _device(self.index))
-        super().__init__(problem, plan)
+        super().__init__(problem, self._make(problem, native.plan_arguments(problem, transposed)))
+        # A forward that needs no memory for one row needs none for any number of them.
+        self.needs_memory = problem.bank is not None or self.plan.forward_workspace(1) > 0
+
+    def _make(self, problem: Problem, arguments: tuple[Any, ...]) -> Any:
+        return _plan(problem.operation, arguments, _device(self.index))
 
     def launch_forward(self, call: tuple[Any, ...], params: tuple[int, ...]) -> None:
         if self.index != _current_device():
             with torch.cuda.device(self.index):
                 self.launch_forward(call, params)
             return
-        self.plan.forward(*call, _current_stream(self.index), params)
+        workspace = self._empty(self._forward_workspace(call)) if self.needs_memory else None
+        self.plan.forward(*call, *addresses((workspace,)), _current_stream(self.index), params)
 
     def launch_backward(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> None:
         if self.index != _current_device():
@@ -143,5 +166,35 @@ class _Kernel(native.Kernel):
                 self.launch_backward(call, tokens, params)
             return
         # The allocator gets it back on return, and gives it only to later work of the same stream.
-        workspace = torch.empty(self.plan.workspace(tokens), dtype=torch.float32, device=self.device)
+        workspace = self._empty(self._workspace(call, tokens, params))
         self.plan.backward(*call, workspace.data_ptr(), _current_stream(self.index), params)
+
+    def _empty(self, floats: int) -> Tensor:
+        return torch.empty(floats, dtype=torch.float32, device=self.device)
+
+    def _forward_workspace(self, call: tuple[Any, ...]) -> int:
+        *_, tokens, _ = call
+        floats: int = self.plan.forward_workspace(tokens)
+        return floats
+
+    def _workspace(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> int:
+        floats: int = self.plan.workspace(tokens)
+        return floats
+
+
+class _BankKernel(_Kernel):
+    """The same for a bank."""
+
+    def _make(self, problem: Problem, arguments: tuple[Any, ...]) -> Any:
+        assert problem.bank is not None
+        return _bank_plan(arguments, problem.bank, _device(self.index))
+
+    def _forward_workspace(self, call: tuple[Any, ...]) -> int:
+        *_, tokens, _, choice = call
+        floats: int = self.plan.forward_workspace(tokens, choice)
+        return floats
+
+    def _workspace(self, call: tuple[Any, ...], tokens: int, params: tuple[int, ...]) -> int:
+        *_, choice, grad_mix = call
+        floats: int = self.plan.workspace(tokens, choice, any(params[len(params) // 2 :]), grad_mix != 0)
+        return floats

@@ -11,9 +11,8 @@
 //   dt2_i[u] = sum_{tok,q} V2[q,i] g[q,u]                                           add_gradient
 // One projection has dV2 = dV and V2 = V. Each block sums weight gradients over its tiles into one
 // row of partials, which reduce.cu adds. `scale` multiplies t2, and at the end dt2 and db2.
-#include "activations.h"
+#include "bottleneck.h"
 #include "gradients.h"
-#include "middle.h"
 #include "stage.h"
 #include "tile.h"
 
@@ -40,21 +39,18 @@ struct ToParts {
 
 template <class T, class K>
 struct Pass {
-    static constexpr int Q = K::quad;
     const Backward& b;
     const Sizes& s;
     Block block;
+    Between<K> between;
     int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int n, m, columns, right_terms, right_columns;
     Parts left, right2;
-    float *z, *dv2, *v, *dz2, *z2, *dv, *h, *dy;
 
     COMPACTER_DEVICE explicit Pass(const Backward& b)
-        : b(b), s(b.sizes), n(K::n(s)), m(K::m(s)), columns(eights(m)), right_terms(m + (b.has_bias2 ? n : 0)),
+        : b(b), s(b.sizes), between{s, b.shared, b.sums, b.numbers, b.factors.activation}, n(K::n(s)), m(K::m(s)), columns(eights(m)), right_terms(m + (b.has_bias2 ? n : 0)),
           right_columns(eights(right_terms)), left(factor_parts(shared_memory() + b.left_factor, s.in, m)),
-          right2(factor_parts(shared_memory() + b.right2_factor, s.out, m)),
-          z(floats_at(b.z)), dv2(floats_at(b.dv2)), v(floats_at(b.v)), dz2(floats_at(b.dz2)), z2(floats_at(b.z2)),
-          dv(floats_at(b.dv)), h(floats_at(b.h)), dy(floats_at(b.dy)) {}
+          right2(factor_parts(shared_memory() + b.right2_factor, s.out, m)) {}
 
     COMPACTER_DEVICE Parts parts(int offset, int groups) const {
         return {reinterpret_cast<uint16_t*>(shared_memory() + offset), b.part_stride, groups * 8 * b.part_stride};
@@ -93,6 +89,7 @@ struct Pass {
 
     // Z and dV2. Each warp computes 16 rows of a share of the columns.
     COMPACTER_DEVICE void contract_both(const SharedRows<T>& x, const SharedRows<T>& g) const {
+        float *z = floats_at(b.numbers.z), *dv2 = floats_at(b.numbers.dv2);
         const int groups = s.rows() / 16;
         for (int job = warp; job < 2 * groups * b.splits; job += warps) {
             const int split = job % b.splits, row = job / b.splits % groups * 16;
@@ -115,68 +112,7 @@ struct Pass {
 
     // From Z and dV2 to V2 and dZ, with the gradients of the parameters between them.
     COMPACTER_DEVICE void middle() const {
-        const ToParts<T, K> to_v = to_parts(b.v_parts, right_columns), to_dz = to_parts(b.dz_parts, columns);
-        const float *rule = floats_at(b.shared.rule), *rule2 = floats_at(b.shared.rule2);
-        if (!s.inner) {
-            mix<K>(block, s, rule, z, to_v);
-            mix_back<K>(block, s, rule, dv2, to_dz);
-            add_rule_gradient<K>(block, s, floats_at(b.rule_sums), z, dv2);
-            return block.sync();
-        }
-        const auto to = [&](float* array) {
-            return [this, array](int token, int blk, int c, const Quad<Q>& quad) {
-                store_quad<Q>(array + (token * m + c) * n + blk * Q, quad);
-            };
-        };
-        mix<K>(block, s, rule, z, to(v));
-        mix_back<K>(block, s, rule2, dv2, to(dz2));
-        block.sync();
-        bottleneck();
-        block.sync();
-        reduce_bottleneck();
-        block.sync();
-        mix<K>(block, s, rule2, z2, to_v);
-        mix_back<K>(block, s, rule, dv, to_dz);
-        add_rule_gradient<K>(block, s, floats_at(b.rule_sums), z, dv);
-        add_rule_gradient<K>(block.shifted(block.size / 2), s, floats_at(b.rule2_sums), z2, dv2);
-        block.sync();
-    }
-
-    // Computes h and dy.
-    COMPACTER_DEVICE void bottleneck() const {
-        const float *right = floats_at(b.shared.right), *left2 = floats_at(b.shared.left2), *bias = floats_at(b.shared.bias);
-        for_each_quad<K>(block, s, s.inner, s.by_inner, [&](int token, int blk, int at) {
-            const int numbers = token * m * n + blk * Q, to = (token * s.inner + at) * n + blk * Q;
-            Quad<Q> y = load_quad<Q>(bias + at * n + blk * Q), dh{};
-            add_product<K>(y, right + at, s.inner_stride, v + numbers, m, n);
-            add_product<K>(dh, left2 + at, s.inner_stride, dz2 + numbers, m, n);
-#pragma unroll
-            for (int j = 0; j < Q; ++j) {
-                const ValueAndSlope a = activate(b.factors.activation, y.at[j]);
-                y.at[j] = a.value;
-                dh.at[j] *= a.slope;
-            }
-            store_quad<Q>(h + to, y);
-            store_quad<Q>(dy + to, dh);
-        });
-    }
-
-    // Computes Z2 and dV, and adds to the gradients of t1, s2 and b1.
-    COMPACTER_DEVICE void reduce_bottleneck() const {
-        const float *right = floats_at(b.shared.right), *left2 = floats_at(b.shared.left2);
-        for_each_quad<K>(block, s, m, s.by_m, [&](int token, int blk, int c) {
-            const int from = token * s.inner * n + blk * Q, to = (token * m + c) * n + blk * Q;
-            Quad<Q> of_h{}, of_dy{};
-            add_product<K>(of_h, left2 + c * s.inner_stride, 1, h + from, s.inner, n);
-            add_product<K>(of_dy, right + c * s.inner_stride, 1, dy + from, s.inner, n);
-            store_quad<Q>(z2 + to, of_h);
-            store_quad<Q>(dv + to, of_dy);
-        });
-        add_outer<K>(block.shifted(block.size / 4), s, floats_at(b.right_inner_sums), s.inner, v, m, dy, s.inner, s.by_inner);
-        add_outer<K>(block.shifted(block.size / 2), s, floats_at(b.left2_sums), s.inner, dz2, m, h, s.inner, s.by_inner);
-        float* bias = floats_at(b.bias_sums);
-        for (int e = block.shifted(block.size / 4 * 3).rank; e < s.inner * n; e += block.size)
-            for (int token = 0; token < s.tokens; ++token) bias[e] += dy[token * s.inner * n + e];
+        between.back(to_parts(b.v_parts, right_columns), to_parts(b.dz_parts, columns));
     }
 
     COMPACTER_DEVICE void wide_gradients(const SharedRows<T>& x, const SharedRows<T>& g) const {
@@ -214,7 +150,7 @@ struct Pass {
             for (int e = threadIdx.x; e < n * n * n; e += blockDim.x)
                 row[to + e] = floats_at(from)[e / (n * n) * s.rule_stride + e % (n * n)];
         };
-        store_rule(b.rule, b.rule_sums);
+        store_rule(b.rule, b.sums.rule);
         for_each_sum(vectors_at(b.left_sums), s.in, m, [&](int u, int c, float sum) {
             row[b.left + (c / s.rank * s.in + u) * s.rank + c % s.rank] = sum;
         });
@@ -225,16 +161,16 @@ struct Pass {
                 row[b.bias2 + (c - m) * s.out + u] = sum * b.factors.scale;
         });
         if (!s.inner) return;
-        store_rule(b.rule2, b.rule2_sums);
+        store_rule(b.rule2, b.sums.rule2);
         for (int e = threadIdx.x; e < m * s.inner; e += blockDim.x) {
             const int c = s.by_inner.quotient(e), at = e - c * s.inner;
-            row[b.right + e] = floats_at(b.right_inner_sums)[e];
-            row[b.left2 + (c / s.rank * s.inner + at) * s.rank + c % s.rank] = floats_at(b.left2_sums)[e];
+            row[b.right + e] = floats_at(b.sums.right)[e];
+            row[b.left2 + (c / s.rank * s.inner + at) * s.rank + c % s.rank] = floats_at(b.sums.left2)[e];
         }
         if (!b.factors.bias.data) return;
         for (int e = threadIdx.x; e < n * s.inner; e += blockDim.x) {
             const int q = s.by_inner.quotient(e), at = e - q * s.inner;
-            row[b.bias + e] = floats_at(b.bias_sums)[at * n + q];
+            row[b.bias + e] = floats_at(b.sums.bias)[at * n + q];
         }
     }
 };

@@ -15,7 +15,7 @@ include(csrc/cuda/gpus.cmake)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 set(cuda_element_sources ${cuda_sources})  # these have many instances, so each dtype of x is compiled by itself
-list(FILTER cuda_element_sources INCLUDE REGEX "/(forward|backward)_general\\.cu$")
+list(FILTER cuda_element_sources INCLUDE REGEX "/((forward|backward)_general|family_(forward|backward|weights))\\.cu$")
 list(REMOVE_ITEM cuda_sources ${cuda_element_sources})
 
 set(cuda_objects)

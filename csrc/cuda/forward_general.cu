@@ -11,38 +11,11 @@
 // `scale` multiplies t2 and b2. The rows of b2 follow those of t2: they meet a 1 if c - m is q.
 #include "activations.h"
 #include "columns.h"
-#include "middle.h"
+#include "bottleneck.h"
 #include "stage.h"
 
 namespace compacter::cuda {
 namespace {
-
-// The small products of an adapter, from V of `down` to V of `up`, which overwrites it.
-template <class K>
-COMPACTER_DEVICE void through_bottleneck(const Warp& warp, const Forward& f, float* z, float* v, float* h) {
-    constexpr int Q = K::quad;
-    const Sizes& s = f.sizes;
-    const int n = K::n(s), m = K::m(s);
-    const float *right = floats_at(f.shared.right), *left2 = floats_at(f.shared.left2), *bias = floats_at(f.shared.bias);
-    for_each_quad<K>(warp, s, s.inner, s.by_inner, [&](int token, int block, int at) {
-        Quad<Q> y = load_quad<Q>(bias + at * n + block * Q);
-        add_product<K>(y, right + at, s.inner_stride, v + token * m * n + block * Q, m, n);
-#pragma unroll
-        for (int j = 0; j < Q; ++j) y.at[j] = activate(f.factors.activation, y.at[j]).value;
-        store_quad<Q>(h + (token * s.inner + at) * n + block * Q, y);
-    });
-    warp.sync();
-    for_each_quad<K>(warp, s, m, s.by_m, [&](int token, int block, int c) {
-        Quad<Q> sum{};
-        add_product<K>(sum, left2 + c * s.inner_stride, 1, h + token * s.inner * n + block * Q, s.inner, n);
-        store_quad<Q>(z + (token * m + c) * n + block * Q, sum);
-    });
-    warp.sync();
-    mix<K>(warp, s, floats_at(f.shared.rule2), z, [&](int token, int block, int c, const Quad<Q>& sum) {
-        store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
-    });
-    warp.sync();
-}
 
 // Prefetches the first tile of a warp while the block stages the factors.
 template <class T>
@@ -80,7 +53,13 @@ __global__ void __launch_bounds__(256, K::general ? 1 : 2) forward(const Forward
             store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
         });
         warp.sync();
-        if (s.inner) through_bottleneck<K>(warp, f, z, v, h);
+        if (s.inner) {
+            through_bottleneck<K>(warp, s, f.shared, f.factors.activation, z, v, h,
+                                  [&](int token, int block, int c, const Quad<Q>& sum) {
+                                      store_quad<Q>(v + (token * m + c) * n + block * Q, sum);
+                                  });
+            warp.sync();
+        }
 
         T* out = static_cast<T*>(f.out) + first * s.out;
         const GlobalRows<T> residual{static_cast<const T*>(f.residual) + first * s.out, valid, s.out, s.out_vectors};

@@ -44,6 +44,16 @@ struct SharedFactors {
           bias(room.floats(s.inner * s.n)) {}
 };
 
+// The sums over tokens of the gradients of the small factors, in shared memory, as offsets: each as its parameter.
+struct SharedSums {
+    int rule, rule2, right, left2, bias;
+};
+
+// The numbers of a tile between the projections in a backward, as offsets.
+struct Numbers {
+    int z, dv2, v, dz2, z2, dv, h, dy;
+};
+
 struct Forward {
     Sizes sizes;
     Factors factors;
@@ -94,10 +104,11 @@ struct Backward {
     SharedFactors shared;
     int left_factor, right2_factor;            // the wide factors (fragments.h)
     int left_sums, right_sums;                 // accumulators of the wide gradients, in the matrix instructions' layout
-    int rule_sums, rule2_sums, right_inner_sums, left2_sums, bias_sums;
+    SharedSums sums;
     int tile, tile_bytes;                      // a tile is rows of x, then rows of g
     int x_stride, g_stride;                    // bytes of a row
-    int splits, z, dv2, v, dz2, z2, dv, h, dy; // numbers of a tile; z and dv2 for each of `splits` shares of columns
+    int splits;                                // shares of the columns, for each of which there are z and dv2
+    Numbers numbers;
     int v_parts, dz_parts, part_stride;        // [part][c][row] in bf16, part_stride numbers for each c
 };
 

@@ -13,6 +13,14 @@ bool aligned(const Parameters& p) {
     return aligned(p.rule.data) && aligned(p.left.data) && aligned(p.right.data) && aligned(p.bias.data);
 }
 
+// Whether the sizes of a rule and its rank are compiled into the kernels for adapters and single projections of PHM.
+bool known(int64_t n) { return n == 1 || n == 2 || n == 4 || n == 8 || n == 12 || n == 16; }
+bool known_rank(int64_t rank) { return rank == 1 || rank == 2 || rank == 4; }
+bool of_family(const Linear& l) {
+    const Projection& p = l.projection;
+    return p.terms != p.n_in || p.n_in != p.n_out || !known(p.terms) || !known_rank(p.rank);
+}
+
 std::string refuses(const Problem& p, const Device& device) {
     const Projection &down = *p.down, &up = p.up ? *p.up : down;
     const auto text = [](int64_t number) { return std::to_string(number); };
@@ -20,9 +28,8 @@ std::string refuses(const Problem& p, const Device& device) {
     if (device.capability < 80) return "the device is older than sm_80";
     if (n != up.n_in || rank != up.rank)
         return "down has phm_dim " + text(n) + " and rank " + text(rank) + ", up has " + text(up.n_in) + " and " + text(up.rank);
-    if (n != 1 && n != 2 && n != 4 && n != 8 && n != 12 && n != 16)
-        return "phm_dim is " + text(n) + "; the kernels have 1, 2, 4, 8, 12 and 16";
-    if (rank != 1 && rank != 2 && rank != 4) return "the rank is " + text(rank) + "; the kernels have 1, 2 and 4";
+    if (!known(n)) return "phm_dim is " + text(n) + "; the kernels have 1, 2, 4, 8, 12 and 16";
+    if (!known_rank(rank)) return "the rank is " + text(rank) + "; the kernels have 1, 2 and 4";
     constexpr int64_t widest = 1 << 20;
     if (down.in > widest || down.out > widest || up.out > widest) return "a width is above " + text(widest);
     const int forward = plan_forward(p, device).launch.shared_bytes, backward = plan_backward(p, device, false).launch.shared_bytes;
@@ -110,26 +117,43 @@ Division division(const Problem& p, const Device& device) {
 
 }  // namespace
 
-std::string refuses(const Linear& l, const Device& device) { return refuses(problem_of(l), device); }
-std::string refuses(const Adapter& a, const Device& device) { return refuses(problem_of(a), device); }
-int64_t workspace(const Linear& l, const Device& device) { return workspace(problem_of(l), device); }
-int64_t workspace(const Adapter& a, const Device& device) { return workspace(problem_of(a), device); }
+std::string refuses(const Linear& l, const Device& device) {
+    return of_family(l) ? refuses_family(l, device) : refuses(problem_of(l), device);
+}
+std::string refuses(const Adapter& a, const Device& device) {
+    return a.down.dense() ? refuses_family(a, nullptr, device) : refuses(problem_of(a), device);
+}
+int64_t workspace(const Linear& l, const Device& device) {
+    return of_family(l) ? backward_workspace(l, device) : workspace(problem_of(l), device);
+}
+int64_t workspace(const Adapter& a, const Device& device) {
+    return a.down.dense() ? backward_workspace(a, nullptr, true, false, device) : workspace(problem_of(a), device);
+}
+int64_t space_of_forward(const Linear& l, const Device& device) { return of_family(l) ? forward_workspace(l, device) : 0; }
+int64_t space_of_forward(const Adapter& a, const Device& device) {
+    return a.down.dense() ? forward_workspace(a, nullptr, device) : 0;
+}
 Division division(const Linear& l, const Device& device) { return division(problem_of(l), device); }
 Division division(const Adapter& a, const Device& device) { return division(problem_of(a), device); }
 Versions versions() { return {driver_version(), runtime_version()}; }
 
-void forward(const Linear& l, void* out, const Device& device, void* stream) {
-    forward(problem_of(l), l.x, nullptr, out, device, stream);
+void forward(const Linear& l, const void* base, void* out, float* workspace, const Device& device, void* stream) {
+    if (of_family(l)) return forward_family(l, base, out, workspace, device, stream);
+    forward(problem_of(l), l.x, base, out, device, stream);
 }
-void forward(const Adapter& a, const void* residual, void* out, const Device& device, void* stream) {
+void forward(const Adapter& a, const void* residual, void* out, float* workspace, const Device& device, void* stream) {
+    if (a.down.dense()) return forward_family(a, nullptr, residual, out, workspace, device, stream);
     forward(problem_of(a), a.x, residual, out, device, stream);
 }
 void backward(const Linear& l, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,
               const Device& device, void* stream) {
+    if (of_family(l)) return backward_family(l, grad_out, grad_x, gradients, workspace, device, stream);
     backward(problem_of(l), l.x, grad_out, grad_x, false, gradients, {}, workspace, device, stream);
 }
 void backward(const Adapter& a, const void* grad_out, void* grad_x, bool residual_is_x, const Parameters& down_gradients,
               const Parameters& up_gradients, float* workspace, const Device& device, void* stream) {
+    if (a.down.dense())
+        return backward_family(a, nullptr, grad_out, grad_x, residual_is_x, down_gradients, up_gradients, {}, workspace, device, stream);
     backward(problem_of(a), a.x, grad_out, grad_x, residual_is_x, down_gradients, up_gradients, workspace, device, stream);
 }
 

@@ -20,7 +20,9 @@ struct Device {
 std::string refuses(const Linear& linear, const Device& device);
 std::string refuses(const Adapter& adapter, const Device& device);
 
-// The floats that backward needs for its sums.
+// The floats that forward needs beside its result, of which most problems need none, and backward for its sums.
+int64_t space_of_forward(const Linear& linear, const Device& device);
+int64_t space_of_forward(const Adapter& adapter, const Device& device);
 int64_t workspace(const Linear& linear, const Device& device);
 int64_t workspace(const Adapter& adapter, const Device& device);
 
@@ -39,9 +41,9 @@ struct Versions {
 };
 Versions versions();
 
-// residual: null, x or another tensor. Throws std::runtime_error with the message of CUDA.
-void forward(const Linear& linear, void* out, const Device& device, void* stream);
-void forward(const Adapter& adapter, const void* residual, void* out, const Device& device, void* stream);
+// base: null or what is added. residual: null, x or another tensor. Throws std::runtime_error with the message of CUDA.
+void forward(const Linear& linear, const void* base, void* out, float* workspace, const Device& device, void* stream);
+void forward(const Adapter& adapter, const void* residual, void* out, float* workspace, const Device& device, void* stream);
 
 // grad_x or the data of a gradient is null if unwanted. residual_is_x adds grad_out to grad_x.
 void backward(const Linear& linear, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,
@@ -49,5 +51,26 @@ void backward(const Linear& linear, const void* grad_out, void* grad_x, const Pa
 void backward(const Adapter& adapter, const void* grad_out, void* grad_x, bool residual_is_x,
               const Parameters& down_gradients, const Parameters& up_gradients, float* workspace, const Device& device,
               void* stream);
+
+// The kernels for the whole family (family.h), which the functions above call for an adapter of dense projections, and for a
+// projection whose rule has sizes that they do not know. They alone serve a bank: null, or that of the adapter.
+std::string refuses_family(const Linear& linear, const Device& device);
+std::string refuses_family(const Adapter& adapter, const Bank* bank, const Device& device);
+
+// The floats that they need beside their results. weights, mix: whether any gradient of the parameters, or that of the
+// weights of a mix, is wanted.
+int64_t forward_workspace(const Linear& linear, const Device& device);
+int64_t forward_workspace(const Adapter& adapter, const Bank* bank, const Device& device);
+int64_t backward_workspace(const Linear& linear, const Device& device);
+int64_t backward_workspace(const Adapter& adapter, const Bank* bank, bool weights, bool mix, const Device& device);
+
+void forward_family(const Linear& linear, const void* base, void* out, float* workspace, const Device& device, void* stream);
+void forward_family(const Adapter& adapter, const Bank* bank, const void* residual, void* out, float* workspace,
+                    const Device& device, void* stream);
+void backward_family(const Linear& linear, const void* grad_out, void* grad_x, const Parameters& gradients, float* workspace,
+                     const Device& device, void* stream);
+void backward_family(const Adapter& adapter, const Bank* bank, const void* grad_out, void* grad_x, bool residual_is_x,
+                     const Parameters& down_gradients, const Parameters& up_gradients, const Array& grad_mix,
+                     float* workspace, const Device& device, void* stream);
 
 }  // namespace compacter::cuda

@@ -133,7 +133,7 @@ template <class K>
 COMPACTER_DEVICE void add_rule_gradient(const Block& team, const Sizes& s, float* gradient, const float* z, const float* dv) {
     constexpr int Q = K::quad;
     const int n = K::n(s), m = K::m(s), rank = K::rank(s), blocks = K::blocks(s);
-    for (int e = team.rank; e < n * blocks * blocks; e += team.size) {
+    for (int e = team.rank; e < K::terms(s) * blocks * blocks; e += team.size) {
         const int rest = K::by_blocks(s, e), q = (e - rest * blocks) * Q, i = K::by_blocks(s, rest), p = (rest - i * blocks) * Q;
         Quad<Q> sum[Q] = {};
         for (int token = 0; token < s.tokens; ++token)

@@ -53,10 +53,16 @@ struct Part {
     }
 
     COMPACTER_DEVICE void load(int tile, int stage) const {
-        const auto* x = static_cast<const unsigned char*>(b.x) + start(tile);
-        const auto* g = static_cast<const unsigned char*>(b.grad_out) + start(tile);
+        load_from([&] { return start(tile); }, [&] { return valid_tokens(tile); }, stage);
+    }
+
+    // The same for a tile that begins at begin() in x and has valid() tokens.
+    template <class Begin, class Valid>
+    COMPACTER_DEVICE void load_from(const Begin& begin, const Valid& valid, int stage) const {
+        const auto* x = static_cast<const unsigned char*>(b.x) + begin();
+        const auto* g = static_cast<const unsigned char*>(b.grad_out) + begin();
         unsigned char* to = rows(stage);
-        const int count = valid_tokens(tile);
+        const int count = valid();
         const auto copy = [&](auto all) {  // all: no token is missing
             for_each_vector([&](int token, int at) {
                 const bool real = decltype(all)::value || token < count;
@@ -71,9 +77,13 @@ struct Part {
 
     // Stores dx, which has taken the place of x.
     COMPACTER_DEVICE void store(int tile, int stage) const {
-        auto* to = static_cast<unsigned char*>(b.grad_x) + start(tile);
+        store_to([&] { return start(tile); }, [&] { return valid_tokens(tile); }, stage);
+    }
+    template <class Begin, class Valid>
+    COMPACTER_DEVICE void store_to(const Begin& begin, const Valid& valid, int stage) const {
+        auto* to = static_cast<unsigned char*>(b.grad_x) + begin();
         const unsigned char* from = rows(stage);
-        const int count = valid_tokens(tile);
+        const int count = valid();
         for_each_vector([&](int token, int at) {
             if (token < count)
                 *reinterpret_cast<uint4*>(to + token * S::width * 2 + at) =

@@ -23,6 +23,7 @@ Sizes sizes_of(const Problem& problem, int tokens) {
     Sizes s{};
     s.n = static_cast<int>(first.n_in);
     s.rank = static_cast<int>(first.rank);
+    s.terms = static_cast<short>(s.n);
     s.m = s.n * s.rank;
     s.in = static_cast<int>(first.in / first.n_in);
     s.inner = problem.up ? static_cast<int>(first.out / first.n_in) : 0;
@@ -59,7 +60,7 @@ int grid(const Device& device, int bytes, int most, int64_t wanted) {
 
 }  // namespace
 
-Problem problem_of(const Linear& l) { return {&l.projection, nullptr, l.dtype, 1.f, Activation::identity, l.tokens}; }
+Problem problem_of(const Linear& l) { return {&l.projection, nullptr, l.dtype, l.scale, Activation::identity, l.tokens}; }
 Problem problem_of(const Adapter& a) { return {&a.down, &a.up, a.dtype, a.scale, a.activation, a.tokens}; }
 
 Row row_of(const Problem& problem) {
@@ -145,11 +146,11 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
     b.shared = SharedFactors(s, room);
     b.left_sums = room.take(sums(s.in, s.m));
     b.right_sums = room.take(sums(s.out, right_terms));
-    b.rule_sums = room.floats(matrix);
-    b.rule2_sums = room.floats(s.inner ? matrix : 0);
-    b.right_inner_sums = room.floats(static_cast<int64_t>(s.m) * s.inner);
-    b.left2_sums = room.floats(static_cast<int64_t>(s.m) * s.inner);
-    b.bias_sums = room.floats(static_cast<int64_t>(s.n) * s.inner);
+    b.sums.rule = room.floats(matrix);
+    b.sums.rule2 = room.floats(s.inner ? matrix : 0);
+    b.sums.right = room.floats(static_cast<int64_t>(s.m) * s.inner);
+    b.sums.left2 = room.floats(static_cast<int64_t>(s.m) * s.inner);
+    b.sums.bias = room.floats(static_cast<int64_t>(s.n) * s.inner);
 
     b.stages = stages;
     b.x_stride = row_bytes<T>(s.in);
@@ -159,11 +160,11 @@ int lay_out(Backward& b, const Problem& problem, int tokens, int stages, int war
 
     const int shares = std::min({std::max(1, warps * 16 / (2 * s.rows())), segments(s.in), segments(s.out)});
     b.splits = shares;
-    b.z = room.floats(static_cast<int64_t>(shares) * s.numbers());
-    b.dv2 = room.floats(static_cast<int64_t>(shares) * s.numbers());
-    for (int* numbers : {&b.v, &b.dz2, &b.z2, &b.dv}) *numbers = room.floats(s.inner ? s.numbers() : 0);
-    b.h = room.floats(s.inner_numbers());
-    b.dy = room.floats(s.inner_numbers());
+    b.numbers.z = room.floats(static_cast<int64_t>(shares) * s.numbers());
+    b.numbers.dv2 = room.floats(static_cast<int64_t>(shares) * s.numbers());
+    for (int* numbers : {&b.numbers.v, &b.numbers.dz2, &b.numbers.z2, &b.numbers.dv}) *numbers = room.floats(s.inner ? s.numbers() : 0);
+    b.numbers.h = room.floats(s.inner_numbers());
+    b.numbers.dy = room.floats(s.inner_numbers());
     b.part_stride = s.rows() + 8;
     b.v_parts = room.take(2ll * T::factor_parts * right_columns * 8 * b.part_stride);
     b.dz_parts = room.take(2ll * T::factor_parts * columns * 8 * b.part_stride);

@@ -116,6 +116,10 @@ COMPACTER_DEVICE void store_matrices_transposed(void* row, const uint32_t (&r)[4
 #endif
 }
 
+// The lanes of the warp whose key is that of this one, as bits, and how many bits are set.
+COMPACTER_DEVICE uint32_t lanes_with(int key) { return __match_any_sync(0xffffffff, key); }
+COMPACTER_DEVICE int bits_of(uint32_t mask) { return __popc(mask); }
+
 // The lane of this thread, read anew: the compiler computes what follows from it there, instead of keeping it in
 // registers from an earlier place on.
 COMPACTER_DEVICE int lane_anew() {

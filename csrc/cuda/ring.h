@@ -64,6 +64,15 @@ struct TilePart {
         else store<false>(tile, to, valid);
     }
 
+    // Makes the part of a tile NaN.
+    COMPACTER_DEVICE void poison(unsigned char* tile) const {
+        for (int v = threadIdx.x % 8; v < vectors; v += 8)
+#pragma unroll
+            for (int j = 0; j < lines; ++j)
+                *reinterpret_cast<uint4*>(tile + first + (token + j * at_once) * s.row + line + (v - threadIdx.x % 8) * 16) =
+                    make_uint4(0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff);
+    }
+
   private:
     template <bool Whole>
     COMPACTER_DEVICE void load(unsigned char* tile, const void* from, int valid) const {

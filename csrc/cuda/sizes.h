@@ -42,6 +42,7 @@ struct Sizes {
     int tokens;          // tokens of a tile
     Divisor by_n, by_m, by_blocks, by_inner;
     bool in_vectors, out_vectors;  // whether rows of x, of the output are moved in steps of 16 bytes
+    short terms;                   // matrices of a rule, m / rank
 
     COMPACTER_BOTH int rows() const { return tokens * n; }
     COMPACTER_BOTH int numbers() const { return tokens * m * n; }       // X of a tile
@@ -58,6 +59,7 @@ struct Known {
 
     COMPACTER_BOTH static int n(const Sizes& s) { return N ? N : s.n; }
     COMPACTER_BOTH static int m(const Sizes& s) { return M ? M : s.m; }
+    COMPACTER_BOTH static int terms(const Sizes& s) { return N ? N : s.terms; }
     COMPACTER_BOTH static int rank(const Sizes& s) { return N ? M / N : s.rank; }
     COMPACTER_BOTH static int blocks(const Sizes& s) { return N ? N / Q : s.blocks; }
     COMPACTER_BOTH static int by_n(const Sizes& s, int count) { return N ? count / (N ? N : 1) : s.by_n.quotient(count); }

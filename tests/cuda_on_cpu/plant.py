@@ -24,7 +24,7 @@ from planted import BUGS, HARMLESS, PATTERNS
 ROOT = SOURCES.parent
 
 # The arguments of pytest in each build. A bug is tried in all its builds, the likeliest one first.
-TESTS = ["tests/test_cuda_kernels.py"]
+TESTS = ["tests/test_cuda_kernels.py", "tests/test_cuda_family.py"]
 CHECKS = {"plain": TESTS, "race": [*TESTS, "-k", "every_order"], "sanitized": TESTS}
 SECONDS = 240
 

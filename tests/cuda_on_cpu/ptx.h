@@ -174,6 +174,19 @@ inline void store_matrices_transposed(void* row, const uint32_t (&r)[4], Place a
     cuda_on_cpu::stmatrix<true>(at, row, r);
 }
 inline uint32_t transpose_matrix(uint32_t pair, Place at = here("movmatrix")) { return cuda_on_cpu::movmatrix(at, pair); }
+inline uint32_t lanes_with(int key, Place at = here("match.any")) {
+    struct Part {
+        int key;
+        uint32_t mask;
+    } part{key, 0};
+    cuda_on_cpu::collective(at, cuda_on_cpu::whole_warp, true, part, [](Part* const (&parts)[cuda_on_cpu::warp_size]) {
+        for (Part* part : parts)
+            for (int lane = 0; lane < cuda_on_cpu::warp_size; ++lane)
+                part->mask |= static_cast<uint32_t>(parts[lane]->key == part->key) << lane;
+    });
+    return part.mask;
+}
+inline int bits_of(uint32_t mask) { return __builtin_popcount(mask); }
 inline int lane_anew() { return static_cast<int>(threadIdx.x % 32); }
 inline int threads_anew() { return static_cast<int>(blockDim.x); }
 inline int block_anew() { return static_cast<int>(blockIdx.x); }

@@ -1,0 +1,213 @@
+// The arguments of the kernels for the whole family: a bank of Compacter adapters or of plain bottlenecks, of which each
+// row has one or a weighted sum of all; one plain bottleneck; a sum of Kronecker products of any shape.
+//
+//     Z[p,c] = sum_u x[p,u] s_c[u]    V2 = middle(Z)    out[q,u] = sum_c V2[q,c] t_c[u] + b[q,u] + residual
+//
+// A tile is tokens of one adapter. Between the wide factors its numbers are X[slot][token][c][p], c < m, with p fastest and
+// padded with zeros to a multiple of four; a plain bottleneck has one p. There is one slot, for the adapter of the tile,
+// or one for each adapter of the bank if they are mixed.
+#pragma once
+
+#include "kernels.h"
+
+namespace compacter::cuda {
+
+// A wide factor or a bias: the number of adapter e, c = (i, rho) and u is at e of_adapter + i of_i + rho of_rho + u of_u.
+struct Factor {
+    Array array;
+    int64_t of_adapter;
+    int of_i, of_rho, of_u;
+
+    // Whether neighbours in memory are neighbours c.
+    COMPACTER_BOTH bool columns_first() const { return of_u > 1 && of_i == 1; }
+    COMPACTER_BOTH int64_t at(int adapter, int i, int rho, int u) const {
+        return adapter * of_adapter + static_cast<int64_t>(i) * of_i + rho * of_rho + static_cast<int64_t>(u) * of_u;
+    }
+};
+
+// What family_table.cu writes, as ints: how many tiles there are; the first tile of each adapter, of the rows without one,
+// of those whose number is out of range, and the end; for each tile its adapter, its first token and how many it has; the
+// groups in the order of their adapters. Without a route all tokens are those of adapter 0, and there is no table.
+struct Tiling {
+    const int* table;
+    int adapters, tokens;  // of the bank; of a tile
+    int all, group;        // all tokens, and those of a group, which follow one another
+    int most;              // tiles that there can be
+
+    COMPACTER_BOTH int buckets() const { return adapters + 2; }
+    COMPACTER_BOTH int starts() const { return 1; }
+    COMPACTER_BOTH int tiles() const { return starts() + buckets() + 1; }
+    COMPACTER_BOTH int order() const { return tiles() + 3 * most; }
+    int64_t ints() const { return int64_t{order()} + all / std::max(group, 1); }
+};
+
+// The sizes of a problem, and its parameters.
+struct Family {
+    Sizes middle;       // of one slot: n is padded, and the widths in and out are those of x and of the output
+    int slots, n_in, n_out;
+    int columns;        // slots * m
+    int right_terms;    // the same with the rows of the bias, one for each slot and q
+    int rows_in, rows_out;  // of a tile, multiples of 16
+    Divisor by_n_in, by_n_out;
+    bool dense, mixed;  // a plain bottleneck; a weighted sum of all adapters
+    Factor left, right2, bias2;
+    Array rule, right, bias, rule2, left2;  // of all adapters
+    bool shared_rule, shared_rule2;
+    Array mix;          // [group][adapter]
+    float scale;        // of right2 and bias2
+    Activation activation;
+    Tiling tiling;
+
+    // The floats of each small factor of one adapter, in the order rule, right, bias, rule2, left2.
+    COMPACTER_BOTH int rule_size() const { return middle.terms * n_in * n_out; }
+    COMPACTER_BOTH int inner_size() const { return middle.m * middle.inner; }
+    COMPACTER_BOTH int bias_size() const { return dense ? middle.m : middle.inner * n_in; }
+    COMPACTER_BOTH int numbers() const { return middle.tokens * middle.m * middle.n; }  // of a slot
+};
+
+// The parameters of an adapter, or of all that are mixed, as shared memory will have them: the small factors, then both wide
+// ones in slabs of columns (fragments.h). family_images.cu makes them once, and every block copies them.
+struct Images {
+    const unsigned char* first;
+    int64_t bytes;                 // of an image
+    int left, right2;              // where the slabs begin in it
+    int left_slab, right2_slab;    // bytes of a slab
+    int small;                     // bytes of the small factors
+};
+
+// A wide factor in shared memory: all of it, or two slabs, of which one is copied while the other is used. Then both factors
+// have the same place.
+struct Slab {
+    int at, segments, terms, parts;
+    bool whole;
+};
+
+// Where a kernel has what it shares, as offsets.
+struct FamilyPlaces {
+    int ids, mix;           // [token], [token][slot]
+    Slab left, right2;
+    SharedFactors factors;  // of the first slot
+    int factors_bytes;      // of a slot
+    Images images;
+    int clear, clear_end;   // what must be 0 at first
+};
+
+// The parts of t2 and b2 in a forward: for x in bf16 they are rounded once, as the output is.
+template <class T>
+constexpr int forward_right_parts = T::parts == 1 ? 1 : T::factor_parts;
+
+struct FamilyForward {
+    Family family;
+    const void *x, *residual;
+    void* out;
+    FamilyPlaces places;
+    int z, v, h;                // z of all slots, v and h of one
+    int v_parts, part_stride;   // V2 as [part][c][row] in bf16
+};
+
+// A routed bank for the kernels that know the sizes of one adapter of rank 1. Its groups of rows have whole tiles of 8 tokens.
+struct Routed {
+    Tiling tiling;
+    int cube, width, bottleneck;  // n^3, k, d
+    bool shared_rule, shared_rule2;
+    int note;  // where shared memory has what a block is at
+};
+struct RoutedPairForward {
+    PairForward f;  // with the parameters of the first adapter
+    Routed routed;
+};
+struct RoutedBackward {
+    Backward b;  // the same; block p writes the sums of adapter e into row p + e
+    Routed routed;
+    int programs;
+};
+
+// The rows of partial sums: program p writes those of adapter e into row p + e, since both grow along the tiles; or, if
+// all adapters are mixed, into row p * adapters + e.
+struct Partials {
+    float* first;
+    int64_t row;   // floats
+    int programs;  // each has a contiguous range of the tiles
+
+    COMPACTER_BOTH float* of(const Family& f, int program, int adapter) const {
+        return first + row * (f.mixed ? int64_t{program} * f.tiling.adapters + adapter : int64_t{program} + adapter);
+    }
+    int64_t rows(bool mixed, int adapters) const { return mixed ? int64_t{programs} * adapters : int64_t{programs} + adapters - 1; }
+};
+
+// The first kernel of a backward: dx, the sums of the small factors, and for the second what it needs of each row.
+struct FamilyBackward {
+    Family family;
+    const void *x, *grad_out;
+    void* grad_x;          // or null
+    bool residual_is_x;
+    float *v2, *dz;        // [row][c] of the tokens in the order of the tiles, or null
+    float* grad_mix;       // [token][adapter], or null
+    Partials partials;     // rule, right, bias, rule2, left2; `first` is null if none is wanted
+    FamilyPlaces places;
+    Numbers numbers;       // z and dv2 of all slots, the rest of one
+    SharedSums sums;       // of the first slot
+    int sums_bytes;        // of a slot
+    int mixed_dv2, mixed_v2, of_bias;  // of one slot: w dV2, V2; [token][slot]: <g, b2>
+    int dz_parts, part_stride;
+};
+
+// The second kernel: ds1, dt2 and db2, as products over the rows of the tiles.
+struct FamilyWeights {
+    Family family;
+    const void *x, *grad_out;
+    const float *v2, *dz;
+    Partials partials;             // left, right2, bias2
+    bool wants_left, wants_right;  // right2 or bias2
+    int slab;                      // columns of a block
+    int slabs_in, slabs_out;
+    int ids, mix, rows, row_stride, parts, part_stride, sums;
+};
+
+// The third: adds the partials of each adapter.
+struct FamilyGradient {
+    Array array;
+    int size, begin;  // numbers of one adapter, where they begin in a row
+    bool wide, shared;
+};
+struct FamilyReduce {
+    Family family;
+    Partials narrow, wide;
+    FamilyGradient gradients[8];
+    int count, columns;
+    int groups;  // of the threads of a block
+};
+struct MixReduce {
+    const float* tokens;  // [token][adapter]
+    Array gradient;       // [group][adapter]
+    int adapters, group;
+};
+
+struct FamilyImages {
+    Family family;
+    FamilyPlaces places;
+    unsigned char* to;
+    int pieces;  // of an image, a block each
+};
+
+struct FamilyTable {
+    Tiling tiling;
+    const int64_t* route;
+    int* table;
+    int groups, warps;
+};
+
+template <class T>
+void family_forward_kernel(const FamilyForward& forward, const Launch& launch);
+template <class T>
+void family_backward_kernel(const FamilyBackward& backward, const Launch& launch);
+template <class T>
+void family_weights_kernel(const FamilyWeights& weights, const Launch& launch);
+void routed_pair_forward_kernel(const RoutedPairForward& forward, const Launch& launch);
+void routed_folded_backward_kernel(const RoutedBackward& backward, const Launch& launch);
+void family_images_kernel(const FamilyImages& images, const Launch& launch);
+void family_table_kernel(const FamilyTable& table, const Launch& launch);
+void family_reduce_kernel(const FamilyReduce& reduce, const Launch& launch);
+void mix_reduce_kernel(const MixReduce& reduce, const Launch& launch);
+
+}  // namespace compacter::cuda

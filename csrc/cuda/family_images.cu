@@ -1,0 +1,111 @@
+// The images of the adapters: their parameters as the kernels of the family need them in shared memory. An adapter that does
+// not occur has none. `scale` multiplies t2 and b2, whose rows follow those of t2.
+#include "small.h"
+
+namespace compacter::cuda {
+namespace {
+
+// The wide factors of an image: `columns` numbers c of each u, then rows of the bias.
+struct Wide {
+    const Family& f;
+    const Factor& factor;
+    int adapter;
+    float scale;
+
+    // The number c, u, which exists.
+    COMPACTER_DEVICE Asked ask(int c, int u) const {
+        if (c >= f.columns) {
+            const int row = c - f.columns, slot = f.by_n_out.quotient(row);
+            return Asked(f.bias2.array, f.bias2.at(f.mixed ? slot : adapter, row - slot * f.n_out, 0, u));
+        }
+        const int slot = f.middle.by_m.quotient(c), of_slot = c - slot * f.middle.m, rank = f.middle.rank, i = of_slot / rank;
+        return Asked(factor.array, factor.at(f.mixed ? slot : adapter, i, of_slot - i * rank, u));
+    }
+
+    // Pairs of columns `begin` to `end` of all slabs, those of neighbours in memory one after another.
+    COMPACTER_DEVICE void make(unsigned char* to, const Slab& slab, int slab_bytes, int width, int begin, int end) const {
+        constexpr int ahead = 4;
+        const int pairs = slabs(slab, width) * slab.segments * segment / 2;
+        const int stride = factor_stride(slab.segments * segment), part = slab.terms * stride;
+        for (int first = begin + threadIdx.x; first < end; first += ahead * blockDim.x) {
+            Asked asked[ahead][2];
+            int at_c[ahead], at_u[ahead];
+#pragma unroll
+            for (int j = 0; j < ahead; ++j) {
+                const int wanted = first + j * static_cast<int>(blockDim.x), e = wanted < end ? wanted : end - 1;
+                const int major = factor.columns_first() ? e / slab.terms : e / pairs;
+                at_c[j] = factor.columns_first() ? e - major * slab.terms : major;
+                at_u[j] = (factor.columns_first() ? major : e - major * pairs) * 2;
+#pragma unroll
+                for (int k = 0; k < 2; ++k) asked[j][k] = ask(at_c[j], at_u[j] + k < width ? at_u[j] + k : width - 1);
+            }
+#pragma unroll
+            for (int j = 0; j < ahead; ++j) {
+                const int u = at_u[j], number = u / (slab.segments * segment);
+                if (first + j * static_cast<int>(blockDim.x) >= end) break;
+                uint32_t pair[3];
+                split(u < width ? asked[j][0].value() * scale : 0.f, u + 1 < width ? asked[j][1].value() * scale : 0.f, pair);
+                auto* numbers = reinterpret_cast<uint16_t*>(to + int64_t{number} * slab_bytes) + at_c[j] * stride +
+                                place_of(u - number * slab.segments * segment);
+#pragma unroll
+                for (int of = 0; of < 3; ++of)
+                    if (of < slab.parts) *reinterpret_cast<uint32_t*>(numbers + of * part) = pair[of];
+            }
+        }
+    }
+
+    COMPACTER_DEVICE static int slabs(const Slab& slab, int width) { return (segments(width) + slab.segments - 1) / slab.segments; }
+    COMPACTER_DEVICE static int numbers(const Slab& slab, int width) {
+        return slab.terms * slabs(slab, width) * slab.segments * segment / 2;
+    }
+};
+
+// The small factors of all slots, with zeros between them.
+COMPACTER_DEVICE void make_small(unsigned char* to, const FamilyImages& k, int adapter) {
+    const Family& f = k.family;
+    const SmallPlaces place{f};
+    auto* floats = reinterpret_cast<float*>(to);
+    for (int e = threadIdx.x; e < k.places.images.small / 4; e += blockDim.x) floats[e] = 0.f;
+    __syncthreads();
+    for (int slot = 0; slot < f.slots; ++slot) {
+        const SharedFactors at = of_slot(k.places.factors, slot * k.places.factors_bytes - k.places.factors.rule);
+        const int64_t e = f.mixed ? slot : adapter;
+        const int size = f.rule_size(), inner = f.inner_size();
+        if (f.bias.data)
+            for (int j = threadIdx.x; j < f.bias_size(); j += blockDim.x)
+                floats[at.bias / 4 + place.bias(j)] = read(f.bias, e * f.bias_size() + j);
+        if (f.dense) continue;
+        for (int j = threadIdx.x; j < size; j += blockDim.x) {
+            floats[at.rule / 4 + place.rule(j)] = read(f.rule, (f.shared_rule ? 0 : e * size) + j);
+            if (f.middle.inner) floats[at.rule2 / 4 + place.rule(j)] = read(f.rule2, (f.shared_rule2 ? 0 : e * size) + j);
+        }
+        for (int j = threadIdx.x; j < inner; j += blockDim.x) {
+            floats[at.right / 4 + place.right(j, f.middle.inner_stride)] = read(f.right, e * inner + j);
+            floats[at.left2 / 4 + place.left2(j, f.middle.inner_stride)] = read(f.left2, e * inner + j);
+        }
+    }
+}
+
+__global__ void __launch_bounds__(256, 2) make_images(const FamilyImages k) {
+    const Family& f = k.family;
+    const Tiling& t = f.tiling;
+    const int adapter = blockIdx.x / k.pieces, piece = blockIdx.x - adapter * k.pieces;
+    if (t.table && t.table[t.starts() + adapter] == t.table[t.starts() + adapter + 1]) return;
+    unsigned char* to = k.to + adapter * k.places.images.bytes;
+    if (piece == 0) make_small(to, k, adapter);
+    const Slab &left = k.places.left, &right2 = k.places.right2;
+    const int of_left = Wide::numbers(left, f.middle.in), all = of_left + Wide::numbers(right2, f.middle.out);
+    const int share = (all + k.pieces - 1) / k.pieces, begin = piece * share, end = begin + share < all ? begin + share : all;
+    if (begin < of_left)
+        Wide{f, f.left, adapter, 1.f}.make(to + k.places.images.left, left, k.places.images.left_slab, f.middle.in, begin,
+                                           end < of_left ? end : of_left);
+    if (end > of_left)
+        Wide{f, f.right2, adapter, f.scale}.make(to + k.places.images.right2, right2, k.places.images.right2_slab, f.middle.out,
+                                                 (begin > of_left ? begin : of_left) - of_left, end - of_left);
+}
+
+}  // namespace
+
+void family_images_kernel(const FamilyImages& k, const Launch& l) { launch(make_images, l, k); }
+
+}  // namespace compacter::cuda

@@ -1,0 +1,320 @@
+#include "plan_family.h"
+
+#include <algorithm>
+
+#include "gradients.h"
+#include "tile.h"
+
+namespace compacter::cuda {
+namespace {
+
+constexpr int of_forward = 2, of_backward = 1, of_weights = 2;  // blocks of a multiprocessor, as the registers allow
+constexpr int threads = 256, most_rows = 128, pair_tokens = 8;
+constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
+
+Factor left_factor(const Projection& p) {
+    const int in = static_cast<int>(p.in / p.n_in), rank = static_cast<int>(p.rank);
+    if (!p.dense()) return {p.weights.left, p.in * p.terms / p.n_in * p.rank, in * rank, 1, rank};
+    if (p.transposed) return {p.weights.left, p.in * p.out, in, 0, 1};
+    return {p.weights.left, p.in * p.out, 1, 0, static_cast<int>(p.out)};
+}
+
+Factor right_factor(const Projection& p) {
+    const int out = static_cast<int>(p.out / p.n_out), rank = static_cast<int>(p.rank);
+    if (!p.dense()) return {p.weights.right, p.terms * p.rank * out, rank * out, out, 1};
+    if (p.transposed) return {p.weights.left, p.in * p.out, 1, 0, static_cast<int>(p.in)};
+    return {p.weights.left, p.in * p.out, out, 0, 1};
+}
+
+// The sizes and parameters of a problem, for tiles of so many tokens.
+Family family(const FamilyProblem& problem, int tokens) {
+    const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
+    const Bank* bank = problem.bank;
+    Family f{};
+    f.dense = first.dense();
+    f.mixed = bank && !bank->route;
+    f.n_in = static_cast<int>(first.n_in);
+    f.n_out = static_cast<int>(last.n_out);
+    Sizes& s = f.middle;
+    s.terms = static_cast<short>(first.terms);
+    s.rank = f.dense ? 1 : static_cast<int>(first.rank);
+    s.m = static_cast<int>(f.dense ? first.out : first.terms * first.rank);
+    s.n = f.dense ? 1 : round_up(std::max(f.n_in, f.n_out), 4);
+    s.in = static_cast<int>(first.in / first.n_in);
+    s.inner = problem.problem.up && !f.dense ? static_cast<int>(first.out / first.n_out) : 0;
+    s.out = static_cast<int>(last.out / last.n_out);
+    s.blocks = std::max(s.n / 4, 1);
+    s.rule_stride = s.n * s.n + 4;
+    s.inner_stride = s.inner | 1;
+    s.tokens = tokens;
+    s.by_n = Divisor(s.n);
+    s.by_m = Divisor(s.m);
+    s.by_blocks = Divisor(s.blocks);
+    s.by_inner = Divisor(std::max(s.inner, 1));
+    s.in_vectors = s.in % 8 == 0;
+    s.out_vectors = s.out % 8 == 0;
+
+    const int adapters = bank ? static_cast<int>(bank->count) : 1;
+    f.slots = f.mixed ? adapters : 1;
+    f.left = left_factor(first);
+    f.right2 = right_factor(last);
+    f.bias2 = {last.weights.bias, last.out, s.out, 0, 1};
+    f.columns = f.slots * s.m;
+    f.right_terms = f.columns + (f.bias2.array.data ? f.slots * f.n_out : 0);
+    f.rows_in = round_up(tokens * f.n_in, 16);
+    f.rows_out = round_up(tokens * f.n_out, 16);
+    f.by_n_in = Divisor(f.n_in);
+    f.by_n_out = Divisor(f.n_out);
+    f.rule = first.weights.rule;
+    if (problem.problem.up) {
+        f.bias = first.weights.bias;
+        f.right = first.weights.right;
+        f.rule2 = last.weights.rule;
+        f.left2 = last.weights.left;
+    }
+    if (bank) {
+        f.shared_rule = bank->shared_rule_down;
+        f.shared_rule2 = bank->shared_rule_up;
+        f.mix = bank->mix;
+    }
+    f.scale = problem.problem.scale;
+    f.activation = problem.problem.activation;
+
+    Tiling& t = f.tiling;
+    const int all = static_cast<int>(problem.problem.tokens);
+    t.adapters = adapters;
+    t.tokens = tokens;
+    t.all = all;
+    t.group = bank && bank->groups ? static_cast<int>(all / bank->groups) : std::max(all, 1);
+    t.most = (all + tokens - 1) / tokens + (bank && bank->route ? t.buckets() : 0);
+    return f;
+}
+
+// What both kernels that contract and expand share: the tokens, and the small factors of each slot. Returns the bytes.
+SharedFactors small_factors(const Family& f, Room& room) {
+    const Sizes& s = f.middle;
+    SharedFactors at;
+    at.rule = room.floats(f.dense ? 0 : s.terms * s.rule_stride);
+    at.rule2 = room.floats(s.inner ? s.terms * s.rule_stride : 0);
+    at.right = room.floats(int64_t{s.m} * (s.inner ? s.inner_stride : 0));
+    at.left2 = room.floats(int64_t{s.m} * (s.inner ? s.inner_stride : 0));
+    at.bias = room.floats(f.dense ? s.m : s.inner * s.n);
+    return at;
+}
+
+void lay_out(FamilyPlaces& places, const Family& f, Room& room) {
+    places.ids = room.take(f.tiling.tokens * 4);
+    places.mix = room.floats(int64_t{f.tiling.tokens} * f.slots);
+    const int begin = room.bytes;
+    places.factors = small_factors(f, room);
+    places.factors_bytes = room.bytes - begin;
+    room.take(int64_t{f.slots - 1} * places.factors_bytes);
+}
+
+// The wide factors, if they fit whole with what else there is, else two slabs in the same place. Returns whether they fit.
+// parts: those of the numbers of each factor.
+bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_parts, int right_parts, Room& room, int limit,
+               int least) {
+    const int of_in = segments(f.middle.in), of_out = segments(f.middle.out);
+    Room chosen = room;
+    places.left = {chosen.take(factor_bytes(f.middle.in, f.columns, left_parts)), of_in, f.columns, left_parts, true};
+    places.right2 = {chosen.take(factor_bytes(f.middle.out, right_terms, right_parts)), of_out, right_terms, right_parts, true};
+    for (int count = std::max(of_in, of_out); chosen.bytes > limit && count >= least; --count) {
+        chosen = room;
+        const int at = chosen.take(2 * std::max(factor_bytes(count * segment, f.columns, left_parts),
+                                                factor_bytes(count * segment, right_terms, right_parts)));
+        places.left = {at, count, f.columns, left_parts, false};
+        places.right2 = {at, count, right_terms, right_parts, false};
+    }
+    room = chosen;
+    const auto bytes = [&](const Slab& slab) { return static_cast<int>(factor_bytes(slab.segments * segment, slab.terms, slab.parts)); };
+    const auto slabs = [](const Slab& slab, int all) { return (all + slab.segments - 1) / slab.segments; };
+    Images& images = places.images;
+    images.small = f.slots * places.factors_bytes;
+    images.left_slab = bytes(places.left);
+    images.right2_slab = bytes(places.right2);
+    images.left = images.small;
+    images.right2 = images.left + slabs(places.left, of_in) * images.left_slab;
+    images.bytes = int64_t{images.right2} + int64_t{slabs(places.right2, of_out)} * images.right2_slab;
+    return room.bytes <= limit;
+}
+
+// Calls attempt(tokens, limit, least segments of a slab), for many and for few tokens of a tile, and for so many blocks of a
+// multiprocessor and for one, until it returns true. The last attempt stands: its bytes tell why it does not fit.
+template <class Attempt>
+void first_that_fits(const FamilyProblem& problem, const Device& device, int blocks, const Attempt& attempt) {
+    const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
+    const int n = static_cast<int>(std::max(first.n_in, last.n_out));
+    const int share = std::min(device.shared_limit, device.shared_per_multiprocessor / blocks - reserved);
+    for (int rows = first.dense() ? most_rows / 2 : most_rows;; rows /= 2) {
+        const int tokens = std::max(1, rows / n);
+        if (attempt(tokens, share, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
+    }
+}
+
+int blocks_of(const Device& device, int bytes, int most) {
+    return device.multiprocessors * std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, most);
+}
+
+}  // namespace
+
+FamilyProblem family_of(const Linear& l) { return {problem_of(l), nullptr}; }
+FamilyProblem family_of(const Adapter& a, const Bank* bank) { return {problem_of(a), bank}; }
+
+FamilySizes::FamilySizes(const Family& f) {
+    const Sizes& s = f.middle;
+    left = s.m * s.in;
+    right2 = s.m * s.out;
+    bias2 = f.bias2.array.data ? f.n_out * s.out : 0;
+    rule = f.dense ? 0 : f.rule_size();
+    right = left2 = f.inner_size();
+    bias = f.bias_size();
+    rule2 = s.inner ? rule : 0;
+}
+
+PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Device& device) {
+    PlannedFamilyForward plan{};
+    FamilyForward& f = plan.arguments;
+    Room room;
+    first_that_fits(problem, device, of_forward, [&](int tokens, int limit, int least) {
+        const Family& its = f.family = family(problem, tokens);
+        room = {};
+        lay_out(f.places, its, room);
+        f.places.clear = f.z = room.floats(int64_t{its.slots} * its.numbers());
+        f.part_stride = its.rows_out + 8;
+        f.v = room.floats(its.dense ? 0 : its.numbers());
+        f.h = room.floats(int64_t{tokens} * its.middle.inner * its.middle.n);
+        return with_element(problem.problem.dtype, [&](auto element) {
+            constexpr int parts = decltype(element)::factor_parts;
+            f.v_parts = room.take(int64_t{2} * parts * round_up(its.right_terms, 16) * f.part_stride);
+            f.places.clear_end = room.bytes;
+            return add_slabs(f.places, its, its.right_terms, parts, forward_right_parts<decltype(element)>, room, limit, least);
+        });
+    });
+    const int blocks = std::min(blocks_of(device, room.bytes, of_forward), std::max(f.family.tiling.most, 1));
+    plan.launch = {blocks, threads, room.bytes, nullptr, false};
+    return plan;
+}
+
+PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const Device& device, const Wanted& wanted) {
+    PlannedFamilyBackward plan{};
+    FamilyBackward& b = plan.rows;
+    FamilyWeights& w = plan.weights;
+    Room room, of_weights_room;
+    w.slab = 16;
+    first_that_fits(problem, device, of_backward, [&](int tokens, int limit, int least) {
+        const Family& its = b.family = w.family = family(problem, tokens);
+        const int64_t slots = its.slots, numbers = its.numbers(), inner = int64_t{tokens} * its.middle.inner * its.middle.n;
+        const bool with_bias = its.mixed && wanted.mix && its.bias2.array.data;
+        room = {};
+        lay_out(b.places, its, room);
+        const int begin = room.bytes;
+        const SharedFactors sums = small_factors(its, room);
+        b.sums = {sums.rule, sums.rule2, sums.right, sums.left2, sums.bias};
+        b.sums_bytes = room.bytes - begin;
+        room.take((slots - 1) * b.sums_bytes);
+        b.places.clear = b.numbers.z = room.floats(slots * numbers);
+        b.numbers.dv2 = room.floats(slots * numbers);
+        for (int* at : {&b.numbers.v, &b.numbers.dz2, &b.numbers.z2, &b.numbers.dv}) *at = room.floats(its.middle.inner ? numbers : 0);
+        b.numbers.h = room.floats(inner);
+        b.numbers.dy = room.floats(inner);
+        for (int* at : {&b.mixed_dv2, &b.mixed_v2}) *at = room.floats(its.mixed && !its.dense ? numbers : 0);
+        b.of_bias = room.floats(with_bias ? tokens * slots * its.n_out : 0);
+        b.part_stride = its.rows_in + 8;
+        return with_element(problem.problem.dtype, [&](auto element) {
+            using T = decltype(element);
+            b.dz_parts = room.take(int64_t{2} * T::factor_parts * round_up(its.columns, 16) * b.part_stride);
+            b.places.clear_end = room.bytes;
+            if (!add_slabs(b.places, its, with_bias ? its.right_terms : its.columns, T::factor_parts, T::factor_parts, room, limit,
+                           least)) return false;
+            // The second kernel has the same tiles.
+            const int terms = std::max(its.columns, its.right_terms), rows = std::max(its.rows_in, its.rows_out);
+            for (const int slab : {128, 64, 32, 16}) {
+                of_weights_room = {};
+                w.slab = slab;
+                w.ids = of_weights_room.take(tokens * 4);
+                w.mix = of_weights_room.floats(tokens * slots);
+                w.row_stride = row_bytes<T>(slab);
+                w.rows = of_weights_room.take(int64_t{rows} * w.row_stride);
+                w.part_stride = rows + 8;
+                w.parts = of_weights_room.take(int64_t{2} * T::factor_parts * round_up(terms, 16) * w.part_stride);
+                w.sums = of_weights_room.take(int64_t{16} * sum_vectors(terms) * (slab / 16));
+                const int half = device.shared_per_multiprocessor / of_weights - reserved;
+                if (of_weights_room.bytes <= (slab > 32 ? half : device.shared_limit)) return true;
+            }
+            return false;
+        });
+    });
+    const Tiling& t = b.family.tiling;
+    const FamilySizes sizes(b.family);
+    w.wants_left = wanted.left;
+    w.wants_right = wanted.right;
+    w.slabs_in = (b.family.middle.in + w.slab - 1) / w.slab;
+    w.slabs_out = (b.family.middle.out + w.slab - 1) / w.slab;
+    const int units = w.slabs_in + w.slabs_out, most = std::max(t.most, 1);  // whatever is wanted, as a workspace must suffice
+    const int computed = (wanted.left ? w.slabs_in : 0) + (wanted.right ? w.slabs_out : 0);
+    b.partials = {nullptr, round_up(static_cast<int>(sizes.small()), 4), std::min(blocks_of(device, room.bytes, of_backward), most)};
+    w.partials = {nullptr, (sizes.wide() + 3) / 4 * 4, std::clamp(blocks_of(device, of_weights_room.bytes, of_weights) / units, 1, most)};
+    plan.rows_launch = {b.partials.programs, threads, room.bytes, nullptr, false};
+    plan.weights_launch = {w.partials.programs * computed, threads, of_weights_room.bytes, nullptr, false};
+    return plan;
+}
+
+namespace {
+
+// Takes shared memory behind that of the launch.
+Routed routed(const FamilyProblem& problem, Launch& launch) {
+    const Projection& p = *problem.problem.down;
+    const auto number = [](int64_t size) { return static_cast<int>(size); };
+    const int note = launch.shared_bytes;
+    launch.shared_bytes += 16;
+    return {family(problem, pair_tokens).tiling, number(p.n_in * p.n_in * p.n_in), number(p.in), number(p.out),
+            problem.bank->shared_rule_down, problem.bank->shared_rule_up, note};
+}
+
+}  // namespace
+
+bool routed_pairs_serve(const FamilyProblem& p) {
+    if (!p.bank || !p.bank->route || !p.bank->groups || !pairs_serve(p.problem)) return false;
+    const auto aligned = [](const Parameters& w) {
+        for (const Array& array : {w.rule, w.left, w.right, w.bias})
+            if (reinterpret_cast<uintptr_t>(array.data) % 16) return false;
+        return true;
+    };
+    return p.problem.tokens / p.bank->groups % pair_tokens == 0 && aligned(p.problem.down->weights) &&
+           aligned(p.problem.up->weights);
+}
+
+RoutedPairForward plan_routed_pairs(const FamilyProblem& problem, const Device& device, Launch& launch) {
+    const PlannedPairForward plan = plan_pair_forward(problem.problem, device);
+    launch = plan.launch;
+    return {plan.arguments, routed(problem, launch)};
+}
+
+bool plan_routed_backward(RoutedBackward& backward, const FamilyProblem& problem, const Device& device, Launch& launch) {
+    if (!routed_pairs_serve(problem) || device.capability < 90 || device.capability >= 120) return false;
+    const PlannedBackward plan = plan_backward(problem.problem, device);
+    launch = plan.launch;
+    backward = {plan.arguments, routed(problem, launch), plan.launch.blocks};
+    return plan.arguments.kernel == BackwardKernel::folded && launch.shared_bytes <= device.shared_limit;
+}
+
+FamilyImages plan_images(const Family& f, const FamilyPlaces& places, Launch& launch) {
+    constexpr int numbers = 4096;  // of a block
+    const int64_t all = int64_t{f.columns} * f.middle.in + int64_t{f.right_terms} * f.middle.out;
+    const int pieces = static_cast<int>((all + numbers - 1) / numbers);
+    launch = {images_of(f) * pieces, threads, 0, nullptr, false};
+    return {f, places, nullptr, pieces};
+}
+
+int images_of(const Family& f) { return f.mixed ? 1 : f.tiling.adapters; }
+
+FamilyTable plan_table(const Tiling& tiling, const FamilyProblem& problem, const Device& device, Launch& launch) {
+    FamilyTable table{tiling, problem.bank->route, nullptr, static_cast<int>(problem.bank->groups), 32};
+    const auto bytes = [&] { return (int64_t{table.warps} * tiling.buckets() + 2 * (tiling.buckets() + 1)) * 4; };
+    while (table.warps > 1 && bytes() > device.shared_limit) table.warps /= 2;
+    launch = {1, 1024, static_cast<int>(std::min<int64_t>(bytes(), 1 << 30)), nullptr, false};
+    return table;
+}
+
+}  // namespace compacter::cuda
