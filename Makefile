@@ -80,7 +80,8 @@ peft: $(READY) $(EARLIER)
 interpret: $(READY) $(INTERPRETER)
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(TESTS) -W ignore -rN -k 'triton and not (1000 or 1024 or 3072)' \
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
-		tests/test_triton_functions.py tests/test_triton_tune.py
+		tests/test_triton_functions.py tests/test_triton_tune.py tests/test_triton_bank.py tests/test_family.py \
+		tests/test_bank_function.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY) $(INTERPRETER)

@@ -53,11 +53,11 @@ def _bits(operation: str, operands: str) -> int | None:
     return None
 
 
-def share_by_pointer(ptx: str, names: list[str], wanted: Iterable[str]) -> float | None:
+def share_by_pointer(ptx: str, names: list[str | None], wanted: Iterable[str]) -> float | None:
     """The share of the accesses to the wanted tensors that move 128 bits or more; None without any.
 
     An access belongs to the parameter from which its address is computed. `names` are the names of
-    the parameters, in their order.
+    the parameters, in their order, None for a number.
 
     Raises:
         ValueError: an address belongs to no tensor, or to several.
@@ -68,7 +68,7 @@ def share_by_pointer(ptx: str, names: list[str], wanted: Iterable[str]) -> float
         bits = _bits(operation, operands)
         if bits is not None:
             address = re.findall(r"\[ ?(%rd\d+)", operands)[-1]
-            found = {names[number] for number in _parameters(address, sources)}
+            found = {name for number in _parameters(address, sources) if (name := names[number])}
             if len(found) != 1:
                 raise ValueError(f"{operation} {operands}: to one of {sorted(found)}")
             if found <= wanted:

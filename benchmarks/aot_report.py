@@ -32,12 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import compacter_kernels.impl.triton as package
+from compacter_kernels.activations import resolve
 from compacter_kernels.cases import Case, Shape
 from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
 from compacter_kernels.impl.triton.launch import compile_options, fits
+from compacter_kernels.impl.triton.mixing import MIXED_KERNELS
 from compacter_kernels.impl.triton.plan import Options, Served, plan, served
-from compacter_kernels.impl.triton.reduce import reduce_rows
-from compacter_kernels.problem import adapter_problem, linear_problem
+from compacter_kernels.impl.triton.reduce import reduce_bank, reduce_rows
+from compacter_kernels.impl.triton.routed import BANK_KERNELS, bank_reduction
+from compacter_kernels.problem import Bank, Problem, Projection, adapter_problem, linear_problem
 
 KIB = 1024
 LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
@@ -52,8 +55,26 @@ PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
-SCALARS = {"scale": "fp32", "T": "i32", "wide_rows": "i32", "rows": "i32"}
-ABSENT = {"adapter": (), "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7")}  # None in a launch
+IDS = {"ROUTE": "*i64", "ORDER": "*i64", "TABLE": "*i32", "IN_TABLE": "*i32", "OUT_TABLE": "*i32"}
+SCALARS = {"scale": "fp32", **dict.fromkeys(("T", "per", "wide_rows", "rows", "wide_parts", "parts"), "i32")}
+ADAPTERS = 8  # of a bank
+FUNCTIONS = {
+    **dict.fromkeys(("adapter", "linear", "bottleneck"), KERNELS),
+    **dict.fromkeys(("bank", "dense bank"), BANK_KERNELS),
+    **dict.fromkeys(("mixed", "dense mixed"), MIXED_KERNELS),
+}
+_OF_DENSE = ("A1", "T1", "A2", "S2", "Z", "DV", "G3", "G4", "G6", "G7")
+ABSENT = {  # None in a launch
+    "adapter": (),
+    "bank": (),
+    "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7"),
+    "bottleneck": _OF_DENSE,
+    "dense bank": _OF_DENSE,
+    "mixed": (),
+    "dense mixed": _OF_DENSE,
+}
+DENSE, BANKS = ("bottleneck", "dense bank", "dense mixed"), ("bank", "dense bank", "mixed", "dense mixed")
+BOTTLENECKS = [Shape(*widths, 1) for widths in ((768, 48), (768, 256), (1024, 64), (4096, 128))]
 SECOND_STAGE = "reduce_rows"  # every backward ends with it; its code is the same for all sizes
 OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
@@ -76,12 +97,19 @@ def target(arch: str) -> GPUTarget:
 
 def served_by(job: Job) -> dict[str, Served]:
     """The kernels that serve a shape, with their sizes, precision and configurations."""
-    case = Case.of(job.shape, 1, operation=job.operation, dtype=DTYPES[job.dtype]).inputs()
+    bank = Bank(ADAPTERS, "mixed" in job.operation, (False, False)) if job.operation in BANKS else None
+    if job.operation in DENSE:
+        (k, d, _), fp32 = job.shape, torch.float32
+        sides = [Projection(0, 1, 1, None, *widths, (fp32, fp32)) for widths in ((k, d), (d, k))]
+        dense = Problem("bottleneck", torch.device("cuda"), DTYPES[job.dtype], tuple(sides), resolve("swish"), bank)
+        return served(dense, job.arch)
+    operation = "linear" if job.operation == "linear" else "adapter"
+    case = Case.of(job.shape, 1, operation=operation, dtype=DTYPES[job.dtype]).inputs()
     if case.up is None:
         problem = linear_problem(case.x, case.down)
     else:
         problem = adapter_problem(case.x, case.down, case.up, case.activation)
-    return served(problem, job.arch)
+    return served(problem._replace(bank=bank), job.arch)
 
 
 class Launched(NamedTuple):
@@ -97,19 +125,23 @@ def launches_of(job: Job, options: Options) -> list[Launched]:
     """The launch with each configuration, best first; [] if this shape does not use the kernel."""
     kernels = served_by(job)
     if job.kernel == SECOND_STAGE:
-        constants = reduction(kernels["backward" if "backward" in kernels else "sums"].sizes)
-        return [Launched(reduce_rows, constants, REDUCE_WARPS, [constants["BLOCK"], constants["BR"], REDUCE_WARPS])]
+        s = kernels["backward" if "backward" in kernels else "tokens"].sizes
+        banked = job.operation in BANKS
+        constants, kernel = (bank_reduction(s), reduce_bank) if banked else (reduction(s), reduce_rows)
+        return [Launched(kernel, constants, REDUCE_WARPS, [constants["BLOCK"], constants["BR"], REDUCE_WARPS])]
     if job.kernel not in kernels:
         return []
     s, rounding, configs = kernels[job.kernel]
-    kernel = KERNELS[job.kernel]
+    kernel = FUNCTIONS[job.operation][job.kernel]
     return [Launched(kernel, {"P": plan(s, c, rounding, options)}, c.warps, list(c)) for c in configs]
 
 
 def pointers(launched: Launched, job: Job) -> list[str]:
     """The names of the arguments that the compiled kernel takes, in its order."""
-    names = launched.kernel.arg_names
-    return [name for name in names if name not in launched.constants and name not in ABSENT[job.operation]]
+    absent = set(ABSENT[job.operation])
+    if (job.kernel == "tokens") is not (job.operation in DENSE) and job.kernel in ("tokens", "columns"):
+        absent.add("DX")  # `tokens` writes it for dense projections, `columns` for the others
+    return [name for name in launched.kernel.arg_names if name not in launched.constants and name not in absent]
 
 
 def compiled(launched: Launched, job: Job) -> Any:
@@ -122,6 +154,8 @@ def compiled(launched: Launched, job: Job) -> Any:
             signature[name], constants[(i,)] = "constexpr", launched.constants.get(name)
         elif name in SCALARS:
             signature[name] = SCALARS[name]
+        elif name in IDS:
+            signature[name], attributes[(i,)] = IDS[name], [["tt.divisibility", 16]]
         else:
             signature[name] = POINTERS[DTYPES[job.dtype]] if name in WIDE else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -132,8 +166,9 @@ def compiled(launched: Launched, job: Job) -> Any:
 def wide_access_share(found: Any, launched: Launched, job: Job) -> float | None:
     """The share of 128-bit accesses among those to the wide side; None if there are none."""
     if job.arch.startswith("sm_"):
-        return share_by_pointer(found.asm["ptx"], pointers(launched, job), WIDE)
-    if not touches_wide_side(job.kernel):
+        names = [None if name in SCALARS else name for name in pointers(launched, job)]
+        return share_by_pointer(found.asm["ptx"], names, WIDE)
+    if not touches_wide_side(job.operation, job.kernel):
         return None  # its source may use these names for other pointers
     return share_by_line(found.asm["amdgcn"], lines_that_access(Path(package.__file__).parent, WIDE))
 
@@ -164,12 +199,13 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
 
     A row is about the first configuration that fits into the shared memory of the architecture.
     """
-    adapter = job.operation == "adapter"
+    adapter = job.operation != "linear"
     both = OPTIONS if adapter else Options(HAS_BIAS=True)
     used = served_by(job).get(job.kernel)
     apart = used is not None and (
-        (job.kernel == "columns" and not used.sizes.SQUARE)
-        or (job.kernel == "sums" and adapter and not used.sizes.FOLD)
+        job.kernel == "expand"
+        or (job.kernel == "columns" and not used.sizes.SQUARE)
+        or (job.kernel == "sums" and len(used.sizes.sums) > 1)
     )  # a launch for each side
     options = [replace(both, OUT_SIDE=False), replace(both, IN_SIDE=False)] if apart else [both]
     launches = [launches_of(job, choice) for choice in options]
@@ -217,9 +253,9 @@ def row(job: Job, launches: list[Launched]) -> dict[str, Any]:
     }
 
 
-def touches_wide_side(kernel: str) -> bool:
+def touches_wide_side(operation: str, kernel: str) -> bool:
     """Whether a kernel reads or writes rows that are as wide as x or as the output."""
-    return kernel in KERNELS and not set(WIDE).isdisjoint(KERNELS[kernel].arg_names)
+    return kernel != SECOND_STAGE and not set(WIDE).isdisjoint(FUNCTIONS[operation][kernel].arg_names)
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -233,7 +269,7 @@ def faults(found: dict[str, Any]) -> list[str]:
             (found["shared_bytes"] > found["shared_limit"], "too much shared memory"),
             (found["mma"] == 0 and found["kernel"] != SECOND_STAGE, "no matrix instructions"),
             (
-                found["wide_access_share"] != (1.0 if touches_wide_side(found["kernel"]) else None),
+                found["wide_access_share"] != (1.0 if touches_wide_side(found["operation"], found["kernel"]) else None),
                 f"only {found['wide_access_share']} of the accesses are 128 bits wide",
             ),
         )
@@ -253,15 +289,17 @@ def main() -> int:
     if unknown := [arch for arch in archs if arch not in LIMITS]:
         parser.error(f"--arch {unknown[0]} is not known; choose of {', '.join(LIMITS)}")
     shapes = [shape for shape in SHAPES if not args.shapes or str(shape) in args.shapes.split(",")]
-    cases = [("adapter", shape) for shape in shapes] + [("linear", shape) for shape in PROJECTIONS if not args.shapes]
+    cases = [(operation, shape) for operation in ("adapter", "bank", "mixed") for shape in shapes]
+    cases += [(operation, shape) for operation in DENSE for shape in BOTTLENECKS if not args.shapes]
+    cases += [("linear", shape) for shape in PROJECTIONS if not args.shapes]
     jobs = [
         Job(operation, kernel, shape, dtype, arch)
         for arch in archs
         for operation, shape in cases
         for dtype in DTYPES
-        for kernel in KERNELS
+        for kernel in FUNCTIONS[operation]
     ]
-    firsts = cases[:1] + [case for case in cases if case[0] == "linear"][:1]
+    firsts = [next(case for case in cases if case[0] == operation) for operation in dict(cases)]
     jobs += [Job(operation, SECOND_STAGE, shape, "bf16", arch) for arch in archs for operation, shape in firsts]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = [found for several in pool.map(rows_of, jobs) for found in several]

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from compacter_kernels.impl import Kernel, beyond_compacter, not_fused
+from compacter_kernels.impl import Kernel, not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
@@ -32,13 +32,21 @@ def refuses(problem: Problem) -> str | None:
     wanted = "cpu" if _interpreted() else "cuda"
     if problem.device.type != wanted:
         return f"x is on {problem.device.type}, not on {wanted}"
-    if reason := not_fused(problem) or beyond_compacter(problem):
+    if reason := not_fused(problem) or _unserved(problem):
         return reason
     return _sizes.too_large(_sizes.sizes(problem)) or _sizes.too_large(_sizes.sizes(problem, backward=True))
 
 
+def _unserved(problem: Problem) -> str | None:
+    """What the kernels lack for this problem, or None."""
+    adapter = problem.operation == "adapter"
+    if adapter and any(p.phm_dim is None for p in problem.projections):
+        return "the kernels take no adapter with a rule that is not (phm_dim, phm_dim, phm_dim)"
+    return None
+
+
 def prepare(problem: Problem) -> Kernel:
     """The kernel for this problem."""
-    from compacter_kernels.impl.triton.kernel import TritonKernel
+    from compacter_kernels.impl.triton.dense_weights import DenseKernel, kernel_class
 
-    return TritonKernel(problem)
+    return DenseKernel(problem) if problem.operation == "bottleneck" else kernel_class(problem)(problem)

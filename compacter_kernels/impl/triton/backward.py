@@ -29,9 +29,9 @@ from compacter_kernels.impl.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
-def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
-    """Each program loops over tiles of BT tokens, whose x and g stay on chip."""
+@triton.jit
+def backward_tiles(walk, row, X, G, DX, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
+    """The tiles of a walk (first, end, step), whose x and g stay on chip; a row of their sums."""
     NB1: tl.constexpr = (P.IN.K + P.BK - 1) // P.BK
     NB2: tl.constexpr = (P.OUT.K + P.BK - 1) // P.BK
     LP: tl.constexpr = P.PRECISION.LP
@@ -58,7 +58,7 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
     sums = ()
     for _b in tl.static_range(P.DP // P.EB):
         sums = sums + zero_folded_sums(P)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0), num_stages=P.STAGES):
+    for tile in tl.range(walk[0], walk[1], walk[2], num_stages=P.STAGES):
         _, first, o_x, m_x = rows(tile, T, P.IN.K, P.IN, P)
         p2 = tl.arange(0, P.BT * P.OUT.NP) % P.OUT.NP
         xs = load_blocks(tile, X, T, P.IN, P)
@@ -88,9 +88,16 @@ def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constex
         for b in tl.static_range(NB2):
             next_out = next_out + (add_product(d_out[b], tl.trans(gs[b].to(LP)), v, 1, SUMS),)
         d_out = next_out
-    row = PART + tl.program_id(0).to(tl.int64) * P.OFFSETS.ROW
     for b in tl.static_range(NB1):
         store_factor(row, sum_dz(d_s1[b], P.IN.NI), block(b, P.BK)[:, None], c1[None, :], P.IN.K, P.IN, True)
     for b in tl.static_range(NB2):
         store_out_side(row, d_out[b], block(b, P.BK), scale, P)
     store_held_sums(row, sums, A1, T1, A2, S2, P)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward(X, G, DX, PART, A1, S1, T1, B1, A2, S2, T2, scale, T, P: tl.constexpr):
+    """Each program loops over tiles of BT tokens."""
+    walk = (tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0))
+    row = PART + tl.program_id(0).to(tl.int64) * P.OFFSETS.ROW
+    backward_tiles(walk, row, X, G, DX, A1, S1, T1, B1, A2, S2, T2, scale, T, P)

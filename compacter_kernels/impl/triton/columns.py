@@ -16,12 +16,42 @@ def block(b, BK: tl.constexpr):
 
 @triton.jit
 def rows(tile, T, width, side: tl.constexpr, P: tl.constexpr):
-    """The rows (token, p) of a tile: p, offset of the tile (int64), offsets in it, mask."""
+    """The rows (token, p) of a tile: p, offset of the tile (int64), offsets in it, mask.
+
+    T: the number of tokens, or with P.ROUTED the tokens of one adapter (see `gathered`).
+    """
     r = tl.arange(0, P.BT * side.NP)
     token = r // side.NP
     p = r % side.NP
-    first = tl.full((), P.BT * side.N * width, tl.int64) * tile
-    return p, first, token * (side.N * width) + p * width, (token < T - tile * P.BT) & (p < side.N)
+    if P.ROUTED:
+        row, m = gathered(tile * P.BT + token, T)
+        return p, tl.full((), 0, tl.int64), row * (side.N * width) + p * width, m & (p < side.N)
+    else:
+        first = tl.full((), P.BT * side.N * width, tl.int64) * tile
+        return p, first, token * (side.N * width) + p * width, (token < T - tile * P.BT) & (p < side.N)
+
+
+@triton.jit
+def gathered(token, T):
+    """The rows of x (int64) of an adapter's tokens, and which tokens exist.
+
+    T: its number of tokens, its first position in the order of all tokens, and ORDER, the groups of
+    `per` neighbouring rows in this order (bank.py).
+    """
+    count, first, ORDER, per = T
+    m = token < count
+    position = first + token
+    group = tl.load(ORDER + position // per, mask=m, other=0).to(tl.int32)
+    return (group * per + position % per).to(tl.int64), m
+
+
+@triton.jit
+def count(T, P: tl.constexpr):
+    """The number of tokens of `rows`."""
+    if P.ROUTED:
+        return T[0]
+    else:
+        return T
 
 
 @triton.jit

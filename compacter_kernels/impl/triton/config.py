@@ -43,15 +43,70 @@ HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix, and of the wide f
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:
     """The kernels for this dtype and their configurations. s, back: sizes forward, backward."""
     bf16 = dtype == torch.bfloat16
+    if s.MIXED:
+        return _mixed(s, back, bf16, architecture)
+    if s.DENSE:
+        kernels = _dense(s, bf16, architecture)
+        return _gathered(kernels, s, bf16, architecture) if s.ROUTED else kernels
     # Rows stay on chip if matrix instructions read shared memory; else they fill the registers.
-    held = bf16 and architecture in ("sm_90", "sm_100", "interpreter")
-    hold_row = held and s.FOLD and s.K <= HELD_COLUMNS
+    square = s.IN.TERMS == 0  # else a rule that is not (n, n, n)
+    held = bf16 and square and architecture in ("sm_90", "sm_100", "interpreter")
+    several = s.ADAPTERS > 1  # The addresses of the rows of a bank need registers.
+    hold_row = held and s.FOLD and s.K <= HELD_COLUMNS and not (several and s.inner <= 16 and s.DP > 32)
     forward = {"forward": _held_forward(s)} if hold_row else _streamed_forward(s, bf16, architecture)
     row = max(back.IN.N * back.IN.K, back.OUT.N * back.OUT.K)
-    if held and _held_sums(back) and row * dtype.itemsize <= HELD_BYTES:
+    held_backward = held and _held_sums(back) and row * dtype.itemsize <= HELD_BYTES
+    if held_backward and not several:
         c = _columns(back, 64)
-        return {**forward, "backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
-    return {**forward, **_two_phase(back, bf16, architecture)}
+        kernels = {**forward, "backward": (Config(16, c, 8, 3, 1), Config(16, c, 8, 2, 1), Config(16, c, 8, 1, 1))}
+    else:
+        kernels = {**forward, **_two_phase(back, bf16, architecture)}
+    return _gathered(kernels, s, bf16, architecture) if s.ROUTED else kernels
+
+
+def _dense(s: Sizes, bf16: bool, architecture: str) -> Configurations:
+    """The kernels of a bottleneck adapter. More rows in a tile read the weights less often."""
+    w = _warps(architecture)
+    if bf16:
+        c, t = _columns(s, 64), 64 if s.DP <= 128 else 32
+        sums = Config(64, _columns(s, 32) if architecture in ("sm_80", "sm_120") else c, w, 2, 2)
+    elif s.DP <= 64:
+        c, t = _columns(s, 32), 32 if architecture in ("sm_80", "sm_120") else 64
+        sums = Config(32, c, w, 1, 2)
+    else:
+        few = Config(16, _columns(s, 64), w, 1, 2), Config(16, _columns(s, 32), 4, 1, 2)
+        return {"forward_streamed": few, "tokens": few, "columns": (Config(32, _columns(s, 32), w, 1, 2),)}
+    tiles = [Config(t, c, w, stages, 2) for stages in (3, 2, 1)]
+    return {"forward_streamed": tuple(tiles), "tokens": tuple(tiles[1:]), "columns": (sums,)}
+
+
+def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configurations:
+    """The kernels of a mixed bank. `middle` and `expand` serve the forward, and `expand` dx too."""
+    if s.DENSE:
+        found = _dense(s, bf16, architecture)
+    else:
+        found = {**_streamed_forward(s, bf16, architecture), **_two_phase(back, bf16, architecture)}
+    stages = 1 if architecture == "sm_100" and bf16 else 2
+    middle = tuple([config._replace(stages=min(config.stages, stages)) for config in found.pop("forward_streamed")])
+    most = 64 if s.FOLD or s.DENSE else 32
+    tokens = [config._replace(stages=1, columns=min(config.columns, most)) for config in found["tokens"]]
+    found["tokens"] = tuple(tokens)
+    c, t = _columns(s, 32), 64 if s.DENSE else 16
+    wide = t * min(s.IN.NP, s.OUT.NP) * c >= 2048  # 128 bits of bfloat16 for each of 256 threads
+    expand = (Config(t, c, _warps(architecture) if wide else 4, 1, 2),)
+    return {"middle": middle, "expand": expand, **found}
+
+
+def _gathered(kernels: Configurations, s: Sizes, bf16: bool, architecture: str) -> Configurations:
+    """With fewer registers for the kernels of a bank that stream rows."""
+    found = dict(kernels)
+    long = s.K > HELD_COLUMNS
+    fewer = {"tokens", *(["forward_streamed"] if long or (architecture in HOPPER and not bf16) else [])}
+    for name in fewer & set(kernels):
+        found[name] = tuple([config._replace(stages=max(1, config.stages - 1)) for config in kernels[name]])
+    if bf16 and architecture == "sm_120" and long:
+        found["forward_streamed"] = found["forward_streamed"][-1:]
+    return found
 
 
 def _columns(s: Sizes, most: int) -> int:

@@ -39,16 +39,17 @@ class TritonKernel:
     """The `Kernel` of both operations."""
 
     differentiable = norms = False
+    kernels = KERNELS
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, turned: tuple[bool, ...] = (False, False)) -> None:
         self.parameters = Parameters(problem)
         self.device = problem.device.index or 0
         self.multiprocessors, name = 4, "interpreter"
         if problem.device.type == "cuda":
             self.multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
             name = architecture(problem.device)
-        self.served = served(problem, name)
-        self.sizes = s = self.served["backward" if "backward" in self.served else "sums"].sizes
+        self.served = served(problem, name, turned)
+        self.sizes = s = self.served["backward" if "backward" in self.served else "tokens"].sizes
         self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.SQUARE, problem.dtype == torch.float32
         self.out_features = problem.projections[-1].out_features
         self.launches: dict[Any, Tiled] = {}
@@ -56,8 +57,8 @@ class TritonKernel:
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         if call.__class__ is LinearCall:
-            x, weights, *_ = call
-            x, added, scale = readable(x, "x"), None, 1.0
+            x, weights, base, scale = call
+            x, added = readable(x, "x"), None if base is None else readable(base, "base")
             (rule, left, right, bias), given = self.parameters.readable(weights)
             params: Optionals = (rule, left, None, None, None, None, right, bias)
             given = (*given[:2], 0, 0, 0, 0, *given[2:])
@@ -86,7 +87,7 @@ class TritonKernel:
     def backward(self, call: Call, grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
         x, grad = readable(call.x, "x"), readable(grad, "the gradient of the output")
         if isinstance(call, LinearCall):
-            (params, _), scale, add_x = self.parameters.readable(call.weights), 1.0, False
+            (params, _), scale, add_x = self.parameters.readable(call.weights), call.scale, False
             results = empty_gradients([x, *params], wanted)
             dx, rule1, left1, right2, bias2 = results
             grads: Optionals = (left1, right2, bias2, rule1, None, None, None, None)
@@ -140,7 +141,7 @@ class TritonKernel:
                 )
             for config in kernel.configs:
                 static = plan(kernel.sizes, config, kernel.precision, Options(*options))
-                launch = Tiled(KERNELS[name], static, config, self.device, self.multiprocessors)
+                launch = Tiled(self.kernels[name], static, config, self.device, self.multiprocessors)
                 if launch.fits(tensors):
                     break
             else:
@@ -155,29 +156,42 @@ class TritonKernel:
         """The partials, and the number of rows for the wide gradients and for the others."""
         s = self.sizes
         part = self._partials(x, "columns", "sums")
-        z, dz = x.new_empty((2, tokens * s.IN.N, s.IN.C), dtype=torch.float32)
-        dv, v2 = x.new_empty((2, tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
+        z, dv, dz, v2 = self._narrow(x, tokens)
         rule1, left1, right1, bias1, rule2, left2, _ = params
-        tensors = (x, g, z, dv, dz, v2, *params)
-        launch = self._launch("tokens", tensors)
+        tensors = (x, g, z, dv, dz, v2, *params, dx if s.DENSE else None)
+        launch = self._launch("tokens", tensors, False, residual)
         launch(launch.programs(tokens), 1, tensors, addresses(tensors), scale, tokens)
         tensors = (z, dv, part, rule1, right1, bias1, rule2, left2)
-        for in_side in [True] if s.FOLD or s.ACTIVATION is None else [True, False]:
+        rows = 0
+        for in_side in s.sums:
             launch = self._launch("sums", tensors, False, False, False, in_side, not in_side)
             rows = launch.programs(tokens)
             launch(s.blocks, rows, tensors, addresses(tensors), tokens)
-        tensors = (x, g, dx, dz, v2, part, left1)
+        tensors = (x, g, None if s.DENSE else dx, dz, v2, part, left1)
         wide_rows = 0
         for in_side, out_side in [(True, True)] if self.square else [(True, False), (False, True)]:
             side = s.IN if in_side else s.OUT
             launch = self._launch("columns", tensors, False, residual, has_bias, in_side, out_side)
-            blocks = -(-max(s.IN.K, s.OUT.K) // launch.config.columns)
             if not wide_rows:
+                blocks = self._blocks(launch, s.K)
                 wide_rows = max(1, min(launch.programs(tokens * max(s.IN.N, s.OUT.N)), launch.most // blocks))
-            launch(-(-side.K // launch.config.columns), wide_rows, tensors, addresses(tensors), scale, tokens)
-        return part, wide_rows, rows
+            launch(self._blocks(launch, side.K), wide_rows, tensors, addresses(tensors), scale, tokens)
+        return part, wide_rows, rows or wide_rows
+
+    def _blocks(self, launch: Tiled, width: int) -> int:
+        """The programs of `columns` side by side, for chunks of this width."""
+        return -(-width // launch.config.columns) * self.sizes.PARTS
+
+    def _narrow(self, x: Tensor, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Memory for Z, dV2, dZ and V2; the first two are None where no sums need them."""
+        s = self.sizes
+        count = 2 if s.sums else 1
+        *z, dz = x.new_empty((count, tokens * s.IN.N, s.IN.C), dtype=torch.float32)
+        *dv, v2 = x.new_empty((count, tokens * s.OUT.N, s.OUT.C), dtype=torch.float32)
+        return (z[0], dv[0], dz, v2) if s.sums else (None, None, dz, v2)
 
     def _partials(self, x: Tensor, *names: str) -> Tensor:
         """Memory with a row for each program of these kernels in any of their configurations."""
-        rows = self.multiprocessors * max([config.programs for name in names for config in self.served[name].configs])
+        used = [config.programs for name in names if name in self.served for config in self.served[name].configs]
+        rows = self.multiprocessors * max(used)
         return x.new_empty(rows, self.sizes.OFFSETS.ROW, dtype=torch.float32)

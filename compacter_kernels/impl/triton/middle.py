@@ -34,13 +34,14 @@ def blocks(T, P: tl.constexpr):
 
 @triton.jit
 def folded_rule(A, side: tl.constexpr):
-    """A_i[p, q] at ((p, c), (q, c)), 0 elsewhere: [J, J] float32."""
+    """A_i[p, q] at ((p, c), (q, c)), 0 elsewhere: [NP * NI, MP * NI] float32."""
     j = tl.arange(0, side.NP * side.NI)
+    k = tl.arange(0, side.MP * side.NI)
     p = (j // side.NI)[:, None]
-    q = (j // side.NI)[None, :]
+    q = (k // side.NI)[None, :]
     c = (j % side.NI)[:, None]
-    m = (p < side.N) & (q < side.N) & (c < side.C) & ((j % side.NI)[None, :] == c)
-    return tl.load(A + (c // side.R) * (side.N * side.N) + p * side.N + q, mask=m, other=0.0).to(tl.float32)
+    m = (p < side.N) & (q < side.M) & (c < side.C) & ((k % side.NI)[None, :] == c)
+    return tl.load(A + (c // side.R) * (side.N * side.M) + p * side.M + q, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -132,11 +133,23 @@ def held_middle(z, held, P: tl.constexpr):
 
 
 @triton.jit
+def dense_bottleneck(z, B1, P: tl.constexpr):
+    """y = z + b1 and act(y) of a dense bottleneck."""
+    c = tl.arange(0, P.IN.NI)
+    y = z
+    if B1 is not None:
+        y = z + tl.load(B1 + c, mask=c < P.IN.C, other=0.0).to(tl.float32)[None, :]
+    return y, tl.where((c < P.IN.C)[None, :], activate(y, P.ACTIVATION), 0.0)
+
+
+@triton.jit
 def middle(z, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     """Z [BT * NP, NI] of x's side -> V2 [BT * NP, NI] of the output's, float32."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     zero = again(tile, T)
-    if P.FOLD:
+    if P.DENSE:
+        _, v2 = dense_bottleneck(z, B1, P)
+    elif P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
         if P.ACTIVATION is None:

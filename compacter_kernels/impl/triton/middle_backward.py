@@ -19,6 +19,7 @@ from compacter_kernels.impl.triton.functions import activate, derivative
 from compacter_kernels.impl.triton.middle import (
     again,
     blocks,
+    dense_bottleneck,
     folded_rule,
     folded_weights,
     inside,
@@ -56,7 +57,10 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     """Z, dV2 [BT * NP, NI] -> dZ, V2 of the same shapes, float32."""
     PRECISION: tl.constexpr = P.PRECISION.MIDDLE
     zero = again(tile, T)
-    if P.FOLD:
+    if P.DENSE:
+        y, v2 = dense_bottleneck(z, B1, P)
+        dz = dv2 * derivative(y, P.ACTIVATION)
+    elif P.FOLD:
         zj = tl.reshape(z, (P.BT, P.IN.NP * P.IN.NI))
         dvj = tl.reshape(dv2, (P.BT, P.OUT.NP * P.OUT.NI))
         v2 = tl.zeros((P.BT, P.OUT.NP * P.OUT.NI), tl.float32)
@@ -75,7 +79,7 @@ def middle_backward(z, dv2, tile, T, A1, T1, B1, A2, S2, P: tl.constexpr):
     elif P.ACTIVATION is None:
         a = unfolded(A1 + zero, P.IN, False)
         v2 = mix(z, a, P.IN, P)
-        dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.IN, P)
+        dz = mix(dv2, tl.permute(a, (0, 2, 1)), P.OUT, P)
     else:
         m = unpadded(P)
         _, y = into_bottleneck(z, A1 + zero, T1 + zero, B1, P)
@@ -102,7 +106,7 @@ def folded_sums(sums, zj, dvj, h, dy, turns, P: tl.constexpr):
 def zero_folded_sums(P: tl.constexpr):
     """The initial sums of a block, (dC1, dC2, db1), or of the one folded rule."""
     if P.ACTIVATION is None:
-        return (tl.zeros((P.IN.NP * P.IN.NI, P.IN.NP * P.IN.NI), tl.float32),)
+        return (tl.zeros((P.IN.NP * P.IN.NI, P.OUT.NP * P.OUT.NI), tl.float32),)
     else:
         c1 = tl.zeros((P.IN.NP * P.IN.NI, P.EB), tl.float32)
         c2 = tl.zeros((P.OUT.NP * P.OUT.NI, P.EB), tl.float32)
@@ -133,10 +137,10 @@ def held_backward(z, dv2, sums, held, P: tl.constexpr):
 
 
 @triton.jit
-def add_rule(a, z, dv, side: tl.constexpr, P: tl.constexpr):
+def add_rule(a, z, dv, side: tl.constexpr, other: tl.constexpr, P: tl.constexpr):
     """a + dA: dA[c, p, q] = sum_t Z[(t, p), c] dV[(t, q), c]."""
     zt = tl.permute(by_column(z, side, P), (0, 2, 1))
-    return add_product(a, zt, by_column(dv, side, P), 1, P.PRECISION.SUMS)
+    return add_product(a, zt, by_column(dv, other, P), 1, P.PRECISION.SUMS)
 
 
 @triton.jit
@@ -165,7 +169,7 @@ def in_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
     d_t1 = add_factor(sums[1], v1, dy, P)
     d_b1 = sums[2] + tl.sum(tl.reshape(dy, (P.BT, P.IN.NP, P.DP)), 0)
     dv = product(dy, tl.trans(right_factor(T1 + 2 * zero, P)), P.PRECISION.MIDDLE)
-    d_a1 = add_rule(sums[0], tl.load(z[0] + zero, mask=z[1], other=0.0), dv, P.IN, P)
+    d_a1 = add_rule(sums[0], tl.load(z[0] + zero, mask=z[1], other=0.0), dv, P.IN, P.IN, P)
     return d_a1, d_t1, d_b1
 
 
@@ -175,6 +179,6 @@ def out_sums(sums, z, dv2, zero, A1, T1, B1, A2, S2, P: tl.constexpr):
     _, y = into_bottleneck(tl.load(z[0], mask=z[1], other=0.0), A1 + zero, T1 + zero, B1, P)
     h = tl.where(unpadded(P), activate(y, P.ACTIVATION), 0.0)
     z2 = product(h, tl.trans(left_factor(S2 + zero, P)), P.PRECISION.MIDDLE)
-    d_a2 = add_rule(sums[0], z2, tl.load(dv2[0], mask=dv2[1], other=0.0), P.OUT, P)
+    d_a2 = add_rule(sums[0], z2, tl.load(dv2[0], mask=dv2[1], other=0.0), P.OUT, P.OUT, P)
     dz2 = mix(tl.load(dv2[0] + zero, mask=dv2[1], other=0.0), unfolded(A2 + zero, P.OUT, True), P.OUT, P)
     return d_a2, add_factor(sums[1], dz2, h, P), sums[2]

@@ -41,15 +41,24 @@ def store_out_side(row, d, u, scale, P: tl.constexpr):
 
 
 @triton.jit
+def store_dense(row, d, d_b1, d_b2, b, part, u, c, scale, P: tl.constexpr):
+    """Store the gradients of a dense up, [u, c], and of both biases. b, part: the block of u, c."""
+    store_factor(row + P.OFFSETS.T2, d * scale, u[:, None], c[None, :], P.OUT.K, P.OUT, False)
+    if P.OPTIONS.HAS_BIAS and part == 0:
+        tl.store(row + P.OFFSETS.B2 + u, d_b2 * scale, mask=u < P.OUT.K)
+    if b == 0:
+        tl.store(row + P.OFFSETS.B1 + c, d_b1, mask=c < P.IN.C)
+
+
+@triton.jit
 def store_rule(TO, d, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
     """Store d at (c, outer, inner), broadcast, as r rules (n, n, n). LEFT: (c, inner, outer)."""
-    N: tl.constexpr = side.N
     if LEFT:
-        o_rule = inner * N + outer
+        o_rule = inner * side.N + outer
     else:
-        o_rule = outer * N + inner
-    o_rule += (c % side.R) * (N * N * N) + (c // side.R) * (N * N)
-    tl.store(TO + o_rule, d, mask=(c < side.C) & (outer < N) & (inner < N))
+        o_rule = outer * side.M + inner
+    o_rule += (c % side.R) * side.RULE + (c // side.R) * (side.N * side.M)
+    tl.store(TO + o_rule, d, mask=(c < side.C) & (outer < side.N) & (inner < side.M))
 
 
 @triton.jit
@@ -103,15 +112,16 @@ def store_folded_sums(row, b, sums, A1, T1, A2, S2, P: tl.constexpr):
 def store_rule_sum(row, d, P: tl.constexpr):
     """Store the sum of one projection: the gradient of its rule, folded or by columns."""
     if P.FOLD:
-        j = tl.arange(0, P.IN.NP * P.IN.NI)
-        c, p = j % P.IN.NI, j // P.IN.NI
-        m = (p < P.IN.N) & (c < P.IN.C)
-        o_rule = (c % P.IN.R * P.IN.N + c // P.IN.R)[:, None] * (P.IN.N * P.IN.N) + p[:, None] * P.IN.N + p[None, :]
-        tl.store(row + P.OFFSETS.A1 + o_rule, d, mask=(c[:, None] == c[None, :]) & m[:, None] & m[None, :])
+        j = tl.arange(0, P.IN.NP * P.IN.NI)[:, None]
+        k = tl.arange(0, P.OUT.NP * P.OUT.NI)[None, :]
+        c, p, q = j % P.IN.NI, j // P.IN.NI, k // P.OUT.NI
+        m = (p < P.IN.N) & (q < P.OUT.N) & (c < P.IN.C) & (k % P.OUT.NI == c)
+        o_rule = c % P.IN.R * P.IN.RULE + c // P.IN.R * (P.IN.N * P.OUT.N) + p * P.OUT.N + q
+        tl.store(row + P.OFFSETS.A1 + o_rule, d, mask=m)
     else:
         c = tl.arange(0, P.IN.NI)[:, None, None]
-        p = tl.arange(0, P.IN.NP)
-        store_rule(row + P.OFFSETS.A1, d, c, p[None, :, None], p[None, None, :], P.IN, False)
+        p = tl.arange(0, P.IN.NP)[None, :, None]
+        store_rule(row + P.OFFSETS.A1, d, c, p, tl.arange(0, P.OUT.NP)[None, None, :], P.IN, False)
 
 
 @triton.jit

@@ -93,12 +93,15 @@ class Served(NamedTuple):
     configs: tuple[Config, ...]
 
 
-def served(problem: Problem, architecture: str) -> dict[str, Served]:
-    """The kernels that serve a problem on an architecture, by their names."""
-    fore, back = sizes(problem), sizes(problem, backward=True)
+def served(problem: Problem, architecture: str, turned: tuple[bool, ...] = (False, False)) -> dict[str, Served]:
+    """The kernels that serve a problem on an architecture, by their names.
+
+    turned: which dense projections lie transposed in memory.
+    """
+    fore, back = sizes(problem, False, turned), sizes(problem, True, turned)
     kernels = {}
     for name, configs in configurations(fore, back, problem.dtype, architecture).items():
-        s = fore if name.startswith("forward") else back
+        s = fore if name.startswith("forward") or name == "middle" else back
         if name == "forward":
             s = replace(s, EB=s.DP)  # one block, since the weights stay in registers
         kernels[name] = Served(s, precision(name, s, problem.dtype, architecture), configs)
@@ -134,4 +137,4 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
         middle, totals = UNFOLDED.get(architecture, ("bf16x6", "bf16x6"))
     beyond = "bf16" if kernel == "backward" else middle
     turn = architecture.startswith("gfx") and dtype.itemsize == 2
-    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16, wide, middle, totals, beyond, turn)
+    return Precision(tl.bfloat16 if bf16 else tl.float32, bf16 and not s.DENSE, wide, middle, totals, beyond, turn)

@@ -128,7 +128,12 @@ def merge(a, C: tl.constexpr):
 @triton.jit
 def factor_pointers(W, u, c, K: tl.constexpr, side: tl.constexpr, LEFT: tl.constexpr):
     """Pointers to s_c[u] of left (n, K, r) or t_c[u] of right (n, r, K); u and c broadcast."""
-    if LEFT:
+    if side.DENSE:
+        if LEFT != side.TURNED:
+            return W + u * side.R + c
+        else:
+            return W + c * K + u
+    elif LEFT:
         return W + (c // side.R) * (K * side.R) + u * side.R + c % side.R
     else:
         return W + c * K + u
@@ -168,16 +173,16 @@ def rule_at(A, c, outer, inner, side: tl.constexpr, LEFT: tl.constexpr):
     if LEFT:
         o_rule = (c // side.R) * (side.N * side.N) + inner * side.N + outer
     else:
-        o_rule = (c // side.R) * (side.N * side.N) + outer * side.N + inner
-    return tl.load(A + o_rule, mask=(c < side.C) & (outer < side.N) & (inner < side.N), other=0.0).to(tl.float32)
+        o_rule = (c // side.R) * (side.N * side.M) + outer * side.M + inner
+    return tl.load(A + o_rule, mask=(c < side.C) & (outer < side.N) & (inner < side.M), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def unfolded(A, side: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The rule by columns, [NI, NP, NP] float32: A_i[p, q] at (c, p, q) or TRANSPOSED (c, q, p)."""
+    """The rule by columns, [NI, NP, MP] float32: A_i[p, q] at (c, p, q) or TRANSPOSED (c, q, p)."""
     c = tl.arange(0, side.NI)[:, None, None]
     p = tl.arange(0, side.NP)[None, :, None]
-    q = tl.arange(0, side.NP)[None, None, :]
+    q = tl.arange(0, side.MP)[None, None, :]
     return rule_at(A, c, p, q, side, TRANSPOSED)
 
 
@@ -189,9 +194,9 @@ def by_column(z, side: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def mix(z, a, side: tl.constexpr, P: tl.constexpr):
-    """V[(t, q), c] = sum_p Z[(t, p), c] a[c, p, q]: [BT * NP, NI] -> the same shape."""
+    """V[(t, q), c] = sum_p Z[(t, p), c] a[c, p, q]: [BT * NP, NI] -> [BT * MP, NI]."""
     v = product(by_column(z, side, P), a, P.PRECISION.MIDDLE)
-    return tl.reshape(tl.permute(v, (1, 2, 0)), (P.BT * side.NP, side.NI))
+    return tl.reshape(tl.permute(v, (1, 2, 0)), (P.BT * side.MP, side.NI))
 
 
 @triton.jit
@@ -246,3 +251,21 @@ def t_operand(T, B, scale, u, side: tl.constexpr, LP: tl.constexpr):
         return tl.trans(interleave(interleave(t, t), interleave(b_high, b_low)).to(LP))
     else:
         return tl.trans(interleave(t, b).to(LP))
+
+
+@triton.jit
+def dense_operand(W, scale, u, side: tl.constexpr, LP: tl.constexpr):
+    """[NI, BK] of a dense projection, scale W[c, u]."""
+    return tl.trans((factor(W, u[:, None], tl.arange(0, side.NI)[None, :], side.K, side, False) * scale).to(LP))
+
+
+@triton.jit
+def mixed_operand(v, p, w, N: tl.constexpr, LP: tl.constexpr):
+    """`v_operand` for a bias that enters with the weight w of its row."""
+    c = tl.arange(0, v.shape[1])
+    chosen = tl.where((p[:, None] == c[None, :]) & (c < N)[None, :], w[:, None], 0.0)
+    high, low = rounded(v, LP)
+    if v.shape[1] == 4:
+        return interleave(interleave(high, low), interleave(chosen, chosen)).to(LP)
+    else:
+        return interleave(high, chosen).to(LP)
