@@ -161,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
     for line in result["layers"]:
         rows = line["rows"]
         heads = ("forward", "share", "forward+backward", "share")
-        lines += ["", f"{line['setup']:<44}" + "".join(f"{head:>22}" for head in heads)]
+        lines += ["", f"{line['setup']:<44}" + "".join(f"{head:>25}" for head in heads)]
         for variant, row in rows.items():
             cells = []
             for what in ("forward", "outcome"):
@@ -169,7 +169,7 @@ def table(result: dict[str, Any]) -> str:
                 base, ours = (rows[name][what][1] for name in ("base", list(rows)[-1]))
                 cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
                 cells.append(f"{(middle - base) / (ours - base):.1f}" if variant != "base" else "")
-            lines.append(f"{VARIANTS[variant]:<44}" + "".join(f"{cell:>22}" for cell in cells))
+            lines.append(f"{VARIANTS[variant]:<44}" + "".join(f"{cell:>25}" for cell in cells))
     lines += ["", f"first forward and backward of a new process, {next(iter(SETUPS))}, by the clock,"]
     lines.append(f"beside other load; median of {result['starts']} processes (least to most), in ms")
     for variant, seconds in result["first"].items():
