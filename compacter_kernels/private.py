@@ -59,7 +59,7 @@ def environment_key(name: str) -> Any:
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without the treatment of transforms, which never get that far (`call_path`)."""
+    """function.apply without the treatment of transforms, which end before (`call_path`)."""
     return function.apply if PUBLIC else super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 

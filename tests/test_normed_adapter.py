@@ -15,6 +15,7 @@ from test_strides import LAYOUTS
 from torch import Tensor, nn
 
 import compacter_kernels as ck
+from compacter_kernels import call_path
 from compacter_kernels.accuracy import error, floor
 from compacter_kernels.cases import Inputs
 from compacter_kernels.impl.cpu import unavailable
