@@ -1,6 +1,6 @@
 """Compiles every configuration in use for every architecture, without a GPU, and prints a report.
 
-    python benchmarks/aot_report.py [--arch sm_90,gfx942] [--json] [--jobs 2]
+    python benchmarks/aot_report.py [--arch sm_90,gfx942] [--operations bank,mixed] [--json] [--jobs 2]
 
 Each kernel is compiled ahead of time as the package would launch it (impl/triton/config.py). The
 report has registers, spills, shared memory and matrix instructions. It also has the share of the
@@ -60,8 +60,8 @@ SCALARS = {"scale": "fp32", **dict.fromkeys(("T", "per", "wide_rows", "rows", "w
 ADAPTERS = 8  # of a bank
 FUNCTIONS = {
     **dict.fromkeys(("adapter", "linear", "bottleneck"), KERNELS),
-    **dict.fromkeys(("bank", "dense bank"), BANK_KERNELS),
-    **dict.fromkeys(("mixed", "dense mixed"), MIXED_KERNELS),
+    **dict.fromkeys(("bank", "dense-bank"), BANK_KERNELS),
+    **dict.fromkeys(("mixed", "dense-mixed"), MIXED_KERNELS),
 }
 _OF_DENSE = ("A1", "T1", "A2", "S2", "Z", "DV", "G3", "G4", "G6", "G7")
 ABSENT = {  # None in a launch
@@ -69,11 +69,11 @@ ABSENT = {  # None in a launch
     "bank": (),
     "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7"),
     "bottleneck": _OF_DENSE,
-    "dense bank": _OF_DENSE,
+    "dense-bank": _OF_DENSE,
     "mixed": (),
-    "dense mixed": _OF_DENSE,
+    "dense-mixed": _OF_DENSE,
 }
-DENSE, BANKS = ("bottleneck", "dense bank", "dense mixed"), ("bank", "dense bank", "mixed", "dense mixed")
+DENSE, BANKS = ("bottleneck", "dense-bank", "dense-mixed"), ("bank", "dense-bank", "mixed", "dense-mixed")
 BOTTLENECKS = [Shape(*widths, 1) for widths in ((768, 48), (768, 256), (1024, 64), (4096, 128))]
 SECOND_STAGE = "reduce_rows"  # every backward ends with it; its code is the same for all sizes
 OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
@@ -281,17 +281,23 @@ def main() -> int:
     """Compile all kernels and print the table. Returns 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)}; default all")
-    parser.add_argument("--shapes", default="", help="k/d/n,... of the table's; default all")
+    parser.add_argument("--shapes", default="", help="k/d/n,... of the table's, n = 1 if dense; default all")
+    parser.add_argument("--operations", default=",".join(FUNCTIONS), help=f"of {', '.join(FUNCTIONS)}; default all")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args()
     archs = args.arch.split(",")
     if unknown := [arch for arch in archs if arch not in LIMITS]:
         parser.error(f"--arch {unknown[0]} is not known; choose of {', '.join(LIMITS)}")
-    shapes = [shape for shape in SHAPES if not args.shapes or str(shape) in args.shapes.split(",")]
-    cases = [(operation, shape) for operation in ("adapter", "bank", "mixed") for shape in shapes]
-    cases += [(operation, shape) for operation in DENSE for shape in BOTTLENECKS if not args.shapes]
-    cases += [("linear", shape) for shape in PROJECTIONS if not args.shapes]
+    operations = args.operations.split(",")
+    if unknown := [operation for operation in operations if operation not in FUNCTIONS]:
+        parser.error(f"--operations {unknown[0]} is not known; choose of {', '.join(FUNCTIONS)}")
+    cases = [
+        (operation, shape)
+        for operation in operations
+        for shape in (BOTTLENECKS if operation in DENSE else PROJECTIONS if operation == "linear" else SHAPES)
+        if not args.shapes or str(shape) in args.shapes.split(",")
+    ]
     jobs = [
         Job(operation, kernel, shape, dtype, arch)
         for arch in archs
