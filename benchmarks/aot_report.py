@@ -1,6 +1,6 @@
 """Compiles every configuration in use for every architecture, without a GPU, and prints a report.
 
-    python benchmarks/aot_report.py [--arch sm_90,gfx942] [--operations bank,mixed] [--json] [--jobs 2]
+    python benchmarks/aot_report.py [--arch sm_90,gfx942] [--operations bank,mixed] [--json]
 
 Each kernel is compiled ahead of time as the package would launch it (impl/triton/config.py). The
 report has registers, spills, shared memory and matrix instructions. It also has the share of the
