@@ -89,7 +89,7 @@ COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& 
 #pragma unroll
             for (int part = 0; part < T::parts; ++part)
 #pragma unroll
-                for (int e = 0; e < 8; ++e) left[part][e / 4][e % 4] = (e % 2 ? below : above)[e / 2][part] ^ zero;
+                for (int e = 0; e < 8; ++e) left[part][e / 4][e % 4] = (e % 2 ? below[e / 2][part] : above[e / 2][part]) ^ zero;
 #pragma unroll
             for (int column = 0; column < Most; ++column) {
                 if (column >= columns) break;
