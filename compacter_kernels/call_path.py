@@ -96,14 +96,15 @@ def _signature(call: Call) -> tuple[Any, ...]:
             return (weights.__class__, described)
         return (weights.__class__, described, base.__class__, _facts(base)[1:], base.shape[-1])
     down: Any
-    _, down, up, residual, _, _, norm, *chosen = call  # type: ignore[misc]
+    up: Any
+    down, up, residual, norm = call[1], call[2], call[3], call[6]  # type: ignore[misc]
     params = (*down, *up)
     described = (_described and _described(params)) or _of_each(params)
     found: tuple[Any, ...] = (down.__class__, up.__class__, residual.__class__, described)
     if norm is not None:
         found = (*found, norm.__class__, _of_each(norm[:2]))
-    if chosen:
-        route, mix = chosen
+    if call.__class__ is BankCall:
+        route, mix = call[7], call[8]
         of_mix = None if mix is None else (mix.__class__, mix.dtype, mix.device, mix.shape[-1])
         return (*found, None if route is None else (route.__class__, route.device), of_mix)
     return found
@@ -149,8 +150,13 @@ def _only_torch(call: Call) -> dispatch.OnlyTorch | None:
 def _requires_grad(call: Call) -> bool:
     if call[0].requires_grad:
         return True
-    single = call.__class__ is LinearCall
-    tensors: Any = (*call[1], call[2]) if single else (*call[1], *call[2], call[3], *call[8:])  # type: ignore[misc]
+    tensors: Any
+    if call.__class__ is AdapterCall:
+        tensors = (*call[1], *call[2], call[3])
+    elif call.__class__ is LinearCall:
+        tensors = (*call[1], call[2])
+    else:
+        tensors = (*call[1], *call[2], call[3], call[8])  # type: ignore[misc]
     for tensor in tensors:  # noqa: SIM110  any() takes twice the time
         if tensor is not None and tensor.requires_grad:
             return True
