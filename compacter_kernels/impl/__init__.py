@@ -64,19 +64,6 @@ def not_fused(problem: Problem) -> str | None:
     return None
 
 
-def beyond_compacter(problem: Problem) -> str | None:
-    """Why kernels for single projections and adapters of PHM alone cannot serve this problem."""
-    if problem.bank is not None:
-        return "no kernel of this impl takes a bank of adapters"
-    if problem.operation == "bottleneck":
-        return "no kernel of this impl takes dense projections"
-    if any(p.phm_dim is None for p in problem.projections):
-        return "no kernel of this impl takes a rule that is not (phm_dim, phm_dim, phm_dim)"
-    if problem.base:
-        return "no kernel of this impl adds a base"
-    return None
-
-
 @evaluated_when_compiled
 def architecture(device: torch.device) -> str:
     """The architecture of a GPU, such as "sm_90" or "gfx942", or the type of another device."""

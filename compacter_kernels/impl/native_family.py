@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compacter_kernels.calls import AdapterCall, BankCall
-from compacter_kernels.impl import Gradients, native
+from compacter_kernels.impl import Gradients, empty_gradients, native
 from compacter_kernels.impl.memory import Parameters, addresses, check_memory, readable
 from compacter_kernels.problem import Problem
 from compacter_kernels.weights import LinearWeights, Weights
@@ -39,12 +39,9 @@ class Given:
         self.tensors = read
         self.slots = read if not dense else (None, read[0], None, read[1], None, read[2], None, read[3])
 
-    def gradients(self, wanted: Sequence[bool]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    def gradients(self, wanted: tuple[bool, ...]) -> tuple[list[Tensor | None], tuple[int, ...]]:
         """Memory for the wanted gradients, like the parameters, and its addresses as in slots."""
-        grads = [
-            torch.empty_like(t) if want and t is not None else None
-            for t, want in zip(self.tensors, wanted, strict=True)
-        ]
+        grads = empty_gradients(self.tensors, wanted)
         half = len(grads) // 2
         of_slots = [grads[:half], grads[half:]]
         if half == 2:
