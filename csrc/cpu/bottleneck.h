@@ -61,12 +61,19 @@ inline void right_gradient(const Factors& down, const float* v, const float* dy,
 
 // db1 = sum_token dy
 inline void bias_gradient(const float* dy, int64_t d, float* sum) {
-    for (int64_t j = 0; j < d; ++j) {
-        Vec total{};
-        for (int l = 0; l < lanes; l += W) total += load(dy + j * lanes + l);
-        const Quad four = add_quarters(total);
-        sum[j] += (four[0] + four[2]) + (four[1] + four[3]);
-    }
+    tiles<4, 1>(0, d, [&](auto size, int64_t j) COMPACTER_INLINE_LAMBDA {
+        constexpr int C = decltype(size)::value;
+        Vec total[4] = {};
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+            for (int l = 0; l < lanes; l += W) total[c] += load(dy + (j + c) * lanes + l);
+        const Quad four = add_quarters(fold4(total[0], total[1], total[2], total[3]));
+        if constexpr (C == 4)
+            store4(sum + j, load4(sum + j) + four);
+        else
+            sum[j] += four[0];
+    });
 }
 
 // dV[q,c] = sum_v dy[q,v] t1_c[v]

@@ -52,7 +52,7 @@ struct Expansion {
 
 private:
     static constexpr int64_t page = 4096;  // bytes; with wider rows each token would touch a new page
-    static constexpr int64_t strip_floats = 4096;
+    static constexpr int64_t strip_floats = 8192;
     // Tiles of the packed t: rows, and vectors of a row. Vectors of a row in a tile of four rows of t itself.
     static constexpr int packed_rows = W == 16 ? 8 : 4, packed_vectors = W == 4 && many_registers ? 4 : 2;
     static constexpr int tile_vectors = many_registers ? 4 : W == 8 && !in_pairs<T> ? 3 : 2;

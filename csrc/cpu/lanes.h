@@ -25,7 +25,7 @@ struct LaneRows {
     float* row(int64_t c) const { return data + c * stride * lanes; }
 };
 
-inline void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Coefficients coef,
+COMPACTER_INLINE void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_t n_in, Coefficients coef,
                                 const float* init = nullptr) {
     constexpr int P = many_registers || lane_vectors < 2 ? lane_vectors : 2;  // vectors of tokens at once
     constexpr int largest = P == 1 ? 8 : 4;
