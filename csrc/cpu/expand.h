@@ -64,6 +64,11 @@ private:
         return 0;
     }
 
+    // Whether a tile of U vectors writes whole lines. Streamed parts of many lines would leave the
+    // processor's few buffers before the other parts come.
+    template <int U>
+    static constexpr bool whole_lines = U % vectors_per_line<T> == 0;
+
     // M: the number of terms if it is known at compile time, else 0.
     template <int M>
     void chunks(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
@@ -73,7 +78,7 @@ private:
             const Chunk here{v + q * m * lanes,           bias ? bias + at : nullptr, residual ? residual + at : nullptr,
                              also ? also + at : nullptr, out + at,                   next ? next + at : nullptr};
             if constexpr (held(M) > 0)
-                if (n * chunk * static_cast<int64_t>(sizeof(T)) < page) {
+                if (n * chunk * static_cast<int64_t>(sizeof(T)) < page && (!streaming || whole_lines<held(M)>)) {
                     columns<held(M), 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
                         basis_held<decltype(vectors)::value, M>(here, u, tokens, cut, count);
                     });
