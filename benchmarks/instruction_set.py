@@ -18,12 +18,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from turns import Server, serve
 
 SHAPES = (  # hidden width, bottleneck, phm_dim, tokens, dtype of x
     (768, 24, 4, 2048, "float32"),
@@ -38,7 +39,6 @@ LIMITS = {  # ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_CBWR; None: without a
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
     "avx512bf16": None,
 }
-SECONDS = 0.02  # of calls for one sample
 SIDE = 1024  # of the matrix product
 
 
@@ -72,47 +72,26 @@ def rows_of(k: int, d: int, n: int, tokens: int, dtype: str) -> dict[str, Callab
     }
 
 
-def serve(threads: int) -> None:
-    """Answer each name of a row on stdin with the microseconds of one call."""
+def answer(threads: int) -> None:
+    """Serve the rows of all shapes."""
     import torch
 
     torch.set_num_threads(threads)
-    now = time.process_time if threads == 1 else time.perf_counter
     a, b, c = (torch.randn(SIDE, SIDE) for _ in range(3))
     calls: dict[str, Callable[[], Any]] = {"sgemm": lambda: torch.mm(a, b, out=c)}
     for shape in SHAPES:
         calls |= {f"{title(*shape)} {name}": call for name, call in rows_of(*shape).items()}
-    for line in sys.stdin:
-        call = calls[line.rstrip("\n")]
-        call()
-        start = now()
-        call()
-        count = max(1, int(SECONDS / max(now() - start, 1e-6)))
-        start = now()
-        for _ in range(count):
-            call()
-        print((now() - start) / count * 1e6, flush=True)
+    serve(calls, time.process_time if threads == 1 else time.perf_counter)
 
 
-def process(checkout: Path, isa: str, threads: int) -> subprocess.Popen[str]:
-    """A process that serves the rows of that checkout."""
-    env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads), "COMPACTER_KERNELS_ISA": isa}
-    env |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 32))
-    if limits := LIMITS[isa]:
-        env |= zip(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"), limits, strict=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(threads)]
-    return subprocess.Popen(command, env=env, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def limited(isa: str) -> dict[str, str]:
+    """The environment in which torch, its libraries and the cpu kernels use that set."""
+    limits = LIMITS[isa] or ()
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+    return {"COMPACTER_KERNELS_ISA": isa, **dict(zip(names, limits, strict=False))}
 
 
-def ask(server: subprocess.Popen[str], name: str) -> float:
-    """The sample of that row."""
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(f"{name}\n")
-    server.stdin.flush()
-    return float(server.stdout.readline())
-
-
-def measure(servers: list[subprocess.Popen[str]], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+def measure(servers: list[Server], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """The samples (before, after) of each row."""
     kinds = ("copy", "forward", "forward+backward", "dense forward+backward")
     names = ["sgemm", *(f"{title(*shape)} {kind}" for shape in SHAPES for kind in kinds)]
@@ -122,7 +101,7 @@ def measure(servers: list[subprocess.Popen[str]], rounds: int) -> dict[str, tupl
             if name.startswith(tuple(title(*s) for s in SHAPES)) and "dense" in name and turn % 4:
                 continue  # long, and the same in both revisions
             for side in (0, 1) if (turn + number) % 2 else (1, 0):
-                samples[name][side].append(ask(servers[side], name))
+                samples[name][side].append(servers[side].ask(name))
         print(f"\rround {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     return samples
 
@@ -179,7 +158,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    servers = [process(checkout.resolve(), args.isa, args.threads) for checkout in (args.before, args.after)]
+    revisions = (args.before, args.after)
+    servers = [Server(__file__, checkout.resolve(), args.threads, limited(args.isa)) for checkout in revisions]
     rows = table(measure(servers, args.rounds))
     from compacter_kernels import machine
 
@@ -200,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[2])) if sys.argv[1:2] == ["--serve"] else main()
+    answer(int(sys.argv[2])) if sys.argv[1:2] == ["--serve"] else main()

@@ -12,19 +12,17 @@ which no revision changes, show the noise. Writes OUT/two_revisions.txt.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from turns import Server, serve
+
 SHAPES = ((768, 32, 4), (768, 16, 12), (1024, 16, 8), (4096, 32, 8))  # hidden_size, reduction_factor, phm_dim
 TOKENS = (1, 256, 2048)
 IMPLS = ("cpu", "factored", "dense")
-TRAIN = 0.02  # seconds of calls for one sample
 
 
 def rows() -> dict[str, Callable[[], Any]]:
@@ -62,40 +60,6 @@ def rows() -> dict[str, Callable[[], Any]]:
     return found
 
 
-def serve() -> None:
-    """Answer each name of a row on stdin with the microseconds of one call."""
-    calls = rows()
-    counts: dict[str, int] = {}
-    for line in sys.stdin:
-        name = line.rstrip("\n")
-        call = calls[name]
-        if name not in counts:
-            call()  # the first call prepares what later calls find
-            start = time.perf_counter()
-            call()
-            counts[name] = max(1, int(TRAIN / (time.perf_counter() - start)))
-        start = time.perf_counter()
-        for _ in range(counts[name]):
-            call()
-        print((time.perf_counter() - start) / counts[name] * 1e6, flush=True)
-
-
-def process(checkout: Path, threads: int) -> subprocess.Popen[str]:
-    """A process that serves the rows of that checkout."""
-    no_page_faults = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 32))
-    env = {**os.environ, **no_page_faults, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
-    return subprocess.Popen(command, env=env, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(server: subprocess.Popen[str], name: str) -> float:
-    """The sample of that row."""
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(f"{name}\n")
-    server.stdin.flush()
-    return float(server.stdout.readline())
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,13 +70,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     args = parser.parse_args()
-    servers = [process(checkout.resolve(), args.threads) for checkout in (args.before, args.after)]
+    servers = [Server(__file__, checkout.resolve(), args.threads) for checkout in (args.before, args.after)]
     names = [name for name in rows() if args.only in name]
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for turn in range(args.rounds):
         for number, name in enumerate(names):
             for side in (0, 1) if (turn + number) % 2 else (1, 0):
-                times[name][side].append(ask(servers[side], name))
+                times[name][side].append(servers[side].ask(name))
         print(f"\rround {turn + 1} of {args.rounds}", end="", file=sys.stderr, flush=True)
     lines = [f"{'row':<44}{'before us':>12}{'after us':>12}{'ratio':>8}"]
     for name, samples in times.items():
@@ -130,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main()
+    serve(rows()) if sys.argv[1:2] == ["--serve"] else main()
