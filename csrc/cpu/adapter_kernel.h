@@ -61,7 +61,7 @@ void adapter_forward(const AdapterJob& job, int64_t begin, int64_t end, float* m
     const T* others = residual && residual != x ? residual : nullptr;
     T *out = static_cast<T*>(job.out), *y = job.norm.weight ? static_cast<T*>(job.y) : out;
     const bool streaming = job.streaming && !job.norm.weight && can_stream(out, up.out_chunk());
-    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
     Expansion<T> expand{up.n_out, up.m, up.out_chunk(), up.right, up.bias, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
     const Normalisation<T> norm{job.norm, up.out, job.streaming && y != out && can_stream(out, up.out)};
@@ -98,8 +98,8 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
     T *grad_x = static_cast<T*>(job.out), *grad_y = static_cast<T*>(job.grad_y);
     const T* g = job.norm.weight ? grad_y : grad_out;
     const bool streaming = job.streaming && can_stream(grad_x, down.in_chunk());
-    const Contraction contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
-    const Contraction contract_g(up.n_out, up.m, up.out_chunk(), up.right, scratch.wide.g_contraction);
+    const Contraction<T> contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_g(up.n_out, up.m, up.out_chunk(), up.right, scratch.wide.g_contraction);
     WeightGradient<T> down_left(down.n_in, down.m, down.in_chunk(), down_sums.left, nullptr, scratch.wide.x_gradient, end - begin);
     WeightGradient<T> up_right(up.n_out, up.m, up.out_chunk(), up_sums.right, up_sums.bias, scratch.wide.g_gradient, end - begin);
     Expansion<T> expand{down.n_in, down.m, down.in_chunk(), down.left, nullptr, streaming};

@@ -3,6 +3,9 @@
 // A vector holds `span` numbers u for each of `group` = W / span rows c of s, another the same
 // numbers of x repeated. A shorter span leaves fewer sums to add at the end (fold4 adds four tokens
 // at once into lanes), but loads x more often. A small m takes the longer span.
+//
+// Where x and all numbers of s are in bf16, and the processor multiplies such pairs (has_dot), a
+// vector holds pairs in place of numbers. The products are exact, and their sums are in fp32.
 #pragma once
 
 #include "element.h"
@@ -10,12 +13,13 @@
 
 namespace compacter::COMPACTER_ISA {
 
+template <class T>
 class Contraction {
 public:
     // `basis` is s, [m][chunk]; `scratch` has size(m, chunk) floats.
     Contraction(int64_t n, int64_t m, int64_t chunk, const float* basis, float* scratch)
-        : n(n), m(m), chunk(chunk), packed(scratch) {
-        with_span([&](auto span) { pack<decltype(span)::value>(basis); });
+        : n(n), m(m), chunk(chunk), packed(scratch), paired(has_dot<T> && pack_pairs(basis)) {
+        if (!paired) with_span([&](auto span) { pack<decltype(span)::value>(basis); });
     }
 
     static int64_t size(int64_t m, int64_t chunk) {
@@ -24,33 +28,38 @@ public:
 
     // z[p,c][token] of `tokens` <= 16 rows of x, zero in the other lanes. `next`, or null: as many
     // rows that are used soon. They are prefetched here, in the phase that stores almost nothing.
-    template <class T>
     void operator()(const T* x, int64_t tokens, float* z, const T* next = nullptr) const {
         if (tokens < lanes)
             for (int64_t j = 0; j < n * m * lanes; ++j) z[j] = 0.f;
-        for (int64_t p = 0; p < n; ++p)
-            with_span([&](auto span) {
-                constexpr int Span = decltype(span)::value;
-                const T *rows = x + p * chunk, *ahead = next ? next + p * chunk : nullptr;
-                float* to = z + p * m * lanes;
-                if (size(m, chunk) <= stays_cached) {
-                    each_rows(tokens, [&](auto R, int64_t token) {
-                        each_groups<Span>([&](auto G, int64_t first) {
-                            tile<R, G, Span>(rows, first ? nullptr : ahead, token, first, to);
-                        });
-                    });
-                } else {
-                    each_groups<Span>([&](auto G, int64_t first) {
-                        each_rows(tokens, [&](auto R, int64_t token) {
-                            // The first tiles share the prefetches.
-                            tile<R, G, Span>(rows, first == token / R * G ? ahead : nullptr, token, first, to);
-                        });
-                    });
-                }
-            });
+        for (int64_t p = 0; p < n; ++p) {
+            const T *rows = x + p * chunk, *ahead = next ? next + p * chunk : nullptr;
+            float* to = z + p * m * lanes;
+            if (has_dot<T> && paired)
+                chunks<4, has_dot<T>>(rows, ahead, tokens, to);
+            else
+                with_span([&](auto span) { chunks<decltype(span)::value, false>(rows, ahead, tokens, to); });
+        }
     }
 
 private:
+    template <int Span, bool Pairs>
+    COMPACTER_INLINE void chunks(const T* rows, const T* ahead, int64_t tokens, float* z) const {
+        if (size(m, chunk) <= stays_cached) {
+            each_rows(tokens, [&](auto R, int64_t token) {
+                each_groups<Span>([&](auto G, int64_t first) {
+                    tile<R, G, Span, Pairs>(rows, first ? nullptr : ahead, token, first, z);
+                });
+            });
+        } else {
+            each_groups<Span>([&](auto G, int64_t first) {
+                each_rows(tokens, [&](auto R, int64_t token) {
+                    // The first tiles share the prefetches.
+                    tile<R, G, Span, Pairs>(rows, first == token / R * G ? ahead : nullptr, token, first, z);
+                });
+            });
+        }
+    }
+
     static constexpr int rows_at_once = many_registers ? 8 : 4;
 
     static int span(int64_t m) { return W == 16 && m <= 4 ? 8 : 4; }
@@ -82,6 +91,24 @@ private:
             }
     }
 
+    // packed[group][u / 8][row in group][8] in bf16; false if a number of s is none.
+    bool pack_pairs(const float* basis) {
+        const int64_t padded = round_up(chunk, 8), all = groups(m, 4) * (W / 4);
+        uint16_t* to = reinterpret_cast<uint16_t*>(packed);
+        for (int64_t c = 0; c < all; ++c) {
+            uint16_t* row = to + c / (W / 4) * (W / 4) * padded + c % (W / 4) * 8;
+            uint32_t lost = 0;
+            for (int64_t u = 0; u < padded; ++u) {
+                uint32_t bits = 0;
+                if (c < m && u < chunk) __builtin_memcpy(&bits, basis + c * chunk + u, sizeof bits);
+                row[u / 8 * (W / 4) * 8 + u % 8] = static_cast<uint16_t>(bits >> 16);
+                lost |= bits & 0xffffu;
+            }
+            if (lost) return false;
+        }
+        return true;
+    }
+
     // A larger s is read once for all rows, since it comes from a cache that other cores use too.
     static constexpr int64_t stays_cached = 1 << 16;
 
@@ -99,16 +126,17 @@ private:
     }
 
     // R tokens by G groups; the same rows of `next`, which may be null, are prefetched.
-    template <int R, int G, int Span, class T>
+    template <int R, int G, int Span, bool Pairs>
     __attribute__((noinline)) void tile(const T* x, const T* next, int64_t token, int64_t first, float* lanes_of_z) const {
         const int64_t stride = n * chunk;
-        const int64_t steps = (chunk + Span - 1) / Span;
+        constexpr int Step = Pairs ? 2 * Span : Span;  // numbers u of a vector
+        const int64_t steps = (chunk + Step - 1) / Step;
         const T *rows = x + token * stride, *ahead = next ? next + token * stride : nullptr;
         const float* s = packed + first * steps * W;
         float* z = lanes_of_z + token;
         Vec sum[R][G] = {};
         // Each line once: a step, or pair of steps, prefetches in every `turns`-th row.
-        constexpr int turns = 64 / ((in_pairs<T> ? 2 : 1) * Span * static_cast<int>(sizeof(T)));
+        constexpr int turns = 64 / ((in_pairs<T> ? 2 : 1) * Step * static_cast<int>(sizeof(T)));
         const auto fetch_ahead = [&](int64_t at) COMPACTER_INLINE_LAMBDA {
             const int64_t turn = at % turns, from = at / turns * (64 / static_cast<int>(sizeof(T)));
             if constexpr (turns >= R) {
@@ -125,10 +153,16 @@ private:
             for (int j = 0; j < G; ++j) basis[j] = load(s + (j * steps + at) * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec numbers = numbers_of(rows + r * stride + at * Span);
+                const Vec numbers = numbers_of(rows + r * stride + at * Step);
 #pragma GCC unroll 4
-                for (int j = 0; j < G; ++j) sum[r][j] += numbers * basis[j];
+                for (int j = 0; j < G; ++j) sum[r][j] = Pairs ? dot(sum[r][j], numbers, basis[j]) : sum[r][j] + numbers * basis[j];
             }
+        };
+        const auto load_step = [](const T* row) COMPACTER_INLINE_LAMBDA {
+            if constexpr (Pairs)
+                return load_pairs_repeated(row);
+            else
+                return load_repeated<Span>(row);
         };
         int64_t at = 0;
         if constexpr (in_pairs<T>)
@@ -149,11 +183,11 @@ private:
                     for (int j = 0; j < G; ++j) sum[r][j] += numbers.second * basis[1][j];
                 }
             }
-        for (; at < chunk / Span; ++at) step(at, [](const T* row) { return load_repeated<Span>(row); });
-        if (chunk % Span) step(chunk / Span, [&](const T* row) {
-            T padded[Span] = {};
-            for (int64_t k = 0; k < chunk % Span; ++k) padded[k] = row[k];
-            return load_repeated<Span>(padded);
+        for (; at < chunk / Step; ++at) step(at, load_step);
+        if (chunk % Step) step(chunk / Step, [&](const T* row) {
+            T padded[Step] = {};
+            for (int64_t k = 0; k < chunk % Step; ++k) padded[k] = row[k];
+            return load_step(padded);
         });
         constexpr int group = W / Span;
 #pragma GCC unroll 4
@@ -185,6 +219,7 @@ private:
 
     int64_t n, m, chunk;
     float* packed;
+    bool paired;
 };
 
 }  // namespace compacter::COMPACTER_ISA

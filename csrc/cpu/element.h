@@ -138,6 +138,23 @@ COMPACTER_INLINE void store_pair(bf16* p, VecPair pair) { _mm256_storeu_si256((_
 COMPACTER_INLINE void stream_pair(bf16* p, VecPair pair) { _mm256_stream_si256((__m256i*)p, to_bf16(pair)); }
 #endif
 
+// With AVX512-BF16, a vector of 2 W numbers in bf16 is multiplied by another, and the products of
+// two neighbours are added to a sum in fp32. Subnormal numbers count as 0.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool has_dot = std::is_same_v<T, bf16>;
+COMPACTER_INLINE Vec dot(Vec sum, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+// The same eight numbers, repeated.
+COMPACTER_INLINE Vec load_pairs_repeated(const bf16* p) {
+    return (Vec)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+}
+#else
+template <class T>
+constexpr bool has_dot = false;
+Vec dot(Vec, Vec, Vec);
+Vec load_pairs_repeated(const void*);
+#endif
+
 COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
 COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
 

@@ -38,7 +38,7 @@ void linear_forward(const LinearJob& job, int64_t begin, int64_t end, float* mem
     const T *x = static_cast<const T*>(job.x), *base = static_cast<const T*>(job.base);
     T* out = static_cast<T*>(job.out);
     const bool streaming = job.streaming && can_stream(out, f.out_chunk());
-    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
     Expansion<T> expand{f.n_out, f.m, f.out_chunk(), f.right, f.bias, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
 
@@ -60,8 +60,8 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
     const T *x = static_cast<const T*>(job.x), *g = static_cast<const T*>(job.grad_out);
     T* grad_x = static_cast<T*>(job.out);
     const bool streaming = job.streaming && can_stream(grad_x, f.in_chunk());
-    const Contraction contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
-    const Contraction contract_g(f.n_out, f.m, f.out_chunk(), f.right, scratch.wide.g_contraction);
+    const Contraction<T> contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_g(f.n_out, f.m, f.out_chunk(), f.right, scratch.wide.g_contraction);
     WeightGradient<T> left_gradient(f.n_in, f.m, f.in_chunk(), sums.left, nullptr, scratch.wide.x_gradient, end - begin);
     WeightGradient<T> right_gradient(f.n_out, f.m, f.out_chunk(), sums.right, sums.bias, scratch.wide.g_gradient, end - begin);
     Expansion<T> expand{f.n_in, f.m, f.in_chunk(), f.left, nullptr, streaming};

@@ -77,7 +77,7 @@ struct MixedScratch {
     MixedScratch(const MixedJob& job, Arena& arena)
         : down(job.first.down), up(job.first.up), all_m(job.count * down.m), all_m2(job.count * up.m),
           wide({down.n_in, all_m, down.in_chunk()}, {up.n_out, all_m2, up.out_chunk()}, arena),
-          b_contraction(arena.take(Contraction::size(job.count, up.out))),
+          b_contraction(arena.take(Contraction<float>::size(job.count, up.out))),
           b_gradient(arena.take(WeightGradient<float>::size(1, job.count, up.out))),
           weights(arena.take(job.count * lanes)),
           gb(arena.take(job.count * lanes)),
@@ -123,7 +123,7 @@ void mixed_forward(const MixedJob& job, int64_t begin, int64_t end, float* memor
     const T *x = static_cast<const T*>(first.x), *residual = static_cast<const T*>(first.residual);
     T* out = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(out, up.out_chunk());
-    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
     const Expansion<float, T> add_bias{1, up.bias ? job.count : 0, k, first.up.bias, nullptr, false};
     Expansion<T, T, float> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
@@ -162,9 +162,9 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
     const T *x = static_cast<const T*>(first.x), *g = static_cast<const T*>(first.grad_out);
     T* grad_x = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(grad_x, down.in_chunk());
-    const Contraction contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
-    const Contraction contract_g(up.n_out, scratch.all_m2, up.out_chunk(), up.right, scratch.wide.g_contraction);
-    const Contraction contract_b(1, up.bias ? job.count : 0, k, up.bias, scratch.b_contraction);
+    const Contraction<T> contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
+    const Contraction<T> contract_g(up.n_out, scratch.all_m2, up.out_chunk(), up.right, scratch.wide.g_contraction);
+    const Contraction<T> contract_b(1, up.bias ? job.count : 0, k, up.bias, scratch.b_contraction);
     WeightGradient<T> left_gradient(down.n_in, scratch.all_m, down.in_chunk(), down_sums.left, nullptr,
                                     scratch.wide.x_gradient, end - begin);
     WeightGradient<T> right_gradient(up.n_out, scratch.all_m2, up.out_chunk(), up_sums.right, nullptr,

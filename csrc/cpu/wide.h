@@ -19,8 +19,8 @@ struct WideScratch {
     float *x_contraction, *g_contraction, *expansion, *x_gradient, *g_gradient;
 
     WideScratch(Side x, Side out, Arena& arena)
-        : x_contraction(arena.take(Contraction::size(x.m, x.chunk))),
-          g_contraction(arena.take(Contraction::size(out.m, out.chunk))),
+        : x_contraction(arena.take(Contraction<float>::size(x.m, x.chunk))),
+          g_contraction(arena.take(Contraction<float>::size(out.m, out.chunk))),
           expansion(arena.take(larger(packed_size(x.m, x.chunk), packed_size(out.m, out.chunk)))),
           x_gradient(arena.take(WeightGradient<float>::size(x.n, x.m, x.chunk))),
           g_gradient(arena.take(WeightGradient<float>::size(out.n, out.m, out.chunk))) {}

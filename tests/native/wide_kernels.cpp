@@ -14,7 +14,7 @@ struct Memory {
     float *contraction, *expansion, *gradient;
 
     Memory(const WideJob& job, Arena& arena)
-        : contraction(arena.take(Contraction::size(job.m, job.chunk))),
+        : contraction(arena.take(Contraction<float>::size(job.m, job.chunk))),
           expansion(arena.take(packed_size(job.m, job.chunk))),
           gradient(arena.take(WeightGradient<float>::size(job.n, job.m, job.chunk))) {}
 };
@@ -33,7 +33,7 @@ void run_as(const WideJob& job, float* scratch) {
     const T *x = static_cast<const T*>(job.x), *residual = static_cast<const T*>(job.residual), *also = static_cast<const T*>(job.also);
     T* out = static_cast<T*>(job.out);
     const bool streaming = can_stream(out, job.chunk);
-    const Contraction contract(job.n, job.m, job.chunk, job.basis, memory.contraction);
+    const Contraction<T> contract(job.n, job.m, job.chunk, job.basis, memory.contraction);
     Expansion<T> expand{job.n, job.m, job.chunk, job.basis, job.bias, streaming};
     expand.pack(memory.expansion, job.tokens);
     WeightGradient<T> add(job.n, job.m, job.chunk, job.sum, job.bias_sum, memory.gradient, job.tokens);
