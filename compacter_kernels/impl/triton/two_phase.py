@@ -75,7 +75,8 @@ def token_tiles(walk, X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, DX, scale
         tl.store(DZ + o_in, dz, mask=m_in)
         tl.store(V2 + o_out, v2, mask=m_out)
         if P.DENSE and DX is not None:
-            dense_gradient(tile, dz, G, DX, S1, T, P)
+            zero = again(tile, count(T, P))
+            dense_gradient(tile + zero, dz, G, DX, S1 + zero, T, P)
 
 
 @triton.jit
