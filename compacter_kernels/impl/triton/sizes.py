@@ -15,8 +15,8 @@ BLOCK = 64  # the most columns of a folded bottleneck that a program computes at
 BLOCK_BYTES = 8192  # the most bytes of a folded matrix, in x's dtype, for these columns
 DENSE_LIMIT = 256  # the most numbers of a dense bottleneck
 DENSE_BLOCK = 64  # the most of them whose gradients a program sums
-MIX_LIMIT = 16384  # the most elements of an unfolded rule, for each column
-MAP_LIMIT = 4096  # of a rule that is not (n, n, n): larger ones spill registers
+MIX_LIMIT = 16384  # the most elements of an unfolded rule, padded, with a copy for each column
+MAP_LIMIT = 4096  # the same of a rule that is not (n, n, n), since a larger one spills registers
 
 
 def power_of_two(value: int, least: int = 1) -> int:
