@@ -64,7 +64,7 @@ def narrow(tile, T, side: tl.constexpr, P: tl.constexpr):
 def token_tiles(walk, X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, DX, scale, T, P: tl.constexpr):
     """Phase 1 for the tiles of a walk (first, end, step); with dense projections it writes dx."""
     for tile in tl.range(walk[0], walk[1], walk[2]):
-        zero = again(tile, count(T, P)) if P.DENSE else 0  # no registers are left to keep addresses
+        zero = again(tile, count(T, P)) if P.DENSE and P.ROUTED else 0  # no registers for addresses
         z = stream(tile, X, T, S1 + zero, 1.0, P.IN, P, True)
         dv = stream(tile, G, T, T2 + zero, scale, P.OUT, P, False)
         o_in, m_in = narrow(tile, T, P.IN, P)
