@@ -52,6 +52,9 @@ SHAPES = [
     )
 ]  # fmt: skip
 PROJECTIONS = [Shape(768, 3072, 4), Shape(1024, 4096, 8), Shape(4096, 128, 8)]  # for `phm_linear`: in, out, n
+# for `kronecker_linear`, as LoKr of peft: in, out, n_in, and n_out
+MAPS = {Shape(384, 384, 16): 16, Shape(768, 1024, 12): 8, Shape(1024, 768, 8): 12, Shape(768, 3072, 4): 8}
+RANK = 8  # of their factors
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE = ("X", "G", "RESIDUAL", "OUT", "DX")  # the pointers of the wide side, in x's dtype
@@ -59,15 +62,17 @@ IDS = {"ROUTE": "*i64", "ORDER": "*i64", "TABLE": "*i32", "IN_TABLE": "*i32", "O
 SCALARS = {"scale": "fp32", **dict.fromkeys(("T", "per", "wide_rows", "rows", "wide_parts", "parts"), "i32")}
 ADAPTERS = 8  # of a bank
 FUNCTIONS = {
-    **dict.fromkeys(("adapter", "linear", "bottleneck"), KERNELS),
+    **dict.fromkeys(("adapter", "linear", "kronecker", "bottleneck"), KERNELS),
     **dict.fromkeys(("bank", "dense-bank"), BANK_KERNELS),
     **dict.fromkeys(("mixed", "dense-mixed"), MIXED_KERNELS),
 }
+_OF_ONE = ("T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7")
 _OF_DENSE = ("A1", "T1", "A2", "S2", "Z", "DV", "G3", "G4", "G6", "G7")
 ABSENT = {  # None in a launch
     "adapter": (),
     "bank": (),
-    "linear": ("RESIDUAL", "T1", "B1", "A2", "S2", "G4", "G5", "G6", "G7"),
+    "linear": ("RESIDUAL", *_OF_ONE),
+    "kronecker": ("B2", "G2", *_OF_ONE),
     "bottleneck": _OF_DENSE,
     "dense-bank": _OF_DENSE,
     "mixed": (),
@@ -75,6 +80,7 @@ ABSENT = {  # None in a launch
 }
 DENSE, BANKS = ("bottleneck", "dense-bank", "dense-mixed"), ("bank", "dense-bank", "mixed", "dense-mixed")
 BOTTLENECKS = [Shape(*widths, 1) for widths in ((768, 48), (768, 256), (1024, 64), (4096, 128))]
+SIZES = {"linear": PROJECTIONS, "kronecker": list(MAPS), **dict.fromkeys(DENSE, BOTTLENECKS)}  # else SHAPES
 SECOND_STAGE = "reduce_rows"  # every backward ends with it; its code is the same for all sizes
 OPTIONS = Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
@@ -95,21 +101,26 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def served_by(job: Job) -> dict[str, Served]:
-    """The kernels that serve a shape, with their sizes, precision and configurations."""
+def problem_of(job: Job) -> Problem:
+    """The problem whose kernels the package compiles."""
+    (k, d, n), dtype, cuda, fp32 = job.shape, DTYPES[job.dtype], torch.device("cuda"), torch.float32
     bank = Bank(ADAPTERS, "mixed" in job.operation, (False, False)) if job.operation in BANKS else None
     if job.operation in DENSE:
-        (k, d, _), fp32 = job.shape, torch.float32
         sides = [Projection(0, 1, 1, None, *widths, (fp32, fp32)) for widths in ((k, d), (d, k))]
-        dense = Problem("bottleneck", torch.device("cuda"), DTYPES[job.dtype], tuple(sides), resolve("swish"), bank)
-        return served(dense, job.arch)
+        return Problem("bottleneck", cuda, dtype, tuple(sides), resolve("swish"), bank)
+    if job.operation == "kronecker":
+        factors = Projection(1, n, MAPS[job.shape], RANK, k, d, (fp32, fp32, fp32, None))
+        return Problem("linear", cuda, dtype, (factors,), None, base=True)
     operation = "linear" if job.operation == "linear" else "adapter"
-    case = Case.of(job.shape, 1, operation=operation, dtype=DTYPES[job.dtype]).inputs()
+    case = Case.of(job.shape, 1, operation=operation, dtype=dtype).inputs()
     if case.up is None:
-        problem = linear_problem(case.x, case.down)
-    else:
-        problem = adapter_problem(case.x, case.down, case.up, case.activation)
-    return served(problem._replace(bank=bank), job.arch)
+        return linear_problem(case.x, case.down)
+    return adapter_problem(case.x, case.down, case.up, case.activation)._replace(bank=bank)
+
+
+def served_by(job: Job) -> dict[str, Served]:
+    """The kernels that serve a shape, with their sizes, precision and configurations."""
+    return served(problem_of(job), job.arch)
 
 
 class Launched(NamedTuple):
@@ -199,8 +210,7 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
 
     A row is about the first configuration that fits into the shared memory of the architecture.
     """
-    adapter = job.operation != "linear"
-    both = OPTIONS if adapter else Options(HAS_BIAS=True)
+    both = {"linear": Options(HAS_BIAS=True), "kronecker": Options()}.get(job.operation, OPTIONS)
     used = served_by(job).get(job.kernel)
     apart = used is not None and (
         job.kernel == "expand"
@@ -232,7 +242,7 @@ def row(job: Job, launches: list[Launched]) -> dict[str, Any]:
         "k": k,
         "d": d,
         "n": n,
-        "r": 1,
+        "r": RANK if job.operation == "kronecker" else 1,
         "dtype": job.dtype,
         "arch": job.arch,
         "triton": triton.__version__,
@@ -277,6 +287,17 @@ def faults(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def line_of(found: dict[str, Any]) -> str:
+    """A row of the table."""
+    name = f"{found['arch']:<7} {found['operation']:<7} {found['kernel']:<16}"
+    shape = f"{found['k']}/{found['d']}/{found['n']}"
+    cells = "" if "error" in found else (
+        f"{found['registers']:>4} reg {found['spill_bytes']:>5} spilled {found['shared_bytes']:>7} of "
+        f"{found['shared_limit']:>6} shared {found['mma']:>4} mma, wide {found['wide_access_share']} {found['config']}"
+    )  # fmt: skip
+    return "  ".join([f"{name} {shape:<11} {found['dtype']} {cells}", *faults(found)])
+
+
 def main() -> int:
     """Compile all kernels and print the table. Returns 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,7 +316,7 @@ def main() -> int:
     cases = [
         (operation, shape)
         for operation in operations
-        for shape in (BOTTLENECKS if operation in DENSE else PROJECTIONS if operation == "linear" else SHAPES)
+        for shape in SIZES.get(operation, SHAPES)
         if not args.shapes or str(shape) in args.shapes.split(",")
     ]
     jobs = [
@@ -307,25 +328,16 @@ def main() -> int:
     ]
     firsts = [next(case for case in cases if case[0] == operation) for operation in dict(cases)]
     jobs += [Job(operation, SECOND_STAGE, shape, "bf16", arch) for arch in archs for operation, shape in firsts]
+    rows = []
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        rows = [found for several in pool.map(rows_of, jobs) for found in several]
+        for several in pool.map(rows_of, jobs):
+            rows += several
+            for found in [] if args.json else several:
+                print(line_of(found), flush=True)
     wrong = sum(bool(faults(found)) for found in rows)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        for found in rows:
-            name = f"{found['arch']:<7} {found['operation']:<7} {found['kernel']:<16}"
-            shape = f"{found['k']}/{found['d']}/{found['n']}"
-            cells = "" if "error" in found else (
-                f"{found['registers']:>4} reg {found['spill_bytes']:>5} spilled {found['shared_bytes']:>7} of "
-                f"{found['shared_limit']:>6} shared {found['mma']:>4} mma, "
-                f"wide {found['wide_access_share']} {found['config']}"
-            )  # fmt: skip
-            print(
-                f"{name} {shape:<11} {found['dtype']} {cells}",
-                *faults(found),
-                sep="  ",
-            )
         print(f"{len(rows)} kernels, {wrong} with a fault, Triton {triton.__version__}")
     return 1 if wrong else 0
 

@@ -15,7 +15,7 @@ from compacter_kernels.accuracy import error, floor
 from compacter_kernels.calls import BankCall
 from compacter_kernels.cases import Case
 from compacter_kernels.impl import triton as impl
-from compacter_kernels.problem import adapter_problem
+from compacter_kernels.problem import adapter_problem, linear_problem
 from compacter_kernels.weights import PHMWeights
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -186,3 +186,10 @@ def test_kronecker_map(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = results(lambda t: t.double(), "dense")
     for got, expected in zip(results(lambda t: t.clone(), "triton"), exact, strict=True):
         assert error(got, expected) <= floor(dtype, FP32)
+
+
+@pytest.mark.parametrize(("n_out", "reason"), [(16, None), (32, "need 8192 numbers on chip")])
+def test_a_rule_that_would_spill_registers_is_refused(n_out: int, reason: str | None) -> None:
+    weights = PHMWeights(torch.zeros(1, 16, n_out), torch.zeros(1, 24, 8), torch.zeros(1, 8, 48), None)
+    refusal = impl.refuses(linear_problem(torch.zeros(2, 384), weights))
+    assert refusal is None if reason is None else reason in str(refusal)

@@ -37,10 +37,14 @@ def share(program, n, ORDER, per, TABLE, P: tl.constexpr):
     return e, walk, (number, position, ORDER, per)
 
 
-@triton.jit
-def far(e, STRIDE: tl.constexpr):
-    """Where the weight of adapter e begins. Triton 3.6 could not return a pointer or None."""
-    return tl.full((), STRIDE, tl.int64) * e
+@triton.jit  # noqa: RET503
+def own(W, i: tl.constexpr, e, P: tl.constexpr):
+    """Where weight i of P.STRIDES begins for adapter e; None if it is absent.
+
+    Without a return statement, since Triton 3.6 cannot compile `return None`.
+    """
+    if W is not None:
+        return W + tl.full((), P.STRIDES[i], tl.int64) * e
 
 
 @triton.jit
@@ -83,15 +87,10 @@ def bank_forward(
     fill_others(program, tl.num_programs(0), RESIDUAL, OUT, ROUTE, ORDER, per, TABLE, T, P.OUT.N * P.OUT.K, P)
     e, walk, tokens = share(program, 1, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
-        a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-        s1 = S1 + far(e, P.STRIDES[1])
-        t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-        b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-        a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-        s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-        t2 = T2 + far(e, P.STRIDES[6])
-        b2 = B2 + far(e, P.STRIDES[7]) if B2 is not None else None
-        forward_tiles(walk, X, RESIDUAL, OUT, a1, s1, t1, b1, a2, s2, t2, b2, scale, tokens, P)
+        forward_tiles(
+            walk, X, RESIDUAL, OUT, own(A1, 0, e, P), own(S1, 1, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+            own(A2, 4, e, P), own(S2, 5, e, P), own(T2, 6, e, P), own(B2, 7, e, P), scale, tokens, P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -103,15 +102,10 @@ def bank_forward_streamed(
     fill_others(program, tl.num_programs(0), RESIDUAL, OUT, ROUTE, ORDER, per, TABLE, T, P.OUT.N * P.OUT.K, P)
     e, walk, tokens = share(program, 1, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
-        a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-        s1 = S1 + far(e, P.STRIDES[1])
-        t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-        b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-        a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-        s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-        t2 = T2 + far(e, P.STRIDES[6])
-        b2 = B2 + far(e, P.STRIDES[7]) if B2 is not None else None
-        streamed_tiles(walk, X, RESIDUAL, OUT, a1, s1, t1, b1, a2, s2, t2, b2, scale, tokens, P)
+        streamed_tiles(
+            walk, X, RESIDUAL, OUT, own(A1, 0, e, P), own(S1, 1, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+            own(A2, 4, e, P), own(S2, 5, e, P), own(T2, 6, e, P), own(B2, 7, e, P), scale, tokens, P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -123,15 +117,11 @@ def bank_backward(
     fill_gradient(program, tl.num_programs(0), G, DX, ROUTE, ORDER, per, TABLE, T, P)
     e, walk, tokens = share(program, 1, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
-        a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-        s1 = S1 + far(e, P.STRIDES[1])
-        t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-        b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-        a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-        s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-        t2 = T2 + far(e, P.STRIDES[6])
         row = PART + program.to(tl.int64) * P.OFFSETS.ROW
-        backward_tiles(walk, row, X, G, DX, a1, s1, t1, b1, a2, s2, t2, scale, tokens, P)
+        backward_tiles(
+            walk, row, X, G, DX, own(A1, 0, e, P), own(S1, 1, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+            own(A2, 4, e, P), own(S2, 5, e, P), own(T2, 6, e, P), scale, tokens, P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -143,14 +133,10 @@ def bank_tokens(
         fill_gradient(tl.program_id(0), tl.num_programs(0), G, DX, ROUTE, ORDER, per, TABLE, T, P)
     e, walk, tokens = share(tl.program_id(0), 1, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
-        a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-        s1 = S1 + far(e, P.STRIDES[1])
-        t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-        b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-        a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-        s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-        t2 = T2 + far(e, P.STRIDES[6])
-        token_tiles(walk, X, G, Z, DV, DZ, V2, a1, s1, t1, b1, a2, s2, t2, DX, scale, tokens, P)
+        token_tiles(
+            walk, X, G, Z, DV, DZ, V2, own(A1, 0, e, P), own(S1, 1, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+            own(A2, 4, e, P), own(S2, 5, e, P), own(T2, 6, e, P), DX, scale, tokens, P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["per"])
@@ -158,13 +144,11 @@ def bank_sums(Z, DV, PART, A1, T1, B1, A2, S2, ORDER, TABLE, per, P: tl.constexp
     """`two_phase.sums`."""
     e, walk, tokens = share(tl.program_id(1), 1, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
-        a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-        t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-        b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-        a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-        s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
         row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
-        sum_tiles(walk, row, tl.program_id(0), Z, DV, a1, t1, b1, a2, s2, tokens, P)
+        sum_tiles(
+            walk, row, tl.program_id(0), Z, DV, own(A1, 0, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+            own(A2, 4, e, P), own(S2, 5, e, P), tokens, P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -178,4 +162,4 @@ def bank_columns(X, G, DX, DZ, V2, PART, S1, ROUTE, ORDER, TABLE, scale, T, per,
     e, walk, tokens = share(program, N, ORDER, per, TABLE, P)
     if e < P.ADAPTERS:
         row = PART + program.to(tl.int64) * P.OFFSETS.ROW
-        column_tiles(walk, row, b, X, G, DX, DZ, V2, S1 + far(e, P.STRIDES[1]), None, 1, scale, tokens, P)
+        column_tiles(walk, row, b, X, G, DX, DZ, V2, own(S1, 1, e, P), None, 1, scale, tokens, P)

@@ -174,7 +174,8 @@ def _two_phase(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     rows = 128 if architecture in ("sm_90", "sm_100") else 64
     # A program writes a row of partials. Many blocks, or a shorter side, need more programs.
     most = 2 if hopper and s.SQUARE and s.K <= HELD_COLUMNS else 8
-    small = Config(32, _columns(s, 32), 4, 1, most)
+    # The sums of both sides of a rule that is not (n, n, n) need registers.
+    small = Config(32, _columns(s, 32), w if s.IN.TERMS and not s.FOLD else 4, 1, most)
     return {
         "tokens": tokens,
         "columns": (Config(rows, _columns(s, 64), 4, 2, most) if bf16 else small, small),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compacter_kernels.impl.triton.bank import far
+from compacter_kernels.impl.triton.bank import own
 from compacter_kernels.impl.triton.columns import block, rows, stream
 from compacter_kernels.impl.triton.middle import again, middle
 from compacter_kernels.impl.triton.middle_backward import middle_backward
@@ -53,14 +53,10 @@ def mixed_middle(X, V2, A1, S1, T1, B1, A2, S2, MIX, T, per, P: tl.constexpr):
     """w_e V2_e of each adapter and token."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         for e in tl.range(0, P.MIXED):
-            a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-            s1 = S1 + far(e, P.STRIDES[1])
-            t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-            b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-            a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-            s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-            z = stream(tile, X, T, s1, 1.0, P.IN, P, True)
-            v2 = middle(z, tile, T, a1, t1, b1, a2, s2, P)
+            z = stream(tile, X, T, own(S1, 1, e, P), 1.0, P.IN, P, True)
+            v2 = middle(
+                z, tile, T, own(A1, 0, e, P), own(T1, 2, e, P), own(B1, 3, e, P), own(A2, 4, e, P), own(S2, 5, e, P), P
+            )  # fmt: skip
             v2 *= weight_of(tile, e, MIX, T, per, P.OUT, P)[:, None]
             store_layer(V2, e, tile, v2, T, P.OUT, P)
 
@@ -76,11 +72,11 @@ def dense_sum(o, tile, u, V, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
         c = i % P.PARTS * NI + tl.arange(0, NI)
         o_v = token.to(tl.int64)[:, None] * side.C + c[None, :]
         v = tl.load(layer(V, e, T, side) + o_v, mask=(token < T)[:, None] & (c < side.C)[None, :], other=0.0)
-        w = factor(W + far(e, P.STRIDES[1 if LEFT else 6]), u[:, None], c[None, :], side.K, side, LEFT)
+        w = factor(own(W, 1 if LEFT else 6, e, P), u[:, None], c[None, :], side.K, side, LEFT)
         o = dot(v.to(LP), tl.trans((w * scale).to(LP)), o, P.PRECISION.WIDE)
     if B is not None:
         for e in tl.range(0, P.MIXED):
-            b2 = tl.load(B + far(e, P.STRIDES[7]) + u, mask=u < side.K, other=0.0).to(tl.float32) * scale
+            b2 = tl.load(own(B, 7, e, P) + u, mask=u < side.K, other=0.0).to(tl.float32) * scale
             o += weight_of(tile, e, MIX, T, per, side, P)[:, None] * b2[None, :]
     return o
 
@@ -103,12 +99,11 @@ def expand(V, RESIDUAL, OUT, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
                 v = tl.load(layer(V, e, T, side) + o_v, mask=m_v, other=0.0)
                 if LEFT:
                     c = tl.arange(0, side.NI)[None, :]
-                    s = factor(W + far(e, P.STRIDES[1]), u[:, None], c, side.K, side, True)
+                    s = factor(own(W, 1, e, P), u[:, None], c, side.K, side, True)
                     o = dot(dz_operand(v, LP, SPLIT), s_operand(s, LP, SPLIT), o, P.PRECISION.WIDE)
                 else:
                     v = mixed_operand(v, p, weight_of(tile, e, MIX, T, per, side, P), side.N, LP)
-                    b2 = B + far(e, P.STRIDES[7]) if B is not None else None
-                    t = t_operand(W + far(e, P.STRIDES[6]), b2, scale, u, side, LP)
+                    t = t_operand(own(W, 6, e, P), own(B, 7, e, P), scale, u, side, LP)
                     o = dot(v, t, o, P.PRECISION.WIDE)
             if RESIDUAL is not None:
                 o += tl.load(RESIDUAL + first + (o_out[:, None] + u[None, :]), mask=m, other=0.0).to(tl.float32)
@@ -144,36 +139,32 @@ def mixed_tokens(
     """Z, w dV2, dZ and w V2 of each adapter and token, and DW [T, E].
 
     Offsets, weights and dV2 are computed again where needed: no registers are left to keep them.
+    With a loop over adapters in one over tiles, the compiler would keep a pointer to each weight.
     """
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
-        for e in tl.range(0, P.MIXED):
-            a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-            s1 = S1 + far(e, P.STRIDES[1])
-            t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-            b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-            a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-            s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
-            t2 = T2 + far(e, P.STRIDES[6])
-            b2 = B2 + far(e, P.STRIDES[7]) if B2 is not None else None
-            z = stream(tile, X, T, s1, 1.0, P.IN, P, True)
-            dv = stream(tile, G, T, t2, scale, P.OUT, P, False)
-            dv *= weight_of(tile, e, MIX, T, per, P.OUT, P)[:, None]
-            if Z is not None:
-                store_layer(Z, e, tile, z, T, P.IN, P)
-                store_layer(DV, e, tile, dv, T, P.OUT, P)
-            dz, v2 = middle_backward(z, dv, tile, T, a1, t1, b1, a2, s2, P)
-            later = tile + again(tile, T)
-            store_layer(DZ, e, later, dz, T, P.IN, P)
-            if V2 is not None:
-                w = weight_of(later, e, MIX, T, per, P.OUT, P)
-                store_layer(V2, e, later, v2 * w[:, None], T, P.OUT, P)
-            if DW is not None:
-                dw = tl.sum(v2 * stream(later, G, T, t2, scale, P.OUT, P, False), 1)
-                if B2 is not None:
-                    dw += with_bias(later, G, b2, T, P) * scale
-                token = later * P.BT + tl.arange(0, P.BT)
-                dw = tl.sum(tl.reshape(dw, (P.BT, P.OUT.NP)), 1)
-                tl.store(DW + token.to(tl.int64) * P.MIXED + e, dw, mask=token < T)
+    tiles = tl.cdiv(tl.cdiv(T, P.BT) - tl.program_id(0), tl.num_programs(0))
+    for i in tl.range(0, tiles * P.MIXED):
+        tile, e = tl.program_id(0) + i // P.MIXED * tl.num_programs(0), i % P.MIXED
+        z = stream(tile, X, T, own(S1, 1, e, P), 1.0, P.IN, P, True)
+        dv = stream(tile, G, T, own(T2, 6, e, P), scale, P.OUT, P, False)
+        dv *= weight_of(tile, e, MIX, T, per, P.OUT, P)[:, None]
+        if Z is not None:
+            store_layer(Z, e, tile, z, T, P.IN, P)
+            store_layer(DV, e, tile, dv, T, P.OUT, P)
+        dz, v2 = middle_backward(
+            z, dv, tile, T, own(A1, 0, e, P), own(T1, 2, e, P), own(B1, 3, e, P), own(A2, 4, e, P), own(S2, 5, e, P), P
+        )  # fmt: skip
+        later = tile + again(tile, T)
+        store_layer(DZ, e, later, dz, T, P.IN, P)
+        if V2 is not None:
+            w = weight_of(later, e, MIX, T, per, P.OUT, P)
+            store_layer(V2, e, later, v2 * w[:, None], T, P.OUT, P)
+        if DW is not None:
+            dw = tl.sum(v2 * stream(later, G, T, own(T2, 6, e, P), scale, P.OUT, P, False), 1)
+            if B2 is not None:
+                dw += with_bias(later, G, own(B2, 7, e, P), T, P) * scale
+            token = later * P.BT + tl.arange(0, P.BT)
+            dw = tl.sum(tl.reshape(dw, (P.BT, P.OUT.NP)), 1)
+            tl.store(DW + token.to(tl.int64) * P.MIXED + e, dw, mask=token < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -181,15 +172,13 @@ def mixed_sums(Z, DV, PART, A1, T1, B1, A2, S2, T, P: tl.constexpr):
     """`two_phase.sums` for each adapter, which has num_programs(1) / E programs and rows."""
     programs = tl.num_programs(1) // P.MIXED
     e, i = tl.program_id(1) // programs, tl.program_id(1) % programs
-    a1 = A1 + far(e, P.STRIDES[0]) if A1 is not None else None
-    t1 = T1 + far(e, P.STRIDES[2]) if T1 is not None else None
-    b1 = B1 + far(e, P.STRIDES[3]) if B1 is not None else None
-    a2 = A2 + far(e, P.STRIDES[4]) if A2 is not None else None
-    s2 = S2 + far(e, P.STRIDES[5]) if S2 is not None else None
     row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     walk = (i, tl.cdiv(T, P.BT), programs)
     z, dv = layer(Z, e, T, P.IN), layer(DV, e, T, P.OUT)
-    sum_tiles(walk, row, tl.program_id(0), z, dv, a1, t1, b1, a2, s2, T, P)
+    sum_tiles(
+        walk, row, tl.program_id(0), z, dv, own(A1, 0, e, P), own(T1, 2, e, P), own(B1, 3, e, P),
+        own(A2, 4, e, P), own(S2, 5, e, P), T, P,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -200,5 +189,5 @@ def mixed_columns(X, G, DZ, V2, PART, S1, MIX, scale, T, per, P: tl.constexpr):
     e, i = tl.program_id(1) // programs, tl.program_id(1) % programs
     row = PART + tl.program_id(1).to(tl.int64) * P.OFFSETS.ROW
     walk = (i, tl.cdiv(T.to(tl.int64) * N, P.BT).to(tl.int32), programs)
-    dz, v2, s1 = layer(DZ, e, T, P.IN), layer(V2, e, T, P.OUT), S1 + far(e, P.STRIDES[1])
-    column_tiles(walk, row, tl.program_id(0), X, G, None, dz, v2, s1, MIX + e, per, scale, T, P)
+    dz, v2 = layer(DZ, e, T, P.IN), layer(V2, e, T, P.OUT)
+    column_tiles(walk, row, tl.program_id(0), X, G, None, dz, v2, own(S1, 1, e, P), MIX + e, per, scale, T, P)

@@ -15,7 +15,8 @@ BLOCK = 64  # the most columns of a folded bottleneck that a program computes at
 BLOCK_BYTES = 8192  # the most bytes of a folded matrix, in x's dtype, for these columns
 DENSE_LIMIT = 256  # the most numbers of a dense bottleneck
 DENSE_BLOCK = 64  # the most of them whose gradients a program sums
-MIX_LIMIT = 16384  # the most elements of an unfolded rule
+MIX_LIMIT = 16384  # the most elements of an unfolded rule, padded, with a copy for each column
+MAP_LIMIT = 4096  # the same of a rule that is not (n, n, n), since a larger one spills registers
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -263,7 +264,8 @@ def too_large(s: Sizes) -> str | None:
         width = s.DP if s.ACTIVATION is not None else s.OUT.NP * s.OUT.NI
         held, limit = max(side.NP * side.NI for side in sides) * width, FOLD_LIMIT
     else:
-        held, limit = max(side.NI * side.NP * side.MP for side in sides), MIX_LIMIT
+        held = max(side.NI * side.NP * side.MP for side in sides)
+        limit = MAP_LIMIT if s.IN.TERMS else MIX_LIMIT
     if held > limit:
         return f"phm_dim, phm_rank and bottleneck need {held} numbers on chip between the projections, over {limit}"
     return None

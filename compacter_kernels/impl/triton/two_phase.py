@@ -64,8 +64,9 @@ def narrow(tile, T, side: tl.constexpr, P: tl.constexpr):
 def token_tiles(walk, X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, DX, scale, T, P: tl.constexpr):
     """Phase 1 for the tiles of a walk (first, end, step); with dense projections it writes dx."""
     for tile in tl.range(walk[0], walk[1], walk[2]):
-        z = stream(tile, X, T, S1, 1.0, P.IN, P, True)
-        dv = stream(tile, G, T, T2, scale, P.OUT, P, False)
+        zero = again(tile, count(T, P)) if P.DENSE and P.ROUTED else 0  # no registers for addresses
+        z = stream(tile, X, T, S1 + zero, 1.0, P.IN, P, True)
+        dv = stream(tile, G, T, T2 + zero, scale, P.OUT, P, False)
         o_in, m_in = narrow(tile, T, P.IN, P)
         o_out, m_out = narrow(tile, T, P.OUT, P)
         if not P.DENSE:
@@ -75,7 +76,7 @@ def token_tiles(walk, X, G, Z, DV, DZ, V2, A1, S1, T1, B1, A2, S2, T2, DX, scale
         tl.store(DZ + o_in, dz, mask=m_in)
         tl.store(V2 + o_out, v2, mask=m_out)
         if P.DENSE and DX is not None:
-            dense_gradient(tile, dz, G, DX, S1, T, P)
+            dense_gradient(tile + zero, dz, G, DX, S1 + zero, T, P)
 
 
 @triton.jit
