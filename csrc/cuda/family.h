@@ -3,9 +3,9 @@
 //
 //     Z[p,c] = sum_u x[p,u] s_c[u]    V2 = middle(Z)    out[q,u] = sum_c V2[q,c] t_c[u] + b[q,u] + residual
 //
-// A tile is tokens of one adapter. Between the wide factors its numbers are X[slot][token][c][p], c < m, with p fastest and
-// padded with zeros to a multiple of four; a plain bottleneck has one p. There is one slot, for the adapter of the tile,
-// or one for each adapter of the bank if they are mixed.
+// A tile is tokens of one adapter. Between the wide factors its numbers are X[c][token][p], with p fastest and padded with
+// zeros to a multiple of four; a plain bottleneck has one p. There is one slot of m numbers c, for the adapter of the tile, or
+// one for each adapter of the bank if they are mixed.
 #pragma once
 
 #include "kernels.h"
@@ -48,7 +48,9 @@ struct Family {
     int columns;        // slots * m
     int right_terms;    // the same with the rows of the bias, one for each slot and q
     int rows_in, rows_out;  // of a tile, multiples of 16
-    Divisor by_n_in, by_n_out;
+    int stride;         // floats from X[c] to X[c + 1]
+    int quads;          // of four numbers in an X[c]
+    Divisor by_n_in, by_n_out, by_groups_in, by_groups_out, by_rank, by_quads;
     bool dense, mixed;  // a plain bottleneck; a weighted sum of all adapters
     Factor left, right2, bias2;
     Array rule, right, bias, rule2, left2;  // of all adapters
@@ -62,7 +64,7 @@ struct Family {
     COMPACTER_BOTH int rule_size() const { return middle.terms * n_in * n_out; }
     COMPACTER_BOTH int inner_size() const { return middle.m * middle.inner; }
     COMPACTER_BOTH int bias_size() const { return dense ? middle.m : middle.inner * n_in; }
-    COMPACTER_BOTH int numbers() const { return middle.tokens * middle.m * middle.n; }  // of a slot
+    COMPACTER_BOTH int inner() const { return slots * middle.inner; }
 };
 
 // The parameters of an adapter, or of all that are mixed, as shared memory will have them: the small factors, then both wide
@@ -76,15 +78,15 @@ struct Images {
 };
 
 // A wide factor in shared memory: all of it, or two slabs, of which one is copied while the other is used. Then both factors
-// have the same place.
+// have the same place. `rows` is `terms` rounded up to a multiple of eight; those that do not exist are zeros.
 struct Slab {
-    int at, segments, terms, parts;
+    int at, segments, terms, rows, parts;
     bool whole;
 };
 
 // Where a kernel has what it shares, as offsets.
 struct FamilyPlaces {
-    int ids, mix;           // [token], [token][slot]
+    int ids, mix;           // [token], [slot][token]
     Slab left, right2;
     SharedFactors factors;  // of the first slot
     int factors_bytes;      // of a slot
@@ -101,8 +103,16 @@ struct FamilyForward {
     const void *x, *residual;
     void* out;
     FamilyPlaces places;
-    int z, v, h;                // z of all slots, v and h of one
-    int v_parts, part_stride;   // V2 as [part][c][row] in bf16
+    int z, v, h;
+    int v_parts, part_stride;  // V2 as [part][c][row] in bf16
+};
+
+// What a backward keeps of each tile for the gradients of the wide factors: V2 or dZ as [part][c][row] in bf16.
+struct Kept {
+    uint16_t* first;  // or null
+    int stride;       // numbers from one c to the next
+    int part;         // from one part to the next
+    int64_t tile;     // from one tile to the next
 };
 
 // A routed bank for the kernels that know the sizes of one adapter of rank 1. Its groups of rows have whole tiles of 8 tokens.
@@ -136,32 +146,41 @@ struct Partials {
 };
 
 // The first kernel of a backward: dx, the sums of the small factors, and for the second what it needs of each row.
+// But for bf16 before sm_100, the compiler takes more registers than 16 warps have.
+template <class T>
+COMPACTER_BOTH constexpr int threads_of_rows(int capability) {
+    return T::parts == 1 && capability < 100 ? 512 : 256;
+}
+
 struct FamilyBackward {
     Family family;
     const void *x, *grad_out;
     void* grad_x;          // or null
     bool residual_is_x;
-    float *v2, *dz;        // [row][c] of the tokens in the order of the tiles, or null
+    Kept v2, dz;
     float* grad_mix;       // [token][adapter], or null
     Partials partials;     // rule, right, bias, rule2, left2; `first` is null if none is wanted
     FamilyPlaces places;
-    Numbers numbers;       // z and dv2 of all slots, the rest of one
+    Numbers numbers;       // z2 has the place of v, and dv that of dz2
     SharedSums sums;       // of the first slot
     int sums_bytes;        // of a slot
-    int mixed_dv2, mixed_v2, of_bias;  // of one slot: w dV2, V2; [token][slot]: <g, b2>
-    int dz_parts, part_stride;
+    int mixed_v2, of_bias;  // X: V2; [slot][row]: <g, b2>
+    int v2_parts, dz_parts, part_stride;
 };
 
 // The second kernel: ds1, dt2 and db2, as products over the rows of the tiles.
+constexpr int most_terms_of_weights = 64;  // numbers c of a block
 struct FamilyWeights {
     Family family;
     const void *x, *grad_out;
-    const float *v2, *dz;
+    Kept v2, dz;
     Partials partials;             // left, right2, bias2
     bool wants_left, wants_right;  // right2 or bias2
-    int slab;                      // columns of a block
-    int slabs_in, slabs_out;
-    int ids, mix, rows, row_stride, parts, part_stride, sums;
+    int slab;                      // columns u of a block
+    int left_terms, right_terms;   // numbers c of a block, a multiple of eight
+    int slabs_in, slabs_out;       // blocks of a program
+    int ids, rows, row_stride, parts, parts_bytes, part_stride;
+    int stage_bytes;               // from one of two stages to the next
 };
 
 // The third: adds the partials of each adapter.

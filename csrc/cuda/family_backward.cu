@@ -3,168 +3,212 @@
 // adapters that are mixed:
 //     V2_e and dV2_e are multiplied by w_e     dw_e = <V2_e, dV2_e> + <g, b2_e>, both before that
 // For the gradients of the wide factors it leaves V2 and dZ of each row to family_weights.cu.
-#include "small.h"
+#include "family_middle.h"
 
 namespace compacter::cuda {
 namespace {
 
 template <class T>
 struct Pass {
-    static constexpr int Q = Padded::quad;
+    using Four = Quad<4>;
+    using Place = FamilyMiddle::Place;
     const FamilyBackward& b;
     const Family& family = b.family;
     const Sizes& s = b.family.middle;
-    Block block{};
+    const Numbers& numbers = b.numbers;
     int* ids = reinterpret_cast<int*>(shared_memory() + b.places.ids);
-    float* weights = floats_at(b.places.mix);
+    FamilyMiddle middle{b.family, b.places};
+    Parts v2_parts = parts_at(b.v2_parts, b.part_stride, b.family.columns);
     Parts dz_parts = parts_at(b.dz_parts, b.part_stride, b.family.columns);
     bool with_bias = b.family.mixed && b.grad_mix && b.family.bias2.array.data;  // <g, b2> is needed
 
-    // Z and dV2 of all slots, and <g, b2>.
+    // Z and dV2 of all slots, and <g, b2>. If the factors are there whole, and half of the warps
+    // suffices for the rows, one half has Z, the other one the rest.
     COMPACTER_DEVICE void contract_both(int adapter, bool staged) const {
         const auto x = rows_of_x(static_cast<const T*>(b.x), ids, family);
         const auto g = rows_of_out(static_cast<const T*>(b.grad_out), ids, family);
         const Images& images = b.places.images;
         const unsigned char* image = image_of(family, images, adapter);
         const Slab &left = b.places.left, &right2 = b.places.right2;
-        const auto number = [&](int offset, int token, int p, int c) {
-            const int slot = s.by_m.quotient(c);
-            return offset / 4 + ((slot * s.tokens + token) * s.m + c - slot * s.m) * s.n + p;
+        const int warps = blockDim.x / 32, most_rows = max(family.rows_in, family.rows_out);
+        const int half = left.whole && warps / 2 * 16 >= most_rows ? warps / 2 : 0;
+        const auto place_of_z = [&](int c, int) { return c < family.columns ? numbers.z / 4 + c * family.stride : -1; };
+        const auto place_of_dv2 = [&](int c, int q) {
+            if (c < family.columns) return numbers.dv2 / 4 + c * family.stride;
+            const int row = c - family.columns, slot = family.by_n_out.quotient(row);
+            return c < right2.terms && row - slot * family.n_out == q ? b.of_bias / 4 + slot * family.stride : -1;
         };
         for_each_slab(left, s.in, image + images.left, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
-            contract_slab<T>(x, family.rows_in, factor, left.terms, first, count, [&](int row, int c) {
-                const int token = family.by_n_in.quotient(row);
-                return number(b.numbers.z, token, row - token * family.n_in, c);
-            });
+            const WarpShare share(x.by_groups, 0, warps - half);
+            contract_slab<T>(x, share, factor, left.rows, first, count, s.n, place_of_z);
         });
-        for_each_slab(right2, s.out, image + images.right2, images.right2_slab, staged, [&](int first, int count, const Parts& factor) {
-            contract_slab<T>(g, family.rows_out, factor, right2.terms, first, count, [&](int row, int c) {
-                const int token = family.by_n_out.quotient(row), q = row - token * family.n_out;
-                if (c < family.columns) return number(b.numbers.dv2, token, q, c);
-                const int slot = family.by_n_out.quotient(c - family.columns);
-                if (c - family.columns - slot * family.n_out != q) return -1;
-                return b.of_bias / 4 + (token * family.slots + slot) * family.n_out + q;
-            });
+        for_each_slab(right2, s.out, image + images.right2, images.right2_slab, staged,
+                      [&](int first, int count, const Parts& factor) {
+                          const WarpShare share(g.by_groups, half, warps - half);
+                          contract_slab<T>(g, share, factor, right2.rows, first, count, s.n, place_of_dv2);
+                      });
+        __syncthreads();
+    }
+
+    // From Z and dV2 to V2 and dZ, as parts.
+    COMPACTER_DEVICE void compute(const Tile& tile) const {
+        if (family.dense) of_dense();
+        else if (!s.inner) of_one();
+        else of_adapter();
+        __syncthreads();
+        keep(b.v2, v2_parts, tile);
+        keep(b.dz, dz_parts, tile);
+        if (b.grad_mix) gradient_of_mix(tile);
+    }
+
+    COMPACTER_DEVICE void store_v2(const Place& at, const Four& four) const {
+        middle.store_rows<T>(v2_parts, at, family.n_out, scaled(four, middle.weight(at.slot, at.token)));
+    }
+    COMPACTER_DEVICE void store_dz(const Place& at, const Four& four) const {
+        middle.store_rows<T>(dz_parts, at, family.n_in, four);
+    }
+
+    COMPACTER_DEVICE void of_one() const {
+        const int rule = b.places.factors.rule;
+        middle.for_each_place([&](const Place& at) {
+            store_v2(at, middle.mix(rule, numbers.z, at));
+            store_dz(at, middle.mix_back(rule, numbers.dv2, at));
         });
-        block.sync();
+        if (b.partials.first) middle.add_rule_gradient(b.sums.rule, b.sums_bytes, numbers.z, numbers.dv2, false);
     }
 
-    // What the second kernel needs of a row: number c of slot and row, of n for each token.
-    COMPACTER_DEVICE void keep(float* all, const Tile& tile, int token, int p, int n, int slot, int c, float value) const {
-        if (all && token < tile.count) all[((int64_t{tile.first} + token) * n + p) * family.columns + slot * s.m + c] = value;
-    }
-
-    // From Z and dV2 to V2 and dZ.
-    COMPACTER_DEVICE void middle(const Tile& tile) const {
-        for (int slot = 0; slot < family.slots; ++slot) {
-            const SharedFactors factors = of_slot(b.places.factors, slot * b.places.factors_bytes);
-            const SharedSums sums = of_slot(b.sums, slot * b.sums_bytes);
-            Numbers numbers = b.numbers;
-            numbers.z += slot * family.numbers() * 4;
-            numbers.dv2 += slot * family.numbers() * 4;
-            if (family.dense) of_dense(tile, slot, factors, sums, numbers);
-            else of_sums(tile, slot, factors, sums, numbers);
-        }
-    }
-
-    COMPACTER_DEVICE void of_sums(const Tile& tile, int slot, const SharedFactors& factors, const SharedSums& sums,
-                                  Numbers numbers) const {
-        const float* dv2 = floats_at(numbers.dv2);
-        if (family.mixed) {
-            numbers.dv2 = b.mixed_dv2;
-            for (int e = block.rank; e < family.numbers(); e += block.size)
-                floats_at(b.mixed_dv2)[e] = dv2[e] * weight(e / (s.m * s.n), slot);
-            block.sync();
-        }
-        const Between<Padded> between{s, factors, sums, numbers, family.activation, b.partials.first != nullptr};
-        between.back(
-            [&](int token, int of_q, int c, const Quad<Q>& four) {
-                if (family.mixed) store_quad<Q>(floats_at(b.mixed_v2) + (token * s.m + c) * s.n + of_q * Q, four);
+    COMPACTER_DEVICE void of_adapter() const {
+        const SharedFactors& factors = b.places.factors;
+        middle.for_each_place([&](const Place& at) {
+            store_quad<4>(middle.at(numbers.v, at), middle.mix(factors.rule, numbers.z, at));
+            const Four dz2 = middle.mix_back(factors.rule2, numbers.dv2, at);
+            store_quad<4>(middle.at(numbers.dz2, at), scaled(dz2, middle.weight(at.slot, at.token)));
+        });
+        __syncthreads();
+        middle.widen(numbers.v, [&](int row, int slot, int v, int quad, Four y) {
+            Four dh{};
+            const float* dz2 = middle.at(numbers.dz2, slot * s.m, quad);
+            middle.add_product(dh, middle.factor(factors.left2, slot) + v, s.inner_stride, dz2, s.m);
 #pragma unroll
-                for (int j = 0; j < Q; ++j)
-                    if (of_q * Q + j < family.n_out)
-                        keep(b.v2, tile, token, of_q * Q + j, family.n_out, slot, c, four.at[j] * weight(token, slot));
-            },
-            [&](int token, int of_p, int c, const Quad<Q>& four) {
-#pragma unroll
-                for (int j = 0; j < Q; ++j) {
-                    const int p = of_p * Q + j;
-                    if (p >= family.n_in) continue;
-                    keep(b.dz, tile, token, p, family.n_in, slot, c, four.at[j]);
-                    store_parts<T>(dz_parts, slot * s.m + c, token * family.n_in + p, four.at[j]);
-                }
-            });
-        if (!b.grad_mix) return;
-        gradient_of_mix(tile, slot, [&](int token, int e) {
-            return floats_at(b.mixed_v2)[token * s.m * s.n + e] * dv2[token * s.m * s.n + e];
-        });
-        block.sync();
-    }
-
-    COMPACTER_DEVICE void of_dense(const Tile& tile, int slot, const SharedFactors& factors, const SharedSums& sums,
-                                   const Numbers& numbers) const {
-        float *z = floats_at(numbers.z), *dv2 = floats_at(numbers.dv2);
-        for (int e = block.rank; e < s.tokens * s.m; e += block.size) {
-            const int token = s.by_m.quotient(e), c = e - token * s.m;
-            const ValueAndSlope h = activate(family.activation, z[e] + floats_at(factors.bias)[c]);
-            const float dz = dv2[e] * weight(token, slot) * h.slope;
-            keep(b.v2, tile, token, 0, 1, slot, c, h.value * weight(token, slot));
-            keep(b.dz, tile, token, 0, 1, slot, c, dz);
-            store_parts<T>(dz_parts, slot * s.m + c, token, dz);
-            z[e] = dz;
-            dv2[e] *= h.value;
-        }
-        block.sync();
-        if (b.partials.first)
-            for (int c = block.rank; c < s.m; c += block.size) {
-                float sum = 0.f;
-                for (int token = 0; token < s.tokens; ++token) sum += z[token * s.m + c];
-                floats_at(sums.bias)[c] += sum;
+            for (int j = 0; j < 4; ++j) {
+                const ValueAndSlope a = activate(family.activation, y.at[j]);
+                y.at[j] = a.value;
+                dh.at[j] *= a.slope;
             }
-        if (b.grad_mix) gradient_of_mix(tile, slot, [&](int token, int e) { return dv2[token * s.m + e]; });
-        block.sync();
+            store_quad<4>(middle.at(numbers.h, row, quad), y);
+            store_quad<4>(middle.at(numbers.dy, row, quad), dh);
+        });
+        __syncthreads();
+        if (b.partials.first) {
+            middle.add_outer(b.sums.right, b.sums_bytes, numbers.v, s.m, numbers.dy, s.inner);
+            middle.add_outer(b.sums.left2, b.sums_bytes, numbers.dz2, s.m, numbers.h, s.inner);
+            middle.add_bias_gradient(b.sums.bias, b.sums_bytes, numbers.dy, s.inner, s.n);
+            __syncthreads();
+        }
+        middle.for_each_place([&](const Place& at) {
+            store_quad<4>(middle.at(numbers.z2, at), middle.reduce(factors.left2, numbers.h, at));
+            store_quad<4>(middle.at(numbers.dv, at), middle.reduce(factors.right, numbers.dy, at));
+        });
+        __syncthreads();
+        middle.for_each_place([&](const Place& at) {
+            const Four v2 = middle.mix(factors.rule2, numbers.z2, at);
+            if (b.grad_mix) store_quad<4>(middle.at(b.mixed_v2, at), v2);
+            store_v2(at, v2);
+            store_dz(at, middle.mix_back(factors.rule, numbers.dv, at));
+        });
+        if (!b.partials.first) return;
+        middle.add_rule_gradient(b.sums.rule, b.sums_bytes, numbers.z, numbers.dv, false);
+        middle.add_rule_gradient(b.sums.rule2, b.sums_bytes, numbers.z2, numbers.dv2, true);
     }
 
-    COMPACTER_DEVICE float weight(int token, int slot) const { return weights[token * family.slots + slot]; }
-
-    // dw of a slot: the sum of product(token, e) over all e, and of <g, b2>. A warp has a token.
-    template <class Product>
-    COMPACTER_DEVICE void gradient_of_mix(const Tile& tile, int slot, const Product& product) const {
-        const int lane = threadIdx.x % 32, count = s.m * s.n;
-        for (int token = threadIdx.x / 32; token < tile.count; token += blockDim.x / 32) {
-            float sum = 0.f;
-            for (int e = lane; e < count; e += 32) sum += product(token, e);
-            if (with_bias)
-                for (int q = lane; q < family.n_out; q += 32)
-                    sum += floats_at(b.of_bias)[(token * family.slots + slot) * family.n_out + q];
+    COMPACTER_DEVICE void of_dense() const {
+        middle.for_each_quad(family.columns, [&](int c, int quad) {
+            const int slot = s.by_m.quotient(c);
+            const float bias = middle.factor(b.places.factors.bias, slot)[c - slot * s.m];
+            Four z = load_quad<4>(middle.at(numbers.z, c, quad)), dv2 = load_quad<4>(middle.at(numbers.dv2, c, quad)), v2;
 #pragma unroll
-            for (int flip = 16; flip; flip /= 2) sum += __shfl_xor_sync(0xffffffff, sum, flip);
-            if (lane == 0) b.grad_mix[int64_t{ids[token]} * family.slots + slot] = sum;
+            for (int j = 0; j < 4; ++j) {
+                const ValueAndSlope h = activate(family.activation, z.at[j] + bias);
+                const float weight = middle.weight(slot, quad * 4 + j);
+                v2.at[j] = h.value * weight;
+                z.at[j] = dv2.at[j] * weight * h.slope;
+                dv2.at[j] *= h.value;
+            }
+            store_parts<T>(v2_parts, c, quad * 4, v2);
+            store_parts<T>(dz_parts, c, quad * 4, z);
+            store_quad<4>(middle.at(numbers.z, c, quad), z);
+            store_quad<4>(middle.at(numbers.dv2, c, quad), dv2);
+        });
+        if (!b.partials.first) return;
+        __syncthreads();
+        middle.add_bias_gradient(b.sums.bias, b.sums_bytes, numbers.z, s.m, 1);
+    }
+
+    // What the second kernel needs of a tile.
+    COMPACTER_DEVICE void keep(const Kept& kept, const Parts& from, const Tile& tile) const {
+        if (!kept.first) return;
+        const int vectors = kept.part / 8;
+        auto* to = reinterpret_cast<uint4*>(kept.first + tile.number * kept.tile);
+#pragma unroll
+        for (int part = 0; part < T::factor_parts; ++part)
+            for (int e = threadIdx.x; e < vectors; e += blockDim.x)
+                store_global(to + part * vectors + e, reinterpret_cast<const uint4*>(from.first + part * from.part)[e]);
+    }
+
+    // dw = <V2, dV2> + <g, b2> of each slot and token.
+    COMPACTER_DEVICE void gradient_of_mix(const Tile& tile) const {
+        for (int e = threadIdx.x; e < family.slots * s.tokens; e += blockDim.x) {
+            const int slot = e / s.tokens, token = e - slot * s.tokens;
+            if (token >= tile.count) continue;
+            const int first = slot * s.m * family.stride + token * s.n;
+            const float *dv2 = floats_at(numbers.dv2) + first, *v2 = floats_at(b.mixed_v2) + first;
+            float sum = 0.f;
+            for (int c = 0; c < s.m; ++c)
+                for (int q = 0; q < s.n; ++q) {
+                    const int at = c * family.stride + q;
+                    sum += family.dense ? dv2[at] : v2[at] * dv2[at];
+                }
+            if (with_bias)
+                for (int q = 0; q < family.n_out; ++q) sum += floats_at(b.of_bias)[slot * family.stride + token * s.n + q];
+            b.grad_mix[int64_t{ids[token]} * family.slots + slot] = sum;
         }
     }
 
     // dx; without an adapter, g if the residual is x.
     COMPACTER_DEVICE void expand(const Tile& tile, bool staged) const {
         const auto out = rows_of_x(static_cast<T*>(b.grad_x), ids, family);
-        const bool computes = tile.adapter < family.tiling.adapters, poison = tile.adapter > family.tiling.adapters;
         const auto residual = rows_of_x(static_cast<const T*>(b.residual_is_x ? b.grad_out : nullptr), ids, family);
-        const auto slab = [&](int first, int count, const Parts& factor) {
-            expand_slab(dz_parts, family.rows_in, computes ? family.columns : 0, factor, first, count, residual, out, poison);
-        };
-        if (!computes) return slab(0, segments(s.in), Parts{});
+        const int adapters = family.tiling.adapters;
+        if (tile.adapter >= adapters) return copy_tile<T>(s.in, residual, out, tile.adapter > adapters);
         const Images& images = b.places.images;
+        const Slab& left = b.places.left;
         const unsigned char* from = image_of(family, images, tile.adapter) + images.left;
-        for_each_slab(b.places.left, s.in, from, images.left_slab, staged, slab);
+        for_each_slab(left, s.in, from, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
+            if (out.whole()) expand_slab<true, T>(dz_parts, left.rows, factor, first, count, residual, out);
+            else expand_slab<false, T>(dz_parts, left.rows, factor, first, count, residual, out);
+        });
     }
 };
 
+#ifdef __CUDA_ARCH__
+constexpr int capability = __CUDA_ARCH__ / 10;
+#else
+constexpr int capability = 0;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(256, 1) backward(const FamilyBackward b) {
+__global__ void __launch_bounds__(threads_of_rows<T>(capability), 1) backward(const FamilyBackward b) {
     const Pass<T> pass{b};
     const Family& family = b.family;
     const Tiles tiles{family.tiling};
     clear(b.places.clear, b.places.clear_end);
     const int share = tiles.share(gridDim.x), begin = blockIdx.x * share, all = tiles.count();
+    const auto prefetch = [&](int tile) {
+        if (tile >= begin + share) return;
+        prefetch_tile(tiles, tile, static_cast<const T*>(b.x), family.n_in * family.middle.in);
+        prefetch_tile(tiles, tile, static_cast<const T*>(b.grad_out), family.n_out * family.middle.out);
+    };
+    prefetch(begin);
     int staged = -1;
     for (int at = begin; at < begin + share && at < all; ++at) {
         const Tile tile = tiles.at(at);
@@ -180,10 +224,11 @@ __global__ void __launch_bounds__(256, 1) backward(const FamilyBackward b) {
         }
         stage_tokens(pass.ids, tiles, tile);
         __syncthreads();
+        prefetch(at + 1);
         if (computes) {
-            stage_mix(pass.weights, pass.ids, family);
+            stage_mix(floats_at(b.places.mix), pass.ids, family);
             pass.contract_both(tile.adapter, same);
-            pass.middle(tile);
+            pass.compute(tile);
             staged = tile.adapter;
         }
         if (b.grad_x) pass.expand(tile, true);

@@ -9,7 +9,7 @@ namespace {
 struct Wide {
     const Family& f;
     const Factor& factor;
-    int adapter;
+    int terms, adapter;
     float scale;
 
     // The number c, u, which exists.
@@ -26,25 +26,28 @@ struct Wide {
     COMPACTER_DEVICE void make(unsigned char* to, const Slab& slab, int slab_bytes, int width, int begin, int end) const {
         constexpr int ahead = 4;
         const int pairs = slabs(slab, width) * slab.segments * segment / 2;
-        const int stride = factor_stride(slab.segments * segment), part = slab.terms * stride;
+        const int stride = factor_stride(slab.segments * segment), part = slab.rows * stride;
         for (int first = begin + threadIdx.x; first < end; first += ahead * blockDim.x) {
             Asked asked[ahead][2];
             int at_c[ahead], at_u[ahead];
 #pragma unroll
             for (int j = 0; j < ahead; ++j) {
                 const int wanted = first + j * static_cast<int>(blockDim.x), e = wanted < end ? wanted : end - 1;
-                const int major = factor.columns_first() ? e / slab.terms : e / pairs;
-                at_c[j] = factor.columns_first() ? e - major * slab.terms : major;
+                const int major = factor.columns_first() ? e / slab.rows : e / pairs;
+                at_c[j] = factor.columns_first() ? e - major * slab.rows : major;
                 at_u[j] = (factor.columns_first() ? major : e - major * pairs) * 2;
 #pragma unroll
-                for (int k = 0; k < 2; ++k) asked[j][k] = ask(at_c[j], at_u[j] + k < width ? at_u[j] + k : width - 1);
+                for (int k = 0; k < 2; ++k)
+                    asked[j][k] = ask(min(at_c[j], terms - 1), at_u[j] + k < width ? at_u[j] + k : width - 1);
             }
 #pragma unroll
             for (int j = 0; j < ahead; ++j) {
                 const int u = at_u[j], number = u / (slab.segments * segment);
                 if (first + j * static_cast<int>(blockDim.x) >= end) break;
                 uint32_t pair[3];
-                split(u < width ? asked[j][0].value() * scale : 0.f, u + 1 < width ? asked[j][1].value() * scale : 0.f, pair);
+                const bool real = at_c[j] < terms;
+                split(real && u < width ? asked[j][0].value() * scale : 0.f,
+                      real && u + 1 < width ? asked[j][1].value() * scale : 0.f, pair);
                 auto* numbers = reinterpret_cast<uint16_t*>(to + int64_t{number} * slab_bytes) + at_c[j] * stride +
                                 place_of(u - number * slab.segments * segment);
 #pragma unroll
@@ -56,7 +59,7 @@ struct Wide {
 
     COMPACTER_DEVICE static int slabs(const Slab& slab, int width) { return (segments(width) + slab.segments - 1) / slab.segments; }
     COMPACTER_DEVICE static int numbers(const Slab& slab, int width) {
-        return slab.terms * slabs(slab, width) * slab.segments * segment / 2;
+        return slab.rows * slabs(slab, width) * slab.segments * segment / 2;
     }
 };
 
@@ -96,12 +99,12 @@ __global__ void __launch_bounds__(256, 2) make_images(const FamilyImages k) {
     const Slab &left = k.places.left, &right2 = k.places.right2;
     const int of_left = Wide::numbers(left, f.middle.in), all = of_left + Wide::numbers(right2, f.middle.out);
     const int share = (all + k.pieces - 1) / k.pieces, begin = piece * share, end = begin + share < all ? begin + share : all;
+    const Images& images = k.places.images;
     if (begin < of_left)
-        Wide{f, f.left, adapter, 1.f}.make(to + k.places.images.left, left, k.places.images.left_slab, f.middle.in, begin,
-                                           end < of_left ? end : of_left);
+        Wide{f, f.left, left.terms, adapter, 1.f}.make(to + images.left, left, images.left_slab, f.middle.in, begin, min(end, of_left));
     if (end > of_left)
-        Wide{f, f.right2, adapter, f.scale}.make(to + k.places.images.right2, right2, k.places.images.right2_slab, f.middle.out,
-                                                 (begin > of_left ? begin : of_left) - of_left, end - of_left);
+        Wide{f, f.right2, right2.terms, adapter, f.scale}.make(to + images.right2, right2, images.right2_slab, f.middle.out,
+                                                               max(begin - of_left, 0), end - of_left);
 }
 
 }  // namespace

@@ -9,21 +9,16 @@ constexpr int reduce_threads_of_family = 256, mix_threads = 1024;
 
 // A block has some columns of one adapter. Its threads are `groups` groups, each of which sums the rows of every groups-th
 // program, and the first adds their sums.
-__global__ void __launch_bounds__(reduce_threads_of_family) reduce(const FamilyReduce r) {
+__global__ void __launch_bounds__(reduce_threads_of_family, 1) reduce(const FamilyReduce r) {
     float* sums = reinterpret_cast<float*>(shared_memory());  // [group][column]
     const int width = reduce_threads_of_family / r.groups, blocks = (r.columns + width - 1) / width;
     const int adapter = blockIdx.x / blocks, group = threadIdx.x / width, lane = threadIdx.x - group * width;
     const Tiles tiles{r.family.tiling};
     int at = (blockIdx.x - adapter * blocks) * width + lane;
-    FamilyGradient gradient{};
-    bool found = false;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < r.count && !found) {
-            gradient = r.gradients[j];
-            found = at < gradient.size;
-            if (!found) at -= gradient.size;
-        }
+    int chosen = 0;
+    while (chosen < r.count && at >= r.gradients[chosen].size) at -= r.gradients[chosen++].size;
+    const bool found = chosen < r.count;
+    const FamilyGradient& gradient = r.gradients[found ? chosen : 0];
     const bool computes = found && gradient.array.data && (!gradient.shared || adapter == 0);
     wait_for_previous_kernel();
     float sum = 0.f;

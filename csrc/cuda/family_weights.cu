@@ -1,5 +1,6 @@
 // The second kernel of a backward of the family: the gradients of the wide factors, as products over the rows of each
-// adapter. It reads x and g once more. A block has some columns of x or g, and a contiguous range of the tiles.
+// adapter. It reads x and g once more. A block has some columns u of x or g, some numbers c, and a contiguous range of the
+// tiles, of which one is copied while another is multiplied. Each warp has 16 u, whose sums stay in its registers.
 //
 //     ds_c[u] = sum_{row} x[row,u] dZ[row,c]    dt_c[u] = sum_{row} g[row,u] V2[row,c]    db2[q,u] = sum_tok w g[q,u]
 #include "gradients.h"
@@ -9,15 +10,20 @@
 namespace compacter::cuda {
 namespace {
 
-// Copies columns `first` to `first` + width - 1 of the rows of a tile, whole segments padded with zeros.
+constexpr int most_eights = most_terms_of_weights / 8;
+
+// Copies columns `first` to `first` + width - 1 of the rows of a tile, in whole segments padded with zeros. A thread has the same
+// eight columns of many rows.
 template <class T>
 COMPACTER_DEVICE void copy_columns(unsigned char* to, int stride, int count, const TileRows<const T>& rows, int first, int width) {
-    const int eights = segments(width) * segment / 8;
-    for (int e = threadIdx.x; e < count * eights; e += blockDim.x) {
-        const int row = e / eights, column = (e - row * eights) * 8;
+    const int eights = segments(width) * segment / 8, lane = threadIdx.x / eights, step = blockDim.x / eights;
+    const int column = (threadIdx.x - lane * eights) * 8;
+    if (lane >= step) return;
+    to += column * static_cast<int>(sizeof(T));
+    for (int row = lane; row < count; row += step) {
         const T* const from = rows.at(row);
         const int left = from ? rows.width - first - column : 0;
-        unsigned char* at = to + row * stride + column * static_cast<int>(sizeof(T));
+        unsigned char* at = to + row * stride;
         if (rows.vectors) {
 #pragma unroll
             for (int v = 0; v < Eight<T>::vectors; ++v)
@@ -35,98 +41,152 @@ struct Pass {
     const FamilyWeights& w;
     const Family& family = w.family;
     const Sizes& s = w.family.middle;
-    int slabs_left = w.wants_left ? w.slabs_in : 0;
-    int unit = blockIdx.x % (slabs_left + (w.wants_right ? w.slabs_out : 0));
-    int program = blockIdx.x / (slabs_left + (w.wants_right ? w.slabs_out : 0));
-    bool right = unit >= slabs_left;
+    int of_left = w.wants_left ? w.slabs_in : 0, units = of_left + (w.wants_right ? w.slabs_out : 0);
+    int program = blockIdx.x / units, unit = blockIdx.x - program * units;
+    bool right = unit >= of_left;
     int n = right ? family.n_out : family.n_in, rows = right ? family.rows_out : family.rows_in;
-    int terms = right ? family.right_terms : family.columns, all = right ? s.out : s.in;
-    int first = (right ? unit - slabs_left : unit) * w.slab, width = all - first < w.slab ? all - first : w.slab;
-    int* ids = reinterpret_cast<int*>(shared_memory() + w.ids);
-    float* weights = floats_at(w.mix);
-    Parts parts = parts_at(w.parts, w.part_stride, terms);
+    int all_u = right ? s.out : s.in, all_c = right ? family.right_terms : family.columns;
+    int slabs_u = (all_u + w.slab - 1) / w.slab, at_c = (right ? unit - of_left : unit) / slabs_u;
+    int first_u = ((right ? unit - of_left : unit) - at_c * slabs_u) * w.slab, width = min(w.slab, all_u - first_u);
+    int most_c = right ? w.right_terms : w.left_terms, first_c = at_c * most_c, terms = min(most_c, all_c - first_c);
+    int kept = max(min(family.columns - first_c, terms), 0);  // of these numbers c, the others are rows of the bias
+    int u = threadIdx.x / 32 * 16;                             // of the warp, in the columns of the block
+    float sum[most_eights][4] = {};
 
-    // V2 with the ones that pick the bias, or dZ.
-    COMPACTER_DEVICE void load_numbers(const Tile& tile) const {
-        const float* from = (right ? w.v2 : w.dz) + int64_t{tile.first} * n * family.columns;
-        for (int e = threadIdx.x; e < rows * terms; e += blockDim.x) {
-            const int row = e / terms, c = e - row * terms;
-            float value = 0.f;
-            if (row < tile.count * n) {
-                if (c < family.columns) {
-                    value = from[int64_t{row} * family.columns + c];
-                } else {
-                    const int token = row / n, slot = (c - family.columns) / n;
-                    value = c - family.columns - slot * n == row - token * n ? weights[token * family.slots + slot] : 0.f;
-                }
-            }
-            store_parts<T>(parts, c, row, value);
+    COMPACTER_DEVICE int* ids(int stage) const { return reinterpret_cast<int*>(shared_memory() + w.ids + stage * w.stage_bytes); }
+    COMPACTER_DEVICE Parts parts(int stage) const {
+        return parts_at(w.parts + stage * w.stage_bytes, w.part_stride, most_c);
+    }
+
+    // Starts to copy the rows of a tile, whose tokens are there, and what the first kernel has kept of it.
+    COMPACTER_DEVICE void load(const Tile& tile, int stage) const {
+        const auto x = right ? rows_of_out(static_cast<const T*>(w.grad_out), ids(stage), family)
+                             : rows_of_x(static_cast<const T*>(w.x), ids(stage), family);
+        copy_columns<T>(shared_memory() + w.rows + stage * w.stage_bytes, w.row_stride, rows, x, first_u, width);
+        const Kept& from = right ? w.v2 : w.dz;
+        const Parts to = parts(stage);
+        const uint16_t* const numbers = from.first + tile.number * from.tile + first_c * from.stride;
+#pragma unroll
+        for (int part = 0; part < T::factor_parts; ++part)
+            for (int e = threadIdx.x * 8; e < kept * from.stride; e += blockDim.x * 8)
+                copy_async(to.first + part * to.part + e, numbers + part * from.part + e, true);
+        if (family.mixed) ones(stage);
+    }
+
+    // The numbers c of this block that pick the bias.
+    COMPACTER_DEVICE void ones(int stage) const {
+        if (kept == terms) return;
+        const Parts to = parts(stage);
+        const int* tokens = ids(stage);
+        const int before = first_c - family.columns;  // rows of the bias that other blocks have
+        for (int e = threadIdx.x; e < s.tokens * family.slots; e += blockDim.x) {
+            const int slot = e / s.tokens, token = e - slot * s.tokens;
+            const float weight = weight_of(family, slot, tokens[token]);
+            for (int q = 0, c = slot * n - before; q < n; ++q, ++c)
+                if (c >= 0 && c < terms) store_parts<T>(to, c, token * n + q, weight);
         }
     }
 
-    COMPACTER_DEVICE void add(const Tile& tile) const {
-        const auto x = right ? rows_of_out(static_cast<const T*>(w.grad_out), ids, family)
-                             : rows_of_x(static_cast<const T*>(w.x), ids, family);
-        unsigned char* to = shared_memory() + w.rows;
-        copy_columns<T>(to, w.row_stride, rows, x, first, width);
-        commit_copies();
-        load_numbers(tile);
-        wait_copies<0>();
-        __syncthreads();
-        for (int job = threadIdx.x / 32; job < (width + 15) / 16; job += blockDim.x / 32)
-            add_gradient<T, 10>(SharedRows<T>{to, w.row_stride}, job * 16, rows, parts,
-                                vectors_at(w.sums) + job * sum_vectors(terms), terms);
+    COMPACTER_DEVICE void add(int stage) {
+        if (u >= width) return;
+        const Lane lane;
+        const Parts right_operand = parts(stage);
+        const SharedRows<T> x{shared_memory() + w.rows + stage * w.stage_bytes, w.row_stride};
+        const int columns = eights(terms), matrix = lane.index / 8;
+        const uint16_t* from = right_operand.first + (matrix / 2 * 8 + lane.index % 8) * right_operand.stride + matrix % 2 * 8;
+        float added[most_eights][4] = {};
+        for (int row = 0; row < rows; row += 16) {
+            uint32_t a[T::parts][4];
+            load_transposed(a, x, row, u, lane);
+#pragma unroll
+            for (int j = 0; j < most_eights; j += 2) {
+                if (j >= columns) break;
+#pragma unroll
+                for (int part = 0; part < T::factor_parts; ++part) {
+                    uint32_t f[4];
+                    load_matrices(f, from + part * right_operand.part + j * 8 * right_operand.stride + row);
+#pragma unroll
+                    for (int of_x = 0; of_x < T::parts; ++of_x) {
+                        if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
+                        mma_16x8x16(added[j], a[of_x], {f[0], f[1]});
+                        mma_16x8x16(added[j + 1], a[of_x], {f[2], f[3]});
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < most_eights; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] += added[j][e];
     }
 
-    COMPACTER_DEVICE void clear_sums() const { clear(w.sums, w.sums + (width + 15) / 16 * sum_vectors(terms) * 16); }
-
-    // Writes the sums, each in the order of its tensor: left, then right2, then bias2.
-    COMPACTER_DEVICE void store(int adapter) const {
-        const int of_left = s.m * s.in, of_right = s.m * s.out;
-        for_each_sum(vectors_at(w.sums), width, terms, [&](int column, int c, float sum) {
-            const int u = first + column;
-            if (c >= family.columns) {
-                const int row = c - family.columns, slot = family.by_n_out.quotient(row), q = row - slot * family.n_out;
-                float* to = w.partials.of(family, program, family.mixed ? slot : adapter) + of_left + of_right;
-                to[family.bias2.at(0, q, 0, u)] = sum * family.scale;
-                return;
+    // Writes the sums, each in the order of its tensor: left, then right2, then bias2. The next ones begin with 0.
+    COMPACTER_DEVICE void store(int adapter) {
+        const Lane lane;
+        const int left_size = s.m * s.in, right_size = s.m * s.out;
+#pragma unroll
+        for (int j = 0; j < most_eights; ++j)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+                const int of_block = j * 8 + lane.t * 2 + odd, c = first_c + of_block;
+                if (of_block >= terms || u >= width) continue;
+                const bool bias = c >= family.columns;
+                const int slot = bias ? family.by_n_out.quotient(c - family.columns) : s.by_m.quotient(c);
+                const int of_slot = bias ? c - family.columns - slot * family.n_out : c - slot * s.m;
+                const int i = bias ? of_slot : family.by_rank.quotient(of_slot), rho = bias ? 0 : of_slot - i * s.rank;
+                const Factor& factor = bias ? family.bias2 : right ? family.right2 : family.left;
+                float* to = w.partials.of(family, program, family.mixed ? slot : adapter);
+                to += (right ? left_size : 0) + (bias ? right_size : 0);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int at = u + lane.g + half * 8;
+                    if (at >= width) continue;
+                    to[factor.at(0, i, rho, first_u + at)] = sum[j][half * 2 + odd] * (right ? family.scale : 1.f);
+                }
             }
-            const int slot = s.by_m.quotient(c), of_slot = c - slot * s.m, i = of_slot / s.rank, rho = of_slot - i * s.rank;
-            float* to = w.partials.of(family, program, family.mixed ? slot : adapter);
-            if (right) to[of_left + family.right2.at(0, i, rho, u)] = sum * family.scale;
-            else to[family.left.at(0, i, rho, u)] = sum;
-        });
+#pragma unroll
+        for (int j = 0; j < most_eights; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] = 0.f;
     }
 };
 
 template <class T>
 __global__ void __launch_bounds__(256, 2) weights(const FamilyWeights w) {
-    const Pass<T> pass{w};
+    Pass<T> pass{w};
     const Tiles tiles{w.family.tiling};
-    const int share = tiles.share(w.partials.programs), begin = pass.program * share, all = tiles.count();
-    int staged = -1;
-    for (int at = begin; at < begin + share && at < all; ++at) {
-        const Tile tile = tiles.at(at);
-        if (tile.adapter >= w.family.tiling.adapters) continue;
-        __syncthreads();
-        if (tile.adapter != staged) {
-            if (staged >= 0) {
-                pass.store(staged);
-                __syncthreads();
-            }
-            pass.clear_sums();
-            staged = tile.adapter;
+    const int share = tiles.share(w.partials.programs), begin = pass.program * share;
+    const int end = min(begin + share, tiles.with_adapter());
+    for (int stage = 0; stage < 2; ++stage) {
+        const int parts = w.parts + stage * w.stage_bytes;
+        clear(parts, parts + w.parts_bytes);
+    }
+    __syncthreads();
+    const auto load = [&](int at, int stage) {
+        if (at < end) {
+            const Tile tile = tiles.at(at);
+            stage_tokens(pass.ids(stage), tiles, tile);
+            __syncthreads();
+            pass.load(tile, stage);
         }
-        stage_tokens(pass.ids, tiles, tile);
+        commit_copies();
+    };
+    if (!w.family.mixed)
+        for (int stage = 0; stage < 2; ++stage) pass.ones(stage);
+    load(begin, 0);
+    int staged = -1;
+    for (int at = begin, stage = 0; at < end; ++at, stage ^= 1) {
+        load(at + 1, stage ^ 1);
+        const int adapter = tiles.at(at).adapter;
+        if (staged >= 0 && adapter != staged) pass.store(staged);
+        staged = adapter;
+        wait_copies<1>();
         __syncthreads();
-        stage_mix(pass.weights, pass.ids, w.family);
+        pass.add(stage);
         __syncthreads();
-        pass.add(tile);
     }
     let_next_kernel_start();
-    if (staged < 0) return;
-    __syncthreads();
-    pass.store(staged);
+    if (staged >= 0) pass.store(staged);
 }
 
 }  // namespace

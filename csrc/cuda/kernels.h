@@ -37,11 +37,11 @@ struct SharedFactors {
 
     SharedFactors() = default;
     SharedFactors(const Sizes& s, Room& room)
-        : rule(room.floats(s.n * s.rule_stride)),
-          rule2(room.floats(s.inner ? s.n * s.rule_stride : 0)),
+        : rule(room.floats(s.terms * s.rule_stride)),
+          rule2(room.floats(s.inner ? s.terms * s.rule_stride : 0)),
           right(room.floats(s.m * s.inner_stride)),
           left2(room.floats(s.m * s.inner_stride)),
-          bias(room.floats(s.inner * s.n)) {}
+          bias(room.floats(s.terms ? s.inner * s.n : s.m)) {}
 };
 
 // The sums over tokens of the gradients of the small factors, in shared memory, as offsets: each as its parameter.

@@ -29,8 +29,8 @@ struct Workspace {
         const auto of_rows = [&](const Partials& p) { return p.rows(f.mixed, f.tiling.adapters) * p.row; };
         table = take(problem.bank && problem.bank->route, f.tiling.ints());
         images = take(true, floats_of_images(f, plan.rows.places));
-        v2 = take(wanted.right, tokens * f.n_out * f.columns);
-        dz = take(wanted.left, tokens * f.n_in * f.columns);
+        v2 = take(wanted.right, int64_t{f.tiling.most} * plan.rows.v2.tile / 2);
+        dz = take(wanted.left, int64_t{f.tiling.most} * plan.rows.dz.tile / 2);
         grad_mix = take(wanted.mix, tokens * f.tiling.adapters);
         small = take(wanted.small, of_rows(plan.rows.partials));
         wide = take(wanted.left || wanted.right, of_rows(plan.weights.partials));
@@ -217,10 +217,8 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
         b.grad_out = w.grad_out = grad_out;
         b.grad_x = grad_x;
         b.residual_is_x = residual_is_x;
-        b.v2 = wanted.right ? workspace + at.v2 : nullptr;
-        b.dz = wanted.left ? workspace + at.dz : nullptr;
-        w.v2 = b.v2;
-        w.dz = b.dz;
+        b.v2.first = w.v2.first = wanted.right ? reinterpret_cast<uint16_t*>(workspace + at.v2) : nullptr;
+        b.dz.first = w.dz.first = wanted.left ? reinterpret_cast<uint16_t*>(workspace + at.dz) : nullptr;
         b.grad_mix = wanted.mix ? workspace + at.grad_mix : nullptr;
         b.partials.first = wanted.small ? workspace + at.small : nullptr;
         w.partials.first = workspace + at.wide;

@@ -17,31 +17,6 @@ constexpr int max_warps = 8;
 // The tokens of the smallest tile, whose rows are a multiple of 16.
 int least_tokens(int n) { return n == 12 ? 4 : 16 / n; }
 
-// in_vectors and out_vectors: whether rows begin at multiples of 16 bytes.
-Sizes sizes_of(const Problem& problem, int tokens) {
-    const Projection &first = *problem.down, &last = problem.up ? *problem.up : first;
-    Sizes s{};
-    s.n = static_cast<int>(first.n_in);
-    s.rank = static_cast<int>(first.rank);
-    s.terms = static_cast<short>(s.n);
-    s.m = s.n * s.rank;
-    s.in = static_cast<int>(first.in / first.n_in);
-    s.inner = problem.up ? static_cast<int>(first.out / first.n_in) : 0;
-    s.out = static_cast<int>(last.out / last.n_in);
-    const int quad = s.n % 4 == 0 ? 4 : 1;
-    s.blocks = s.n / quad;
-    s.rule_stride = s.n * s.n + quad;
-    s.inner_stride = s.inner | 1;
-    s.tokens = tokens;
-    s.by_n = Divisor(s.n);
-    s.by_m = Divisor(s.m);
-    s.by_blocks = Divisor(s.blocks);
-    s.by_inner = Divisor(std::max(s.inner, 1));
-    s.in_vectors = s.in % 8 == 0;
-    s.out_vectors = s.out % 8 == 0;
-    return s;
-}
-
 // The blocks with this shared memory that a multiprocessor holds, but at most `most`.
 int blocks_per_multiprocessor(const Device& device, int bytes, int most) {
     return std::clamp(device.shared_per_multiprocessor / (bytes + reserved), 1, most);
@@ -58,10 +33,36 @@ int grid(const Device& device, int bytes, int most, int64_t wanted) {
     return static_cast<int>(std::max<int64_t>(1, std::min(room, wanted)));
 }
 
+Sizes sizes_of(const Problem& problem, int tokens) { return sizes_of(problem, tokens, static_cast<int>(problem.down->n_in)); }
+
 }  // namespace
 
 Problem problem_of(const Linear& l) { return {&l.projection, nullptr, l.dtype, l.scale, Activation::identity, l.tokens}; }
 Problem problem_of(const Adapter& a) { return {&a.down, &a.up, a.dtype, a.scale, a.activation, a.tokens}; }
+
+Sizes sizes_of(const Problem& problem, int tokens, int n) {
+    const Projection &first = *problem.down, &last = problem.up ? *problem.up : first;
+    Sizes s{};
+    s.n = n;
+    s.rank = first.dense() ? 1 : static_cast<int>(first.rank);
+    s.terms = static_cast<short>(first.terms);
+    s.m = static_cast<int>(first.dense() ? first.out : first.terms * first.rank);
+    s.in = static_cast<int>(first.in / first.n_in);
+    s.inner = problem.up && !first.dense() ? static_cast<int>(first.out / first.n_out) : 0;
+    s.out = static_cast<int>(last.out / last.n_out);
+    const int quad = s.n % 4 == 0 ? 4 : 1;
+    s.blocks = s.n / quad;
+    s.rule_stride = s.n * s.n + quad;
+    s.inner_stride = s.inner | 1;
+    s.tokens = tokens;
+    s.by_n = Divisor(s.n);
+    s.by_m = Divisor(s.m);
+    s.by_blocks = Divisor(s.blocks);
+    s.by_inner = Divisor(std::max(s.inner, 1));
+    s.in_vectors = s.in % 8 == 0;
+    s.out_vectors = s.out % 8 == 0;
+    return s;
+}
 
 Row row_of(const Problem& problem) {
     Row row{};

@@ -26,6 +26,10 @@ struct Problem {
 Problem problem_of(const Linear& linear);
 Problem problem_of(const Adapter& adapter);
 
+// The sizes of a problem whose numbers X[c] are n for each token. in_vectors and out_vectors: whether rows begin at multiples of
+// 16 bytes.
+Sizes sizes_of(const Problem& problem, int tokens, int n);
+
 // The gradients of a backward in a row of partials, of which an absent bias has none.
 struct Row {
     int64_t floats;

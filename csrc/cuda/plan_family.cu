@@ -10,6 +10,7 @@ namespace {
 
 constexpr int of_forward = 2, of_backward = 1, of_weights = 2;  // blocks of a multiprocessor, as the registers allow
 constexpr int threads = 256, most_rows = 128, pair_tokens = 8;
+constexpr int whole_factors = 1 << 20;  // more segments than a factor has
 constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
 
 Factor left_factor(const Projection& p) {
@@ -35,25 +36,7 @@ Family family(const FamilyProblem& problem, int tokens) {
     f.mixed = bank && !bank->route;
     f.n_in = static_cast<int>(first.n_in);
     f.n_out = static_cast<int>(last.n_out);
-    Sizes& s = f.middle;
-    s.terms = static_cast<short>(first.terms);
-    s.rank = f.dense ? 1 : static_cast<int>(first.rank);
-    s.m = static_cast<int>(f.dense ? first.out : first.terms * first.rank);
-    s.n = f.dense ? 1 : round_up(std::max(f.n_in, f.n_out), 4);
-    s.in = static_cast<int>(first.in / first.n_in);
-    s.inner = problem.problem.up && !f.dense ? static_cast<int>(first.out / first.n_out) : 0;
-    s.out = static_cast<int>(last.out / last.n_out);
-    s.blocks = std::max(s.n / 4, 1);
-    s.rule_stride = s.n * s.n + 4;
-    s.inner_stride = s.inner | 1;
-    s.tokens = tokens;
-    s.by_n = Divisor(s.n);
-    s.by_m = Divisor(s.m);
-    s.by_blocks = Divisor(s.blocks);
-    s.by_inner = Divisor(std::max(s.inner, 1));
-    s.in_vectors = s.in % 8 == 0;
-    s.out_vectors = s.out % 8 == 0;
-
+    const Sizes& s = f.middle = sizes_of(problem.problem, tokens, f.dense ? 1 : round_up(std::max(f.n_in, f.n_out), 4));
     const int adapters = bank ? static_cast<int>(bank->count) : 1;
     f.slots = f.mixed ? adapters : 1;
     f.left = left_factor(first);
@@ -63,8 +46,14 @@ Family family(const FamilyProblem& problem, int tokens) {
     f.right_terms = f.columns + (f.bias2.array.data ? f.slots * f.n_out : 0);
     f.rows_in = round_up(tokens * f.n_in, 16);
     f.rows_out = round_up(tokens * f.n_out, 16);
+    f.stride = round_up(tokens * s.n, 16) + 4;  // so that two c of eight rows are in different banks
+    f.quads = f.dense ? tokens / 4 : tokens * s.blocks;
     f.by_n_in = Divisor(f.n_in);
     f.by_n_out = Divisor(f.n_out);
+    f.by_groups_in = Divisor(f.rows_in / 16);
+    f.by_groups_out = Divisor(f.rows_out / 16);
+    f.by_rank = Divisor(s.rank);
+    f.by_quads = Divisor(f.quads);
     f.rule = first.weights.rule;
     if (problem.problem.up) {
         f.bias = first.weights.bias;
@@ -90,23 +79,12 @@ Family family(const FamilyProblem& problem, int tokens) {
     return f;
 }
 
-// What both kernels that contract and expand share: the tokens, and the small factors of each slot. Returns the bytes.
-SharedFactors small_factors(const Family& f, Room& room) {
-    const Sizes& s = f.middle;
-    SharedFactors at;
-    at.rule = room.floats(f.dense ? 0 : s.terms * s.rule_stride);
-    at.rule2 = room.floats(s.inner ? s.terms * s.rule_stride : 0);
-    at.right = room.floats(int64_t{s.m} * (s.inner ? s.inner_stride : 0));
-    at.left2 = room.floats(int64_t{s.m} * (s.inner ? s.inner_stride : 0));
-    at.bias = room.floats(f.dense ? s.m : s.inner * s.n);
-    return at;
-}
-
+// What both kernels that contract and expand share: the tokens, and the small factors of each slot.
 void lay_out(FamilyPlaces& places, const Family& f, Room& room) {
     places.ids = room.take(f.tiling.tokens * 4);
     places.mix = room.floats(int64_t{f.tiling.tokens} * f.slots);
     const int begin = room.bytes;
-    places.factors = small_factors(f, room);
+    places.factors = SharedFactors(f.middle, room);
     places.factors_bytes = room.bytes - begin;
     room.take(int64_t{f.slots - 1} * places.factors_bytes);
 }
@@ -117,17 +95,22 @@ bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_
                int least) {
     const int of_in = segments(f.middle.in), of_out = segments(f.middle.out);
     Room chosen = room;
-    places.left = {chosen.take(factor_bytes(f.middle.in, f.columns, left_parts)), of_in, f.columns, left_parts, true};
-    places.right2 = {chosen.take(factor_bytes(f.middle.out, right_terms, right_parts)), of_out, right_terms, right_parts, true};
+    const int left_rows = round_up(f.columns, 8), right_rows = round_up(right_terms, 8);
+    const int left_at = chosen.take(factor_bytes(f.middle.in, left_rows, left_parts));
+    const int right2_at = chosen.take(factor_bytes(f.middle.out, right_rows, right_parts));
+    places.left = {left_at, of_in, f.columns, left_rows, left_parts, true};
+    places.right2 = {right2_at, of_out, right_terms, right_rows, right_parts, true};
     for (int count = std::max(of_in, of_out); chosen.bytes > limit && count >= least; --count) {
         chosen = room;
-        const int at = chosen.take(2 * std::max(factor_bytes(count * segment, f.columns, left_parts),
-                                                factor_bytes(count * segment, right_terms, right_parts)));
-        places.left = {at, count, f.columns, left_parts, false};
-        places.right2 = {at, count, right_terms, right_parts, false};
+        const int at = chosen.take(2 * std::max(factor_bytes(count * segment, left_rows, left_parts),
+                                                factor_bytes(count * segment, right_rows, right_parts)));
+        places.left = {at, count, f.columns, left_rows, left_parts, false};
+        places.right2 = {at, count, right_terms, right_rows, right_parts, false};
     }
     room = chosen;
-    const auto bytes = [&](const Slab& slab) { return static_cast<int>(factor_bytes(slab.segments * segment, slab.terms, slab.parts)); };
+    const auto bytes = [&](const Slab& slab) {
+        return static_cast<int>(factor_bytes(slab.segments * segment, slab.rows, slab.parts));
+    };
     const auto slabs = [](const Slab& slab, int all) { return (all + slab.segments - 1) / slab.segments; };
     Images& images = places.images;
     images.small = f.slots * places.factors_bytes;
@@ -139,17 +122,27 @@ bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_
     return room.bytes <= limit;
 }
 
-// Calls attempt(tokens, limit, least segments of a slab), for many and for few tokens of a tile, and for so many blocks of a
-// multiprocessor and for one, until it returns true. The last attempt stands: its bytes tell why it does not fit.
+// Calls attempt(tokens, limit, least segments of a slab) until it returns true: for many and for half as many tokens of a tile
+// if the wide factors fit whole, then for fewer and fewer, for so many blocks of a multiprocessor and for one. The last attempt
+// stands: its bytes tell why it does not fit.
 template <class Attempt>
 void first_that_fits(const FamilyProblem& problem, const Device& device, int blocks, const Attempt& attempt) {
     const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
     const int n = static_cast<int>(std::max(first.n_in, last.n_out));
     const int share = std::min(device.shared_limit, device.shared_per_multiprocessor / blocks - reserved);
-    for (int rows = first.dense() ? most_rows / 2 : most_rows;; rows /= 2) {
+    const int most = first.dense() ? most_rows / 2 : most_rows;
+    for (const int rows : {most, most / 2})
+        if (rows >= n && attempt(rows / n, share, whole_factors)) return;
+    for (int rows = most;; rows /= 2) {
         const int tokens = std::max(1, rows / n);
         if (attempt(tokens, share, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
     }
+}
+
+// The numbers c of a block of the second kernel, of `all`.
+int share_of_terms(int all) {
+    const int blocks = (all + most_terms_of_weights - 1) / most_terms_of_weights;
+    return round_up((all + blocks - 1) / blocks, 8);
 }
 
 int blocks_of(const Device& device, int bytes, int most) {
@@ -180,10 +173,11 @@ PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Dev
         const Family& its = f.family = family(problem, tokens);
         room = {};
         lay_out(f.places, its, room);
-        f.places.clear = f.z = room.floats(int64_t{its.slots} * its.numbers());
+        const int64_t numbers = int64_t{its.columns} * its.stride;
+        f.places.clear = f.z = room.floats(numbers);
         f.part_stride = its.rows_out + 8;
-        f.v = room.floats(its.dense ? 0 : its.numbers());
-        f.h = room.floats(int64_t{tokens} * its.middle.inner * its.middle.n);
+        f.v = room.floats(its.middle.inner ? numbers : 0);
+        f.h = room.floats(int64_t{its.inner()} * its.stride);
         return with_element(problem.problem.dtype, [&](auto element) {
             constexpr int parts = decltype(element)::factor_parts;
             f.v_parts = room.take(int64_t{2} * parts * round_up(its.right_terms, 16) * f.part_stride);
@@ -204,41 +198,56 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     w.slab = 16;
     first_that_fits(problem, device, of_backward, [&](int tokens, int limit, int least) {
         const Family& its = b.family = w.family = family(problem, tokens);
-        const int64_t slots = its.slots, numbers = its.numbers(), inner = int64_t{tokens} * its.middle.inner * its.middle.n;
+        const int64_t numbers = int64_t{its.columns} * its.stride, inner = int64_t{its.inner()} * its.stride;
         const bool with_bias = its.mixed && wanted.mix && its.bias2.array.data;
         room = {};
         lay_out(b.places, its, room);
         const int begin = room.bytes;
-        const SharedFactors sums = small_factors(its, room);
+        const SharedFactors sums(its.middle, room);
         b.sums = {sums.rule, sums.rule2, sums.right, sums.left2, sums.bias};
         b.sums_bytes = room.bytes - begin;
-        room.take((slots - 1) * b.sums_bytes);
-        b.places.clear = b.numbers.z = room.floats(slots * numbers);
-        b.numbers.dv2 = room.floats(slots * numbers);
-        for (int* at : {&b.numbers.v, &b.numbers.dz2, &b.numbers.z2, &b.numbers.dv}) *at = room.floats(its.middle.inner ? numbers : 0);
+        room.take(int64_t{its.slots - 1} * b.sums_bytes);
+        b.places.clear = b.numbers.z = room.floats(numbers);
+        b.numbers.dv2 = room.floats(numbers);
+        b.numbers.v = b.numbers.z2 = room.floats(its.middle.inner ? numbers : 0);
+        b.numbers.dz2 = b.numbers.dv = room.floats(its.middle.inner ? numbers : 0);
         b.numbers.h = room.floats(inner);
         b.numbers.dy = room.floats(inner);
-        for (int* at : {&b.mixed_dv2, &b.mixed_v2}) *at = room.floats(its.mixed && !its.dense ? numbers : 0);
-        b.of_bias = room.floats(with_bias ? tokens * slots * its.n_out : 0);
-        b.part_stride = its.rows_in + 8;
+        b.mixed_v2 = room.floats(its.mixed && !its.dense ? numbers : 0);
+        b.of_bias = room.floats(with_bias ? int64_t{its.slots} * its.stride : 0);
+        b.part_stride = std::max(its.rows_in, its.rows_out) + 8;
         return with_element(problem.problem.dtype, [&](auto element) {
             using T = decltype(element);
-            b.dz_parts = room.take(int64_t{2} * T::factor_parts * round_up(its.columns, 16) * b.part_stride);
+            const int64_t parts = int64_t{2} * T::factor_parts * round_up(its.columns, 16) * b.part_stride;
+            b.dz_parts = room.take(parts);
+            b.v2_parts = room.take(its.dense ? 0 : parts);
+            const int part = its.columns * b.part_stride;
+            b.v2 = b.dz = w.v2 = w.dz = {nullptr, b.part_stride, part, int64_t{T::factor_parts} * part};
             b.places.clear_end = room.bytes;
+            w.left_terms = share_of_terms(its.columns);
+            w.right_terms = share_of_terms(its.right_terms);
+            w.part_stride = b.part_stride;
             if (!add_slabs(b.places, its, with_bias ? its.right_terms : its.columns, T::factor_parts, T::factor_parts, room, limit,
                            least)) return false;
+            if (its.dense) {  // between contraction and expansion, V2 has the place of the slabs
+                const Images& images = b.places.images;
+                const bool shared = !b.places.left.whole && 2 * std::max(images.left_slab, images.right2_slab) >= parts;
+                b.v2_parts = shared ? b.places.left.at : room.take(parts);
+                if (room.bytes > limit) return false;
+            }
             // The second kernel has the same tiles.
-            const int terms = std::max(its.columns, its.right_terms), rows = std::max(its.rows_in, its.rows_out);
+            const int rows = std::max(its.rows_in, its.rows_out);
             for (const int slab : {128, 64, 32, 16}) {
                 of_weights_room = {};
                 w.slab = slab;
                 w.ids = of_weights_room.take(tokens * 4);
-                w.mix = of_weights_room.floats(tokens * slots);
                 w.row_stride = row_bytes<T>(slab);
                 w.rows = of_weights_room.take(int64_t{rows} * w.row_stride);
-                w.part_stride = rows + 8;
-                w.parts = of_weights_room.take(int64_t{2} * T::factor_parts * round_up(terms, 16) * w.part_stride);
-                w.sums = of_weights_room.take(int64_t{16} * sum_vectors(terms) * (slab / 16));
+                const int terms = round_up(std::max(w.left_terms, w.right_terms), 16);
+                w.parts = of_weights_room.take(int64_t{2} * T::factor_parts * terms * w.part_stride);
+                w.parts_bytes = of_weights_room.bytes - w.parts;
+                w.stage_bytes = of_weights_room.bytes;
+                of_weights_room.take(w.stage_bytes);
                 const int half = device.shared_per_multiprocessor / of_weights - reserved;
                 if (of_weights_room.bytes <= (slab > 32 ? half : device.shared_limit)) return true;
             }
@@ -249,13 +258,19 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     const FamilySizes sizes(b.family);
     w.wants_left = wanted.left;
     w.wants_right = wanted.right;
-    w.slabs_in = (b.family.middle.in + w.slab - 1) / w.slab;
-    w.slabs_out = (b.family.middle.out + w.slab - 1) / w.slab;
+    const auto blocks_for = [&](int width, int all, int terms) {
+        return ((width + w.slab - 1) / w.slab) * ((all + terms - 1) / terms);
+    };
+    w.slabs_in = blocks_for(b.family.middle.in, b.family.columns, w.left_terms);
+    w.slabs_out = blocks_for(b.family.middle.out, b.family.right_terms, w.right_terms);
     const int units = w.slabs_in + w.slabs_out, most = std::max(t.most, 1);  // whatever is wanted, as a workspace must suffice
     const int computed = (wanted.left ? w.slabs_in : 0) + (wanted.right ? w.slabs_out : 0);
     b.partials = {nullptr, round_up(static_cast<int>(sizes.small()), 4), std::min(blocks_of(device, room.bytes, of_backward), most)};
     w.partials = {nullptr, (sizes.wide() + 3) / 4 * 4, std::clamp(blocks_of(device, of_weights_room.bytes, of_weights) / units, 1, most)};
-    plan.rows_launch = {b.partials.programs, threads, room.bytes, nullptr, false};
+    const int of_rows = with_element(problem.problem.dtype, [&](auto element) {
+        return threads_of_rows<decltype(element)>(device.capability);
+    });
+    plan.rows_launch = {b.partials.programs, of_rows, room.bytes, nullptr, false};
     plan.weights_launch = {w.partials.programs * computed, threads, of_weights_room.bytes, nullptr, false};
     return plan;
 }

@@ -1,6 +1,7 @@
 // The wide sides of a tile, for a block: contraction and expansion of its rows, with factors that need not fit whole.
 #pragma once
 
+#include "middle.h"
 #include "tiles.h"
 
 namespace compacter::cuda {
@@ -20,7 +21,7 @@ template <class Body>
 COMPACTER_DEVICE void for_each_slab(const Slab& slab, int width, const unsigned char* from, int bytes, bool staged, const Body& body) {
     const int all = segments(width);
     const auto factor = [&](int buffer) {
-        return factor_parts(shared_memory() + slab.at + buffer * bytes, slab.segments * segment, slab.terms);
+        return factor_parts(shared_memory() + slab.at + buffer * bytes, slab.segments * segment, slab.rows);
     };
     if (slab.whole) {
         if (!staged) {
@@ -48,37 +49,37 @@ COMPACTER_DEVICE void for_each_slab(const Slab& slab, int width, const unsigned 
     wait_copies<0>();
 }
 
-// The share of a warp in a tile of 16 * groups rows, at most 16 for each warp: 16 rows, and of the jobs with these rows every
-// `step`-th from `first` on. None if first is step.
+// The share of a warp in a tile of 16 rows for each group, at most one group for each of `warps` warps from number `begin` on: 16
+// rows, and of the jobs with these rows every `step`-th from `first` on. None if first is step.
 struct WarpShare {
     int row, first, step;
 
-    COMPACTER_DEVICE explicit WarpShare(int rows) {
-        const int groups = rows / 16, warp = threadIdx.x / 32;
-        step = blockDim.x / 32 / groups;
-        first = min(warp / groups, step);
-        row = (warp - warp / groups * groups) * 16;
+    COMPACTER_DEVICE WarpShare(const Divisor& by_groups, int begin, int warps) {
+        const int warp = threadIdx.x / 32 - begin, before = by_groups.quotient(max(warp, 0));
+        step = by_groups.quotient(warps);
+        first = warp < 0 ? step : min(before, step);
+        row = (warp - before * static_cast<int>(by_groups.divisor)) * 16;
     }
+    COMPACTER_DEVICE explicit WarpShare(const Divisor& by_groups) : WarpShare(by_groups, 0, blockDim.x / 32) {}
 };
 
-// sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab, as `contract` (columns.h), for many factors: each right operand
-// is one ldmatrix, and each left one is formed once.
-template <class T, int Most>
-COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int terms, int segments,
+// sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab for 8 * columns numbers c, as `contract` (columns.h): each right
+// operand is one ldmatrix, and each left one is formed once. Whole: as LaneRows.
+template <bool Whole, class T, int Most>
+COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int columns, int segments,
                                     float (&sum)[Most][4]) {
     constexpr int ahead = T::parts == 3 ? 1 : 2;  // segments that are loaded before the first is used
     const Lane lane;
-    const int columns = eights(terms), c = lane.index % 8;
     const uint32_t zero = threadIdx.y;  // which the compiler does not know: else it copies a left operand for each product
-    const uint16_t* const from = factor.first + lane.index / 8 * 8;
+    const uint16_t* const from = factor.first + lane.index % 8 * factor.stride + lane.index / 8 * 8;
 #pragma unroll 1
     for (int first = 0; first < segments; first += ahead) {
         Eight<T> upper[ahead], lower[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; ++j)
             if (first + j < segments) {
-                upper[j] = rows.load(lane.g, (first + j) * segment + lane.t * 8);
-                lower[j] = rows.load(lane.g + 8, (first + j) * segment + lane.t * 8);
+                upper[j] = rows.template load<Whole>(lane.g, (first + j) * segment + lane.t * 8);
+                lower[j] = rows.template load<Whole>(lane.g + 8, (first + j) * segment + lane.t * 8);
             }
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
@@ -90,17 +91,16 @@ COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& 
             for (int part = 0; part < T::parts; ++part)
 #pragma unroll
                 for (int e = 0; e < 8; ++e) left[part][e / 4][e % 4] = (e % 2 ? below[e / 2][part] : above[e / 2][part]) ^ zero;
+            const uint16_t* at = from + (first + j) * segment;
 #pragma unroll
-            for (int column = 0; column < Most; ++column) {
+            for (int column = 0; column < Most; ++column, at += 8 * factor.stride) {
                 if (column >= columns) break;
-                const int there = column * 8 + c < terms ? column * 8 + c : c < terms ? c : 0;  // a missing one: of its banks
-                const uint16_t* at = from + there * factor.stride + (first + j) * segment;
                 float apart[4] = {};
                 float(&total)[4] = T::parts == 3 ? apart : sum[column];
 #pragma unroll
-                for (int part = 0; part < T::factor_parts; ++part, at += factor.part) {
+                for (int part = 0; part < T::factor_parts; ++part) {
                     uint32_t f[4];
-                    load_matrices(f, at);
+                    load_matrices(f, at + part * factor.part);
 #pragma unroll
                     for (int of_x = 0; of_x < T::parts; ++of_x) {
                         if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
@@ -116,61 +116,70 @@ COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& 
     }
 }
 
-// The numbers Z[row, c] of a tile of `count` rows: adds them to the floats of shared memory at to(row, c), or sets these if
-// the slab is the first. None is at -1.
+// The numbers Z[row, c] of the rows of a tile: adds them to X[c][token][p] of shared memory, n for each token, or sets these
+// if the slab is the first. to(c, chunk of the row): where X[c] begins, in floats, or -1 for none.
 template <class T, class To>
-COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, int count, const Parts& factor, int terms, int first, int segments,
-                                    const To& to) {
+COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, const WarpShare& share, const Parts& factor, int all, int first,
+                                    int segments, int n, const To& to) {
     constexpr int at_once = factors_at_once<T>;
     const Lane lane;
-    const WarpShare share(count);
+    if (share.first == share.step) return;
     const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
+    int place[2], chunk[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = share.row + lane.g + half * 8, token = x.by_n.quotient(row);
+        chunk[half] = row - token * x.n;
+        place[half] = row < x.rows ? token * n + chunk[half] : -1;
+    }
+    const bool upper = rows.upper_width > 0, lower = rows.lower_width > 0;
     // The warps of the same rows share the factors, in eights, of which each has at most `at_once` in registers.
-    const int each = min(at_once, round_up((terms + share.step - 1) / share.step, 8));
-    for (int begin = share.first * each; share.first < share.step && begin < terms; begin += share.step * each) {
-        const int end = min(begin + each, terms);
+    const int each = min(at_once, round_up((all + share.step - 1) / share.step, 8));
+    for (int begin = share.first * each; begin < all; begin += share.step * each) {
+        const int columns = min(each, all - begin) / 8;
         float sum[at_once / 8][4] = {};
-        contract_wide<T>(rows, {factor.first + begin * factor.stride, factor.stride, factor.part}, end - begin, segments, sum);
+        const Parts its{factor.first + begin * factor.stride, factor.stride, factor.part};
+        if (x.whole()) contract_wide<true, T>(rows, its, columns, segments, sum);
+        else contract_wide<false, T>(rows, its, columns, segments, sum);
 #pragma unroll
         for (int column = 0; column < at_once / 8; ++column) {
-            if (begin + column * 8 >= end) break;
+            if (column >= columns) break;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int c = begin + column * 8 + lane.t * 2 + e % 2, at = share.row + lane.g + e / 2 * 8;
-                const int place = c < end && at < x.rows ? to(at, c) : -1;
-                if (place < 0) continue;
-                float& number = floats_at(0)[place];
-                number = first ? number + sum[column][e] : sum[column][e];
+                const int c = begin + column * 8 + lane.t * 2 + e % 2, at = to(c, chunk[e / 2]);
+                if (at < 0 || place[e / 2] < 0) continue;
+                float& number = floats_at(0)[at + place[e / 2]];
+                const float added = (e < 2 ? upper : lower) ? sum[column][e] : 0.f;
+                number = first ? number + added : added;
             }
         }
     }
 }
 
-// The right operand of c = 8 step to 8 step + 7 as load_expansion, where all of them may be missing.
-COMPACTER_DEVICE void load_terms(uint32_t (&b)[4], const Parts& from, int terms, int part, int step, int at, int lane) {
-    const int c = step * 8 + lane % 8, there = c < terms ? c : lane % 8 < terms ? lane % 8 : 0;
-    load_matrices_transposed(b, from.first + part * from.part + there * from.stride + at * segment + lane / 8 * 8);
-}
-
 // out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] for the rows of a tile and a slab of u. V is [part][c][row], with
-// zeros up to the next multiple of 16 c. poison: all is NaN. residual: null or as out.
-// FactorParts: those of t_c.
-template <class T, int FactorParts = T::factor_parts>
-COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Parts& factor, int first, int segments,
-                                  const TileRows<const T>& residual, const TileRows<T>& output, bool poison) {
+// zeros up to the next multiple of 16 c; `all` is that of the rows of t, a multiple of eight. FactorParts: those of t_c.
+template <bool Whole, class T, int FactorParts = T::factor_parts>
+COMPACTER_DEVICE void expand_slab(const Parts& v, int all, const Parts& factor, int first, int segments,
+                                  const TileRows<const T>& residual, const TileRows<T>& output) {
     constexpr int parts = T::factor_parts;
     const Lane lane;
-    const WarpShare share(count);
+    const WarpShare share(output.by_groups);
+    if (share.first == share.step) return;
     const LaneRows<T> out = output.of_lane(share.row);
     LaneRows<const T> added{};
     if (residual.all) added = residual.of_lane(share.row);
-    const uint16_t* operand = v.first + (lane.index % 8 + lane.index / 16 * 8) * v.stride + share.row + lane.index / 8 % 2 * 8;
-    for (int at = share.first; share.first < share.step && at < segments; at += share.step) {
+    const int matrix = lane.index / 8, row = lane.index % 8;
+    const uint16_t* const operand = v.first + (row + matrix / 2 * 8) * v.stride + share.row + matrix % 2 * 8;
+    // Sixteen c of two products at once, or eight of four.
+    const uint16_t* const from = factor.first + (row + matrix % 2 * 8) * factor.stride + matrix / 2 * 8;
+    const uint16_t* const last = factor.first + row * factor.stride + matrix * 8;
+    for (int at = share.first; at < segments; at += share.step) {
         const int column = (first + at) * segment + lane.t * 8;
-        float value[2][8];
-        to_floats(added.load(lane.g, column), value[0]);
-        to_floats(added.load(lane.g + 8, column), value[1]);
-        float sum[4][4];
+        float value[2][8] = {}, sum[4][4];
+        if (residual.all) {
+            to_floats(added.template load<Whole>(lane.g, column), value[0]);
+            to_floats(added.template load<Whole>(lane.g + 8, column), value[1]);
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -183,16 +192,23 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Pa
             for (int part = 0; part < parts; ++part) load_matrices_transposed(a[part], operand + part * v.part + c * v.stride);
 #pragma unroll
             for (int part = 0; part < FactorParts; ++part) {
-                uint32_t low[4], high[4];
-                load_terms(low, factor, terms, part, c / 8, at, lane.index);
-                if constexpr (decltype(both)::value) load_terms(high, factor, terms, part, c / 8 + 1, at, lane.index);
+                const int there = part * factor.part + c * factor.stride + at * segment;
+                uint32_t f[2][4];
+                if constexpr (decltype(both)::value) {
+                    load_matrices_transposed(f[0], from + there);
+                    load_matrices_transposed(f[1], from + there + 16);
+                } else {
+                    load_matrices_transposed(f[0], last + there);
+                }
 #pragma unroll
                 for (int of_v = 0; of_v < parts; ++of_v) {
                     if (!counts<parts, parts>(of_v, part)) continue;
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        if constexpr (decltype(both)::value) mma_16x8x16(total[j], a[of_v], {low[j], high[j]});
-                        else mma_16x8x8(total[j], {a[of_v][0], a[of_v][1]}, low[j]);
+                        if constexpr (decltype(both)::value)
+                            mma_16x8x16(total[j], a[of_v], {f[j / 2][j % 2 * 2], f[j / 2][j % 2 * 2 + 1]});
+                        else
+                            mma_16x8x8(total[j], {a[of_v][0], a[of_v][1]}, f[0][j]);
                 }
             }
             if constexpr (parts == 3)
@@ -202,13 +218,35 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int count, int terms, const Pa
                     for (int e = 0; e < 4; ++e) sum[j][e] += apart[j][e];
         };
         int c = 0;
-        for (; c + 8 < terms; c += 16) add(c, std::true_type{});
-        if (c < terms) add(c, std::false_type{});
+        for (; c + 8 < all; c += 16) add(c, std::true_type{});
+        if (c < all) add(c, std::false_type{});
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) value[half][j] = poison ? __uint_as_float(0x7fffffff) : sum[j / 2][half * 2 + j % 2];
+            for (int j = 0; j < 8; ++j) value[half][j] = sum[j / 2][half * 2 + j % 2];
             out.store(lane.g + half * 8, column, from_floats(T{}, value[half]));
+        }
+    }
+}
+
+// The rows of a tile without an adapter become those of the residual, or NaN.
+template <class T>
+COMPACTER_DEVICE void copy_tile(int width, const TileRows<const T>& residual, const TileRows<T>& output, bool poison) {
+    const Lane lane;
+    const WarpShare share(output.by_groups);
+    if (share.first == share.step) return;
+    const LaneRows<T> out = output.of_lane(share.row);
+    LaneRows<const T> added{};
+    if (residual.all) added = residual.of_lane(share.row);
+    float nan[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) nan[j] = __uint_as_float(0x7fffffff);
+    for (int at = share.first; at < segments(width); at += share.step) {
+        const int column = at * segment + lane.t * 8;
+#pragma unroll
+        for (int row = lane.g; row < 16; row += 8) {
+            const Eight<T> eight = poison ? from_floats(T{}, nan) : added.template load<false>(row, column);
+            out.store(row, column, eight);
         }
     }
 }
@@ -221,6 +259,16 @@ COMPACTER_DEVICE void store_parts(const Parts& to, int c, int row, float value) 
 #pragma unroll
     for (int part = 0; part < T::factor_parts; ++part)
         to.first[part * to.part + c * to.stride + row] = static_cast<uint16_t>(pair[part]);
+}
+// The same of four neighbouring rows.
+template <class T>
+COMPACTER_DEVICE void store_parts(const Parts& to, int c, int row, const Quad<4>& four) {
+    uint32_t low[T::factor_parts], high[T::factor_parts];
+    split(four.at[0], four.at[1], low);
+    split(four.at[2], four.at[3], high);
+#pragma unroll
+    for (int part = 0; part < T::factor_parts; ++part)
+        *reinterpret_cast<uint2*>(to.first + part * to.part + c * to.stride + row) = make_uint2(low[part], high[part]);
 }
 COMPACTER_DEVICE Parts parts_at(int offset, int stride, int terms) {
     return {reinterpret_cast<uint16_t*>(shared_memory() + offset), stride, round_up(terms, 16) * stride};

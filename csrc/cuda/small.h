@@ -1,12 +1,9 @@
 // The small factors of the adapters of a tile in shared memory, and the sums of their gradients, for a block.
 #pragma once
 
-#include "bottleneck.h"
 #include "slabs.h"
 
 namespace compacter::cuda {
-
-using Padded = Known<0, 0, 4>;  // the sizes of a family: n is a multiple of four
 
 COMPACTER_DEVICE SharedFactors of_slot(SharedFactors at, int bytes) {
     for (int* offset : {&at.rule, &at.rule2, &at.right, &at.left2, &at.bias}) *offset += bytes;
@@ -74,6 +71,17 @@ COMPACTER_DEVICE void store_small(const Family& f, const SharedSums& sums, int b
             to[size + j] = floats_at(from.right)[place.right(j, f.middle.inner)];
             to[size + inner + bias + size + j] = floats_at(from.left2)[place.left2(j, f.middle.inner)];
         }
+    }
+}
+
+// The ones that pick the row of the bias, times the weight of a slot, [slot][token], in rows c = `first` on: those of slot and q
+// have them in the rows q of the tokens. All other numbers of these c are 0 already.
+template <class T, class Weight>
+COMPACTER_DEVICE void store_ones(const Parts& to, int first, const Family& f, const Weight& weight) {
+    const int rows = f.middle.tokens * f.n_out;
+    for (int e = threadIdx.x; e < rows * f.slots; e += blockDim.x) {
+        const int slot = e / rows, row = e - slot * rows, token = f.by_n_out.quotient(row), q = row - token * f.n_out;
+        store_parts<T>(to, first + slot * f.n_out + q, row, weight(slot, token));
     }
 }
 

@@ -10,6 +10,7 @@ namespace compacter::cuda {
 struct Tile {
     int adapter;       // of the bank; or the number of adapters: none; or one more: the route is out of range
     int first, count;  // tokens, in the order of their adapters
+    int number;
 };
 
 struct Range {
@@ -20,15 +21,17 @@ struct Tiles {
     const Tiling& t;
 
     COMPACTER_DEVICE int count() const { return t.table ? t.table[0] : (t.all + t.tokens - 1) / t.tokens; }
+    // Those that have an adapter, which come first.
+    COMPACTER_DEVICE int with_adapter() const { return t.table ? t.table[t.starts() + t.adapters] : count(); }
     // The tiles of each program, of which the last ones may have fewer.
     COMPACTER_DEVICE int share(int programs) const { return (count() + programs - 1) / programs; }
     COMPACTER_DEVICE Tile at(int tile) const {
         if (t.table) {
             const int* entry = t.table + t.tiles() + 3 * tile;
-            return {entry[0], entry[1], entry[2]};
+            return {entry[0], entry[1], entry[2], tile};
         }
         const int first = tile * t.tokens;
-        return {0, first, t.all - first < t.tokens ? t.all - first : t.tokens};
+        return {0, first, t.all - first < t.tokens ? t.all - first : t.tokens, tile};
     }
     // The token at a place in the order of the adapters.
     COMPACTER_DEVICE int token(int place) const {
@@ -64,12 +67,16 @@ COMPACTER_DEVICE void prefetch_tile(const Tiles& tiles, int tile, const T* rows,
     }
 }
 
-// The weights of the tokens of a tile, [token][slot]: 1 if the adapters are not mixed, 0 for tokens that do not exist.
+// The weight of a slot for a token: 1 if the adapters are not mixed, 0 for a token that does not exist.
+COMPACTER_DEVICE float weight_of(const Family& f, int slot, int token) {
+    if (!f.mixed) return 1.f;
+    return token < 0 ? 0.f : read(f.mix, int64_t{token / f.tiling.group} * f.slots + slot);
+}
+
+// The weights of the tokens of a tile, [slot][token].
 COMPACTER_DEVICE void stage_mix(float* weights, const int* ids, const Family& f) {
-    for (int e = threadIdx.x; e < f.tiling.tokens * f.slots; e += blockDim.x) {
-        const int token = ids[e / f.slots];
-        weights[e] = !f.mixed ? 1.f : token < 0 ? 0.f : read(f.mix, int64_t{token / f.tiling.group} * f.slots + e % f.slots);
-    }
+    const int tokens = f.tiling.tokens;
+    for (int e = threadIdx.x; e < tokens * f.slots; e += blockDim.x) weights[e] = weight_of(f, e / tokens, ids[e % tokens]);
 }
 
 // Two rows of a tile, eight apart, as a lane has them in a product of 16 rows.
@@ -80,8 +87,10 @@ struct LaneRows {
     int upper_width, lower_width;  // 0 if there is no such row
     bool vectors;
 
-    // row: g or g + 8
+    // row: g or g + 8. Whole: the eight exist and are aligned; a row that does not exist has those of another one.
+    template <bool Whole>
     COMPACTER_DEVICE Eight<Number> load(int row, int column) const {
+        if constexpr (Whole) return load_eight<Number>((row & 8 ? lower : upper) + column, 8, true);
         return load_eight<Number>((row & 8 ? lower : upper) + column, (row & 8 ? lower_width : upper_width) - column, vectors);
     }
     COMPACTER_DEVICE void store(int row, int column, const Eight<T>& eight) const {
@@ -98,10 +107,11 @@ struct TileRows {
     T* all;
     const int* ids;
     int n;
-    Divisor by_n;
+    Divisor by_n, by_groups;  // of 16 rows
     int rows, width;
     bool vectors;
 
+    COMPACTER_DEVICE bool whole() const { return vectors && width % segment == 0; }
     // Where a row begins, or null.
     COMPACTER_DEVICE T* at(int row) const {
         if (row >= rows) return nullptr;
@@ -118,11 +128,11 @@ struct TileRows {
 
 template <class T>
 COMPACTER_DEVICE TileRows<T> rows_of_x(T* all, const int* ids, const Family& f) {
-    return {all, ids, f.n_in, f.by_n_in, f.middle.tokens * f.n_in, f.middle.in, f.middle.in_vectors};
+    return {all, ids, f.n_in, f.by_n_in, f.by_groups_in, f.middle.tokens * f.n_in, f.middle.in, f.middle.in_vectors};
 }
 template <class T>
 COMPACTER_DEVICE TileRows<T> rows_of_out(T* all, const int* ids, const Family& f) {
-    return {all, ids, f.n_out, f.by_n_out, f.middle.tokens * f.n_out, f.middle.out, f.middle.out_vectors};
+    return {all, ids, f.n_out, f.by_n_out, f.by_groups_out, f.middle.tokens * f.n_out, f.middle.out, f.middle.out_vectors};
 }
 
 }  // namespace compacter::cuda
