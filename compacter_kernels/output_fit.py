@@ -30,12 +30,12 @@ SWEEPS, GAIN = 300, 1e-6  # the most sweeps, and the least gain of a sweep that 
 
 
 class Target(NamedTuple):
-    """H (in, out), and C (in, in) scaled so that |X H| = 1. whole: the rank does not bound W_i."""
+    """H (in, out), and C (in, in) scaled so that |X H| = 1. whole: the rank bounds no W_i."""
 
     matrix: Tensor
     covariance: Tensor
     image: Tensor  # C H
-    whole: bool
+    whole: bool  # W_i is in place of s_i, and t_i is the identity
 
 
 def refit(
@@ -64,11 +64,11 @@ def refit(
     for h, given, (_, left, right, _) in zip(matrices, covariances, weights, strict=True):
         covariance = torch.eye(len(h), dtype=h.dtype) if given is None else given
         covariance = covariance / (norm(h, covariance) or 1.0) ** 2
-        whole = right is None or right.shape[1] >= min(left.shape[1], right.shape[2])
-        targets.append(Target(h, covariance, covariance @ h, whole))
-        w = left if right is None else left @ right
-        lefts.append(w if whole or right is None else left)
-        rights.append(torch.eye(w.shape[2], dtype=h.dtype).expand(n, -1, -1) if whole or right is None else right)
+        if right is not None and right.shape[1] >= min(left.shape[1], right.shape[2]):
+            left, right = left @ right, None
+        targets.append(Target(h, covariance, covariance @ h, whole=right is None))
+        lefts.append(left)
+        rights.append(torch.eye(left.shape[2], dtype=h.dtype).expand(n, -1, -1) if right is None else right)
     start = State(weights[0].rule.reshape(n, n * n).T, lefts, rights)
     steps = descent(partial(sweep, targets, keep_rule=keep_rule), start, SWEEPS, GAIN)
     state = deque(steps, maxlen=1).pop()[0]
