@@ -24,6 +24,7 @@ from compacter_kernels.inject.api import (
     remove_adapters,
     set_adapter,
 )
+from compacter_kernels.input_statistics import InputStatistics
 from compacter_kernels.load import load_adapter
 from compacter_kernels.nn import AdapterBank, BottleneckAdapter, CompacterAdapter, PHMLinear
 from compacter_kernels.patch.patch import patch, unpatch
@@ -42,6 +43,7 @@ __all__ = [
     "CompacterConfig",
     "CompacterPlusPlusConfig",
     "Compression",
+    "InputStatistics",
     "LinearWeights",
     "NormWeights",
     "PHMLinear",

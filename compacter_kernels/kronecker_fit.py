@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,13 +51,25 @@ def rearranged(matrix: Tensor, phm_dim: int) -> Tensor:
     return matrix.reshape(n, a, n, c).transpose(1, 2).reshape(n * n, a, c)
 
 
-def relative_error(matrix: Tensor, weights: PHMWeights) -> float:
-    """|H - H'| / |H| for the matrix H' of the weights, in the Frobenius norm; |H'| if H is zero."""
-    n = weights.rule.shape[0]
-    rule, left = weights.rule.double().reshape(n, n * n), weights.left.double()
+def combined(rule: Tensor, w: Tensor) -> Tensor:
+    """H (in, out) = sum_i A_i (x) W_i of a rule (n, n, n) and w (n, in/n, out/n)."""
+    n, a, c = w.shape
+    return torch.einsum("ipq,iuv->puqv", rule, w).reshape(n * a, n * c)
+
+
+def norm(matrix: Tensor, covariance: Tensor | None = None) -> float:
+    """|H| in the Frobenius norm, or |X H| given C = X^T X."""
+    if covariance is None:
+        return float(matrix.norm())
+    return math.sqrt(max(float((matrix * (covariance @ matrix)).sum()), 0.0))  # rounding may leave less than 0
+
+
+def relative_error(matrix: Tensor, weights: PHMWeights, covariance: Tensor | None = None) -> float:
+    """|H - H'| / |H| for the matrix H' of the weights, by `norm`; |H'| if |H| is zero."""
+    left = weights.left.double()
     w = left if weights.right is None else left @ weights.right.double()
-    target = rearranged(matrix.double(), n).flatten(1)
-    return float((target - rule.T @ w.flatten(1)).norm()) / (float(target.norm()) or 1.0)
+    matrix = matrix.double()
+    return norm(matrix - combined(weights.rule.double(), w), covariance) / (norm(matrix, covariance) or 1.0)
 
 
 def least_error(matrices: Sequence[Tensor], phm_dim: int) -> float:
@@ -107,12 +120,12 @@ def fit(
     factors: dict[int, tuple[Tensor, ...]] = {}
     for group, left, right in zip(groups, state.left, state.right, strict=True):
         w = left @ right * norms[group, None, None, None]
-        factors.update(zip(group, zip(*((w,) if phm_rank is None else _split(w, phm_rank)), strict=True), strict=True))
-    return _balanced(state.rule.T.reshape(n, n, n), [factors[i] for i in range(len(matrices))], rule is not None)
+        factors.update(zip(group, zip(*((w,) if phm_rank is None else split(w, phm_rank)), strict=True), strict=True))
+    return balanced(state.rule.T.reshape(n, n, n), [factors[i] for i in range(len(matrices))], rule is not None)
 
 
 def descent(
-    targets: Sequence[Tensor], state: State, sweeps: int, gain: float, keep_rule: bool = False
+    sweep: Callable[[State], tuple[State, float]], state: State, sweeps: int, gain: float
 ) -> Iterator[tuple[State, float]]:
     """Yield the result of each sweep and its sum of squared errors, which never rises.
 
@@ -121,14 +134,14 @@ def descent(
     descent ends after `sweeps`, or when a sweep reduces the error by less than the share `gain`.
     """
     step, previous = 0.5, state
-    state, loss = _sweep(targets, state, keep_rule)
+    state, loss = sweep(state)
     yield state, loss
     for _ in range(sweeps - 1):
-        following, new_loss = _sweep(targets, state.beyond(previous, step), keep_rule)
+        following, new_loss = sweep(state.beyond(previous, step))
         step = min(step * 1.2, 1.0)
         if not new_loss <= loss:
             step = max(step / 4, 0.1)
-            following, new_loss = _sweep(targets, state, keep_rule)
+            following, new_loss = sweep(state)
         gained = loss - new_loss
         if gained > 0:
             previous, state, loss = state, following, new_loss
@@ -139,13 +152,14 @@ def descent(
 
 def _best_descent(targets: Sequence[Tensor], points: Sequence[State], keep_rule: bool) -> State:
     best, least = points[0], math.inf
+    step = partial(sweep, targets, keep_rule=keep_rule)
     for point in points:
-        for state, loss in descent(targets, point, EXPLORED, EXPLORED_GAIN, keep_rule):
+        for state, loss in descent(step, point, EXPLORED, EXPLORED_GAIN):
             if loss < least:
                 best, least = state, loss
         if least <= EXACT:
             return best
-    return deque(descent(targets, best, REFINED, REFINED_GAIN, keep_rule), maxlen=1).pop()[0]
+    return deque(descent(step, best, REFINED, REFINED_GAIN), maxlen=1).pop()[0]
 
 
 def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
@@ -160,11 +174,11 @@ def _principal_rule(targets: Sequence[Tensor], n: int) -> Tensor:
 def _start(targets: Sequence[Tensor], rule: Tensor, rank: int) -> State:
     """The best W_i for this rule, truncated: optimal if it is orthonormal or the rank full."""
     inverse = torch.linalg.pinv(rule)
-    pairs = [_split((inverse @ target.flatten(2)).unflatten(2, target.shape[2:]), rank) for target in targets]
+    pairs = [split((inverse @ target.flatten(2)).unflatten(2, target.shape[2:]), rank) for target in targets]
     return State(rule, *(list(side) for side in zip(*pairs, strict=True)))
 
 
-def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """W (..., a, c) truncated to left (..., a, r), right (..., r, c) of one norm, zero-padded."""
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = s[..., :rank].sqrt()
@@ -173,7 +187,7 @@ def _split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(left, (0, max(missing, 0))), F.pad(right, (0, 0, 0, max(missing, 0)))
 
 
-def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[State, float]:
+def sweep(targets: Sequence[Tensor], state: State, keep_rule: bool = False) -> tuple[State, float]:
     """Solve for the left factors, the right factors and the rule in turn: state and loss."""
     rule, lefts, rights = state.rule, [], []
     gram = rule.T @ rule
@@ -188,7 +202,7 @@ def _sweep(targets: Sequence[Tensor], state: State, keep_rule: bool) -> tuple[St
         lefts.append(left)
         rights.append(right)
     if not keep_rule:
-        rule = _proximal(normal, products, rule.T).T
+        rule = proximal(normal, products, rule.T).T
         length = rule.norm(dim=0).clamp_min(TINY)
         rule = rule / length
         for i, sides in enumerate(zip(lefts, rights, strict=True)):
@@ -205,17 +219,17 @@ def _best_left(gram: Tensor, projected: Tensor, left: Tensor, right: Tensor) -> 
     rows = right.flatten(1, 2)
     normal = rows @ rows.mT * gram.repeat_interleave(r, 0).repeat_interleave(r, 1)
     products = (right @ projected.mT).flatten(1, 2)
-    return _proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r)).mT  # type: ignore[no-any-return]
+    return proximal(normal, products, left.mT.flatten(1, 2)).unflatten(1, (n, r)).mT  # type: ignore[no-any-return]
 
 
-def _proximal(normal: Tensor, products: Tensor, old: Tensor) -> Tensor:
+def proximal(normal: Tensor, products: Tensor, old: Tensor) -> Tensor:
     """The X with normal X = products that is nearest to `old`."""
     weight = 1e-13 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + TINY
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype)
     return torch.linalg.solve(normal + weight * eye, products + weight * old)  # type: ignore[no-any-return]
 
 
-def _balanced(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:
+def balanced(rule: Tensor, factors: Sequence[tuple[Tensor, ...]], keep_rule: bool) -> list[PHMWeights]:
     """The weights, with A_i and its factors of similar magnitude, which half precision holds."""
     if not keep_rule:
         squares = torch.stack([side.square().mean((1, 2)) for sides in factors for side in sides]).mean(0)

@@ -6,6 +6,7 @@ It refuses unsuitable arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_descent_never_rises(keep_rule: bool) -> None:
     targets = [kf.rearranged(h / h.norm(), 4)[None] for h in matrices]
     rule = _draw(16, 4, seed=3)
     start = kf.State(rule, [_draw(1, 4, t.shape[2], 1) for t in targets], [_draw(1, 4, 1, t.shape[3]) for t in targets])
-    states = list(kf.descent(targets, start, 60, 0.0, keep_rule))
+    states = list(kf.descent(partial(kf.sweep, targets, keep_rule=keep_rule), start, 60, 0.0))
     losses = [loss for _, loss in states]
     assert len(losses) > 20
     assert all(later < earlier for earlier, later in pairwise(losses))

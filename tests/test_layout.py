@@ -20,8 +20,8 @@ PACKAGE = "compacter_kernels"
 RANKS = (
     ("_C", "activations", "private", "weights"),
     ("modes",),
-    ("calls", "kronecker_fit", "problem"),
-    ("impl",),
+    ("calls", "input_statistics", "kronecker_fit", "problem"),
+    ("impl", "output_fit"),
     ("proof",),
     ("dispatch",),
     ("ops",),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import compress_layer
 import text_report as report
 from compacter_kernels.bench import report as bench_report
 
@@ -37,6 +38,14 @@ def test_the_page_on_models_states_the_committed_results() -> None:
     for row in document["methods"]:
         cells = f"| {row['mean']:.2f} ± {row['std']:.2f} | {row['trainable_parameters']:,} |"
         assert f"| {row['method']} {cells}" in page
+
+
+def test_the_page_on_models_states_the_errors_of_the_layer() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    folder = ROOT / "benchmarks" / "results" / "compress_layer"
+    table = compress_layer.table(json.loads((folder / "layer.json").read_text(encoding="utf-8"))["errors"])
+    assert table in page
+    assert table + "\n" == (folder / "layer.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("machine", ["epyc-2core", "epyc-2core/bf16", "xeon-2core"])

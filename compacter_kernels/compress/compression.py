@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compacter_kernels.compress.dense_source import Dense, read_adapters
+from compacter_kernels.compress.dense_source import Dense, read_adapters, read_inputs
+from compacter_kernels.input_statistics import InputStatistics
 from compacter_kernels.kronecker_fit import fit, least_error, relative_error
 from compacter_kernels.nn.adapter import CompacterAdapter, reduction_factor_of
 from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, rounded
+from compacter_kernels.output_fit import refit
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights
 
@@ -20,6 +22,7 @@ Source = nn.Module | tuple[DenseProjection, DenseProjection]
 PHM_DIMS = tuple(range(1, 17))  # tried if phm_dim is not given, as far as they divide the widths
 PHM_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried if phm_rank is not given
 Numbers = int | Sequence[int] | None
+Inputs = InputStatistics | tuple[InputStatistics | None, InputStatistics | None]
 
 
 class Candidate(NamedTuple):
@@ -35,7 +38,7 @@ class Compression(NamedTuple):
     """The result of `from_dense`.
 
     errors: |H - H'| / |H| in the Frobenius norm for down and up of each adapter, with the matrix H'
-        of the stored weights, rounded to the dtype.
+        of the stored weights, rounded to the dtype. |X (H - H')| / |X H| where `inputs` were given.
     parameters_before, parameters_after: the size of all weights, biases and rules.
     candidates: the forms that were fitted, in this order. Forms that cannot win are not fitted.
     """
@@ -65,6 +68,7 @@ def from_dense(
     down: DenseProjection | nn.Module | Sequence[Source],
     up: DenseProjection | None = None,
     *,
+    inputs: Inputs | Sequence[Inputs] | None = None,
     phm_dim: Numbers = None,
     phm_rank: Numbers = None,
     tolerance: float | None = None,
@@ -85,10 +89,16 @@ def from_dense(
     with factorized_phm_W=False. With a smaller phm_rank the W_i must have this rank too, and the
     result is the best local optimum of `starts`, not always the global one.
 
+    With `inputs` the errors of the outputs |X (H - H')| count in place of those of the matrices.
+    The fit then goes on from that of the matrices, and every step reduces the sum of their squares.
+
     Args:
         down, up: the projections k -> d and d -> k, each an nn.Linear, a weight (out, in) or a pair
             (weight, bias). down alone may be a module with two nn.Linear, as `adapters` makes it,
             or a sequence of such modules and pairs (down, up): adapters that will share one rule.
+        inputs: an InputStatistics of x, the input of down, or a pair of those of down and of up,
+            each or None; for several adapters a sequence of these. Their C = X^T X may be singular:
+            what the inputs leave open stays that of the fit to the matrix, as with None.
         phm_dim, phm_rank: a number, several to choose from, or None. None tries the phm_dims 1 to
             16 that divide all widths, and the ranks 1, 2, 3, 4, 6, 8, 12, 16 that reduce the
             number of parameters.
@@ -110,6 +120,8 @@ def from_dense(
         ValueError: no form is within the tolerance; the message says which error was reached.
     """
     sources = read_adapters(down, up)
+    several = up is None and isinstance(down, (list, tuple, nn.ModuleList))
+    covariances = read_inputs(inputs, sources, several)
     dtype, device = sources[0].down.dtype, sources[0].down.device
     _check(phm_rule, device, tolerance, starts)
     chosen = _options(sources, activation, options)
@@ -121,19 +133,32 @@ def from_dense(
         _adapters(sources, n, r, chosen, torch.device("meta"))  # raises for a wrong option
     matrices = [w.detach().to("cpu", torch.float64).T for dense in sources for w in (dense.down, dense.up)]
     groups = [matrices] if shared else [[h] for h in matrices]
+    covariances_of_groups = [covariances] if shared else [[c] for c in covariances]
     rule = None if phm_rule is None else phm_rule.detach().to("cpu", torch.float64)
 
     def fitted(n: int, r: int | None) -> list[PHMWeights]:
-        weights = [w for group in groups for w in fit(group, n, r, rule=rule, starts=starts, seed=seed)]
+        weights: list[PHMWeights] = []
+        for group, of_inputs in zip(groups, covariances_of_groups, strict=True):
+            nearest = fit(group, n, r, rule=rule, starts=starts, seed=seed)
+            weights += refit(group, of_inputs, nearest, rule is not None)
         return [rounded(w, dtype, phm_rule is not None) for w in weights]
 
+    def errors_of(weights: list[PHMWeights]) -> list[float]:
+        return [relative_error(h, w, c) for h, w, c in zip(matrices, weights, covariances, strict=True)]
+
+    def bound(n: int) -> float:
+        """The least root mean square of the errors that any rank leaves, 0 where none is known."""
+        if any(c is not None for c in covariances):
+            return 0.0
+        return math.sqrt(sum(least_error(group, n) ** 2 * len(group) for group in groups) / len(matrices))
+
     before = sum(dense.parameters for dense in sources)
-    best, weights, candidates = _search(forms, groups, fitted, before, tolerance)
+    best, weights, candidates = _search(forms, bound, fitted, errors_of, before, tolerance)
     adapters = _adapters(sources, best.phm_dim, best.phm_rank, chosen, device)
     for adapter, dense, first, second in zip(adapters, sources, weights[::2], weights[1::2], strict=True):
         load_weights(adapter.down, first._replace(bias=dense.down_bias), phm_rule is None)
         load_weights(adapter.up, second._replace(bias=dense.up_bias), phm_rule is None)
-    errors = [relative_error(h, w) for h, w in zip(matrices, weights, strict=True)]
+    errors = errors_of(weights)
     by_adapter = tuple(zip(errors[::2], errors[1::2], strict=True))
     form = best.phm_dim, best.phm_rank
     return Compression(tuple(adapters), by_adapter, *form, before, best.parameters, tuple(candidates))
@@ -220,17 +245,17 @@ def _listed(value: Numbers, name: str) -> list[int] | None:
 
 def _search(
     forms: Sequence[tuple[int, int | None, int]],
-    groups: Sequence[Sequence[Tensor]],
+    bound: Callable[[int], float],
     fitted: Callable[[int, int | None], list[PHMWeights]],
+    errors_of: Callable[[list[PHMWeights]], list[float]],
     before: int,
     tolerance: float | None,
 ) -> tuple[Candidate, list[PHMWeights], list[Candidate]]:
     """The form that `from_dense` promises, its weights, and all fitted forms.
 
-    The forms come with the fewest parameters first. No rank has an error below `least_error`, so a
-    form that could not win even with that error is not fitted.
+    The forms come with the fewest parameters first. No rank has an error below `bound`, so a form
+    that could not win even with that error is not fitted.
     """
-    matrices = [h for group in groups for h in group]
     candidates: list[Candidate] = []
     best: tuple[float, Candidate, list[PHMWeights]] | None = None
     bounds: dict[int, float] = {}
@@ -240,12 +265,11 @@ def _search(
 
     for n, r, parameters in forms:
         if n not in bounds:
-            squares = sum(least_error(group, n) ** 2 * len(group) for group in groups)
-            bounds[n] = math.sqrt(squares / len(matrices))
+            bounds[n] = bound(n)
         if score(bounds[n], parameters) > (tolerance if tolerance is not None else best[0] if best else math.inf):
             continue
         weights = fitted(n, r)
-        error = max(relative_error(h, w) for h, w in zip(matrices, weights, strict=True))
+        error = max(errors_of(weights))
         candidates.append(Candidate(n, r, parameters, error))
         if best is None or score(error, parameters) < best[0]:
             best = score(error, parameters), candidates[-1], weights
@@ -253,8 +277,8 @@ def _search(
             return candidates[-1], weights, candidates
     if tolerance is None and best is not None:
         return best[1], best[2], candidates
-    n, bound = min(bounds.items(), key=lambda item: item[1])
-    least = f"the best found is {best[1]}" if best else f"the least that any rank leaves is {bound:.3g}, at phm_dim={n}"
+    n, left = min(bounds.items(), key=lambda item: item[1])
+    least = f"the best found is {best[1]}" if best else f"the least that any rank leaves is {left:.3g}, at phm_dim={n}"
     raise ValueError(f"no form has an error within tolerance={tolerance}: {least}; raise it, or allow more forms")
 
 

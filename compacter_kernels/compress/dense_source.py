@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.activations import FUSED
+from compacter_kernels.input_statistics import InputStatistics
 from compacter_kernels.nn.dense import read_projection
 
 
@@ -111,6 +112,26 @@ def _read_module(module: nn.Module, name: str = "") -> Dense:
     activations = list({id(m): m for m in _without_parameters(module)}.values())
     options["activation"] = _name_of(activations[0]) if len(activations) == 1 else None
     return _read_pair(down, up, name)._replace(options=options)
+
+
+def read_inputs(inputs: Any, sources: list[Dense], several: bool) -> list[Tensor | None]:
+    """The covariances of the inputs of down and up, adapter after adapter; None where not given.
+
+    inputs: the argument of `from_dense`, of which `several` adapters have a sequence.
+    """
+    if inputs is None:
+        return [None] * (2 * len(sources))
+    if several and not (isinstance(inputs, (list, tuple)) and len(inputs) == len(sources)):
+        raise ValueError(f"inputs must be a sequence with an entry for each of the {len(sources)} adapters")
+    covariances: list[Tensor | None] = []
+    for i, (entry, dense) in enumerate(zip(inputs if several else [inputs], sources, strict=True)):
+        name = f"inputs[{i}]" if several else "inputs"
+        pair = entry if isinstance(entry, (list, tuple)) else (entry, None)
+        if len(pair) != 2 or not all(one is None or isinstance(one, InputStatistics) for one in pair):
+            raise TypeError(f"{name} must be InputStatistics, or a pair of them or None for down and up, got {entry!r}")
+        for one, weight, field in zip(pair, (dense.down, dense.up), ("down", "up"), strict=True):
+            covariances.append(None if one is None else one.of_width(weight.shape[1], f"{name} of {field}"))
+    return covariances
 
 
 def _without_parameters(module: nn.Module) -> list[nn.Module]:

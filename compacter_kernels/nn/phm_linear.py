@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from compacter_kernels.dispatch import check_name
 from compacter_kernels.functional import phm_linear, phm_matrix
+from compacter_kernels.input_statistics import InputStatistics
 from compacter_kernels.kronecker_fit import fit, relative_error
 from compacter_kernels.nn.borrower import Borrower
 from compacter_kernels.nn.dense import DenseProjection, load_weights, random_state_kept, read_projection, rounded
 from compacter_kernels.nn.initialisation import OWN_RULE_RANGE, check_options, reset_factors, reset_rule
 from compacter_kernels.nn.partitioned import full_shape, gathered
+from compacter_kernels.output_fit import refit
 from compacter_kernels.private import parameter
 from compacter_kernels.problem import check_phm_dim
 from compacter_kernels.weights import PHMWeights, factorised_rule
@@ -109,6 +111,7 @@ class PHMLinear(Borrower):
         cls,
         linear: DenseProjection,
         *,
+        inputs: InputStatistics | None = None,
         phm_dim: int = 4,
         phm_rank: int = 1,
         starts: int = 8,
@@ -118,22 +121,27 @@ class PHMLinear(Borrower):
         """The layer nearest to a dense one, and |H - H'| / |H| in the Frobenius norm.
 
         linear: an nn.Linear, a weight (out, in) or a pair (weight, bias), with the dtype and device
-        of the layer. options: those of the constructor. See also `compacter_kernels.from_dense`.
+        of the layer. inputs: an InputStatistics of its inputs X, which makes the outputs nearest,
+        and the error |X (H - H')| / |X H|. options: those of the constructor. See also
+        `compacter_kernels.from_dense`.
         """
         weight, bias = read_projection(linear, "linear")
         if unknown := {"bias", "device", "dtype", "phm_rule", "factorized_phm_rule"} & options.keys():
             raise TypeError(f"from_dense takes no {', '.join(sorted(unknown))}")
         options |= {"phm_dim": phm_dim, "phm_rank": phm_rank, "bias": bias is not None, "dtype": weight.dtype}
         out_features, in_features = weight.shape
+        if not (inputs is None or isinstance(inputs, InputStatistics)):
+            raise TypeError(f"inputs must be InputStatistics or None, got {type(inputs).__name__}")
+        covariance = None if inputs is None else inputs.of_width(in_features, "inputs")
         cls(in_features, out_features, device="meta", **options)  # raises for a wrong option
         matrix = weight.detach().to("cpu", torch.float64).T
         rank = phm_rank if options.get("factorized_phm_W", True) else None
-        (weights,) = fit([matrix], phm_dim, rank, starts=starts, seed=seed)
-        weights = rounded(weights, weight.dtype)
+        nearest = fit([matrix], phm_dim, rank, starts=starts, seed=seed)
+        weights = rounded(refit([matrix], [covariance], nearest)[0], weight.dtype)
         with random_state_kept(weight.device):
             layer = cls(in_features, out_features, device=weight.device, **options)
         load_weights(layer, weights._replace(bias=bias))
-        return layer, relative_error(matrix, weights)
+        return layer, relative_error(matrix, weights, covariance)
 
     def _weight(self, name: str) -> Any:
         """A parameter of this layer, or a borrowed one, on the device of this layer."""
