@@ -29,7 +29,7 @@ from torch import Tensor
 import compacter_kernels as ck
 from compacter_kernels.machine import describe
 
-FULL: dict[str, Any] = {"seeds": 3, "steps": 400, "rounds": 15, "batches": can_speed.BATCHES}
+FULL: dict[str, Any] = {"seeds": 3, "steps": 800, "rounds": 15, "batches": can_speed.BATCHES}
 QUICK: dict[str, Any] = {"seeds": 1, "steps": 150, "rounds": 2, "batches": can_speed.BATCHES[:2]}
 
 
