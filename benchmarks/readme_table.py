@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/models.md from the committed results.
+"""Writes the tables of README.md, docs/models.md and an example from the committed results.
 
     python benchmarks/readme_table.py [--check]
 
@@ -123,7 +123,17 @@ def lokr() -> str:
     return LOKR_HEAD + "".join(lines) + LOKR_LEGEND.format(**peaks, **about)
 
 
-REGIONS = (("README.md", "results", table), ("docs/models.md", "steps", steps), ("docs/models.md", "lokr", lokr))
+def compressed_attention() -> str:
+    """The region of the README of examples/compressed_attention, which its command has written."""
+    return (ROOT / "benchmarks/results/epyc-2core/compressed_attention.txt").read_text(encoding="utf-8")
+
+
+REGIONS = (
+    ("README.md", "results", table),
+    ("docs/models.md", "steps", steps),
+    ("docs/models.md", "lokr", lokr),
+    ("examples/compressed_attention/README.md", "results", compressed_attention),
+)
 
 
 def main() -> int:

@@ -165,6 +165,9 @@ class CompacterConfig(AdapterConfig):
     shared_phm_rule: bool = _option(True, "one phm_rule for all adapters, instead of one for each projection")
     shared_W_phm: bool = _option(False, "also one W for all down projections and one for all up projections")
     learn_phm: bool = _option(True, "train phm_rule")
+    embedding_adapter: bool = _option(
+        False, "also an adapter with ln_before of the input of the first layer of each stack, as in CIAT"
+    )
     init: str = _option("paper", 'initial weights: those of the "paper" or those of the "adapters" library')
     phm_init_range: float = _option(1e-4, "spread of the initial values of a shared phm_rule")
     phm_c_init: str = _option("normal", 'distribution of the initial phm_rule, "normal" or "uniform"')

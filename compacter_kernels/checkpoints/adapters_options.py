@@ -10,7 +10,7 @@ from compacter_kernels.checkpoints.methods import BOTTLENECK, COMPACTER, METHODS
 from compacter_kernels.checkpoints.source import Source
 
 # Options of ours that `adapters` does not have. It has all others, by the same names.
-OURS_ALONE = ("init", "target_modules", "train_layer_norms", "modules_to_save", "dtype")
+OURS_ALONE = ("init", "target_modules", "train_layer_norms", "modules_to_save", "dtype", "embedding_adapter")
 SAME = {
     method: tuple(option.name for option in dataclasses.fields(kind.config) if option.name not in OURS_ALONE)
     for method, kind in METHODS.items()

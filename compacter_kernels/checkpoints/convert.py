@@ -180,6 +180,8 @@ def read(source: Source, source_format: str) -> Checkpoint:
     stated = checkpoint.options.get("non_linearity", "gelu_new")
     if source.non_linearity is not None and resolve(source.non_linearity) != resolve(stated):
         raise ValueError(f"non_linearity={source.non_linearity!r}, but the source says {stated!r}")
+    if checkpoint.options.get("embedding_adapter"):
+        raise ValueError("embedding_adapter=True cannot be converted: no other format has adapters of embeddings")
     checkpoint.check()
     return checkpoint
 

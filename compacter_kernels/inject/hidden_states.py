@@ -14,7 +14,7 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     x = args[0] if args else kwargs.get(name)
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"a parallel adapter takes the first argument of {type(module).__name__}.forward, {name}, which must be a "
+            f"an adapter takes the first argument of {type(module).__name__}.forward, {name}, which must be a "
             f"tensor; got {type(x).__name__}, of {len(args)} arguments by position and by name {sorted(kwargs)}"
         )
     return x

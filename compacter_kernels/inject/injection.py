@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from compacter_kernels.config import CompacterConfig
+from compacter_kernels.inject.embedding_adapters import EmbeddingAdapters
 from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.prepare import Prepared
 from compacter_kernels.inject.target_adapters import AdapterFastPath, Layer, TargetAdapters
@@ -47,12 +48,15 @@ class Injection(Adapters, nn.Module):
         """Put prepared adapters and copies into the model and activate them."""
         for target in prepared.targets:
             write, read, norm = Layer(model, target.write), None, None
-            if config.is_parallel:
+            kind = EmbeddingAdapters if target.like else TargetAdapters
+            if target.like:
+                pass  # It takes the input of the layer.
+            elif config.is_parallel:
                 read = Layer(model, target.read)
             elif config.original_ln_before:
                 read = Layer(model, target.residual)
                 norm = Layer(model, target.norm) if target.norm else None
-            adapters: Any = added_modules(write.module) or TargetAdapters(write)
+            adapters: Any = added_modules(write.module) or kind(write)
             adapter = prepared.adapters[target.write].train(write.module.training)
             before_norm = config.residual_before_ln
             adapters.add_adapter(name, adapter, prepared.shared, read=read, norm=norm, before_norm=before_norm)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compacter_kernels.config import DTYPES, AdapterConfig, CompacterConfig
+from compacter_kernels.inject.embedding_adapters import EmbeddingAdapters
 from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.offload import device_of
 from compacter_kernels.inject.target_adapters import TargetAdapters
@@ -17,6 +18,7 @@ from compacter_kernels.inject.trained_copies import TrainedCopies, trained_copy
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.nn.initialisation import reset_rule
 from compacter_kernels.targets.added import NAME, Added, AddedModules, adapters_of, added_modules
+from compacter_kernels.targets.embeddings import embedding_targets
 from compacter_kernels.targets.find import Target, find_modules_to_save, find_targets
 from compacter_kernels.targets.wrappers import check_outside_peft, unwrapped
 
@@ -77,11 +79,14 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
     """Build what the config asks for, on that device or each target's own; raise as `inject`."""
     check_nested(model)
     targets = find_targets(model, config)
+    if config.embedding_adapter:
+        targets = [*embedding_targets(model, targets), *targets]
     copied = find_modules_to_save(model, config)
     adapted = [target.write for target in targets]
     check_outside_peft(model, adapted, copied)
     check_child_names(model, (*adapted, *copied))
     check_adapted_or_copied(model, adapted, copied)
+    check_taken(model, targets)
     shared: SharedWeights | None = None
     adapters: dict[str, CompacterAdapter] = {}
     for target in targets:
@@ -100,7 +105,7 @@ def prepare(model: nn.Module, config: CompacterConfig, impl: str, device: str | 
 
 def check_residual(config: AdapterConfig, target: Target) -> None:
     """Raise ValueError for an adapter that needs the residual of its block, if it is not known."""
-    if config.original_ln_before and not target.residual:
+    if config.original_ln_before and not target.residual and not target.like:
         raise ValueError(
             f"original_ln_before=True needs the residual of the block that {target.write} ends, which the table of "
             "compacter_kernels does not say for it; leave target_modules out for a model of the table"
@@ -111,9 +116,12 @@ def build_adapter(
     model: nn.Module, config: CompacterConfig, target: Target, impl: str, device: str | None
 ) -> CompacterAdapter:
     """The adapter of a target, on that device or the target's own; ValueError if it cannot be."""
-    module = unwrapped(model.get_submodule(target.write))
-    like, width = computes_like(model, module), width_of(model, module, target.write)
-    if config.is_parallel:
+    options, path = config.of_each_adapter(), target.like or target.write
+    module = unwrapped(model.get_submodule(path))
+    like, width = computes_like(model, module), width_of(model, module, path)
+    if target.like:
+        options |= {"add_residual": True, "ln_before": True}
+    elif config.is_parallel:
         read = unwrapped(model.get_submodule(target.read))
         sizes = (getattr(read, "in_features", None), getattr(read, "nx", None))
         read_width = next((size for size in sizes if isinstance(size, int)), width)
@@ -130,7 +138,7 @@ def build_adapter(
             impl=impl,
             device=device or like.device,
             dtype=DTYPES.get(config.dtype or "", like.dtype),
-            **config.of_each_adapter(),
+            **options,
         )
     except ValueError as error:
         raise ValueError(f"{target.write}: {error}") from error
@@ -153,6 +161,17 @@ def computes_like(model: nn.Module, module: nn.Module) -> Tensor:
     dtypes = [getattr(module, "compute_dtype", None), *(p.dtype for p in (*module.parameters(), *model.parameters()))]
     dtype = next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
     return torch.empty(0, device=device_of(module), dtype=dtype)
+
+
+def check_taken(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Check that no module has adapters of its input and, by another name, of its output."""
+    for target in targets:
+        existing = added_modules(unwrapped(model.get_submodule(target.write)))
+        if existing is not None and isinstance(existing, EmbeddingAdapters) != bool(target.like):
+            raise ValueError(
+                f"{target.write} would have an adapter of its output and an embedding adapter of its input, of "
+                f"another name ({', '.join(existing)}); remove one of them"
+            )
 
 
 def check_name(name: str, existing: Container[str] = ()) -> None:

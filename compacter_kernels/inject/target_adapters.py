@@ -164,6 +164,16 @@ class TargetAdapters(AddedModules):
             return tuple(name for part in self.chosen_adapters.parts for name in part.names)
         return (self.active,) if self.active in self else ()
 
+    def _names_of_call(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the adapters that compute in a call of the target by this hooked module."""
+        names = self._in_use()
+        if not names or not self._write.is_outer_call(module):
+            return ()
+        if module not in self._write.parts:
+            now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
+            raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
+        return names
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         name = next((name for name in self._in_use() if name in self._reads), None)
         if name is not None:
@@ -176,12 +186,9 @@ class TargetAdapters(AddedModules):
 
         torch.ao registers the hook again in such a way that the keyword arguments are missing.
         """
-        names = self._in_use()
-        if not names or not self._write.is_outer_call(module):
+        names = self._names_of_call(module)
+        if not names:
             return rest[-1]
-        if module not in self._write.parts:
-            now, before = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), type(self._write.module)))
-            raise RuntimeError(REPLICATED if NAME in module._modules else REPLACED.format(now=now, before=before))
         kwargs, output = rest
         if self.chosen_adapters is None and names[0] not in self._reads:  # the usual case, in the least time
             with onloaded(self._owners[names[0]]):

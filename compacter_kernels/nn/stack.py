@@ -99,7 +99,9 @@ def check_mixable(adapter: Any) -> None:
     """Raise ValueError for an adapter with layer norms, which no sum of adapters has."""
     for name in NORMS:
         if getattr(adapter, name):
-            raise ValueError(f"{name}=True: adapters with a layer norm can be routed, but not mixed")
+            raise ValueError(
+                f"{name}=True: adapters with a layer norm can be routed, but not mixed; those of embeddings have one"
+            )
 
 
 def along(of_rows: Tensor, x: Tensor, last: int = 1) -> Tensor:

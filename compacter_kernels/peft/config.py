@@ -74,6 +74,8 @@ class CompacterConfig(_Config, options.CompacterConfig):
 
     def __post_init__(self, adapter_model_sha256: str | None) -> None:
         self._check_options(options.CompacterConfig)
+        if self.embedding_adapter:
+            raise ValueError("embedding_adapter=True: peft has adapters of layers only; use compacter_kernels.inject")
         self.peft_type = peft_type("COMPACTER")
 
 

@@ -29,7 +29,9 @@ class Target(NamedTuple):
     The adapter takes the output of `write`. A parallel one also takes the input of `read`.
 
     residual: the module whose input the block adds to its output, "" if it is not known. norm: the
-    layer norm of that sum, "" if none follows.
+    layer norm of that sum, "" if none follows. first: the first layer of the stack, "" if there is
+    none. like: a module whose output is as wide as the input of `write`, which is what the adapter
+    then takes; "" for the others.
     """
 
     write: str
@@ -37,6 +39,8 @@ class Target(NamedTuple):
     layer: int
     residual: str = ""
     norm: str = ""
+    first: str = ""
+    like: str = ""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,7 +159,8 @@ def _of_table(model: nn.Module, config: AdapterConfig) -> Iterator[Target]:
                 in_layer = [other for other in full if other.startswith(f"{match['stack']}.{match['layer']}.")]
                 source, normed = (full.get(_nearest(in_layer, part, name), "") for part in (read, norm))
                 residual, after = (source, normed) if family.norms == "after" else (normed, "")
-                yield Target(full[name], source, before[match["stack"]] + int(match["layer"]), residual, after)
+                layer, first = before[match["stack"]] + int(match["layer"]), full.get(f"{match['stack']}.0", "")
+                yield Target(full[name], source, layer, residual, after, first)
                 break
 
 
@@ -175,12 +180,14 @@ def numbered(names: Sequence[str]) -> list[Target]:
     The number is the first one in the name. Those of a second stack count on after the first's.
     """
     stacks: dict[str, dict[str, int]] = {}
+    firsts: dict[str, str] = {}
     for name in names:
-        stack, layer = (re.match(r"(.*?)\.?(\d+)\.", name) or re.match(r"()(0?)", name)).groups()  # type: ignore[union-attr]
+        stack, layer = (re.match(r"(.*?\.?)(\d+)\.", name) or re.match(r"()(0?)", name)).groups()  # type: ignore[union-attr]
+        firsts[name] = f"{stack}0" if layer else ""
         stacks.setdefault(stack, {})[name] = int(layer or 0)
     targets, offset = [], 0
     for layers in stacks.values():
-        targets += [Target(name, name, offset + layer) for name, layer in layers.items()]
+        targets += [Target(name, name, offset + layer, first=firsts[name]) for name, layer in layers.items()]
         offset += max(layers.values()) + 1
     return targets
 
