@@ -22,7 +22,14 @@ import compacter_kernels as ck
 from compacter_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
+PATTERNS = (
+    "*.md",
+    "docs/*.md",
+    "examples/*.md",
+    "examples/*/*.md",
+    "benchmarks/*.md",
+    "benchmarks/results/**/README.md",
+)
 DOCUMENTS = [str(path.relative_to(ROOT)) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 GENERATED = re.compile(r"^<!-- (\w+):begin -->\n.*?^<!-- \1:end -->\n", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")  # an environment variable before a command, or a variable of make
