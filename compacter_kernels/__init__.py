@@ -6,6 +6,7 @@ from compacter_kernels.choose import mix, route
 from compacter_kernels.compress import Compression, from_dense
 from compacter_kernels.config import CompacterConfig, CompacterPlusPlusConfig
 from compacter_kernels.dispatch import available_impls
+from compacter_kernels.ensemble import minimise_entropy
 from compacter_kernels.functional import (
     bottleneck_adapter,
     compacter_adapter,
@@ -62,6 +63,7 @@ __all__ = [
     "inject",
     "kronecker_linear",
     "load_adapter",
+    "minimise_entropy",
     "mix",
     "patch",
     "phm_linear",

@@ -79,11 +79,7 @@ def mix(model: nn.Module, adapters: Sequence[str], weights: Tensor) -> Iterator[
         RuntimeError: the model is in such a context already.
     """
     holders = _holders(model, "mix")
-    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
-        raise TypeError(f"adapters must be names of adapters, got {adapters!r}")
-    names = tuple(adapters)
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"adapters must be different names, at least one, got {list(names)}")
+    names = _mixed_names(adapters)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a tensor of floats, got {kind}")
@@ -92,6 +88,32 @@ def mix(model: nn.Module, adapters: Sequence[str], weights: Tensor) -> Iterator[
         raise ValueError(f"weights must have the shape {shapes}, got {tuple(weights.shape)}")
     with _chosen(model, holders, Choice(names, None, weights.to(computes_on(model))), "mix"):
         yield
+
+
+def places_to_mix(model: nn.Module, adapters: Sequence[str], function: str) -> list[Any]:
+    """The places whose adapters `mix` weighs, in the order of their weights (B, layers, K).
+
+    Raises what `mix` raises for the model and the names; its messages name the function.
+    """
+    return _places(_holders(model, function), _mixed_names(adapters), function)
+
+
+def _mixed_names(adapters: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+        raise TypeError(f"adapters must be names of adapters, got {adapters!r}")
+    names = tuple(adapters)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"adapters must be different names, at least one, got {list(names)}")
+    return names
+
+
+def _places(holders: list[Any], names: Sequence[str], function: str) -> list[Any]:
+    """The holders of adapters that have one of these names; ValueError for an unknown name."""
+    known = dict.fromkeys(name for holder in holders for name in holder.held_adapters())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{function}: the model has no adapters {', '.join(unknown)}; it has {', '.join(known)}")
+    return [h for h in holders if h.holds_adapters and any(name in h.held_adapters() for name in names)]
 
 
 def _of_numbers(numbers: Tensor, names: Sequence[str] | None) -> Choice:
@@ -130,11 +152,7 @@ def _holders(model: nn.Module, function: str) -> list[Any]:
 
 @contextmanager
 def _chosen(model: nn.Module, holders: list[Any], choice: Choice, function: str) -> Iterator[None]:
-    known = dict.fromkeys(name for holder in holders for name in holder.held_adapters())
-    unknown = [name for name in choice.names if name not in known]
-    if unknown:
-        raise ValueError(f"{function}: the model has no adapters {', '.join(unknown)}; it has {', '.join(known)}")
-    places = [h for h in holders if h.holds_adapters and any(name in h.held_adapters() for name in choice.names)]
+    places = _places(holders, choice.names, function)
     layered = choice.mix is not None and choice.mix.ndim == 3
     if layered and choice.mix.shape[1] != len(places):  # type: ignore[union-attr]
         raise ValueError(f"weights are for {choice.mix.shape[1]} layers; the adapters are at {len(places)} places")  # type: ignore[union-attr]

@@ -33,7 +33,8 @@ RANKS = (
     ("compress", "config"),
     ("targets",),
     ("checkpoints", "inject", "patch"),  # As any names of one rank, these three never import each other.
-    ("choose", "load", "peft", "save"),
+    ("choose", "peft"),
+    ("ensemble", "load", "save"),
     ("cases",),
     ("accuracy",),
     ("machine", "options", "saved"),
