@@ -142,7 +142,7 @@ def test_the_readme_states_the_committed_results() -> None:
     readme = (ROOT / "examples" / "emea" / "README.md").read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        assert all(len(runs) == document["settings"]["seeds"] for runs in document["results"].values())
+        assert len({len(runs) for runs in document["results"].values()}) == 1
         assert table(document) in readme, path.name
 
 

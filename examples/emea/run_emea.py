@@ -3,7 +3,7 @@
     python examples/emea/run_emea.py --out out/emea
 
 The encoder is multilingual-e5-small, frozen, with Compacter adapters in its top layers. The first
-language of --bank trains its adapter and the head; each other one trains an adapter for this head.
+language of --bank trains its adapter and the head; each other one goes on from it for this head.
 Then each sentence of the --test languages is tagged with one adapter, with the equal mix, and with
 the mix that minimises the entropy. README.md says what comes out.
 """
@@ -62,6 +62,14 @@ def with_adapters(tagger: Tagger, bank: Sequence[str], seed: int) -> Tagger:
         torch.manual_seed(100 * seed + number)
         ck.inject(tagger, config, name=language)
     return tagger
+
+
+def copy_adapter(tagger: Tagger, source: str, target: str) -> None:
+    """Give the adapter of one language the values of another's."""
+    of_source, of_target = (list(ck.adapter_parameters(tagger, name)) for name in (source, target))
+    with torch.no_grad():
+        for (_, value), (_, parameter) in zip(of_source, of_target, strict=True):
+            parameter.copy_(value)
 
 
 def rates(steps: int, rate: float) -> Iterator[float]:
@@ -135,7 +143,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "machine": describe(),
         "data": "lists of names of iso-codes" if args.data is None else args.data.name,
         "settings": {
-            **{name: getattr(args, name) for name in ("bank", "train", "epochs", "rate", "seeds")},
+            **{name: getattr(args, name) for name in ("bank", "start", "train", "epochs", "rate")},
             "top_layers": TOP,
             "lr": LR,
         },
@@ -147,6 +155,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         tagger.head.reset_parameters()
         with_adapters(tagger, args.bank, seed)
         for number, language in enumerate(args.bank):
+            if number and args.start == "first":
+                copy_adapter(tagger, args.bank[0], language)
             losses.append(train(tagger, language, training[language], args, seed, head=number == 0))
             print(
                 f"seed {seed}: {language} trained, loss {losses[-1]:.3f}, {time.monotonic() - start:.0f} s", flush=True
@@ -165,6 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="a folder of LANGUAGE.train.tsv and LANGUAGE.test.tsv")
     parser.add_argument("--bank", type=lambda text: text.split(","), default=list(BANK), help="languages with adapters")
     parser.add_argument("--test", type=lambda text: text.split(","), default=list(TEST), help="languages to tag")
+    parser.add_argument(
+        "--start",
+        choices=("first", "new"),
+        default="first",
+        help="where the adapters of the other languages start: as the first one's is trained, or with new values",
+    )
     parser.add_argument("--train", type=int, default=500, help="training sentences of each language")
     parser.add_argument(
         "--limit", type=int, help="test sentences of each language; 200 lists of names, or all of --data"
