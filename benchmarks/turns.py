@@ -32,11 +32,17 @@ class Server:
 
 
 def serve(calls: Mapping[str, Callable[[], Any]], now: Callable[[], float] = time.perf_counter) -> None:
-    """Answer each name on stdin with the microseconds of one call; first calls do not count."""
+    """Answer each name on stdin with the microseconds of one call, nan without such a call.
+
+    The first calls do not count.
+    """
     counts: dict[str, int] = {}
     for line in sys.stdin:
         name = line.rstrip("\n")
-        call = calls[name]
+        call = calls.get(name)
+        if call is None:
+            print("nan", flush=True)
+            continue
         if name not in counts:
             call()
             start = now()

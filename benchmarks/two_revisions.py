@@ -6,7 +6,8 @@ BEFORE and AFTER are checkouts with their native parts built. Each is imported b
 own, through the public functions and modules alone. In every round each process times each row
 once, and the two take turns row by row, in changing order. `before` and `after` are lower quartiles
 in microseconds; `ratio` is the median over the rounds of after / before. The rows of `x.clone()`,
-which no revision changes, show the noise. Writes OUT/two_revisions.txt.
+which no revision changes, show the noise. A revision has nan for what it lacks. Writes
+OUT/two_revisions.txt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from turns import Server, serve
 SHAPES = ((768, 32, 4), (768, 16, 12), (1024, 16, 8), (4096, 32, 8))  # hidden_size, reduction_factor, phm_dim
 TOKENS = (1, 256, 2048)
 IMPLS = ("cpu", "factored", "dense")
+BOTTLENECKS = ((768, 48), (1024, 64))  # plain ones, all in bfloat16
 
 
 def rows() -> dict[str, Callable[[], Any]]:
@@ -57,6 +59,32 @@ def rows() -> dict[str, Callable[[], Any]]:
                 found[f"{title} {impl} forward+backward"] = lambda impl=impl, both=both: both(impl)
             if tokens == 1:
                 found[f"{title} module"] = lambda x=x, adapter=adapter: adapter(x)
+    return found | (bottlenecks() if hasattr(ck, "bottleneck_adapter") else {})
+
+
+def bottlenecks() -> dict[str, Callable[[], Any]]:
+    """The calls of plain bottleneck adapters in bfloat16."""
+    import torch
+
+    import compacter_kernels as ck
+
+    found: dict[str, Callable[[], Any]] = {}
+    for k, d in BOTTLENECKS:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(*sizes, dtype=torch.bfloat16) for sizes in ((k, d), (d, k))]
+        sides = [ck.LinearWeights(layer.weight.t(), layer.bias) for layer in layers]
+        leaf = torch.randn(TOKENS[-1], k, dtype=torch.bfloat16, requires_grad=True)
+        wanted = [leaf, *(p for layer in layers for p in layer.parameters())]
+        grad = torch.randn_like(leaf)
+
+        def forward(leaf: Any = leaf, sides: Any = sides) -> Any:
+            return ck.bottleneck_adapter(leaf, *sides, residual=leaf, impl="cpu")
+
+        title = f"{k}/{d} bfloat16 T={TOKENS[-1]} cpu"
+        found[f"{title} forward"] = forward
+        found[f"{title} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: torch.autograd.grad(
+            forward(), wanted, grad
+        )
     return found
 
 
@@ -86,7 +114,8 @@ def main() -> None:
     from compacter_kernels import machine
 
     about = machine.describe()
-    head = f"{args.rounds} rounds in turns, {args.threads} threads, float32, {about['cpu']}, torch {about['torch']}"
+    setting = f"{args.rounds} rounds in turns, {args.threads} threads, float32 unless named"
+    head = f"{setting}, {about['cpu']}, torch {about['torch']}"
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n".join([head, "", *lines]) + "\n"
     (args.out / "two_revisions.txt").write_text(text, encoding="utf-8")
