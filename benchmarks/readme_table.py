@@ -125,7 +125,7 @@ def lokr() -> str:
 
 def compressed_attention() -> str:
     """The region of the README of examples/compressed_attention, which its command has written."""
-    return (ROOT / "benchmarks/results/epyc-2core/compressed_attention.txt").read_text(encoding="utf-8")
+    return (ROOT / "benchmarks/results/zen4-2core/compressed_attention.txt").read_text(encoding="utf-8")
 
 
 REGIONS = (
