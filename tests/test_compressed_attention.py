@@ -184,7 +184,7 @@ def test_the_short_form_writes_its_results(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_committed_table_is_that_of_its_json() -> None:
-    folder = ROOT / "benchmarks" / "results" / "epyc-2core"
+    folder = ROOT / "benchmarks" / "results" / "zen4-2core"
     document = json.loads((folder / "compressed_attention.json").read_text(encoding="utf-8"))
     written = (folder / "compressed_attention.txt").read_text(encoding="utf-8")
     assert module("can_report").table(document) == written
