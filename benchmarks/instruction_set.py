@@ -86,9 +86,8 @@ def answer(threads: int) -> None:
 
 def limited(isa: str) -> dict[str, str]:
     """The environment in which torch, its libraries and the cpu kernels use that set."""
-    limits = LIMITS[isa] or ()
-    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
-    return {"COMPACTER_KERNELS_ISA": isa, **dict(zip(names, limits, strict=False))}
+    names, limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"), LIMITS[isa]
+    return {"COMPACTER_KERNELS_ISA": isa, **(dict(zip(names, limits, strict=True)) if limits else {})}
 
 
 def measure(servers: list[Server], rounds: int) -> dict[str, tuple[list[float], list[float]]]:

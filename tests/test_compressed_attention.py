@@ -6,13 +6,12 @@ import copy
 import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from example_folders import first_on_path
 from torch import Tensor, nn
 
 import compacter_kernels as ck
@@ -23,14 +22,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 WORDS, LENGTH = 11, 7
 CONFIG = ck.CompacterConfig(target_modules=["output", "linear2"], reduction_factor=4, phm_init_range=1.0)
 
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder of the example is where Python looks first, as if its script was started."""
-    monkeypatch.syspath_prepend(FOLDER)
-    yield
-    for script in FOLDER.glob("*.py"):
-        sys.modules.pop(script.stem, None)
+_path = first_on_path(FOLDER)
 
 
 def module(name: str) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from example_folders import first_on_path
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -18,13 +17,7 @@ FOLDER = ROOT / "examples" / "direction_of_arrival"
 RESULTS = ROOT / "benchmarks" / "results" / "direction_of_arrival"
 C128 = torch.complex128
 
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(FOLDER)
-    yield
-    for script in FOLDER.glob("*.py"):
-        sys.modules.pop(script.stem, None)
+_path = first_on_path(FOLDER)
 
 
 def module(name: str = "estimators") -> Any:

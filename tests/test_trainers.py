@@ -10,26 +10,19 @@ import importlib
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
+from example_folders import first_on_path
 from two_processes import as_torchrun, free_port, run_two
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainers warn about themselves.
 FOLDER = Path(__file__).parent.parent / "examples" / "trainers"
 
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder of the scripts is where Python looks first, as if one was started."""
-    monkeypatch.syspath_prepend(FOLDER)
-    yield
-    for script in FOLDER.glob("*.py"):
-        sys.modules.pop(script.stem, None)
+_path = first_on_path(FOLDER)
 
 
 def script(name: str, *needs: str) -> Any:
