@@ -34,6 +34,7 @@ from typing import Any
 
 import peft
 import torch
+from disagreement import disagreement
 from lycoris.kernels.select import choose
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
@@ -55,11 +56,6 @@ VARIANTS = {
     "lycoris patched": "lycoris, patched",
 }
 BACKEND = "LYCORIS_KERNEL_BACKEND"
-
-
-def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of two outcomes, relative to the largest entry."""
-    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
 class Layer:

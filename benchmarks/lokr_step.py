@@ -28,18 +28,13 @@ import diffusers
 import lokr_models
 import peft
 import torch
+from disagreement import disagreement
 from lokr_models import BATCH, SETUPS, VARIANTS, LayerStep, TransformerStep, calls
-from torch import Tensor
 
 from compacter_kernels import machine
 from compacter_kernels.bench.cpu import Timing, environment, interleave
 
 WIDTHS, TOKENS, TOLERANCE = (1024, 2048), 1024, 1e-4
-
-
-def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of two outcomes, relative to the largest entry."""
-    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
 def measure(what: str, steps: dict[str, Any], rounds: int) -> dict[str, Any]:

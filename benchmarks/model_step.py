@@ -38,8 +38,8 @@ import adapters
 import model_variants
 import torch
 import transformers
+from disagreement import disagreement
 from model_variants import LENGTH, MODELS, VARIANTS
-from torch import Tensor
 
 from compacter_kernels import machine
 from compacter_kernels.bench.cpu import environment
@@ -81,11 +81,6 @@ def finish(variants: dict[str, Variant]) -> None:
     for variant in variants.values():
         variant.connection.send(None)
         variant.process.join()
-
-
-def disagreement(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of two outcomes, relative to the largest entry."""
-    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
 def peak_memory(variant: str, setting: tuple[str, ...]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -10,18 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compacter_kernels.bench.cpu import environment
+
 SECONDS = 0.02  # of calls for one sample
-NO_PAGE_FAULTS = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 32))
 
 
 class Server:
     """A process that runs `script --serve ARGS` on the package of that checkout."""
 
-    def __init__(self, script: str, checkout: Path, threads: int, environment: Mapping[str, str] | None = None) -> None:
-        env = {**os.environ, **NO_PAGE_FAULTS, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, script: str, checkout: Path, threads: int, others: Mapping[str, str] | None = None) -> None:
+        env = environment("removed", threads) | {"PYTHONPATH": str(checkout)} | dict(others or {})
         command = [sys.executable, str(Path(script).resolve()), "--serve", str(threads)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, env=env | dict(environment or {}), cwd=checkout, text=True, **pipes)
+        self._process = subprocess.Popen(command, env=env, cwd=checkout, text=True, **pipes)
 
     def ask(self, name: str) -> float:
         """The microseconds of one call of that name."""
