@@ -26,7 +26,7 @@ LATER := build/transformers-$(TRANSFORMERS)
 EARLIER := build/peft-$(PEFT)
 PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
-.PHONY: ready demo test instruction-sets transformers peft interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: ready demo test core-tests instruction-sets transformers peft interpret aot cuda-on-cpu ptxas lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -48,6 +48,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(TESTS) $(PYTEST)
+
+# what needs torch, numpy and the tools of the tests alone, in the environment that is active
+CORE := $(patsubst %,tests/test_%.py,agreement autograd bank_function chain compacter_adapter family formula nonfinite phm_linear)
+core-tests:
+	$(TESTS) -m 'not slow' $(CORE) $(PYTEST)
 
 # the cpu kernels once more under each instruction set of this machine, narrower than the one that `make test` runs
 instruction-sets: $(READY)
@@ -109,6 +114,7 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+	zizmor --offline --quiet .github
 
 # the C++ kernels alone, under the address and undefined-behaviour sanitizers
 native-check: $(READY)
