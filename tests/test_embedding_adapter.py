@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from families import CROSS_ATTENTION, FAMILIES, build, inputs, output
+from plain_ciat import beside, change, of_embeddings, plain_t5
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import compacter_kernels as ck
 from compacter_kernels.inject.embedding_adapters import EmbeddingAdapters
@@ -41,23 +41,6 @@ def make(family: str, *names: str, config: ck.CompacterConfig = CIAT, **options:
     return model
 
 
-def change(adapter: ck.CompacterAdapter, h: Tensor) -> Tensor:
-    """W2 relu(W1 h), with both matrices built."""
-    down, up = adapter.down.weights(), adapter.up.weights()
-    return F.relu(h @ ck.phm_matrix(down) + down.bias) @ ck.phm_matrix(up) + up.bias
-
-
-def of_embeddings(layer: Any, x: Tensor) -> Tensor:
-    """x + W2 relu(W1 LN(x)) with the adapter before this layer."""
-    adapter = layer.compacter["default"]
-    return x + change(adapter, F.layer_norm(x, x.shape[-1:], adapter.norm_before.weight, adapter.norm_before.bias))
-
-
-def beside(module: Any, h: Tensor) -> Tensor:
-    """W2 relu(W1 h) with the parallel adapter that adds to the output of this module."""
-    return change(module.compacter["default"], h)
-
-
 def plain_gpt2(model: Any) -> Tensor:
     """A decoder with norms before its blocks: x + Sub(LN x) + W2 relu(W1 LN x)."""
     body, tokens = model.transformer, inputs("gpt2")["input_ids"]
@@ -69,32 +52,6 @@ def plain_gpt2(model: Any) -> Tensor:
         h = block.ln_2(x)
         x = x + block.mlp(h) + beside(block.mlp.c_proj, h)
     return model.lm_head(body.ln_f(x))  # type: ignore[no-any-return]
-
-
-def plain_t5(model: Any) -> Tensor:
-    """An encoder-decoder with norms before its blocks; no adapters after cross-attention."""
-    given = inputs("t5")
-    source = _t5_stack(model.encoder, given["input_ids"], None)
-    y = _t5_stack(model.decoder, given["decoder_input_ids"], source)
-    return model.lm_head(y * model.config.d_model**-0.5)  # type: ignore[no-any-return]
-
-
-def _t5_stack(stack: Any, tokens: Tensor, source: Tensor | None) -> Tensor:
-    length, bias = tokens.shape[1], stack.block[0].layer[0].SelfAttention.compute_bias(*2 * tokens.shape[1:], "cpu")
-    if source is not None:
-        bias = bias + torch.full((length, length), -torch.inf, dtype=bias.dtype).triu(1)
-    x = of_embeddings(stack.block[0], stack.embed_tokens(tokens))
-    for block in stack.block:
-        attention = block.layer[0].SelfAttention
-        h = block.layer[0].layer_norm(x)
-        x = x + attention(h, position_bias=bias)[0] + beside(attention.o, h)
-        if source is not None:
-            cross, none = block.layer[1], torch.zeros_like(bias[..., :1, :1])
-            x = x + cross.EncDecAttention(cross.layer_norm(x), key_value_states=source, position_bias=none)[0]
-        last = block.layer[-1]
-        h = last.layer_norm(x)
-        x = x + last.DenseReluDense(h) + beside(last.DenseReluDense.wo, h)
-    return stack.final_layer_norm(x)  # type: ignore[no-any-return]
 
 
 def plain_bert(model: Any) -> Tensor:

