@@ -25,6 +25,12 @@ BOTTLENECK = [
         for dtype in (FP32, BF16, FP16)
         for params in (FP32, FP64, BF16)
     ),
+    *(  # few and many rows of numbers that are all in bf16, whose products have kernels of their own
+        Case("bottleneck", dtype=BF16, params=BF16, width=k, bottleneck=d, shape=(t,), bias=k != 90)
+        for k, d, t in (
+            () if INTERPRETED else ((90, 14, 1), (90, 15, 333), (208, 48, 333), (90, 14, 1000), (1024, 64, 40))
+        )
+    ),
     *(Case("bottleneck", activation=name, shape=(17,)) for name in ACTIVATIONS),
     *(
         Case("bottleneck", residual=r, bias=b, scale=0.3, shape=(9,))
@@ -52,6 +58,10 @@ BANKS = [
         for c in CHOICES
     ),
     *(Case("adapter", bank=3, choice=c, shape=(2, 33), width=48, n=12) for c in CHOICES),
+    *(
+        Case("adapter", bank=2, choice=c, shape=(3, 150), width=96, bottleneck=32, n=16, dtype=BF16, params=BF16)
+        for c in (() if INTERPRETED else CHOICES)
+    ),
     *(Case("adapter", bank=1, choice=c, shape=shape) for c in ("rows", "mix") for shape in ((0,), (1,), (17,))),
     *(
         Case("adapter", bank=3, choice=c, shape=(64, 4), width=768, bottleneck=24)

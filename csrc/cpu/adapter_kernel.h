@@ -100,8 +100,10 @@ void adapter_backward(const AdapterJob& job, int64_t begin, int64_t end, float* 
     const bool streaming = job.streaming && can_stream(grad_x, down.in_chunk());
     const Contraction<T> contract_x(down.n_in, down.m, down.in_chunk(), down.left, scratch.wide.x_contraction);
     const Contraction<T> contract_g(up.n_out, up.m, up.out_chunk(), up.right, scratch.wide.g_contraction);
-    WeightGradient<T> down_left(down.n_in, down.m, down.in_chunk(), down_sums.left, nullptr, scratch.wide.x_gradient, end - begin);
-    WeightGradient<T> up_right(up.n_out, up.m, up.out_chunk(), up_sums.right, up_sums.bias, scratch.wide.g_gradient, end - begin);
+    WeightGradient<T> down_left(down.n_in, down.m, down.in_chunk(), down_sums.left, nullptr, scratch.wide.x_gradient, end - begin,
+                                contract_x.pairs());
+    WeightGradient<T> up_right(up.n_out, up.m, up.out_chunk(), up_sums.right, up_sums.bias, scratch.wide.g_gradient, end - begin,
+                               contract_g.pairs());
     Expansion<T> expand{down.n_in, down.m, down.in_chunk(), down.left, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
     const Normalisation<T> norm{job.norm, k, false};

@@ -18,9 +18,17 @@ class Contraction {
 public:
     // `basis` is s, [m][chunk]; `scratch` has size(m, chunk) floats.
     Contraction(int64_t n, int64_t m, int64_t chunk, const float* basis, float* scratch)
-        : n(n), m(m), chunk(chunk), packed(scratch), paired(has_dot<T> && pack_pairs(basis)) {
-        if (!paired) with_span([&](auto span) { pack<decltype(span)::value>(basis); });
+        : n(n), m(m), chunk(chunk), packed(scratch), paired(has_dot<T> && all_bf16(basis, m * chunk)) {
+        if constexpr (has_dot<T>)
+            if (paired) {
+                pack_pairs(basis);
+                return;
+            }
+        with_span([&](auto span) { pack<decltype(span)::value>(basis); });
     }
+
+    // Whether it multiplies pairs.
+    bool pairs() const { return paired; }
 
     static int64_t size(int64_t m, int64_t chunk) {
         return groups(m, span(m)) * round_up(chunk, span(m)) / span(m) * W;
@@ -91,22 +99,20 @@ private:
             }
     }
 
-    // packed[group][u / 8][row in group][8] in bf16; false if a number of s is none.
-    bool pack_pairs(const float* basis) {
+    // packed[group][u / 8][row in group][8] in bf16
+    void pack_pairs(const float* basis) {
         const int64_t padded = round_up(chunk, 8), all = groups(m, 4) * (W / 4);
         uint16_t* to = reinterpret_cast<uint16_t*>(packed);
         for (int64_t c = 0; c < all; ++c) {
             uint16_t* row = to + c / (W / 4) * (W / 4) * padded + c % (W / 4) * 8;
-            uint32_t lost = 0;
-            for (int64_t u = 0; u < padded; ++u) {
-                uint32_t bits = 0;
-                if (c < m && u < chunk) __builtin_memcpy(&bits, basis + c * chunk + u, sizeof bits);
-                row[u / 8 * (W / 4) * 8 + u % 8] = static_cast<uint16_t>(bits >> 16);
-                lost |= bits & 0xffffu;
+            for (int64_t u = 0; u < padded; u += W) {
+                const int64_t left = c < m ? chunk - u : 0;
+                const Vec numbers = left >= W ? load(basis + c * chunk + u) : left > 0 ? load(basis + c * chunk + u, left) : Vec{};
+                const HalfBits bits = upper_halves(numbers);
+                for (int64_t k = 0; k < W && u + k < padded; k += 8)
+                    __builtin_memcpy(row + (u + k) / 8 * (W / 4) * 8, reinterpret_cast<const uint16_t*>(&bits) + k, 16);
             }
-            if (lost) return false;
         }
-        return true;
     }
 
     // A larger s is read once for all rows, since it comes from a cache that other cores use too.

@@ -155,10 +155,41 @@ Vec dot(Vec, Vec, Vec);
 Vec load_pairs_repeated(const void*);
 #endif
 
+// The upper halves of fp32: numbers that are numbers in bf16 too.
+COMPACTER_INLINE HalfBits upper_halves(Vec v) { return __builtin_convertvector((BitVec)v >> 16, HalfBits); }
+
+// The pairs of the numbers of two vectors, and the same pair everywhere. A pair lies in a float,
+// which no arithmetic may touch.
+COMPACTER_INLINE Vec joined(HalfBits first, HalfBits second) { return (Vec)(widen(first) | widen(second) << 16); }
+COMPACTER_INLINE Vec joined_upper_halves(Vec first, Vec second) {
+    return (Vec)((BitVec)first >> 16 | ((BitVec)second & 0xffff0000u));
+}
+COMPACTER_INLINE Vec splat_pair(const float* p) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (Vec)(BitVec{} + bits);
+}
+
+// Whether all numbers are numbers in bf16.
+inline bool all_bf16(const float* p, int64_t count) {
+    uint32_t lost = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, p + j, sizeof bits);
+        lost |= bits;
+    }
+    return !(lost & 0xffffu);
+}
+
 COMPACTER_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_bf16(v); }
 COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = to_f16(v); }
 
 // The first `count` < W numbers, then zeros. No memory behind them is read or written.
+COMPACTER_INLINE HalfBits load_bits(const void* p, int64_t count) {
+    HalfBits bits = {};
+    __builtin_memcpy(&bits, p, static_cast<size_t>(2 * count));
+    return bits;
+}
 template <class T>
 COMPACTER_INLINE Vec load(const T* p, int64_t count) {
     T padded[W] = {};

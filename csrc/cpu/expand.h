@@ -1,6 +1,9 @@
 // From lanes to rows of tokens, the only write:
 //     out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
 // The residual comes last, since each addition after a large residual would round to its size.
+//
+// Where all numbers of many terms t are in bf16, and the processor multiplies such pairs (has_dot),
+// V is rounded to bf16 too, and two terms are added at once.
 #pragma once
 
 #include "element.h"
@@ -20,19 +23,25 @@ struct Expansion {
     const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
     bool streaming;
     const float* packed = nullptr;
+    float* paired = nullptr;  // memory for V in pairs of terms, or null
 
     // Lays t out strip by strip in `to`, which has packed_size(m, chunk) floats. It pays for many
     // terms, whose rows of t would drive one another out of the first cache, and more than one block.
+    // Pairs do not depend on the number of tokens, as the bits of the output do not.
     void pack(float* to, int64_t tokens) {
-        if (!packed_size(m, chunk) || tokens <= lanes) return;
+        if (!packed_size(m, chunk)) return;
+        const bool two = has_dot<T> && m % 2 == 0 && all_bf16(basis, m * chunk);
+        if (tokens <= lanes && !two) return;
         packed = to;
+        if (two) paired = to + m / 2 * round_up(chunk, W);
         columns<packed_vectors, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
             constexpr int U = decltype(vectors)::value;
-            for (int64_t c = 0; c < m; ++c, to += U * W) {
-                Vec t[U];
+            for (int64_t c = 0; c < m; c += two ? 2 : 1, to += U * W) {
+                Vec t[U], second[U];
                 get<U, decltype(cut)::value>(basis + c * chunk + u, t, count);
+                if (two) get<U, decltype(cut)::value>(basis + (c + 1) * chunk + u, second, count);
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) store(to + k * W, t[k]);
+                for (int k = 0; k < U; ++k) store(to + k * W, two ? joined_upper_halves(t[k], second[k]) : t[k]);
             }
         });
     }
@@ -75,7 +84,9 @@ private:
         // Backwards, since the ends of x's rows were read last and are still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
-            const Chunk here{v + q * m * lanes,           bias ? bias + at : nullptr, residual ? residual + at : nullptr,
+            const float* terms = v + q * m * lanes;
+            if (paired) terms = in_pairs_of_terms(terms);
+            const Chunk here{terms,                       bias ? bias + at : nullptr, residual ? residual + at : nullptr,
                              also ? also + at : nullptr, out + at,                   next ? next + at : nullptr};
             if constexpr (held(M) > 0)
                 if (n * chunk * static_cast<int64_t>(sizeof(T)) < page && (!streaming || whole_lines<held(M)>)) {
@@ -88,6 +99,14 @@ private:
             const int64_t fit = strip_floats / (m > 0 ? m : 1) / step * step, width = fit ? fit : step;
             for (int64_t u = 0; u < chunk; u += width) strip<M>(here, u, chunk - u < width ? chunk - u : width, tokens);
         }
+    }
+
+    // [pair of terms][token], rounded to bf16
+    const float* in_pairs_of_terms(const float* v) const {
+        for (int64_t c = 0; c < m; c += 2)
+            for (int l = 0; l < lanes; l += W)
+                store(paired + c / 2 * lanes + l, joined(to_bf16(load(v + c * lanes + l)), to_bf16(load(v + (c + 1) * lanes + l))));
+        return paired;
     }
 
     // Pointers to the first number of a chunk.
@@ -194,24 +213,31 @@ private:
     // since a load that lies a multiple of 4 KiB behind a recent store waits for it.
     template <int M>
     __attribute__((noinline)) void strip(const Chunk& at, int64_t u, int64_t width, int64_t tokens) const {
-        if (!M && packed)
+        const auto from_packed = [&](auto pairs, int64_t terms) COMPACTER_INLINE_LAMBDA {
             tiles<packed_rows, 4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 columns<packed_vectors, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-                    constexpr int U = decltype(vectors)::value;
-                    tile<decltype(size)::value, U, M, true>(at, packed + (u + j) * m, U * W, token, u + j, cut, count);
+                    constexpr int R = decltype(size)::value, U = decltype(vectors)::value;
+                    const float* t = packed + (u + j) * terms;
+                    tile<R, U, true, decltype(pairs)::value>(at, t, U * W, terms, token, u + j, cut, count);
                 });
             });
+        };
+        if constexpr (!M && has_dot<T>)
+            if (paired) return from_packed(std::true_type{}, m / 2);
+        if (!M && packed)
+            from_packed(std::false_type{}, m);
         else
             tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 columns<tile_vectors, 2, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
-                    tile<decltype(size)::value, decltype(vectors)::value, M, false>(at, basis + u + j, chunk, token, u + j, cut, count);
+                    constexpr int R = decltype(size)::value, U = decltype(vectors)::value;
+                    tile<R, U, false, false>(at, basis + u + j, chunk, M ? M : m, token, u + j, cut, count);
                 });
             });
     }
 
-    // R tokens by U vectors.
-    template <int R, int U, int M, bool Packed, bool Cut>
-    COMPACTER_INLINE void tile(const Chunk& at, const float* t, int64_t stride, int64_t token, int64_t u,
+    // R tokens by U vectors. With Pairs, a term is a pair of two.
+    template <int R, int U, bool Packed, bool Pairs, bool Cut>
+    COMPACTER_INLINE void tile(const Chunk& at, const float* t, int64_t stride, int64_t terms, int64_t token, int64_t u,
                                std::bool_constant<Cut>, int64_t count) const {
         const int64_t row = n * chunk, offset = token * row + u;
         const bool streams = streaming;
@@ -229,7 +255,6 @@ private:
                 for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(next + k * W, 0, 2);
         }
         const float* coef = at.coef + token;
-        const int64_t terms = M ? M : m;
 #pragma GCC unroll 12
         for (int64_t c = 0; c < terms; ++c, t += stride) {
             Vec value[U];
@@ -241,9 +266,9 @@ private:
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(coef[c * lanes + r]);
+                const Vec weight = Pairs ? splat_pair(coef + c * lanes + r) : splat(coef[c * lanes + r]);
 #pragma GCC unroll 4
-                for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
+                for (int k = 0; k < U; ++k) sum[r][k] = Pairs ? dot(sum[r][k], weight, value[k]) : sum[r][k] + weight * value[k];
             }
         }
         const auto add_rows = [&](auto p) COMPACTER_INLINE_LAMBDA {

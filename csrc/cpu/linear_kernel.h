@@ -62,8 +62,10 @@ void linear_backward(const LinearJob& job, int64_t begin, int64_t end, float* me
     const bool streaming = job.streaming && can_stream(grad_x, f.in_chunk());
     const Contraction<T> contract_x(f.n_in, f.m, f.in_chunk(), f.left, scratch.wide.x_contraction);
     const Contraction<T> contract_g(f.n_out, f.m, f.out_chunk(), f.right, scratch.wide.g_contraction);
-    WeightGradient<T> left_gradient(f.n_in, f.m, f.in_chunk(), sums.left, nullptr, scratch.wide.x_gradient, end - begin);
-    WeightGradient<T> right_gradient(f.n_out, f.m, f.out_chunk(), sums.right, sums.bias, scratch.wide.g_gradient, end - begin);
+    WeightGradient<T> left_gradient(f.n_in, f.m, f.in_chunk(), sums.left, nullptr, scratch.wide.x_gradient, end - begin,
+                                    contract_x.pairs());
+    WeightGradient<T> right_gradient(f.n_out, f.m, f.out_chunk(), sums.right, sums.bias, scratch.wide.g_gradient, end - begin,
+                                     contract_g.pairs());
     Expansion<T> expand{f.n_in, f.m, f.in_chunk(), f.left, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
 

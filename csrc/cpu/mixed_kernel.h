@@ -166,10 +166,10 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
     const Contraction<T> contract_g(up.n_out, scratch.all_m2, up.out_chunk(), up.right, scratch.wide.g_contraction);
     const Contraction<T> contract_b(1, up.bias ? job.count : 0, k, up.bias, scratch.b_contraction);
     WeightGradient<T> left_gradient(down.n_in, scratch.all_m, down.in_chunk(), down_sums.left, nullptr,
-                                    scratch.wide.x_gradient, end - begin);
+                                    scratch.wide.x_gradient, end - begin, contract_x.pairs());
     WeightGradient<T> right_gradient(up.n_out, scratch.all_m2, up.out_chunk(), up_sums.right, nullptr,
-                                     scratch.wide.g_gradient, end - begin);
-    WeightGradient<T> bias_gradient(1, job.count, k, up_sums.bias, nullptr, scratch.b_gradient, end - begin);
+                                     scratch.wide.g_gradient, end - begin, contract_g.pairs());
+    WeightGradient<T> bias_gradient(1, job.count, k, up_sums.bias, nullptr, scratch.b_gradient, end - begin, false);
     Expansion<T> expand{down.n_in, scratch.all_m, down.in_chunk(), down.left, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
     const bool of_weights = down_sums.rule || down_sums.left || down_sums.right || down_sums.bias || up_sums.rule || up_sums.left;

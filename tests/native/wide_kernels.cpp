@@ -36,7 +36,7 @@ void run_as(const WideJob& job, float* scratch) {
     const Contraction<T> contract(job.n, job.m, job.chunk, job.basis, memory.contraction);
     Expansion<T> expand{job.n, job.m, job.chunk, job.basis, job.bias, streaming};
     expand.pack(memory.expansion, job.tokens);
-    WeightGradient<T> add(job.n, job.m, job.chunk, job.sum, job.bias_sum, memory.gradient, job.tokens);
+    WeightGradient<T> add(job.n, job.m, job.chunk, job.sum, job.bias_sum, memory.gradient, job.tokens, contract.pairs());
     for (int64_t token = 0; token < job.tokens; token += lanes) {
         const int64_t tokens = block_size(token, job.tokens), at = token * row, lane = token * job.n * job.m;
         const T* next = rows_after(x, token, job.tokens, row);
