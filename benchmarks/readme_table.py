@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/models.md and an example from the committed results.
+"""Writes the tables of README.md, docs/models.md and examples from the committed results.
 
     python benchmarks/readme_table.py [--check]
 
@@ -128,11 +128,17 @@ def compressed_attention() -> str:
     return (ROOT / "benchmarks/results/zen4-2core/compressed_attention.txt").read_text(encoding="utf-8")
 
 
+def speech_translation() -> str:
+    """The region of the README of examples/speech_translation, which its command has written."""
+    return (ROOT / "benchmarks/results/speech_translation/translation.txt").read_text(encoding="utf-8")
+
+
 REGIONS = (
     ("README.md", "results", table),
     ("docs/models.md", "steps", steps),
     ("docs/models.md", "lokr", lokr),
     ("examples/compressed_attention/README.md", "results", compressed_attention),
+    ("examples/speech_translation/README.md", "results", speech_translation),
 )
 
 
