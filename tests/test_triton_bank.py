@@ -22,6 +22,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter (make interpret)", allow_module_level=True)
 pytest.importorskip("triton")
 
+from compacter_kernels.impl.triton import kernel as kernels
+from compacter_kernels.impl.triton.plan import served
+
 ROWS = 40
 
 
@@ -140,6 +143,25 @@ def test_a_row_whose_adapter_does_not_exist_is_nan(dtype: torch.dtype) -> None:
     for tensor in results[:2]:
         assert torch.equal(tensor.isnan().all(1), wrong) and torch.equal(tensor.isnan().any(1), wrong)
     assert all(tensor.isfinite().all() for tensor in results[2:])
+
+
+def test_products_of_a_mix_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the products of 16-bit numbers are computed transposed (`tiles.add_turned`)."""
+    down, up = (side.map(torch.Tensor.detach) for side in bank(3))
+    x, grad, mix = torch.randn(40, 24).to(BF16), torch.randn(40, 24).to(BF16), torch.rand(40, 3)
+    problem = adapter_problem(x, down, up, "gelu_new", 3, True)
+    call = BankCall(x, down, up, None, True, 0.7, None, None, mix)
+
+    def results() -> tuple[Any, tuple[Tensor, ...]]:
+        kernel = impl.prepare(problem)
+        return kernel, (kernel.forward(call), *kernel.backward(call, grad, (True,) * 10))
+
+    _, expected = results()
+    monkeypatch.setattr(kernels, "served", lambda problem, _, turned: served(problem, "gfx942", turned))
+    kernel, got = results()
+    assert kernel.served["expand"].precision.TURN
+    for one, other in zip(got, expected, strict=True):
+        assert error(one, other.double()) <= floor(BF16, FP32)
 
 
 def test_nan_stays_in_its_row_and_adapter() -> None:

@@ -86,9 +86,10 @@ def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configuratio
         found = _dense(s, bf16, architecture)
     else:
         found = {**_streamed_forward(s, bf16, architecture), **_two_phase(back, bf16, architecture)}
-    stages = 1 if architecture == "sm_100" and bf16 else 2
+    stages = 1 if architecture == "sm_100" and bf16 and not s.DENSE else 2
     middle = tuple([config._replace(stages=min(config.stages, stages)) for config in found.pop("forward_streamed")])
-    most = 64 if s.FOLD or s.DENSE else 32
+    # The loop over adapters needs registers.
+    most = 64 if s.DENSE or (bf16 and s.FOLD) else 32 if bf16 else 16
     tokens = [config._replace(stages=1, columns=min(config.columns, most)) for config in found["tokens"]]
     found["tokens"] = tuple(tokens)
     c, t = _columns(s, 32), 64 if s.DENSE else 16

@@ -17,12 +17,13 @@ from compacter_kernels.impl.triton.columns import block, rows, stream
 from compacter_kernels.impl.triton.middle import again, middle
 from compacter_kernels.impl.triton.middle_backward import middle_backward
 from compacter_kernels.impl.triton.tiles import (
-    dot,
+    add_turned,
     dz_operand,
     factor,
     mixed_operand,
     s_operand,
     t_operand,
+    turned,
 )  # fmt: skip
 from compacter_kernels.impl.triton.two_phase import column_tiles, narrow, sum_tiles
 
@@ -62,8 +63,8 @@ def mixed_middle(X, V2, A1, S1, T1, B1, A2, S2, MIX, T, per, P: tl.constexpr):
 
 
 @triton.jit
-def dense_sum(o, tile, u, V, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
-    """o + the sum of `expand` for dense projections, by blocks of the bottleneck."""
+def dense_sum(total, tile, u, V, W, scale, T, side: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr):
+    """total + the products of `expand` for dense projections, by blocks of the bottleneck."""
     LP: tl.constexpr = P.PRECISION.LP
     NI: tl.constexpr = side.NI // P.PARTS
     token = tile * P.BT + tl.arange(0, P.BT)
@@ -73,11 +74,16 @@ def dense_sum(o, tile, u, V, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
         o_v = token.to(tl.int64)[:, None] * side.C + c[None, :]
         v = tl.load(layer(V, e, T, side) + o_v, mask=(token < T)[:, None] & (c < side.C)[None, :], other=0.0)
         w = factor(own(W, 1 if LEFT else 6, e, P), u[:, None], c[None, :], side.K, side, LEFT)
-        o = dot(v.to(LP), tl.trans((w * scale).to(LP)), o, P.PRECISION.WIDE)
-    if B is not None:
-        for e in tl.range(0, P.MIXED):
-            b2 = tl.load(own(B, 7, e, P) + u, mask=u < side.K, other=0.0).to(tl.float32) * scale
-            o += weight_of(tile, e, MIX, T, per, side, P)[:, None] * b2[None, :]
+        total = add_turned(total, v.to(LP), tl.trans((w * scale).to(LP)), P)
+    return total
+
+
+@triton.jit
+def with_biases(o, tile, u, B, MIX, scale, T, per, side: tl.constexpr, P: tl.constexpr):
+    """o + sum_e w_e b_e."""
+    for e in tl.range(0, P.MIXED):
+        b2 = tl.load(own(B, 7, e, P) + u, mask=u < side.K, other=0.0).to(tl.float32) * scale
+        o += weight_of(tile, e, MIX, T, per, side, P)[:, None] * b2[None, :]
     return o
 
 
@@ -92,19 +98,22 @@ def expand(V, RESIDUAL, OUT, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
         for b in tl.range(0, (side.K + P.BK - 1) // P.BK):
             u = block(b, P.BK)
             m = m_out[:, None] & (u < side.K)[None, :]
-            o = tl.zeros((P.BT * side.NP, P.BK), tl.float32)
+            total = turned(tl.zeros((P.BT * side.NP, P.BK), tl.float32), P)
             if P.DENSE:
-                o = dense_sum(o, tile, u, V, W, B, MIX, scale, T, per, side, P, LEFT)
+                total = dense_sum(total, tile, u, V, W, scale, T, side, P, LEFT)
             for e in tl.range(0, 0 if P.DENSE else P.MIXED):
                 v = tl.load(layer(V, e, T, side) + o_v, mask=m_v, other=0.0)
                 if LEFT:
                     c = tl.arange(0, side.NI)[None, :]
                     s = factor(own(W, 1, e, P), u[:, None], c, side.K, side, True)
-                    o = dot(dz_operand(v, LP, SPLIT), s_operand(s, LP, SPLIT), o, P.PRECISION.WIDE)
+                    total = add_turned(total, dz_operand(v, LP, SPLIT), s_operand(s, LP, SPLIT), P)
                 else:
                     v = mixed_operand(v, p, weight_of(tile, e, MIX, T, per, side, P), side.N, LP)
                     t = t_operand(own(W, 6, e, P), own(B, 7, e, P), scale, u, side, LP)
-                    o = dot(v, t, o, P.PRECISION.WIDE)
+                    total = add_turned(total, v, t, P)
+            o = turned(total, P)
+            if P.DENSE and B is not None:
+                o = with_biases(o, tile, u, B, MIX, scale, T, per, side, P)
             if RESIDUAL is not None:
                 o += tl.load(RESIDUAL + first + (o_out[:, None] + u[None, :]), mask=m, other=0.0).to(tl.float32)
             tl.store(OUT + first + (o_out[:, None] + u[None, :]), o.to(OUT.dtype.element_ty), mask=m)

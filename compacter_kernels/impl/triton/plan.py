@@ -20,7 +20,7 @@ class Precision:
 
     LP: the dtype of matrix operands that meet x. SPLIT: whether a factor is two of them. WIDE: the
     precision of float32 operands that meet x. MIDDLE: that between the projections, except SUMS for
-    the sums over tokens, BEYOND from the bottleneck to dZ and V2. TURN: see `tiles.output`.
+    the sums over tokens, BEYOND from the bottleneck to dZ and V2. TURN: see `tiles.add_turned`.
     """
 
     LP: Any

@@ -249,7 +249,7 @@ def sizes(problem: Problem, backward: bool = False, turned: tuple[bool, ...] = (
     side2 = Side(n2, last.rank, last.out_features // n2, d2, e2, np2, ni2)
     # Blocks divide the bottleneck only if its chunks are powers of two.
     most = min(BLOCK, BLOCK_BYTES // problem.dtype.itemsize // (np1 * max(ni1, ni2)))
-    if mixed and not bf16:  # the loop over adapters needs registers
+    if mixed and not bf16 and np1 > 4:  # n <= 4 leaves registers for the loop over adapters
         most //= 2
     block = min(dp, max(most, e1, 16)) if fold and n1 == n2 else dp
     return Sizes(side1, side2, dp, block, code, fold, routed, mixed, shared)

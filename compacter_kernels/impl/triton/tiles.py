@@ -37,16 +37,31 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def output(a, b, P: tl.constexpr):
-    """a b of the wide side, in the layout for the store.
+def add_turned(total, a, b, P: tl.constexpr):
+    """total + a b of the wide side, or a b if total is None; with TURN transposed, as b^T a^T.
 
-    TURN computes it as the transpose of b^T a^T. AMD's compiler stores a product in pieces of four
-    numbers, as its matrix units produce them; of 16-bit numbers one access could store eight.
+    AMD's compiler stores a product in pieces of four numbers, as its matrix units produce them; of
+    16-bit numbers one access could store eight.
     """
     if P.PRECISION.TURN:
-        return tl.trans(product(tl.trans(b), tl.trans(a), P.PRECISION.WIDE))
+        return dot(tl.trans(b), tl.trans(a), total, P.PRECISION.WIDE)
     else:
-        return product(a, b, P.PRECISION.WIDE)
+        return dot(a, b, total, P.PRECISION.WIDE)
+
+
+@triton.jit
+def turned(total, P: tl.constexpr):
+    """A sum of `add_turned` as [rows, BK], in the layout for the store; and the reverse."""
+    if P.PRECISION.TURN:
+        return tl.trans(total)
+    else:
+        return total
+
+
+@triton.jit
+def output(a, b, P: tl.constexpr):
+    """a b of the wide side, in the layout for the store."""
+    return turned(add_turned(None, a, b, P), P)
 
 
 @triton.jit
