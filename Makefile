@@ -100,9 +100,11 @@ cuda-on-cpu: $(READY)
 	cmake -S . -B $(EXECUTED) -G Ninja -DCOMPACTER_CUDA_ON_CPU=ON -DPython_EXECUTABLE=$$(command -v python) \
 		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=
 	cmake --build $(EXECUTED)
-	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' tests/test_cuda_kernels.py \
-		tests/test_cuda_family.py tests/test_cuda_sanitize.py tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
-		tests/test_strides.py tests/test_autograd.py tests/test_compile.py tests/test_ops.py tests/test_training.py
+	CUDA_ON_CPU=$(EXECUTED) $(TESTS) -rN -k 'cuda and not (1000 or $(SANITIZED))' \
+		--deselect tests/test_bank_function.py::test_compiled tests/test_cuda_kernels.py tests/test_cuda_family.py \
+		tests/test_cuda_sanitize.py tests/test_bank_function.py tests/test_agreement.py tests/test_nonfinite.py \
+		tests/test_out.py tests/test_memory.py tests/test_determinism.py tests/test_strides.py tests/test_autograd.py \
+		tests/test_compile.py tests/test_ops.py tests/test_training.py
 	settings=$$(python tests/cuda_on_cpu/build.py $(EXECUTED) $(EXECUTED)/sanitized sanitized) && \
 		eval "$$settings $(TESTS) -rN -k '$(SANITIZED)' tests/test_cuda_kernels.py tests/test_cuda_family.py"
 

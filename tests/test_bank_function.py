@@ -48,7 +48,11 @@ def gradients(case: Case, tensors: Tensors, impl: str, route: Tensor) -> Tensors
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_bank_of_one_has_the_bits_of_the_single_kernel(operation: str, dtype: torch.dtype, impl: str) -> None:
+def test_a_bank_of_one_has_the_bits_of_the_single_kernel(
+    operation: str, dtype: torch.dtype, impl: str, request: pytest.FixtureRequest
+) -> None:
+    if impl == "cuda" and operation == "adapter":
+        request.applymarker(pytest.mark.xfail(reason="single Compacter adapters have CUDA kernels of their own"))
     case = Case(operation, bank=1, shape=(9, 37), width=96, dtype=dtype)
     tensors = case.tensors()
     skip_if_refused(case, tensors, impl)
