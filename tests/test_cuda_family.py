@@ -44,6 +44,9 @@ MIXED = [
         ((2, 1), (4, 1), (4, 2), (8, 1)), ((40, 4, "x", True), (13, 1, "none", False), (16, 24, "other", True)), DTYPES
     )
 ]
+MIXED += [Family(160, 24, adapters=8, mix=4, dtype=dtype) for dtype in DTYPES]
+# The folded matrices of these adapters do not fit, at least not in a backward.
+MIXED += [Family(320, 64, 8, adapters=4, mix=4, dtype=dtype, scale=-0.5) for dtype in DTYPES]
 DENSE = [
     dataclasses.replace(case, dtype=dtype, n=0)
     for case, dtype in itertools.product(
@@ -94,6 +97,7 @@ CHOSEN = [
     DENSE[18],
     KRONECKER[1],
     KRONECKER[13],
+    MIXED[-2],
 ]
 
 

@@ -41,6 +41,20 @@ struct Tiling {
     int64_t ints() const { return int64_t{order()} + all / std::max(group, 1); }
 };
 
+// The rule and the small factor beside it as one matrix (family_folded.h), in shared memory as [part][row][column] in bf16.
+// Z, dV2, h and dy of a tile are [part][token][slot][number] then.
+struct Folded {
+    int rows, padded_rows;    // n m, and the next multiple of 16; 0 if nothing is folded
+    int parts;
+    int width, padded_width;  // of the bottleneck, and the next multiple of eight
+    int stride;               // numbers from one row to the next, an odd multiple of eight
+    int z_stride, h_stride;   // numbers from one token to the next
+    Divisor by_n, by_slots, by_groups, by_rows;  // groups of 16 tokens, and of 16 rows
+
+    COMPACTER_BOTH int64_t bytes(int parts) const { return int64_t{2} * parts * padded_rows * stride; }
+    COMPACTER_BOTH int blocks() const { return (width + 15) / 16; }
+};
+
 // The sizes of a problem, and its parameters.
 struct Family {
     Sizes middle;       // of one slot: n is padded, and the widths in and out are those of x and of the output
@@ -51,6 +65,7 @@ struct Family {
     int stride;         // floats from X[c] to X[c + 1]
     int quads;          // of four numbers in an X[c]
     Divisor by_n_in, by_n_out, by_groups_in, by_groups_out, by_rank, by_quads;
+    Folded folded;
     bool dense, mixed;  // a plain bottleneck; a weighted sum of all adapters
     Factor left, right2, bias2;
     Array rule, right, bias, rule2, left2;  // of all adapters
@@ -84,19 +99,36 @@ struct Slab {
     bool whole;
 };
 
+// The matrices of both projections and the bias in fp32, or the sums of their gradients, all in fp32.
+struct FoldedPlaces {
+    int first, second, bias;
+};
+
 // Where a kernel has what it shares, as offsets.
 struct FamilyPlaces {
     int ids, mix;           // [token], [slot][token]
     Slab left, right2;
-    SharedFactors factors;  // of the first slot
+    int small;              // where the small factors of the first slot begin: these,
+    SharedFactors factors;
+    FoldedPlaces folded;    // or these
     int factors_bytes;      // of a slot
     Images images;
     int clear, clear_end;   // what must be 0 at first
 };
 
-// The parts of t2 and b2 in a forward: for x in bf16 they are rounded once, as the output is.
+// The parts of t2, b2 and the folded matrices in a forward: for x in bf16 they are rounded once, as the output is.
 template <class T>
 constexpr int forward_right_parts = T::parts == 1 ? 1 : T::factor_parts;
+
+// The architecture that this is compiled for.
+#ifdef __CUDA_ARCH__
+constexpr int compiled_for = __CUDA_ARCH__ / 10;
+#else
+constexpr int compiled_for = 90;
+#endif
+
+// The blocks of a multiprocessor, as the registers allow. From sm_100 on the compiler takes more than half of them.
+COMPACTER_BOTH constexpr int blocks_of_forward(int capability) { return capability < 100 ? 2 : 1; }
 
 struct FamilyForward {
     Family family;
@@ -162,9 +194,11 @@ struct FamilyBackward {
     Partials partials;     // rule, right, bias, rule2, left2; `first` is null if none is wanted
     FamilyPlaces places;
     Numbers numbers;       // z2 has the place of v, and dv that of dz2
-    SharedSums sums;       // of the first slot
-    int sums_bytes;        // of a slot
+    SharedSums sums;       // of the first slot: these,
+    FoldedPlaces folded_sums;  // or these
+    int sums_begin, sums_bytes;  // of a slot
     int mixed_v2, of_bias;  // X: V2; [slot][row]: <g, b2>
+    int of_mix;             // [block of 16 columns][slot][token]: <h, dh>
     int v2_parts, dz_parts, part_stride;
 };
 

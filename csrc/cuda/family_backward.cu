@@ -3,6 +3,7 @@
 // adapters that are mixed:
 //     V2_e and dV2_e are multiplied by w_e     dw_e = <V2_e, dV2_e> + <g, b2_e>, both before that
 // For the gradients of the wide factors it leaves V2 and dZ of each row to family_weights.cu.
+#include "family_folded.h"
 #include "family_middle.h"
 
 namespace compacter::cuda {
@@ -11,61 +12,76 @@ namespace {
 template <class T>
 struct Pass {
     using Four = Quad<4>;
-    using Place = FamilyMiddle::Place;
+    using Place = typename FamilyMiddle<true>::Place;
     const FamilyBackward& b;
     const Family& family = b.family;
     const Sizes& s = b.family.middle;
     const Numbers& numbers = b.numbers;
-    int* ids = reinterpret_cast<int*>(shared_memory() + b.places.ids);
-    FamilyMiddle middle{b.family, b.places};
-    Parts v2_parts = parts_at(b.v2_parts, b.part_stride, b.family.columns);
-    Parts dz_parts = parts_at(b.dz_parts, b.part_stride, b.family.columns);
-    bool with_bias = b.family.mixed && b.grad_mix && b.family.bias2.array.data;  // <g, b2> is needed
+    FamilyMiddle<true> middle{b.family, b.places};
+    FoldedMiddle<T, T::factor_parts> folded{b.family, b.places};
+
+    COMPACTER_DEVICE int* ids() const { return reinterpret_cast<int*>(shared_memory() + b.places.ids); }
+    COMPACTER_DEVICE Parts v2_parts() const { return parts_at(b.v2_parts, b.part_stride, family.columns); }
+    COMPACTER_DEVICE Parts dz_parts() const { return parts_at(b.dz_parts, b.part_stride, family.columns); }
 
     // Z and dV2 of all slots, and <g, b2>. If the factors are there whole, and half of the warps
     // suffices for the rows, one half has Z, the other one the rest.
-    COMPACTER_DEVICE void contract_both(int adapter, bool staged) const {
-        const auto x = rows_of_x(static_cast<const T*>(b.x), ids, family);
-        const auto g = rows_of_out(static_cast<const T*>(b.grad_out), ids, family);
+    COMPACTER_DEVICE void contract_both(int adapter) const {
+        const auto x = rows_of_x(static_cast<const T*>(b.x), ids(), family);
+        const auto g = rows_of_out(static_cast<const T*>(b.grad_out), ids(), family);
         const Images& images = b.places.images;
         const unsigned char* image = image_of(family, images, adapter);
         const Slab &left = b.places.left, &right2 = b.places.right2;
         const int warps = blockDim.x / 32, most_rows = max(family.rows_in, family.rows_out);
         const int half = left.whole && warps / 2 * 16 >= most_rows ? warps / 2 : 0;
-        const auto place_of_z = [&](int c, int) { return c < family.columns ? numbers.z / 4 + c * family.stride : -1; };
-        const auto place_of_dv2 = [&](int c, int q) {
-            if (c < family.columns) return numbers.dv2 / 4 + c * family.stride;
-            const int row = c - family.columns, slot = family.by_n_out.quotient(row);
-            return c < right2.terms && row - slot * family.n_out == q ? b.of_bias / 4 + slot * family.stride : -1;
+        const auto store = [&](int to, bool adds, int c, int token, int chunk, float low, float high) {
+            if (family.folded.rows) folded.store_contracted(to, c, token, chunk, low, high);
+            else middle.store_contracted(to, adds, c, token, chunk, low, high);
         };
-        for_each_slab(left, s.in, image + images.left, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
+        const auto store_of_bias = [&](bool adds, int c, int token, int q, float value) {
+            const int row = c - family.columns, slot = family.by_n_out.quotient(max(row, 0));
+            if (row < 0 || c >= right2.terms || row - slot * family.n_out != q) return;
+            float& to = floats_at(b.of_bias)[slot * family.stride + token * s.n + q];
+            to = adds ? to + value : value;
+        };
+        for_each_slab<true>(left, s.in, image + images.left, images.left_slab, [&](int first, int count, const Parts& factor) {
             const WarpShare share(x.by_groups, 0, warps - half);
-            contract_slab<T>(x, share, factor, left.rows, first, count, s.n, place_of_z);
+            contract_slab<T>(x, share, factor, left.rows, first, count,
+                             [&](int c, int token, int chunk, float low, float high) {
+                                 store(numbers.z, first, c, token, chunk, low, high);
+                             });
         });
-        for_each_slab(right2, s.out, image + images.right2, images.right2_slab, staged,
-                      [&](int first, int count, const Parts& factor) {
-                          const WarpShare share(g.by_groups, half, warps - half);
-                          contract_slab<T>(g, share, factor, right2.rows, first, count, s.n, place_of_dv2);
-                      });
+        for_each_slab<true>(right2, s.out, image + images.right2, images.right2_slab,
+                            [&](int first, int count, const Parts& factor) {
+                                const WarpShare share(g.by_groups, half, warps - half);
+                                contract_slab<T>(g, share, factor, right2.rows, first, count,
+                                                 [&](int c, int token, int chunk, float low, float high) {
+                                                     store(numbers.dv2, first, c, token, chunk, low, high);
+                                                     if (c + 1 < family.columns) return;
+                                                     store_of_bias(first, c, token, chunk, low);
+                                                     store_of_bias(first, c + 1, token, chunk, high);
+                                                 });
+                            });
         __syncthreads();
     }
 
     // From Z and dV2 to V2 and dZ, as parts.
-    COMPACTER_DEVICE void compute(const Tile& tile) const {
-        if (family.dense) of_dense();
+    COMPACTER_DEVICE void compute(int tile) const {
+        if (family.folded.rows) of_folded();
+        else if (family.dense) of_dense();
         else if (!s.inner) of_one();
         else of_adapter();
         __syncthreads();
-        keep(b.v2, v2_parts, tile);
-        keep(b.dz, dz_parts, tile);
-        if (b.grad_mix) gradient_of_mix(tile);
+        keep(b.v2, v2_parts(), tile);
+        keep(b.dz, dz_parts(), tile);
+        if (b.grad_mix) gradient_of_mix();
     }
 
     COMPACTER_DEVICE void store_v2(const Place& at, const Four& four) const {
-        middle.store_rows<T>(v2_parts, at, family.n_out, scaled(four, middle.weight(at.slot, at.token)));
+        middle.store_rows<T>(v2_parts(), at, family.n_out, scaled(four, middle.weight(at.slot, at.token)));
     }
     COMPACTER_DEVICE void store_dz(const Place& at, const Four& four) const {
-        middle.store_rows<T>(dz_parts, at, family.n_in, four);
+        middle.store_rows<T>(dz_parts(), at, family.n_in, four);
     }
 
     COMPACTER_DEVICE void of_one() const {
@@ -121,6 +137,17 @@ struct Pass {
         middle.add_rule_gradient(b.sums.rule2, b.sums_bytes, numbers.z2, numbers.dv2, true);
     }
 
+    COMPACTER_DEVICE void of_folded() const {
+        folded.to_h_and_dy(numbers.z, numbers.dv2, numbers.h, numbers.dy, b.grad_mix ? b.of_mix : -1);
+        __syncthreads();
+        folded.back(numbers.h, b.places.folded.second, v2_parts());
+        folded.back(numbers.dy, b.places.folded.first, dz_parts());
+        if (!b.partials.first) return;
+        const FoldedPlaces& sums = b.folded_sums;
+        folded.add_sums(sums.first, sums.bias, b.sums_bytes, numbers.z, numbers.dy);
+        folded.add_sums(sums.second, -1, b.sums_bytes, numbers.dv2, numbers.h);
+    }
+
     COMPACTER_DEVICE void of_dense() const {
         middle.for_each_quad(family.columns, [&](int c, int quad) {
             const int slot = s.by_m.quotient(c);
@@ -134,8 +161,8 @@ struct Pass {
                 z.at[j] = dv2.at[j] * weight * h.slope;
                 dv2.at[j] *= h.value;
             }
-            store_parts<T>(v2_parts, c, quad * 4, v2);
-            store_parts<T>(dz_parts, c, quad * 4, z);
+            store_parts<T>(v2_parts(), c, quad * 4, v2);
+            store_parts<T>(dz_parts(), c, quad * 4, z);
             store_quad<4>(middle.at(numbers.z, c, quad), z);
             store_quad<4>(middle.at(numbers.dv2, c, quad), dv2);
         });
@@ -144,11 +171,17 @@ struct Pass {
         middle.add_bias_gradient(b.sums.bias, b.sums_bytes, numbers.z, s.m, 1);
     }
 
+    COMPACTER_DEVICE void store_sums(int adapter) const {
+        if (!b.partials.first) return;
+        if (family.folded.rows) store_folded(family, b.folded_sums, b.sums_bytes, b.partials, adapter);
+        else store_small(family, b.sums, b.sums_bytes, b.partials, adapter);
+    }
+
     // What the second kernel needs of a tile.
-    COMPACTER_DEVICE void keep(const Kept& kept, const Parts& from, const Tile& tile) const {
+    COMPACTER_DEVICE void keep(const Kept& kept, const Parts& from, int tile) const {
         if (!kept.first) return;
         const int vectors = kept.part / 8;
-        auto* to = reinterpret_cast<uint4*>(kept.first + tile.number * kept.tile);
+        auto* to = reinterpret_cast<uint4*>(kept.first + tile * kept.tile);
 #pragma unroll
         for (int part = 0; part < T::factor_parts; ++part)
             for (int e = threadIdx.x; e < vectors; e += blockDim.x)
@@ -156,86 +189,88 @@ struct Pass {
     }
 
     // dw = <V2, dV2> + <g, b2> of each slot and token.
-    COMPACTER_DEVICE void gradient_of_mix(const Tile& tile) const {
+    COMPACTER_DEVICE void gradient_of_mix() const {
         for (int e = threadIdx.x; e < family.slots * s.tokens; e += blockDim.x) {
             const int slot = e / s.tokens, token = e - slot * s.tokens;
-            if (token >= tile.count) continue;
-            const int first = slot * s.m * family.stride + token * s.n;
-            const float *dv2 = floats_at(numbers.dv2) + first, *v2 = floats_at(b.mixed_v2) + first;
+            if (ids()[token] < 0) continue;
             float sum = 0.f;
-            for (int c = 0; c < s.m; ++c)
-                for (int q = 0; q < s.n; ++q) {
-                    const int at = c * family.stride + q;
-                    sum += family.dense ? dv2[at] : v2[at] * dv2[at];
-                }
-            if (with_bias)
+            if (family.folded.rows) {
+                for (int block = 0; block < family.folded.blocks(); ++block)
+                    sum += floats_at(b.of_mix)[block * family.slots * s.tokens + e];
+            } else {
+                const int first = slot * s.m * family.stride + token * s.n;
+                const float *dv2 = floats_at(numbers.dv2) + first, *v2 = floats_at(b.mixed_v2) + first;
+                for (int c = 0; c < s.m; ++c)
+                    for (int q = 0; q < s.n; ++q) {
+                        const int at = c * family.stride + q;
+                        sum += family.dense ? dv2[at] : v2[at] * dv2[at];
+                    }
+            }
+            if (family.bias2.array.data)  // <g, b2>
                 for (int q = 0; q < family.n_out; ++q) sum += floats_at(b.of_bias)[slot * family.stride + token * s.n + q];
-            b.grad_mix[int64_t{ids[token]} * family.slots + slot] = sum;
+            b.grad_mix[int64_t{ids()[token]} * family.slots + slot] = sum;
         }
     }
 
     // dx; without an adapter, g if the residual is x.
-    COMPACTER_DEVICE void expand(const Tile& tile, bool staged) const {
-        const auto out = rows_of_x(static_cast<T*>(b.grad_x), ids, family);
-        const auto residual = rows_of_x(static_cast<const T*>(b.residual_is_x ? b.grad_out : nullptr), ids, family);
+    COMPACTER_DEVICE void expand(int adapter) const {
+        const auto out = rows_of_x(static_cast<T*>(b.grad_x), ids(), family);
+        const auto residual = rows_of_x(static_cast<const T*>(b.residual_is_x ? b.grad_out : nullptr), ids(), family);
         const int adapters = family.tiling.adapters;
-        if (tile.adapter >= adapters) return copy_tile<T>(s.in, residual, out, tile.adapter > adapters);
+        if (adapter >= adapters) return copy_tile<T>(s.in, residual, out, adapter > adapters);
         const Images& images = b.places.images;
         const Slab& left = b.places.left;
-        const unsigned char* from = image_of(family, images, tile.adapter) + images.left;
-        for_each_slab(left, s.in, from, images.left_slab, staged, [&](int first, int count, const Parts& factor) {
-            if (out.whole()) expand_slab<true, T>(dz_parts, left.rows, factor, first, count, residual, out);
-            else expand_slab<false, T>(dz_parts, left.rows, factor, first, count, residual, out);
+        const unsigned char* from = image_of(family, images, adapter) + images.left;
+        for_each_slab<true>(left, s.in, from, images.left_slab, [&](int first, int count, const Parts& factor) {
+            if (out.whole()) expand_slab<true, T>(dz_parts(), left.rows, factor, first, count, residual, out);
+            else expand_slab<false, T>(dz_parts(), left.rows, factor, first, count, residual, out);
         });
     }
 };
 
-#ifdef __CUDA_ARCH__
-constexpr int capability = __CUDA_ARCH__ / 10;
-#else
-constexpr int capability = 0;
-#endif
-
 template <class T>
-__global__ void __launch_bounds__(threads_of_rows<T>(capability), 1) backward(const FamilyBackward b) {
+__global__ void __launch_bounds__(threads_of_rows<T>(compiled_for), 1) backward(const FamilyBackward b) {
     const Pass<T> pass{b};
     const Family& family = b.family;
     const Tiles tiles{family.tiling};
     clear(b.places.clear, b.places.clear_end);
-    const int share = tiles.share(gridDim.x), begin = blockIdx.x * share, all = tiles.count();
+    const Range its = tiles.of_block();
+    const int& end = pass.ids()[family.tiling.tokens];  // in shared memory, as no register is left for it
+    if (threadIdx.x == 0) pass.ids()[family.tiling.tokens] = its.end;
+    __syncthreads();
     const auto prefetch = [&](int tile) {
-        if (tile >= begin + share) return;
+        if (tile >= end) return;
         prefetch_tile(tiles, tile, static_cast<const T*>(b.x), family.n_in * family.middle.in);
         prefetch_tile(tiles, tile, static_cast<const T*>(b.grad_out), family.n_out * family.middle.out);
     };
-    prefetch(begin);
+    prefetch(its.begin);
     int staged = -1;
-    for (int at = begin; at < begin + share && at < all; ++at) {
+    for (int at = its.begin; at < end; ++at) {
         const Tile tile = tiles.at(at);
-        const bool computes = tile.adapter < family.tiling.adapters, same = tile.adapter == staged;
+        const bool computes = tile.adapter < family.tiling.adapters;
         __syncthreads();
-        if (computes && !same) {
-            if (staged >= 0 && b.partials.first) {
-                store_small(family, b.sums, b.sums_bytes, b.partials, staged);
+        if (computes && tile.adapter != staged) {
+            if (staged >= 0) {
+                pass.store_sums(staged);
                 __syncthreads();
             }
-            clear(b.sums.rule, b.sums.rule + family.slots * b.sums_bytes);
-            stage_small(family, b.places, tile.adapter);
+            clear(b.sums_begin, b.sums_begin + family.slots * b.sums_bytes);
+            stage_image(family, b.places, tile.adapter);
         }
-        stage_tokens(pass.ids, tiles, tile);
+        stage_tokens(pass.ids(), tiles, tile);
         __syncthreads();
         prefetch(at + 1);
         if (computes) {
-            stage_mix(floats_at(b.places.mix), pass.ids, family);
-            pass.contract_both(tile.adapter, same);
-            pass.compute(tile);
+            stage_mix(floats_at(b.places.mix), pass.ids(), family);
+            pass.contract_both(tile.adapter);
+            pass.compute(at);
             staged = tile.adapter;
         }
-        if (b.grad_x) pass.expand(tile, true);
+        if (b.grad_x) pass.expand(tile.adapter);
     }
-    if (staged < 0 || !b.partials.first) return;
+    if (staged < 0) return;
     __syncthreads();
-    store_small(family, b.sums, b.sums_bytes, b.partials, staged);
+    pass.store_sums(staged);
 }
 
 }  // namespace

@@ -63,6 +63,39 @@ struct Wide {
     }
 };
 
+// The share of a piece in the folded matrices of all slots, with zeros around them, and the bias of the bottleneck.
+COMPACTER_DEVICE void make_folded(unsigned char* to, const FamilyImages& k, int adapter, int piece) {
+    const Family& f = k.family;
+    const FoldedPlaces& places = k.places.folded;
+    const Folded& folded = f.folded;
+    const int begin = piece * blockDim.x + threadIdx.x, step = k.pieces * blockDim.x;
+    const int part = folded.padded_rows * folded.stride, inner = f.middle.inner;
+    const auto in_slot = [&](int slot, int place) { return to + place + slot * k.places.factors_bytes - k.places.small; };
+#pragma unroll 2
+    for (int e = begin; e < f.slots * 2 * part; e += step) {
+        const int matrix = e / part, of_matrix = e - matrix * part, slot = matrix / 2;
+        const bool second = matrix % 2;
+        const int row = of_matrix / folded.stride, column = of_matrix - row * folded.stride;
+        const bool real = row < folded.rows && column < folded.width;
+        const int its = f.mixed ? slot : adapter, c = real ? folded.by_n.quotient(row) : 0, a = real ? row - c * f.n_in : 0;
+        const int b = real ? f.middle.by_inner.quotient(column) : 0, v = real ? column - b * inner : 0;
+        const FoldedSide side{f, second};
+        const float product = side.rule(its, f.by_rank.quotient(c), a, b) * side.factor(its, c, v);
+        uint32_t pair[3];
+        split(real ? product : 0.f, 0.f, pair);
+        auto* numbers = reinterpret_cast<uint16_t*>(in_slot(slot, second ? places.second : places.first)) + of_matrix;
+#pragma unroll
+        for (int of = 0; of < 3; ++of)
+            if (of < folded.parts) numbers[of * part] = static_cast<uint16_t>(pair[of]);
+    }
+    for (int e = begin; e < f.slots * folded.padded_width; e += step) {
+        const int slot = e / folded.padded_width, column = e - slot * folded.padded_width;
+        const bool real = f.bias.data && column < folded.width;
+        reinterpret_cast<float*>(in_slot(slot, places.bias))[column] =
+            real ? read(f.bias, int64_t{f.mixed ? slot : adapter} * folded.width + column) : 0.f;
+    }
+}
+
 // The small factors of all slots, with zeros between them.
 COMPACTER_DEVICE void make_small(unsigned char* to, const FamilyImages& k, int adapter) {
     const Family& f = k.family;
@@ -71,7 +104,7 @@ COMPACTER_DEVICE void make_small(unsigned char* to, const FamilyImages& k, int a
     for (int e = threadIdx.x; e < k.places.images.small / 4; e += blockDim.x) floats[e] = 0.f;
     __syncthreads();
     for (int slot = 0; slot < f.slots; ++slot) {
-        const SharedFactors at = of_slot(k.places.factors, slot * k.places.factors_bytes - k.places.factors.rule);
+        const SharedFactors at = of_slot(k.places.factors, slot * k.places.factors_bytes - k.places.small);
         const int64_t e = f.mixed ? slot : adapter;
         const int size = f.rule_size(), inner = f.inner_size();
         if (f.bias.data)
@@ -95,7 +128,8 @@ __global__ void __launch_bounds__(256, 2) make_images(const FamilyImages k) {
     const int adapter = blockIdx.x / k.pieces, piece = blockIdx.x - adapter * k.pieces;
     if (t.table && t.table[t.starts() + adapter] == t.table[t.starts() + adapter + 1]) return;
     unsigned char* to = k.to + adapter * k.places.images.bytes;
-    if (piece == 0) make_small(to, k, adapter);
+    if (f.folded.rows) make_folded(to, k, adapter, piece);
+    else if (piece == 0) make_small(to, k, adapter);
     const Slab &left = k.places.left, &right2 = k.places.right2;
     const int of_left = Wide::numbers(left, f.middle.in), all = of_left + Wide::numbers(right2, f.middle.out);
     const int share = (all + k.pieces - 1) / k.pieces, begin = piece * share, end = begin + share < all ? begin + share : all;

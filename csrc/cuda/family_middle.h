@@ -13,27 +13,35 @@ COMPACTER_DEVICE Quad<4> scaled(Quad<4> four, float by) {
     return four;
 }
 
+// Anew: the compiler reads the number of the thread again, as no register is left for it.
+template <bool Anew>
 struct FamilyMiddle {
     using Four = Quad<4>;
     const Family& f;
     const Sizes& s;
     const FamilyPlaces& places;
-    const float* weights;  // [slot][token]
 
     COMPACTER_DEVICE FamilyMiddle(const Family& family, const FamilyPlaces& at)
-        : f(family), s(family.middle), places(at), weights(floats_at(at.mix)) {}
+        : f(family), s(family.middle), places(at) {}
 
     // body(row of X, quad) for `count` rows.
     template <class Body>
     COMPACTER_DEVICE void for_each_quad(int count, const Body& body) const {
-        for (int e = threadIdx.x; e < count * f.quads; e += blockDim.x) {
+        for (int e = Anew ? thread_anew() : threadIdx.x; e < count * f.quads; e += blockDim.x) {
             const int row = f.by_quads.quotient(e);
             body(row, e - row * f.quads);
         }
     }
     COMPACTER_DEVICE float* at(int numbers, int row, int quad) const { return floats_at(numbers) + row * f.stride + quad * 4; }
     COMPACTER_DEVICE const float* factor(int offset, int slot) const { return floats_at(offset + slot * places.factors_bytes); }
-    COMPACTER_DEVICE float weight(int slot, int token) const { return weights[slot * s.tokens + token]; }
+    COMPACTER_DEVICE float weight(int slot, int token) const { return floats_at(places.mix)[slot * s.tokens + token]; }
+
+    // Sets two numbers c and c + 1 of a token and chunk in X, of those that exist, or adds to them.
+    COMPACTER_DEVICE void store_contracted(int numbers, bool adds, int c, int token, int chunk, float low, float high) const {
+        float* const to = floats_at(numbers) + c * f.stride + token * s.n + chunk;
+        if (c < f.columns) to[0] = adds ? to[0] + low : low;
+        if (c + 1 < f.columns) to[f.stride] = adds ? to[f.stride] + high : high;
+    }
 
     // Four numbers of an X[c]: the slot of c, its place there and its matrix of a rule, and the token and the first p.
     struct Place {

@@ -59,13 +59,13 @@ struct Pass {
     }
 
     // Starts to copy the rows of a tile, whose tokens are there, and what the first kernel has kept of it.
-    COMPACTER_DEVICE void load(const Tile& tile, int stage) const {
+    COMPACTER_DEVICE void load(int tile, int stage) const {
         const auto x = right ? rows_of_out(static_cast<const T*>(w.grad_out), ids(stage), family)
                              : rows_of_x(static_cast<const T*>(w.x), ids(stage), family);
         copy_columns<T>(shared_memory() + w.rows + stage * w.stage_bytes, w.row_stride, rows, x, first_u, width);
         const Kept& from = right ? w.v2 : w.dz;
         const Parts to = parts(stage);
-        const uint16_t* const numbers = from.first + tile.number * from.tile + first_c * from.stride;
+        const uint16_t* const numbers = from.first + tile * from.tile + first_c * from.stride;
 #pragma unroll
         for (int part = 0; part < T::factor_parts; ++part)
             for (int e = threadIdx.x * 8; e < kept * from.stride; e += blockDim.x * 8)
@@ -164,10 +164,9 @@ __global__ void __launch_bounds__(256, 2) weights(const FamilyWeights w) {
     __syncthreads();
     const auto load = [&](int at, int stage) {
         if (at < end) {
-            const Tile tile = tiles.at(at);
-            stage_tokens(pass.ids(stage), tiles, tile);
+            stage_tokens(pass.ids(stage), tiles, tiles.at(at));
             __syncthreads();
-            pass.load(tile, stage);
+            pass.load(at, stage);
         }
         commit_copies();
     };

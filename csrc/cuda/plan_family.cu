@@ -8,7 +8,7 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int of_forward = 2, of_backward = 1, of_weights = 2;  // blocks of a multiprocessor, as the registers allow
+constexpr int of_backward = 1, of_weights = 2;  // blocks of a multiprocessor, as the registers allow
 constexpr int threads = 256, most_rows = 128, pair_tokens = 8;
 constexpr int whole_factors = 1 << 20;  // more segments than a factor has
 constexpr int reserved = 1024;  // bytes of shared memory that the system takes for each block
@@ -27,8 +27,25 @@ Factor right_factor(const Projection& p) {
     return {p.weights.left, p.in * p.out, out, 0, 1};
 }
 
+// The sizes of the folded matrices of an adapter whose parameters are there.
+Folded folded_of(const Family& f, int tokens) {
+    Folded folded{};
+    folded.rows = f.n_in * f.middle.m;
+    folded.padded_rows = round_up(folded.rows, 16);
+    folded.width = f.n_in * f.middle.inner;
+    folded.padded_width = round_up(folded.width, 8);
+    folded.stride = (folded.padded_width / 8 | 1) * 8;
+    folded.z_stride = f.slots * folded.padded_rows + 8;
+    folded.h_stride = (f.slots * folded.padded_width / 8 | 1) * 8;
+    folded.by_n = Divisor(f.n_in);
+    folded.by_slots = Divisor(f.slots);
+    folded.by_groups = Divisor((tokens + 15) / 16);
+    folded.by_rows = Divisor(folded.padded_rows / 16);
+    return folded;
+}
+
 // The sizes and parameters of a problem, for tiles of so many tokens.
-Family family(const FamilyProblem& problem, int tokens) {
+Family family(const FamilyProblem& problem, int tokens, bool folded = false) {
     const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
     const Bank* bank = problem.bank;
     Family f{};
@@ -66,6 +83,7 @@ Family family(const FamilyProblem& problem, int tokens) {
         f.shared_rule2 = bank->shared_rule_up;
         f.mix = bank->mix;
     }
+    if (folded) f.folded = folded_of(f, tokens);
     f.scale = problem.problem.scale;
     f.activation = problem.problem.activation;
 
@@ -81,12 +99,56 @@ Family family(const FamilyProblem& problem, int tokens) {
 
 // What both kernels that contract and expand share: the tokens, and the small factors of each slot.
 void lay_out(FamilyPlaces& places, const Family& f, Room& room) {
-    places.ids = room.take(f.tiling.tokens * 4);
+    places.ids = room.take((f.tiling.tokens + 1) * 4);  // and the end of the tiles of a block
     places.mix = room.floats(int64_t{f.tiling.tokens} * f.slots);
-    const int begin = room.bytes;
-    places.factors = SharedFactors(f.middle, room);
-    places.factors_bytes = room.bytes - begin;
+    places.small = room.bytes;
+    if (f.folded.rows) {
+        places.folded.first = room.take(f.folded.bytes(f.folded.parts));
+        places.folded.second = room.take(f.folded.bytes(f.folded.parts));
+        places.folded.bias = room.floats(f.folded.padded_width);
+    } else {
+        places.factors = SharedFactors(f.middle, room);
+    }
+    places.factors_bytes = room.bytes - places.small;
     room.take(int64_t{f.slots - 1} * places.factors_bytes);
+}
+
+// The bytes of numbers of each token in parts, if the middle has folded matrices, or so many floats.
+int64_t bytes_of_tokens(const Family& f, int stride, int parts, int64_t floats) {
+    return f.folded.rows ? int64_t{2} * parts * round_up(f.middle.tokens, 16) * stride : floats * 4;
+}
+
+// The sums of the small gradients and the numbers of a tile in a backward, without and with folded matrices.
+void lay_out_numbers(FamilyBackward& b, Room& room) {
+    const Family& f = b.family;
+    const int64_t numbers = int64_t{f.columns} * f.stride, inner = int64_t{f.inner()} * f.stride;
+    b.sums_begin = room.bytes;
+    const SharedFactors sums(f.middle, room);
+    b.sums = {sums.rule, sums.rule2, sums.right, sums.left2, sums.bias};
+    b.sums_bytes = room.bytes - b.sums_begin;
+    room.take(int64_t{f.slots - 1} * b.sums_bytes);
+    b.places.clear = b.numbers.z = room.floats(numbers);
+    b.numbers.dv2 = room.floats(numbers);
+    b.numbers.v = b.numbers.z2 = room.floats(f.middle.inner ? numbers : 0);
+    b.numbers.dz2 = b.numbers.dv = room.floats(f.middle.inner ? numbers : 0);
+    b.numbers.h = room.floats(inner);
+    b.numbers.dy = room.floats(inner);
+    b.mixed_v2 = room.floats(f.mixed && !f.dense ? numbers : 0);
+}
+void lay_out_folded(FamilyBackward& b, Room& room, int parts) {
+    const Family& f = b.family;
+    const Folded& folded = f.folded;
+    b.sums_begin = room.bytes;
+    b.folded_sums.first = room.floats(int64_t{folded.rows} * folded.stride);
+    b.folded_sums.second = room.floats(int64_t{folded.rows} * folded.stride);
+    b.folded_sums.bias = room.floats(folded.padded_width);
+    b.sums_bytes = room.bytes - b.sums_begin;
+    room.take(int64_t{f.slots - 1} * b.sums_bytes);
+    b.of_mix = room.floats(f.mixed ? int64_t{folded.blocks()} * f.slots * f.middle.tokens : 0);
+    b.numbers.h = room.take(bytes_of_tokens(f, folded.h_stride, parts, 0));
+    b.numbers.dy = room.take(bytes_of_tokens(f, folded.h_stride, parts, 0));
+    b.places.clear = b.numbers.z = room.take(bytes_of_tokens(f, folded.z_stride, parts, 0));
+    b.numbers.dv2 = room.take(bytes_of_tokens(f, folded.z_stride, parts, 0));
 }
 
 // The wide factors, if they fit whole with what else there is, else two slabs in the same place. Returns whether they fit.
@@ -122,20 +184,23 @@ bool add_slabs(FamilyPlaces& places, const Family& f, int right_terms, int left_
     return room.bytes <= limit;
 }
 
-// Calls attempt(tokens, limit, least segments of a slab) until it returns true: for many and for half as many tokens of a tile
-// if the wide factors fit whole, then for fewer and fewer, for so many blocks of a multiprocessor and for one. The last attempt
-// stands: its bytes tell why it does not fit.
+bool folds(const FamilyProblem& p) { return p.problem.up && !p.problem.down->dense(); }
+
+// Calls attempt(tokens, folded, limit, least segments of a slab) until it returns true: for many and for half as many tokens of
+// a tile if the wide factors fit whole, if possible with folded matrices between them, then for fewer and fewer, for so many
+// blocks of a multiprocessor and for one. The last attempt stands: its bytes tell why it does not fit.
 template <class Attempt>
 void first_that_fits(const FamilyProblem& problem, const Device& device, int blocks, const Attempt& attempt) {
     const Projection &first = *problem.problem.down, &last = problem.problem.up ? *problem.problem.up : first;
     const int n = static_cast<int>(std::max(first.n_in, last.n_out));
     const int share = std::min(device.shared_limit, device.shared_per_multiprocessor / blocks - reserved);
     const int most = first.dense() ? most_rows / 2 : most_rows;
-    for (const int rows : {most, most / 2})
-        if (rows >= n && attempt(rows / n, share, whole_factors)) return;
+    for (const bool folded : {true, false})
+        for (const int rows : {most, most / 2})
+            if (rows >= n && (!folded || folds(problem)) && attempt(rows / n, folded, share, whole_factors)) return;
     for (int rows = most;; rows /= 2) {
         const int tokens = std::max(1, rows / n);
-        if (attempt(tokens, share, 2) || attempt(tokens, device.shared_limit, 1) || rows <= 16) return;
+        if (attempt(tokens, false, share, 2) || attempt(tokens, false, device.shared_limit, 1) || rows <= 16) return;
     }
 }
 
@@ -169,17 +234,19 @@ PlannedFamilyForward plan_family_forward(const FamilyProblem& problem, const Dev
     PlannedFamilyForward plan{};
     FamilyForward& f = plan.arguments;
     Room room;
-    first_that_fits(problem, device, of_forward, [&](int tokens, int limit, int least) {
-        const Family& its = f.family = family(problem, tokens);
-        room = {};
-        lay_out(f.places, its, room);
+    const int of_forward = blocks_of_forward(device.capability);
+    first_that_fits(problem, device, of_forward, [&](int tokens, bool folded, int limit, int least) {
+        Family& its = f.family = family(problem, tokens, folded);
         const int64_t numbers = int64_t{its.columns} * its.stride;
-        f.places.clear = f.z = room.floats(numbers);
-        f.part_stride = its.rows_out + 8;
-        f.v = room.floats(its.middle.inner ? numbers : 0);
-        f.h = room.floats(int64_t{its.inner()} * its.stride);
         return with_element(problem.problem.dtype, [&](auto element) {
             constexpr int parts = decltype(element)::factor_parts;
+            its.folded.parts = forward_right_parts<decltype(element)>;
+            room = {};
+            lay_out(f.places, its, room);
+            f.places.clear = f.z = room.take(bytes_of_tokens(its, its.folded.z_stride, parts, numbers));
+            f.part_stride = its.rows_out + 8;
+            f.v = room.floats(its.middle.inner && !folded ? numbers : 0);
+            f.h = room.take(bytes_of_tokens(its, its.folded.h_stride, parts, int64_t{its.inner()} * its.stride));
             f.v_parts = room.take(int64_t{2} * parts * round_up(its.right_terms, 16) * f.part_stride);
             f.places.clear_end = room.bytes;
             return add_slabs(f.places, its, its.right_terms, parts, forward_right_parts<decltype(element)>, room, limit, least);
@@ -196,28 +263,18 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
     FamilyWeights& w = plan.weights;
     Room room, of_weights_room;
     w.slab = 16;
-    first_that_fits(problem, device, of_backward, [&](int tokens, int limit, int least) {
-        const Family& its = b.family = w.family = family(problem, tokens);
-        const int64_t numbers = int64_t{its.columns} * its.stride, inner = int64_t{its.inner()} * its.stride;
+    first_that_fits(problem, device, of_backward, [&](int tokens, bool folded, int limit, int least) {
+        Family& its = b.family = family(problem, tokens, folded);
         const bool with_bias = its.mixed && wanted.mix && its.bias2.array.data;
-        room = {};
-        lay_out(b.places, its, room);
-        const int begin = room.bytes;
-        const SharedFactors sums(its.middle, room);
-        b.sums = {sums.rule, sums.rule2, sums.right, sums.left2, sums.bias};
-        b.sums_bytes = room.bytes - begin;
-        room.take(int64_t{its.slots - 1} * b.sums_bytes);
-        b.places.clear = b.numbers.z = room.floats(numbers);
-        b.numbers.dv2 = room.floats(numbers);
-        b.numbers.v = b.numbers.z2 = room.floats(its.middle.inner ? numbers : 0);
-        b.numbers.dz2 = b.numbers.dv = room.floats(its.middle.inner ? numbers : 0);
-        b.numbers.h = room.floats(inner);
-        b.numbers.dy = room.floats(inner);
-        b.mixed_v2 = room.floats(its.mixed && !its.dense ? numbers : 0);
-        b.of_bias = room.floats(with_bias ? int64_t{its.slots} * its.stride : 0);
-        b.part_stride = std::max(its.rows_in, its.rows_out) + 8;
         return with_element(problem.problem.dtype, [&](auto element) {
             using T = decltype(element);
+            its.folded.parts = T::factor_parts;
+            room = {};
+            lay_out(b.places, its, room);
+            if (folded) lay_out_folded(b, room, T::factor_parts);
+            else lay_out_numbers(b, room);
+            b.of_bias = room.floats(with_bias ? int64_t{its.slots} * its.stride : 0);
+            b.part_stride = std::max(its.rows_in, its.rows_out) + 8;
             const int64_t parts = int64_t{2} * T::factor_parts * round_up(its.columns, 16) * b.part_stride;
             b.dz_parts = room.take(parts);
             b.v2_parts = room.take(its.dense ? 0 : parts);
@@ -254,6 +311,7 @@ PlannedFamilyBackward plan_family_backward(const FamilyProblem& problem, const D
             return false;
         });
     });
+    w.family = b.family;
     const Tiling& t = b.family.tiling;
     const FamilySizes sizes(b.family);
     w.wants_left = wanted.left;

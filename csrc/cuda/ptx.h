@@ -129,7 +129,12 @@ COMPACTER_DEVICE int lane_anew() {
     return lane;
 }
 
-// The threads of the block, and its number, read anew.
+// This thread, the threads of the block, and its number, read anew.
+COMPACTER_DEVICE int thread_anew() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 COMPACTER_DEVICE int threads_anew() {
     int threads;
     asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(threads));

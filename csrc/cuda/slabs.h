@@ -6,47 +6,44 @@
 
 namespace compacter::cuda {
 
-// Factors of a contraction that a warp has in registers, beside the parts of x.
-template <class T>
-constexpr int factors_at_once = T::parts == 3 ? 32 : 64;
+// Sums of a row in a contraction that a warp has in registers, beside the parts of x.
+constexpr int sums_at_once = 32;
 
 // All threads of the block start to copy a multiple of 16 bytes.
 COMPACTER_DEVICE void copy_bytes(int to, const unsigned char* from, int bytes) {
     for (int at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16) copy_async(shared_memory() + to + at, from + at, true);
 }
 
-// Calls body(first segment, segments, factor) for each slab of a wide factor, whose slabs begin at `from` in memory. staged:
-// whether a whole one is there already.
-template <class Body>
-COMPACTER_DEVICE void for_each_slab(const Slab& slab, int width, const unsigned char* from, int bytes, bool staged, const Body& body) {
+// Calls body(first segment, segments, factor) for each slab of a wide factor, whose slabs begin at `from` in memory. A whole one is
+// there already. Once: it takes the same loop instead of a copy of the body, as the registers allow: with the copy a backward would
+// spill on sm_100, and without it a forward on sm_80 and sm_90.
+template <bool Once, class Body>
+COMPACTER_DEVICE void for_each_slab(const Slab& slab, int width, const unsigned char* from, int bytes, const Body& body) {
     const int all = segments(width);
     const auto factor = [&](int buffer) {
         return factor_parts(shared_memory() + slab.at + buffer * bytes, slab.segments * segment, slab.rows);
     };
-    if (slab.whole) {
-        if (!staged) {
-            __syncthreads();
-            copy_bytes(slab.at, from, bytes);
+    if (!Once && slab.whole) return body(0, all, factor(0));
+    const bool whole = Once && slab.whole;
+    const int count = whole ? 1 : (all + slab.segments - 1) / slab.segments;
+    if (!whole) {
+        __syncthreads();
+        copy_bytes(slab.at, from, bytes);
+        commit_copies();
+    }
+#pragma unroll 1
+    for (int at = 0; at < count; ++at) {
+        if (!whole) {
+            if (at + 1 < count) copy_bytes(slab.at + (at + 1) % 2 * bytes, from + int64_t{at + 1} * bytes, bytes);
             commit_copies();
-            wait_copies<0>();
+            wait_copies<1>();
             __syncthreads();
         }
-        return body(0, all, factor(0));
-    }
-    const int count = (all + slab.segments - 1) / slab.segments;
-    __syncthreads();
-    copy_bytes(slab.at, from, bytes);
-    commit_copies();
-    for (int at = 0; at < count; ++at) {
-        if (at + 1 < count) copy_bytes(slab.at + (at + 1) % 2 * bytes, from + int64_t{at + 1} * bytes, bytes);
-        commit_copies();
-        wait_copies<1>();
-        __syncthreads();
         const int first = at * slab.segments;
         body(first, all - first < slab.segments ? all - first : slab.segments, factor(at % 2));
-        __syncthreads();
+        if (!whole) __syncthreads();
     }
-    wait_copies<0>();
+    if (!whole) wait_copies<0>();
 }
 
 // The share of a warp in a tile of 16 rows for each group, at most one group for each of `warps` warps from number `begin` on: 16
@@ -64,97 +61,120 @@ struct WarpShare {
 };
 
 // sum[c / 8] += sum_u x[row, u] s_c[u] over `segments` of a slab for 8 * columns numbers c, as `contract` (columns.h): each right
-// operand is one ldmatrix, and each left one is formed once. Whole: as LaneRows.
-template <bool Whole, class T, int Most>
+// operand is one ldmatrix, and each left one is formed once. Whole: as LaneRows. Ahead: segments whose loads are in flight.
+template <bool Whole, int Ahead, class T, int Most>
 COMPACTER_DEVICE void contract_wide(const LaneRows<const T>& rows, const Parts& factor, int columns, int segments,
                                     float (&sum)[Most][4]) {
-    constexpr int ahead = T::parts == 3 ? 1 : 2;  // segments that are loaded before the first is used
+    constexpr int both = T::parts == 1 ? 2 : 1;  // columns whose products alternate, so that none waits for the one before it
     const Lane lane;
     const uint32_t zero = threadIdx.y;  // which the compiler does not know: else it copies a left operand for each product
-    const uint16_t* const from = factor.first + lane.index % 8 * factor.stride + lane.index / 8 * 8;
+    const uint16_t* at = factor.first + lane.index % 8 * factor.stride + lane.index / 8 * 8;
+    Eight<T> next[Ahead][2];
+    const auto load = [&](Eight<T>(&to)[2], int of) {
+        if (of >= segments) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) to[half] = rows.template load<Whole>(lane.g + half * 8, of * segment + lane.t * 8);
+    };
+#pragma unroll
+    for (int j = 0; j < Ahead; ++j) load(next[j], j);
 #pragma unroll 1
-    for (int first = 0; first < segments; first += ahead) {
-        Eight<T> upper[ahead], lower[ahead];
+    for (int first = 0; first < segments; first += Ahead)
 #pragma unroll
-        for (int j = 0; j < ahead; ++j)
-            if (first + j < segments) {
-                upper[j] = rows.template load<Whole>(lane.g, (first + j) * segment + lane.t * 8);
-                lower[j] = rows.template load<Whole>(lane.g + 8, (first + j) * segment + lane.t * 8);
-            }
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
+        for (int j = 0; j < Ahead; ++j, at += segment) {
             if (first + j >= segments) break;
             uint32_t above[4][T::parts], below[4][T::parts], left[T::parts][2][4];
-            to_parts(upper[j], above);
-            to_parts(lower[j], below);
+            to_parts(next[j][0], above);
+            to_parts(next[j][1], below);
 #pragma unroll
             for (int part = 0; part < T::parts; ++part)
 #pragma unroll
                 for (int e = 0; e < 8; ++e) left[part][e / 4][e % 4] = (e % 2 ? below[e / 2][part] : above[e / 2][part]) ^ zero;
-            const uint16_t* at = from + (first + j) * segment;
+            load(next[j], first + j + Ahead);
+            const uint16_t* from = at;
 #pragma unroll
-            for (int column = 0; column < Most; ++column, at += 8 * factor.stride) {
+            for (int column = 0; column < Most; column += both, from += both * 8 * factor.stride) {
                 if (column >= columns) break;
-                float apart[4] = {};
-                float(&total)[4] = T::parts == 3 ? apart : sum[column];
+                float apart[both][4] = {};
+                uint32_t f[T::factor_parts][both][4];
+                const int step = column + 1 < columns ? 8 * factor.stride : 0;
 #pragma unroll
-                for (int part = 0; part < T::factor_parts; ++part) {
-                    uint32_t f[4];
-                    load_matrices(f, at + part * factor.part);
+                for (int part = 0; part < T::factor_parts; ++part)
+#pragma unroll
+                    for (int k = 0; k < both; ++k)
+                        load_matrices(f[part][k], from + k * step + part * factor.part);
+#pragma unroll
+                for (int part = 0; part < T::factor_parts; ++part)
 #pragma unroll
                     for (int of_x = 0; of_x < T::parts; ++of_x) {
                         if (!counts<T::parts, T::factor_parts>(of_x, part)) continue;
-                        mma_16x8x16(total, left[of_x][0], {f[0], f[1]});
-                        mma_16x8x16(total, left[of_x][1], {f[2], f[3]});
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+#pragma unroll
+                            for (int k = 0; k < both; ++k)
+                                mma_16x8x16(T::parts == 3 ? apart[k] : sum[column + k], left[of_x][half],
+                                            {f[part][k][half * 2], f[part][k][half * 2 + 1]});
                     }
-                }
                 if constexpr (T::parts == 3)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) sum[column][e] += apart[e];
+                    for (int k = 0; k < both; ++k)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) sum[column + k][e] += apart[k][e];
+            }
+        }
+}
+
+// The sums Z[row, c] of a slab, for the rows of a tile. It calls store(c, token, chunk, Z[row, c], Z[row, c + 1]) for even c.
+template <class T, int Ahead = 1, class Store>
+COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, const WarpShare& share, const Parts& factor, int all, int first,
+                                    int segments, const Store& store) {
+    const Lane lane;
+    if (share.first == share.step) return;
+    const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
+    int token[2], chunk[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = share.row + lane.g + half * 8;
+        token[half] = x.by_n.quotient(row);
+        chunk[half] = row < x.rows ? row - token[half] * x.n : -1;
+    }
+    const bool upper = rows.upper_width > 0, lower = rows.lower_width > 0;
+    // The warps of the same rows share the factors, in eights, of which each has at most `sums_at_once` in registers.
+    const int each = min(sums_at_once, round_up((all + share.step - 1) / share.step, 8));
+    for (int begin = share.first * each; begin < all; begin += share.step * each) {
+        const int columns = min(each, all - begin) / 8;
+        float sum[sums_at_once / 8][4] = {};
+        const Parts its{factor.first + begin * factor.stride, factor.stride, factor.part};
+        // Rows that are not whole take more registers.
+        if (x.whole()) contract_wide<true, Ahead, T>(rows, its, columns, segments, sum);
+        else contract_wide<false, 1, T>(rows, its, columns, segments, sum);
+#pragma unroll
+        for (int column = 0; column < sums_at_once / 8; ++column) {
+            if (column >= columns) break;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool real = half ? lower : upper;
+                const float low = real ? sum[column][half * 2] : 0.f, high = real ? sum[column][half * 2 + 1] : 0.f;
+                if (chunk[half] >= 0) store(begin + column * 8 + lane.t * 2, token[half], chunk[half], low, high);
             }
         }
     }
 }
 
-// The numbers Z[row, c] of the rows of a tile: adds them to X[c][token][p] of shared memory, n for each token, or sets these
-// if the slab is the first. to(c, chunk of the row): where X[c] begins, in floats, or -1 for none.
-template <class T, class To>
-COMPACTER_DEVICE void contract_slab(const TileRows<const T>& x, const WarpShare& share, const Parts& factor, int all, int first,
-                                    int segments, int n, const To& to) {
-    constexpr int at_once = factors_at_once<T>;
-    const Lane lane;
-    if (share.first == share.step) return;
-    const LaneRows<const T> rows = x.of_lane(share.row).from(first * segment);
-    int place[2], chunk[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = share.row + lane.g + half * 8, token = x.by_n.quotient(row);
-        chunk[half] = row - token * x.n;
-        place[half] = row < x.rows ? token * n + chunk[half] : -1;
+// The rows of the output and of the residual, if there is one, that a warp has in an expansion. Both are the same rows.
+template <class T>
+struct ExpandedRows {
+    WarpShare share;
+    LaneRows<T> out;
+    LaneRows<const T> residual{};
+
+    COMPACTER_DEVICE ExpandedRows(const TileRows<T>& output, const T* all_of_residual)
+        : share(output.by_groups), out(output.of_lane(share.row)) {
+        if (!all_of_residual) return;
+        residual = {all_of_residual + (out.upper - output.all), all_of_residual + (out.lower - output.all), out.upper_width,
+                    out.lower_width, out.vectors};
     }
-    const bool upper = rows.upper_width > 0, lower = rows.lower_width > 0;
-    // The warps of the same rows share the factors, in eights, of which each has at most `at_once` in registers.
-    const int each = min(at_once, round_up((all + share.step - 1) / share.step, 8));
-    for (int begin = share.first * each; begin < all; begin += share.step * each) {
-        const int columns = min(each, all - begin) / 8;
-        float sum[at_once / 8][4] = {};
-        const Parts its{factor.first + begin * factor.stride, factor.stride, factor.part};
-        if (x.whole()) contract_wide<true, T>(rows, its, columns, segments, sum);
-        else contract_wide<false, T>(rows, its, columns, segments, sum);
-#pragma unroll
-        for (int column = 0; column < at_once / 8; ++column) {
-            if (column >= columns) break;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int c = begin + column * 8 + lane.t * 2 + e % 2, at = to(c, chunk[e / 2]);
-                if (at < 0 || place[e / 2] < 0) continue;
-                float& number = floats_at(0)[at + place[e / 2]];
-                const float added = (e < 2 ? upper : lower) ? sum[column][e] : 0.f;
-                number = first ? number + added : added;
-            }
-        }
-    }
-}
+    COMPACTER_DEVICE bool none() const { return share.first == share.step; }
+};
 
 // out[row, u] = residual[row, u] + sum_c V[row, c] t_c[u] for the rows of a tile and a slab of u. V is [part][c][row], with
 // zeros up to the next multiple of 16 c; `all` is that of the rows of t, a multiple of eight. FactorParts: those of t_c.
@@ -163,11 +183,9 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int all, const Parts& factor, 
                                   const TileRows<const T>& residual, const TileRows<T>& output) {
     constexpr int parts = T::factor_parts;
     const Lane lane;
-    const WarpShare share(output.by_groups);
-    if (share.first == share.step) return;
-    const LaneRows<T> out = output.of_lane(share.row);
-    LaneRows<const T> added{};
-    if (residual.all) added = residual.of_lane(share.row);
+    const ExpandedRows<T> rows(output, residual.all);
+    const WarpShare& share = rows.share;
+    if (rows.none()) return;
     const int matrix = lane.index / 8, row = lane.index % 8;
     const uint16_t* const operand = v.first + (row + matrix / 2 * 8) * v.stride + share.row + matrix % 2 * 8;
     // Sixteen c of two products at once, or eight of four.
@@ -175,15 +193,21 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int all, const Parts& factor, 
     const uint16_t* const last = factor.first + row * factor.stride + matrix * 8;
     for (int at = share.first; at < segments; at += share.step) {
         const int column = (first + at) * segment + lane.t * 8;
-        float value[2][8] = {}, sum[4][4];
-        if (residual.all) {
-            to_floats(added.template load<Whole>(lane.g, column), value[0]);
-            to_floats(added.template load<Whole>(lane.g + 8, column), value[1]);
-        }
+        Eight<T> before[2] = {zeros<T>(), zeros<T>()};  // the residual
+        if (residual.all)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+            for (int half = 0; half < 2; ++half) before[half] = rows.residual.template load<Whole>(lane.g + half * 8, column);
+        float sum[4][4] = {};
+        const auto add_residual = [&] {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[j][e] = value[e / 2][2 * j + e % 2];
+            for (int half = 0; half < 2; ++half) {
+                float value[8];
+                to_floats(before[half], value);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum[j / 2][half * 2 + j % 2] += value[j];
+            }
+        };
+        if constexpr (T::parts == 3) add_residual();  // else it comes while the products are computed
         const auto add = [&](int c, auto both) {  // 16 numbers c, or the last eight
             float apart[4][4] = {};
             float(&total)[4][4] = parts == 3 ? apart : sum;
@@ -218,13 +242,16 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int all, const Parts& factor, 
                     for (int e = 0; e < 4; ++e) sum[j][e] += apart[j][e];
         };
         int c = 0;
+#pragma unroll 1  // else the compiler makes four copies from sm_100 on, and spills
         for (; c + 8 < all; c += 16) add(c, std::true_type{});
         if (c < all) add(c, std::false_type{});
+        if constexpr (T::parts != 3) add_residual();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            float value[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) value[half][j] = sum[j / 2][half * 2 + j % 2];
-            out.store(lane.g + half * 8, column, from_floats(T{}, value[half]));
+            for (int j = 0; j < 8; ++j) value[j] = sum[j / 2][half * 2 + j % 2];
+            rows.out.store(lane.g + half * 8, column, from_floats(T{}, value));
         }
     }
 }
@@ -233,11 +260,9 @@ COMPACTER_DEVICE void expand_slab(const Parts& v, int all, const Parts& factor, 
 template <class T>
 COMPACTER_DEVICE void copy_tile(int width, const TileRows<const T>& residual, const TileRows<T>& output, bool poison) {
     const Lane lane;
-    const WarpShare share(output.by_groups);
-    if (share.first == share.step) return;
-    const LaneRows<T> out = output.of_lane(share.row);
-    LaneRows<const T> added{};
-    if (residual.all) added = residual.of_lane(share.row);
+    const ExpandedRows<T> rows(output, residual.all);
+    const WarpShare& share = rows.share;
+    if (rows.none()) return;
     float nan[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) nan[j] = __uint_as_float(0x7fffffff);
@@ -245,8 +270,8 @@ COMPACTER_DEVICE void copy_tile(int width, const TileRows<const T>& residual, co
         const int column = at * segment + lane.t * 8;
 #pragma unroll
         for (int row = lane.g; row < 16; row += 8) {
-            const Eight<T> eight = poison ? from_floats(T{}, nan) : added.template load<false>(row, column);
-            out.store(row, column, eight);
+            const Eight<T> eight = poison ? from_floats(T{}, nan) : rows.residual.template load<false>(row, column);
+            rows.out.store(row, column, eight);
         }
     }
 }

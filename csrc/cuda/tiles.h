@@ -10,7 +10,6 @@ namespace compacter::cuda {
 struct Tile {
     int adapter;       // of the bank; or the number of adapters: none; or one more: the route is out of range
     int first, count;  // tokens, in the order of their adapters
-    int number;
 };
 
 struct Range {
@@ -25,13 +24,18 @@ struct Tiles {
     COMPACTER_DEVICE int with_adapter() const { return t.table ? t.table[t.starts() + t.adapters] : count(); }
     // The tiles of each program, of which the last ones may have fewer.
     COMPACTER_DEVICE int share(int programs) const { return (count() + programs - 1) / programs; }
+    // Those of this block, of which each is a program.
+    COMPACTER_DEVICE Range of_block() const {
+        const int each = share(gridDim.x), begin = blockIdx.x * each;
+        return {begin, min(begin + each, count())};
+    }
     COMPACTER_DEVICE Tile at(int tile) const {
         if (t.table) {
             const int* entry = t.table + t.tiles() + 3 * tile;
-            return {entry[0], entry[1], entry[2], tile};
+            return {entry[0], entry[1], entry[2]};
         }
         const int first = tile * t.tokens;
-        return {0, first, t.all - first < t.tokens ? t.all - first : t.tokens, tile};
+        return {0, first, t.all - first < t.tokens ? t.all - first : t.tokens};
     }
     // The token at a place in the order of the adapters.
     COMPACTER_DEVICE int token(int place) const {
@@ -57,13 +61,11 @@ COMPACTER_DEVICE void stage_tokens(int* ids, const Tiles& tiles, const Tile& til
 // The block asks for the rows of a tile, whose loads then find them in the L2.
 template <class T>
 COMPACTER_DEVICE void prefetch_tile(const Tiles& tiles, int tile, const T* rows, int width) {
-    if (tile >= tiles.count()) return;
     constexpr int line = 128 / sizeof(T);
     const Tile next = tiles.at(tile);
-    const int lines = (width + line - 1) / line;
-    for (int e = threadIdx.x; e < next.count * lines; e += blockDim.x) {
-        const int token = e / lines;
-        prefetch(rows + int64_t{tiles.token(next.first + token)} * width + (e - token * lines) * line);
+    for (int j = threadIdx.x / 32; j < next.count; j += blockDim.x / 32) {
+        const T* const row = rows + int64_t{tiles.token(next.first + j)} * width;
+        for (int column = threadIdx.x % 32 * line; column < width; column += 32 * line) prefetch(row + column);
     }
 }
 

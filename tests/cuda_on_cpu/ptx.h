@@ -188,6 +188,7 @@ inline uint32_t lanes_with(int key, Place at = here("match.any")) {
 }
 inline int bits_of(uint32_t mask) { return __builtin_popcount(mask); }
 inline int lane_anew() { return static_cast<int>(threadIdx.x % 32); }
+inline int thread_anew() { return static_cast<int>(threadIdx.x); }
 inline int threads_anew() { return static_cast<int>(blockDim.x); }
 inline int block_anew() { return static_cast<int>(blockIdx.x); }
 inline void sync_threads(int barrier, int threads, Place at = here("bar.sync")) {
