@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from seed_spread import spread
 
 
 def table(document: dict[str, Any]) -> str:
@@ -19,12 +20,6 @@ def table(document: dict[str, Any]) -> str:
         cells.append(spread([statistics.mean(run["chrf"].values()) for run in runs]))
         lines.append(f"| {way} | {runs[0]['trained']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def write(document: dict[str, Any], folder: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
+
+from seed_spread import spread
 
 
 def table(document: dict[str, Any]) -> str:
@@ -19,12 +20,6 @@ def table(document: dict[str, Any]) -> str:
         cells.append(spread([run["f1"][ways[-1]] - run["f1"]["uniform"] for run in runs], sign="+"))
         lines.append(f"| {language} | {runs[0]['sentences']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def write(document: dict[str, Any], folder: Path) -> None:

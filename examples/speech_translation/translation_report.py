@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seed_spread import spread
+
 LEGEND = """
 chrF / BLEU of {test} prompts of the {part} part, mean ± standard deviation of {seeds} seed{plural}; {train} others
 train, {epochs} epochs. *Trained*: numbers that train. The chrF of Whisper's English transcripts is {english:.1f}.
@@ -34,12 +36,6 @@ def table(document: dict[str, Any]) -> str:
 
 def _cell(pairs: Sequence[Sequence[float]]) -> str:
     return " / ".join(spread(values) for values in zip(*pairs, strict=True))
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def write(document: dict[str, Any], folder: Path) -> None:
