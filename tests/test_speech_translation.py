@@ -182,10 +182,11 @@ def test_a_converted_tensor_is_that_of_the_file() -> None:
     assert torch.equal(found["encoder/weight"], torch.arange(6.0).reshape(2, 3))
 
 
-def test_the_committed_table_is_that_of_its_json() -> None:
-    document = json.loads((RESULTS / "translation.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("results", [RESULTS, RESULTS / "again"], ids=["first", "again"])
+def test_the_committed_table_is_that_of_its_json(results: Path) -> None:
+    document = json.loads((results / "translation.json").read_text(encoding="utf-8"))
     table = module("translation_report").table(document)
-    assert (RESULTS / "translation.txt").read_text(encoding="utf-8") == table
+    assert (results / "translation.txt").read_text(encoding="utf-8") == table
     for way in ("shared", "per language"):
         assert [run["seed"] for run in document["runs"][way]] == list(range(document["settings"]["seeds"]))
 
