@@ -62,9 +62,11 @@ struct Expansion {
 private:
     static constexpr int64_t page = 4096;  // bytes; with wider rows each token would touch a new page
     static constexpr int64_t strip_floats = 8192;
-    // Tiles of the packed t: rows, and vectors of a row. Vectors of a row in a tile of four rows of t itself.
-    static constexpr int packed_rows = W == 16 ? 8 : 4, packed_vectors = W == 4 && many_registers ? 4 : 2;
-    static constexpr int tile_vectors = many_registers ? 4 : W == 8 && !in_pairs<T> ? 3 : 2;
+    // Tiles of t itself and of the packed t: rows, and vectors of a row. With few registers these are
+    // the vectors of a line, so that a streamed line is written at once.
+    static constexpr int line_vectors = vectors_per_line<T> < 4 ? vectors_per_line<T> : 4;
+    static constexpr int tile_vectors = many_registers ? 4 : line_vectors, tile_rows = many_registers ? 4 : 8 / line_vectors;
+    static constexpr int packed_vectors = W == 16 ? 2 : tile_vectors, packed_rows = W == 16 ? 8 : tile_rows;
 
     // The vectors of a row whose M terms, sums and starts fit into the registers, at least 2; 0: none.
     static constexpr int held(int M) {
@@ -214,7 +216,7 @@ private:
     template <int M>
     __attribute__((noinline)) void strip(const Chunk& at, int64_t u, int64_t width, int64_t tokens) const {
         const auto from_packed = [&](auto pairs, int64_t terms) COMPACTER_INLINE_LAMBDA {
-            tiles<packed_rows, 4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+            tiles<packed_rows, packed_rows / 2, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 columns<packed_vectors, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
                     constexpr int R = decltype(size)::value, U = decltype(vectors)::value;
                     const float* t = packed + (u + j) * terms;
@@ -227,7 +229,7 @@ private:
         if (!M && packed)
             from_packed(std::false_type{}, m);
         else
-            tiles<4, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
+            tiles<tile_rows, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 columns<tile_vectors, 2, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
                     constexpr int R = decltype(size)::value, U = decltype(vectors)::value;
                     tile<R, U, false, false>(at, basis + u + j, chunk, M ? M : m, token, u + j, cut, count);
