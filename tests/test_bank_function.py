@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from oracle import BF16, FP32, FP64, FUSED, IMPLS, Case, assert_same_bits, bits, run, skip_if_refused
+from oracle import BF16, FP32, FP64, FUSED, IMPLS, Case, assert_same_bits, bits, copies, run, skip_if_refused
 from torch import Tensor
 
 import compacter_kernels as ck
@@ -48,17 +48,42 @@ def gradients(case: Case, tensors: Tensors, impl: str, route: Tensor) -> Tensors
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_bank_of_one_has_the_bits_of_the_single_kernel(
-    operation: str, dtype: torch.dtype, impl: str, request: pytest.FixtureRequest
-) -> None:
-    if impl == "cuda" and operation == "adapter":
-        request.applymarker(pytest.mark.xfail(reason="single Compacter adapters have CUDA kernels of their own"))
+def test_a_bank_of_one_has_the_bits_of_the_single_kernel(operation: str, dtype: torch.dtype, impl: str) -> None:
     case = Case(operation, bank=1, shape=(9, 37), width=96, dtype=dtype)
     tensors = case.tensors()
     skip_if_refused(case, tensors, impl)
     got = gradients(case, tensors, impl, torch.zeros(9, dtype=torch.int64))
     one = run(single(case), adapter(tensors, 0), impl, case.grad_output())
     assert_same_bits(got, {name: t if name in ("out", "x") else t[None] for name, t in one.items()})
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("residual", ["none", "x", "other"])
+def test_a_bank_of_one_and_rows_without_it(residual: str, operation: str, impl: str) -> None:
+    """They get what is added, even if it is not finite, and take no part in the gradients."""
+    case = Case(operation, bank=1, shape=(6, 5), width=48, residual=residual)
+    tensors, route = case.tensors(), torch.tensor([0, -1, 0, -1, 0, -1])
+    skip_if_refused(case, tensors, impl)
+    has, grad = route == 0, case.grad_output()
+    with torch.no_grad():
+        tensors["x"][~has] *= torch.tensor([torch.inf, -0.0, torch.nan])[:, None, None]
+    others = {name: t for name, t in tensors.items() if name in ("x", "residual")}
+    own = {name: t[has] if name in others else t[0] for name, t in tensors.items()}
+    expected = run(Case(**{**vars(single(case)), "shape": (3, 5)}), copies(own), impl, grad[has])
+    added = None if residual == "none" else others.get("residual", tensors["x"])
+    out = ck.compacter_adapter_bank(
+        tensors["x"], weights(tensors), weights(tensors, "up."), activation=case.activation, residual=added,
+        scale=case.scale, route=route, impl=impl,
+    )  # fmt: skip
+    got = dict(zip(tensors, torch.autograd.grad(out, list(tensors.values()), grad), strict=True))
+    passed = torch.zeros_like(out[~has]) if added is None else added[~has]
+    assert torch.equal(bits(out[~has]), bits(passed))
+    assert torch.equal(got["x"][~has], grad[~has] if residual == "x" else torch.zeros_like(grad[~has]))
+    torch.testing.assert_close(out[has], expected["out"], rtol=1e-4, atol=1e-4)
+    for name in tensors:
+        row = got[name][has if name in others else 0]
+        torch.testing.assert_close(row, expected[name], rtol=1e-4, atol=1e-4)
 
 
 ROUTES = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compacter_kernels.impl import Kernel, native, not_fused
+from compacter_kernels.impl import Kernel, bank_of_one, native, not_fused
 from compacter_kernels.impl.memory import addresses
 from compacter_kernels.impl.module import BUILD as _BUILD, MISSING, MODULE as _C
 from compacter_kernels.impl.native_family import FamilyKernel
@@ -63,6 +63,8 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernels cannot serve this problem, or None."""
     if problem.device.type != _DEVICE_TYPE:
         return f"x is on {problem.device.type}, not on {_DEVICE_TYPE}"
+    if bank_of_one.serves(problem):
+        problem = bank_of_one.single(problem)
     reason = not_fused(problem) or _not_compiled(problem)
     if reason is None and unavailable() is None:
         reason = _refused(problem.operation, native.plan_arguments(problem), problem.bank, problem.device.index or 0)
@@ -134,7 +136,9 @@ def _refused(operation: str, arguments: tuple[Any, ...], bank: Bank | None, inde
 
 
 def prepare(problem: Problem) -> Kernel:
-    """The kernel for this problem."""
+    """The kernel for this problem. Banks of Compacter adapters have kernels of their own."""
+    if bank_of_one.serves(problem):
+        return bank_of_one.BankOfOne(prepare(bank_of_one.single(problem)))
     if problem.bank is None and problem.operation != "bottleneck":
         return _Kernel(problem)
     return FamilyKernel(problem, functools.partial(_Kernel if problem.bank is None else _BankKernel, problem))
