@@ -10,6 +10,7 @@ TRAIN ?=
 TRITON ?= 3.9.0
 TRANSFORMERS ?= 5.24.0
 PEFT ?= 0.18.1
+KERNELS ?= 0.17.2
 AOT ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -24,9 +25,10 @@ INTERPRETER := build/triton-$(TRITON)
 EXECUTED := build/cuda_on_cpu
 LATER := build/transformers-$(TRANSFORMERS)
 EARLIER := build/peft-$(PEFT)
+HUB := build/kernels-$(KERNELS)
 PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
-.PHONY: ready demo test core-tests instruction-sets transformers peft interpret aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -87,6 +89,14 @@ interpret: $(READY) $(INTERPRETER)
 		tests/test_agreement.py tests/test_nonfinite.py tests/test_out.py tests/test_memory.py tests/test_determinism.py \
 		tests/test_triton_functions.py tests/test_triton_tune.py tests/test_triton_bank.py tests/test_family.py \
 		tests/test_bank_function.py
+
+# without sigstore and its many packages, which a kernel from a folder does not need
+$(HUB): | $(READY)
+	$(PIP) --no-deps --target $@ kernels==$(KERNELS) huggingface-hub==1.33.0
+
+# the Hub kernel, loaded by the package `kernels`, also in Triton's interpreter
+hub-kernel: $(READY) $(INTERPRETER) $(HUB)
+	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):$(HUB) $(TESTS) -W ignore -rN tests/test_hub_kernel.py
 
 # the Triton kernels, each configuration compiled for each architecture: no spills, no memory that the device lacks
 aot: $(READY) $(INTERPRETER)
