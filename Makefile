@@ -28,7 +28,7 @@ EARLIER := build/peft-$(PEFT)
 HUB := build/kernels-$(KERNELS)
 PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
-.PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas lint native-check clean
+.PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas docs lint native-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -122,7 +122,11 @@ cuda-on-cpu: $(READY)
 ptxas: $(READY)
 	python benchmarks/ptxas_report.py
 
-lint: $(READY)
+# the site, in build/site; a warning, as of a link that leads nowhere, is an error
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+lint: $(READY) docs
 	ruff check .
 	ruff format --check .
 	mypy

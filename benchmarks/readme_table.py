@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/models.md and examples from the committed results.
+"""Writes the tables of README.md, docs and examples from the committed results.
 
     python benchmarks/readme_table.py [--check]
 
@@ -8,6 +8,7 @@ With --check it writes nothing, and exits with 1 if a table differs from the res
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ long the same step takes with H built in each call (every implementation in use)
 """
 
 
+COPY_TOKENS = (1, 256, 2048, 8192, 32768)
+COPY_LEGEND = """
+fp32, {threads} threads of a 2-core {cpu} with {isa}, torch {torch}, page faults removed
+([{results}](../{results})).
+"""
+
 STEPS = Path("benchmarks/results/xeon-2core")
 STEPS_HEAD = """\
 {model}, batch {batch} x {length}, {rounds} rounds ([{results}](../{results})):
@@ -41,7 +48,20 @@ STEPS_LEGEND = """
 {threads} threads of a 2-core {cpu}, torch {torch}, transformers {transformers}, adapters {adapters}.
 """
 
-LOKR = Path("benchmarks/results/epyc-2core/lokr.json")
+SIZES = Path("benchmarks/results/xeon-2core/sizes.json")
+ERRORS = Path("benchmarks/results/choose_sizes/sizes.json")
+SIZES_HEAD = """\
+| n | r | factor | parameters | forward+backward | of a copy | error % |
+|---|---|---|---|---|---|---|
+"""
+SIZES_LEGEND = """
+Parameters and time: one adapter of width {width}, {tokens} tokens, float32, {threads} thread of a 2-core {cpu},
+torch {torch} ([{results}](../{results})).
+Error: a transformer of width 128 on handwritten digits, mean and standard deviation of {seeds} seeds
+([{errors}](../{errors})).
+"""
+
+LOKR = Path("benchmarks/results/xeon-2core/lokr.json")
 LOKR_HEAD = """\
 | | without LoKr | as shipped | patched | shipped / patched | share | kept, shipped | kept, patched |
 |---|---|---|---|---|---|---|---|
@@ -90,8 +110,54 @@ def table() -> str:
     return HEAD + "".join(lines) + legend
 
 
+def copy() -> str:
+    """The region of docs/cpu.md: the time of each call over that of a copy of the same bytes."""
+    report = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
+    measured = next(t for t in report["tables"] if t["page_faults"] == "removed")
+    machine = measured["machine"]
+    lines = [f"| k/d/n | tokens | {' | '.join(map(str, COPY_TOKENS))} |\n", "|---" * 7 + "|\n"]
+    for shape in report["settings"]["shapes"]:
+        for direction in ("forward", "forward+backward"):
+            rows = [_row(measured["rows"], (*shape, tokens), "cpu", direction) for tokens in COPY_TOKENS]
+            cells = [f"{row['over_equal_copy']:.1f}{'' if row['quiet'] else '*'}" for row in rows]
+            lines.append(f"| {'/'.join(map(str, shape))} | {direction} | {' | '.join(cells)} |\n")
+    legend = COPY_LEGEND.format(
+        threads=machine["threads"],
+        cpu=machine["cpu"],
+        isa=machine["native"]["isa_in_use"],
+        torch=machine["torch"],
+        results=RESULTS.with_name("bench.txt"),
+    )
+    return "".join(lines) + legend
+
+
+def sizes() -> str:
+    """The region of docs/choosing.md: parameters, time and error of adapters of several sizes."""
+    report, of_digits = (json.loads((ROOT / path).read_text(encoding="utf-8")) for path in (SIZES, ERRORS))
+    names = ("phm_dim", "phm_rank", "reduction_factor")
+    errors = {tuple(row[name] for name in names): row["errors"] for row in of_digits["rows"]}
+    lines = [SIZES_HEAD]
+    for row in report["rows"]:
+        wrong = errors[tuple(row[name] for name in names)]
+        n, r = ("plain", "") if row["phm_dim"] is None else (row["phm_dim"], row["phm_rank"])
+        cells = (
+            n,
+            r,
+            row["reduction_factor"],
+            f"{row['parameters']:,}",
+            f"{row['ms']:.2f} ms{'' if row['quiet'] else '*'}",
+            f"{row['over_copy']:.1f}",
+            f"{statistics.mean(wrong):.1f} ± {statistics.stdev(wrong):.1f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |\n")
+    about = {**report["machine"], **of_digits["settings"], "width": report["width"], "tokens": report["tokens"]}
+    return "".join(lines) + SIZES_LEGEND.format(
+        **about, results=SIZES.with_suffix(".txt"), errors=ERRORS.with_suffix(".txt")
+    )
+
+
 def steps() -> str:
-    """The region of docs/models.md: the costs that adapters add to a training step of a model."""
+    """The region of docs/cost.md: the costs that adapters add to a training step of a model."""
     lines = []
     for model in ("bert-base", "t5-base"):
         path = STEPS / f"model_step_{model}.json"
@@ -109,7 +175,7 @@ def steps() -> str:
 
 
 def lokr() -> str:
-    """The region of docs/models.md: the steps with LoKr of peft, as shipped and patched."""
+    """The region of docs/existing-scripts.md: steps with LoKr of peft, as shipped and patched."""
     report = json.loads((ROOT / LOKR).read_text(encoding="utf-8"))
     lines = []
     for line in (*report["layers"], report["transformer"]):
@@ -135,8 +201,10 @@ def speech_translation() -> str:
 
 REGIONS = (
     ("README.md", "results", table),
-    ("docs/models.md", "steps", steps),
-    ("docs/models.md", "lokr", lokr),
+    ("docs/choosing.md", "sizes", sizes),
+    ("docs/cpu.md", "copy", copy),
+    ("docs/cost.md", "steps", steps),
+    ("docs/existing-scripts.md", "lokr", lokr),
     ("examples/compressed_attention/README.md", "results", compressed_attention),
     ("examples/speech_translation/README.md", "results", speech_translation),
 )

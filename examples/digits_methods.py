@@ -48,7 +48,7 @@ def _gradient_to_the_input(model: VisionTransformer) -> None:
     model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
-def _adapters(model: VisionTransformer, make: Callable[[], nn.Module], after_attention: bool) -> None:
+def add_adapters(model: VisionTransformer, make: Callable[[], nn.Module], after_attention: bool) -> None:
     """Put adapters into the blocks and train them, together with the layer norms."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -61,7 +61,7 @@ def _adapters(model: VisionTransformer, make: Callable[[], nn.Module], after_att
 
 def _bottleneck(model: VisionTransformer) -> None:
     size = model.hidden_size
-    _adapters(model, lambda: BottleneckAdapter(size, size // REDUCTION_FACTOR), after_attention=True)
+    add_adapters(model, lambda: BottleneckAdapter(size, size // REDUCTION_FACTOR), after_attention=True)
 
 
 def _compacter(impl: str, after_attention: bool, model: VisionTransformer) -> None:
@@ -72,7 +72,7 @@ def _compacter(impl: str, after_attention: bool, model: VisionTransformer) -> No
             model.hidden_size, reduction_factor=REDUCTION_FACTOR, phm_dim=PHM_DIM, phm_rule=rule, impl=impl
         )
 
-    _adapters(model, make, after_attention)
+    add_adapters(model, make, after_attention)
 
 
 REFERENCE, FUSED = "compacter-dense", "compacter"  # the same function, which must give the same loss curve

@@ -1,13 +1,18 @@
-"""The documents: their Python runs, their commands exist, their links work, their lines wrap.
+"""The documents: their Python and their commands run, their links work, their lines wrap.
 
-Only Python is run. A console block is compared with the commands of the project.
+Python runs, and so does `compacter-kernels`, in the order of the document and in a folder of its
+own. pip, make and the like set up a checkout: they are compared with the files of the project. A
+document with other commands, or with some that take too long, says why it is `NOT_RUN`; these are
+compared with the options that the scripts have.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,9 +27,10 @@ import compacter_kernels as ck
 from compacter_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
+PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md", "benchmarks/results/**/README.md")
 DOCUMENTS = [str(path.relative_to(ROOT)) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 GENERATED = re.compile(r"^<!-- (\w+):begin -->\n.*?^<!-- \1:end -->\n", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"^<!-- commands are not run: (.+) -->$", re.MULTILINE)
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")  # an environment variable before a command, or a variable of make
 
 
@@ -46,12 +52,20 @@ def blocks(document: str) -> list[Block]:
     return [Block(match[1], text.count("\n", 0, match.start()) + 2, match[2]) for match in fenced]
 
 
-def run_code(document: str, first: int | None = None) -> dict[str, Any]:
-    """Run the Python blocks of a document, or the first ones, in order. Returns their names."""
+def run_code(document: str, chosen: list[Block]) -> dict[str, Any]:
+    """Run these blocks of a document in order. Returns the names of the Python blocks."""
     names: dict[str, Any] = {"__name__": document}
-    for block in [block for block in blocks(document) if block.kind == "python"][:first]:
-        lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
-        exec(compile(lines, document, "exec"), names)
+    not_run = NOT_RUN.search(read(document))
+    for block in chosen:
+        if block.kind == "python":
+            lines = "\n" * (block.line - 1) + block.text  # so that an error names the line of the document
+            exec(compile(lines, document, "exec"), names)
+        elif block.kind == "console" and not not_run:
+            for program, *arguments in commands_of(block):
+                if program == "compacter-kernels":
+                    assert cli.main(arguments) == 0, f"{document}: compacter-kernels {shlex.join(arguments)}"
+                else:
+                    assert program in CHECKS, f"{document} runs {program}, and does not say why it is not run"
     return names
 
 
@@ -59,10 +73,14 @@ def commands(document: str) -> Iterator[list[str]]:
     """The commands of the console blocks, without comments and environment variables."""
     for block in blocks(document):
         if block.kind == "console":
-            for line in block.text.replace("\\\n", " ").splitlines():
-                assert line.startswith("$ "), f"{document} shows output in a console block: {line}"
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                yield from split(words)
+            yield from commands_of(block)
+
+
+def commands_of(block: Block) -> Iterator[list[str]]:
+    for line in block.text.replace("\\\n", " ").splitlines():
+        assert line.startswith("$ "), f"line {block.line} shows output in a console block: {line}"
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        yield from split(words)
 
 
 def split(words: list[str]) -> Iterator[list[str]]:
@@ -84,14 +102,14 @@ def test_every_block_is_python_or_console(document: str) -> None:
     assert len(re.findall(r"^\s*```", read(document), re.MULTILINE)) == 2 * len(blocks(document))
 
 
-WITH_CODE = [document for document in DOCUMENTS if any(block.kind == "python" for block in blocks(document))]
+WITH_CODE = [document for document in DOCUMENTS if {"python", "console"} & {block.kind for block in blocks(document)}]
 
 
 @pytest.mark.parametrize("document", WITH_CODE)
 def test_the_code_of_a_document_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.ones(2)}, "pytorch_adapter.bin")  # the file that checkpoints.md converts
-    run_code(document)
+    run_code(document, blocks(document))
 
 
 def test_the_first_block_of_the_readme_has_eight_lines() -> None:
@@ -100,7 +118,7 @@ def test_the_first_block_of_the_readme_has_eight_lines() -> None:
 
 
 def test_the_lines_that_the_readme_says_it_equals() -> None:
-    readme = run_code("README.md", first=2)
+    readme = run_code("README.md", [block for block in blocks("README.md") if block.kind == "python"][:2])
     x = torch.randn(7, 32, dtype=torch.float64)  # so that rounding, which differs between machines, does not matter
     weights = ck.CompacterAdapter(32, reduction_factor=4, phm_rank=2, phm_init_range=1.0, dtype=torch.float64)
     down, up = weights.down.weights(), weights.up.weights()
@@ -140,6 +158,8 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = command
     if program in CHECKS:
         CHECKS[program](arguments)
+    elif program == "python":
+        check_python(arguments)
     elif program == "compacter-kernels":
         check_own(arguments, monkeypatch)
     elif program == "torchrun":
@@ -217,9 +237,59 @@ def accept(arguments: list[str]) -> None:
 CHECKS = {
     "make": check_make,
     "pip": check_pip,
-    "python": check_python,
     "pytest": check_pytest,
     "cmake": check_cmake,
     "git": accept,
     ".": accept,
 }
+
+
+def test_the_page_on_options_has_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["option_tables.py", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "docs" / "option_tables.py"), run_name="__main__")
+    assert stop.value.code == 0, "run python docs/option_tables.py"
+
+
+def test_the_page_on_options_has_every_environment_variable() -> None:
+    sources = [*(ROOT / "compacter_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    variable = r"\bCOMPACTER_KERNELS_[A-Z]+\b"
+    assert set(re.findall(variable, read("docs/options.md"))) == set(re.findall(variable, code))
+
+
+def messages() -> set[str]:
+    """The strings of the package, with … for what is filled in."""
+    found = set()
+    for path in (ROOT / "compacter_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.sub(r"\{\w+\}", "…", node.value))
+    return found
+
+
+def fits(quoted: str, message: str) -> bool:
+    """Whether the parts of the quotation, between its …, occur in the message in this order."""
+    place = 0
+    for part in quoted.split("…"):
+        place = message.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_package() -> None:
+    page, known = read("docs/troubleshooting.md").partition("## No message")[0], messages()
+    quoted = re.findall(r"^\| `(.+?)` \| ", page, re.MULTILINE)
+    assert len(quoted) == page.count("\n| `") > 30
+    assert [quotation for quotation in quoted if not any(fits(quotation, message) for message in known)] == []
+
+
+def test_the_files_that_extending_names_are_there() -> None:
+    names = re.findall(r"`((?:csrc|compacter_kernels|tests)/[\w./]+)`", read("docs/extending.md"))
+    assert len(names) > 10
+    assert [name for name in names if not (ROOT / name).exists()] == []

@@ -32,16 +32,16 @@ def test_the_readme_states_the_committed_results(monkeypatch: pytest.MonkeyPatch
     assert stop.value.code == 0, "run python benchmarks/readme_table.py"
 
 
-def test_the_page_on_models_states_the_committed_results() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+def test_the_page_on_training_states_the_committed_results() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     document = json.loads((ROOT / "benchmarks" / "results" / "topics" / "train.json").read_text(encoding="utf-8"))
     for row in document["methods"]:
         cells = f"| {row['mean']:.2f} ± {row['std']:.2f} | {row['trainable_parameters']:,} |"
         assert f"| {row['method']} {cells}" in page
 
 
-def test_the_page_on_models_states_the_errors_of_the_layer() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+def test_the_page_on_compression_states_the_errors_of_the_layer() -> None:
+    page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
     folder = ROOT / "benchmarks" / "results" / "compress_layer"
     table = compress_layer.table(json.loads((folder / "layer.json").read_text(encoding="utf-8"))["errors"])
     assert table in page

@@ -38,8 +38,9 @@ class CompacterAdapter(SharesRule, AdapterBase):
         ln_before, ln_after: whether there is a layer norm of the input, and of the output.
         residual_before_ln: whether the residual is added before the layer norm of the output.
         phm_init_range: the spread of the rule that down and up share.
-        phm_bias, phm_rank, factorized_phm_W, factorized_phm_rule, learn_phm, init, phm_c_init,
-            impl: see `PHMLinear`.
+        phm_bias: whether the projections have a bias.
+        phm_rank, factorized_phm_W, factorized_phm_rule, learn_phm: see `PHMLinear`.
+        init, phm_c_init, impl: see `PHMLinear`.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it and a value that does.
