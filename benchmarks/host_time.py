@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 import compacter_kernels as ck
-from compacter_kernels import machine, way
+from compacter_kernels import call_path, machine
 from compacter_kernels.cases import Case, Inputs, Shape
 from compacter_kernels.impl import cuda, triton as package
 
@@ -51,6 +51,10 @@ class NoLaunch:
         """The number of floats that a backward takes on an H100."""
         return 132 * (3 * SHAPE.k + 3 * SHAPE.d + 2 * SHAPE.n**3)
 
+    def forward_workspace(self, tokens: int) -> int:
+        """These shapes need none."""
+        return 0
+
     def forward(self, *_: object) -> None:
         """Do nothing."""
 
@@ -71,7 +75,7 @@ def replaced_cuda_launch() -> Iterator[None]:
         mock.patch.object(cuda, "_device", return_value=(132, 227 * 1024, 228 * 1024, 90)),
         mock.patch.object(cuda, "_current_device", cuda._current_device if on_gpu else int),  # int() is 0
         mock.patch.object(cuda, "_current_stream", cuda._current_stream if on_gpu else int),
-        mock.patch.object(way, "_plans", {}),
+        mock.patch.object(call_path, "_plans", {}),
     ):
         yield
 
@@ -92,7 +96,7 @@ def replaced_launch() -> Iterator[None]:
         mock.patch.object(launch.Tiled, "fits", return_value=True),
         mock.patch.object(launch, "current_device", launch.current_device if on_gpu else int),  # int() is 0
         mock.patch.object(launch, "current_stream", launch.current_stream if on_gpu else int),
-        mock.patch.object(way, "_plans", {}),  # so that no plan with a replaced launch is kept
+        mock.patch.object(call_path, "_plans", {}),  # so that no plan with a replaced launch is kept
     ):
         yield
 

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import compacter_kernels as ck
-from compacter_kernels import autograd, dispatch, machine, way
+from compacter_kernels import autograd, call_path, dispatch, machine
 from compacter_kernels.nn import adapter as adapter_module, phm_linear as linear_module
 
 CALLS = 300  # in a series
@@ -71,7 +71,9 @@ def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[s
     replace, apply = mock.patch.object, torch.autograd.Function.apply.__func__
     return {
         "os.environ._data": (
-            lambda: public(replace(way, "ENVIRON", os.environ), replace(way, "_variable", dispatch.ENVIRONMENT)),
+            lambda: public(
+                replace(call_path, "ENVIRON", os.environ), replace(call_path, "_variable", dispatch.ENVIRONMENT)
+            ),
             functions,
         ),
         "_FunctionBase.apply": (

@@ -20,6 +20,7 @@ COMMANDS = {
     "info": ("compacter_kernels.info", "what is installed and built, which impl serves, and a self-test"),
     "compare": ("compacter_kernels.compare", "the error of each impl against the float64 dense reference"),
     "bench": ("compacter_kernels.bench.command", "time every impl against what else a user could run"),
+    "report": ("compacter_kernels.bench.report_page.command", "one HTML page of what bench measured"),
     "convert": (
         "compacter_kernels.checkpoints.command",
         "checkpoints of other Compacter libraries, into any other form",

@@ -7,7 +7,8 @@ operator. Under a transform an impl of plain torch is needed. Every eager call a
 
 from __future__ import annotations
 
-import torch
+import sys
+
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from compacter_kernels.private import FORWARD_AD, dispatch_modes, transforms
@@ -24,5 +25,10 @@ def alone() -> bool:
 
 
 def only_torch_operators() -> bool:
-    """Whether torch.jit.trace or torch.onnx.export records, which take torch's operators alone."""
-    return bool(is_tracing()) or torch.onnx.is_in_onnx_export()
+    """Whether torch.jit.trace or torch.onnx.export records, which take torch's operators alone.
+
+    torch imports `torch.onnx` when it is first used. No export records before, and the import would
+    be most of the time of a first call.
+    """
+    onnx = sys.modules.get("torch.onnx")
+    return bool(is_tracing()) or (onnx is not None and onnx.is_in_onnx_export())

@@ -9,15 +9,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compacter_kernels import options
-from compacter_kernels.bench import cpu, cuda, plots, report
+from compacter_kernels.bench import cpu, cuda, first_call, peers, plots, report
+from compacter_kernels.bench.first_programs import PROGRAMS
 from compacter_kernels.bench.providers import missing, providers
+from compacter_kernels.bench.report_page import page
 from compacter_kernels.bench.settings import CPU, CUDA, DEFAULTS, PAGE_FAULTS, Settings
 
 EPILOG = """examples:
   compacter-kernels bench --quick
   compacter-kernels bench --shapes 768/24/4 --tokens 2048,8192 --dtype bf16 --impl dense,cpu
   compacter-kernels bench --threads 1 --page-faults removed --out results
+  compacter-kernels bench --peers --threads 1 --page-faults removed
+  compacter-kernels bench --first-call --threads 1
+  compacter-kernels bench --out results --report results
   compacter-kernels bench --device cuda --limit 300
 
 providers: copy (always), dense (H in each call), dense-cached (H once; forward only), factored, factored-compiled
@@ -26,8 +33,16 @@ the same in x's own dtype (-lowp), which is beyond the contract's error and mark
 output and gradients were found within the limits of `compare` on that shape (on fewer tokens where x has more than 2^25
 numbers).
 
+--peers adds modules of other packages, and of this one, each with weights of its own: Compacter of adapters, the plain
+bottleneck adapter, LoRA and LoKr of peft, LoKr of lycoris, as shipped, compiled and patched. What is not installed is
+named in the report.
+
+--first-call measures the time from the start of a new process to the end of its first forward and backward, for
+CompacterAdapter and for the peers, with empty caches of torch.compile, in --rounds processes each. It writes
+first_call.json and first_call.txt.
+
 writes bench.json, bench.csv, bench.txt and a picture for each table into the folder --out; with --device cuda the first
-three after each shape.
+three after each shape. --report writes a page of all results in --out; `compacter-kernels report` writes it later.
 
 exits 0 when every provider that ran passed its check, and 1 when one did not."""
 
@@ -42,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=options.tokens, metavar="T,...", help=f"default {','.join(map(str, CPU.tokens))}")
     add("--dtype", type=options.dtype, help=f"of x, of {', '.join(options.DTYPES)}; default {CPU.dtype}")
     add("--impl", type=options.names, dest="providers", metavar="NAMES", help="the providers to time; default all")
+    add("--peers", action="store_true", default=None, help="time modules of other packages too, and ours")
+    add("--first-call", action="store_true", help="instead of the sweep: the first call of new processes (cpu)")
     add("--threads", type=options.positive, help="of torch; default torch's own number (cpu)")
     add("--rounds", type=options.positive, help="samples of each row; default as many as fit into --seconds")
     add("--seconds", type=float, help=f"for each shape and token count, default {CPU.seconds:g}")
@@ -49,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compiled-shapes", type=options.shapes, metavar="k/d/n,...", help="where torch.compile is timed too (cuda)")
     add("--limit", type=float, help=f"seconds for the whole sweep, default {CUDA.limit:g} (cuda)")
     add("--out", type=Path, default=Path("out/bench"), help="folder for the results, default out/bench")
+    add("--report", type=Path, metavar="FOLDER", help="also write the results as one HTML page, FOLDER/report.html")
     add("--no-plot", action="store_true", help="no pictures, which need matplotlib")
     add("--json", action="store_true", help="print the JSON report instead of the tables")
 
@@ -75,9 +93,16 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             raise ValueError(f"--{name} must be a number > 0, got {value:g}")
     if args.device == "cuda":
         cuda.require()
-    if not args.no_plot:
+        if args.first_call:
+            raise ValueError("--first-call has no meaning with --device cuda")
+    if not (args.no_plot or args.first_call):
         plots.require()
-    known, absent = providers(args.device, options.DTYPES[settings.dtype]), missing(args.device)
+    dtype = options.DTYPES[settings.dtype]
+    known, absent = list(providers(args.device, dtype)), missing(args.device)
+    if args.first_call:
+        known, absent = list(PROGRAMS), {}
+    elif settings.peers:
+        known, absent = [*known, *peers.providers(args.device, dtype)], absent | peers.missing(args.device)
     for name in args.providers or ():
         if name in absent:
             raise ValueError(f"--impl {name} cannot run here: {absent[name]}")
@@ -85,11 +110,28 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             raise ValueError(f"--impl {name} is not known; choose of {', '.join(known)}")
 
 
+def _report(args: argparse.Namespace) -> list[Path]:
+    """Write the page of all results in --out, where it is asked for and there are any."""
+    return [] if args.report is None else [page.write(args.out, args.report)]
+
+
+def _first_call(args: argparse.Namespace) -> int:
+    """Measure the first calls; 0 where ours was among them."""
+    threads, starts = args.threads or torch.get_num_threads(), args.rounds or first_call.STARTS
+    result = first_call.measure(threads, starts, args.providers)
+    paths = first_call.write(result, args.out) + _report(args)
+    print(json.dumps(result, indent=1) if args.json else first_call.text(result))
+    print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
+    return 1 if any(absent["wrong"] for absent in result["absent"]) else 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and report; 0 when every provider that ran passed the correctness gate."""
     settings = _settings(args)
     _check(args, settings)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.first_call:
+        return _first_call(args)
     results: dict[str, Any] = {"settings": json.loads(settings.to_json())}
     paths: list[Path] = []
     for tables in (cpu if args.device == "cpu" else cuda).tables(settings):
@@ -97,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         paths = report.write(results, args.out)
     if not args.no_plot:
         paths += plots.write(results, args.out)
+    paths += _report(args)
     print(json.dumps(results, indent=1) if args.json else report.text(results))
     print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
     return 1 if any(absent["wrong"] for table in results["tables"] for absent in table["absent"]) else 0

@@ -24,6 +24,7 @@ from compacter_kernels.problem import adapter_problem
 from compacter_kernels.weights import PHMWeights
 
 Call = Callable[[], Tensor]
+Formula = Callable[..., Tensor]  # of x and of the weights
 Adapter = Callable[[Tensor, PHMWeights, PHMWeights, str], Tensor]  # x, down, up, activation; the residual is x
 
 
@@ -32,7 +33,8 @@ class Provider(NamedTuple):
 
     checked: False for the copy, which computes no adapter and passes no gate. loose: True where it
     computes in the dtype of x, which is beyond the contract's error; the gate has a second limit
-    for it. compiled: True where it goes through torch.compile.
+    for it. compiled: True where it goes through torch.compile. formula: where the call has weights
+    of its own (OwnWeights), the same function in plain torch. method: the kind of adapter.
     """
 
     name: str
@@ -41,6 +43,24 @@ class Provider(NamedTuple):
     checked: bool = True
     loose: bool = False
     compiled: bool = False
+    formula: Formula | None = None
+    method: str = "Compacter"
+
+
+class OwnWeights:
+    """A call of a module with weights of its own. leaves: x and the trained weights."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, weights: tuple[Tensor, ...]) -> None:
+        self.function, self.x, self.leaves = function, x, [x, *weights]
+
+    def __call__(self) -> Tensor:
+        """Return the output."""
+        return self.function(self.x)
+
+
+def leaves(call: Call, case: Inputs) -> list[Tensor]:
+    """Return the tensors whose gradients a training step asks of the call."""
+    return call.leaves if isinstance(call, OwnWeights) else list(case.tensors().values())
 
 
 def _arguments(case: Inputs) -> tuple[Tensor, PHMWeights, PHMWeights, str]:
@@ -175,7 +195,8 @@ def make_call(provider: Provider, case: Inputs, direction: str, keep_out: bool =
     if not provider.checked:
         return _copy_both(case, keep_out)
     case = case.map(lambda t: t.detach().requires_grad_())
-    wanted, grad, run = list(case.tensors().values()), case.grad.detach(), provider.bind(case)
+    grad, run = case.grad.detach(), provider.bind(case)
+    wanted = leaves(run, case)
     if not keep_out:
         return lambda: torch.autograd.grad(run(), wanted, grad)
 
@@ -191,4 +212,5 @@ def saved_bytes(provider: Provider, case: Inputs) -> int | None:
     if not (provider.checked and BOTH in provider.directions):
         return None
     case = case.map(lambda t: t.detach().requires_grad_())
-    return saved.saved_bytes(provider.bind(case), case.tensors().values())
+    call = provider.bind(case)
+    return saved.saved_bytes(call, leaves(call, case))

@@ -22,7 +22,8 @@ class Settings:
 
     On the CPU, threads: of torch; None keeps torch's own number. page_faults: one table is measured
     for each. On CUDA, compiled_shapes: where the providers under torch.compile run, which take a
-    minute for each; on the CPU they run everywhere. limit: seconds for the whole sweep.
+    minute for each; on the CPU they run everywhere. limit: seconds for the whole sweep. peers:
+    whether modules of other packages are timed too (peers.py).
     """
 
     shapes: tuple[Shape, ...] = (Shape(768, 24, 4), Shape(768, 48, 12), Shape(1024, 64, 8), Shape(4096, 128, 8))
@@ -36,6 +37,7 @@ class Settings:
     device: str = "cpu"
     compiled_shapes: tuple[Shape, ...] = ()
     limit: float = 0.0
+    peers: bool = False
 
     def to_json(self) -> str:
         """Return the settings as one JSON object."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compacter_kernels.accuracy import Oracle
-from compacter_kernels.bench import cpu, cuda
+from compacter_kernels.bench import cpu, cuda, peers
 from compacter_kernels.bench.gate import first_tokens, judge
 from compacter_kernels.bench.providers import Provider, missing, providers, saved_bytes
 from compacter_kernels.bench.report import ROW
@@ -55,6 +55,8 @@ def _prepare(timer: Timer, chosen: list[Provider], until: float, out: list[Row])
                 torch.cuda.synchronize()  # raises where the device is lost, and ends the process
             continue
         known[name] = {"saved_bytes": saved, "error_over_limit": worst, "checked_tokens": tokens}
+        if provider.method != "Compacter":
+            known[name] |= dict.fromkeys(("model_gflops", "share_of_sgemm"))  # the model is that of the fused kernel
     return known
 
 
@@ -63,13 +65,17 @@ def run(settings: Settings, save: Callable[[Row], None] = lambda table: None) ->
     start, limit = time.monotonic(), settings.limit or math.inf
     device, dtype, wanted = settings.device, DTYPES[settings.dtype], settings.providers
     timer_class: type[Timer] = cpu.Timer if device == "cpu" else cuda.Timer
-    chosen = [p for p in providers(device, dtype).values() if wanted is None or p.name in ("copy", *wanted)]
-    out = [absent(name, reason) for name, reason in missing(device).items()]
+    known_providers = providers(device, dtype) | (peers.providers(device, dtype) if settings.peers else {})
+    chosen = [p for p in known_providers.values() if wanted is None or p.name in ("copy", *wanted)]
+    without_all = missing(device) | (peers.missing(device) if settings.peers else {})
+    out = [absent(name, reason) for name, reason in without_all.items()]
     compiled_shapes = settings.shapes if device == "cpu" else settings.compiled_shapes
     why = "compiled for the shapes of --compiled-shapes only, to save time"
     without = [shape for shape in settings.shapes if shape not in compiled_shapes]
     out += [absent(p.name, why, shape) for shape in without for p in chosen if p.compiled]
     table: Row = {**timer_class.describe(), "rows": [], "absent": out}
+    if settings.peers:
+        table["peers"] = peers.describe()
     sgemm: list[float] = []
     for cell in progress([Cell(*pair) for pair in itertools.product(settings.shapes, settings.tokens)]):
         reason = timer_class.too_large(cell, dtype)

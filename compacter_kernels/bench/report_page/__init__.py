@@ -1,0 +1,1 @@
+"""The report page: one HTML file without any address, from the JSON files of a results folder."""
