@@ -28,7 +28,8 @@ EARLIER := build/peft-$(PEFT)
 HUB := build/kernels-$(KERNELS)
 PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
-.PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas docs lint native-check clean
+.PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas docs \
+	lint native-check arm-check clang-check loops-check clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -137,6 +138,29 @@ native-check: $(READY)
 	cmake -S . -B build/sanitize -G Ninja -DCOMPACTER_SANITIZE=ON -DCOMPACTER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --target native_check
 	build/sanitize/native_check
+
+# the C++ kernels without sanitizers, built by other compilers than the usual one; no environment is needed
+CHECK := -G Ninja -DCOMPACTER_NATIVE_CHECK=ON -DCOMPACTER_CUDA=OFF
+
+# for ARM, compiled here and executed by qemu, twice with the same bits; needs Debian's g++-aarch64-linux-gnu and qemu-user
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
+arm-check:
+	cmake -S . -B build/arm $(CHECK) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/arm --target native_check
+	$(QEMU) build/arm/native_check > build/arm/first.txt
+	$(QEMU) build/arm/native_check | diff build/arm/first.txt - && cat build/arm/first.txt
+
+clang-check:
+	cmake -S . -B build/clang $(CHECK) -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-Werror
+	cmake --build build/clang --target native_check
+	build/clang/native_check
+
+# as a compiler without vector types builds the plain kernels (csrc/cpu/vector.h)
+loops-check:
+	cmake -S . -B build/loops $(CHECK) -DCOMPACTER_VECTOR_LOOPS=ON
+	cmake --build build/loops --target native_check
+	build/loops/native_check
 
 clean:
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.ready*

@@ -58,7 +58,7 @@ def bank_call(
 ) -> BankCall:
     """The call of compacter_adapter_bank: route and mix get one entry for each group of rows."""
     for weights, name in ((down, "down"), (up, "up")):
-        if not isinstance(weights, PHMWeights | LinearWeights):
+        if not isinstance(weights, (PHMWeights, LinearWeights)):
             raise TypeError(f"{name} must be PHMWeights or LinearWeights, got {type(weights).__name__}")
     factor: Any = down.slots()[1]
     check_tensor(x, "x")
@@ -120,8 +120,8 @@ def _with_scale(
         if scale.numel() not in (1, adapters):
             numbers = "one number" if adapters == 1 else f"one number or of {adapters}"
             raise ValueError(f"scale must be a number or a tensor of {numbers}, got shape {tuple(scale.shape)}")
-        if scale.device != weights.device:
-            raise ValueError(f"scale is on {scale.device}, {name} on {weights.device}; move one of them")
+        if scale.device != weights[0].device:
+            raise ValueError(f"scale is on {scale.device}, {name} on {weights[0].device}; move one of them")
         named = [*weights.named(name), ("scale", scale)]
         check_for_torch(named)
         try:

@@ -98,7 +98,7 @@ class BankCall(NamedTuple):
     def named(self) -> list[tuple[str, Tensor]]:
         """All tensors of the call, with their names."""
         chosen = [("route", self.route)] if self.mix is None else [("mix", self.mix)]
-        return AdapterCall(*self[:7]).named() + chosen  # type: ignore[operator]
+        return self._adapter().named() + chosen  # type: ignore[operator]
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The tensors that get a gradient, in the order of `Kernel.backward`."""
@@ -107,7 +107,12 @@ class BankCall(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> BankCall:
         """The same call with `change` applied to each float tensor, except those of the norm."""
         mix = None if self.mix is None else change(self.mix)
-        return self._replace(**AdapterCall(*self[:7]).map(change)._asdict(), mix=mix)
+        return self._replace(**self._adapter().map(change)._asdict(), mix=mix)
+
+    def _adapter(self) -> AdapterCall:
+        """The same without route and mix."""
+        *arguments, _, _ = self  # torch.compile of torch 2.6 cannot take a slice of it
+        return AdapterCall(*arguments)
 
 
 Call = LinearCall | AdapterCall | BankCall

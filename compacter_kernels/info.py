@@ -81,6 +81,8 @@ def _text(report: dict[str, Any]) -> str:
     if native["built"]:
         isas = ", ".join(native.get("isa", ()))
         built = f"{native.get('compiler')}, kernels for {isas}; this processor runs {native['isa_in_use']}"
+        if not native.get("openmp"):
+            built += ", on one thread (no OpenMP)"
     else:
         built = native["reason"]
     cuda = ", ".join(native.get("cuda_archs", ())) or f"not built: {native.get('cuda_missing', 'no native part')}"

@@ -120,7 +120,8 @@ def check_weights(weights: PHMWeights, name: str, adapters: int | None = None) -
         check_tensor(right, f"{name}.right", 3 + stacked)
         rank = left.shape[-1]
         _check_shape(right, f"{name}.right", (*bank, terms, rank, None), (*bank, terms, rank, f"out/{n_out}"))
-    return _projection(weights, name, bank, (terms, n_in, n_out, rank))
+    width, last = n_in * left.shape[-2], left if right is None else right
+    return _projection(weights, name, bank, (terms, n_in, n_out, rank, width, n_out * last.shape[-1]))
 
 
 def _check_dense(weights: LinearWeights, name: str, adapters: int | None) -> Projection:
@@ -128,7 +129,7 @@ def _check_dense(weights: LinearWeights, name: str, adapters: int | None) -> Pro
     bank = () if adapters is None else (adapters,)
     check_tensor(weights.weight, f"{name}.weight", 2 + len(bank))
     _check_shape(weights.weight, f"{name}.weight", (*bank, None, None), (*bank, "in", "out"))
-    return _projection(weights, name, bank, (0, 1, 1, None))
+    return _projection(weights, name, bank, (0, 1, 1, None, *weights.weight.shape[-2:]))
 
 
 def _check_shape(tensor: Tensor, name: str, sizes: tuple[int | None, ...], words: tuple[object, ...]) -> None:
@@ -138,20 +139,23 @@ def _check_shape(tensor: Tensor, name: str, sizes: tuple[int | None, ...], words
 
 
 def _projection(
-    weights: Weights, name: str, bank: tuple[int, ...], kind: tuple[int, int, int, int | None]
+    weights: Weights, name: str, bank: tuple[int, ...], sizes: tuple[int, int, int, int | None, int, int]
 ) -> Projection:
-    """The sizes of weights whose factors are checked."""
+    """The projection of weights whose factors are checked.
+
+    It takes no property of a NamedTuple, since torch.compile of torch 2.6 cannot trace one.
+    """
     if weights.bias is not None:
         check_tensor(weights.bias, f"{name}.bias", 1 + len(bank))
-        if weights.bias.shape != (*bank, weights.out_features):
-            shape = ", ".join(map(str, (*bank, weights.out_features)))
+        if weights.bias.shape != (*bank, sizes[-1]):
+            shape = ", ".join(map(str, (*bank, sizes[-1])))
             raise ValueError(f"{name}.bias must have shape ({shape},), got {tuple(weights.bias.shape)}")
-    for field, tensor in zip(weights._fields, weights, strict=True):
-        if tensor is not None and tensor.device != weights[0].device:
-            first = f"{name}.{weights._fields[0]} on {weights[0].device}"
-            raise ValueError(f"{name}.{field} is on {tensor.device}, {first}; move one of them")
+    (first, tensor), *others = weights.named(name)
+    for other, each in others:
+        if each.device != tensor.device:
+            raise ValueError(f"{other} is on {each.device}, {first} on {tensor.device}; move one of them")
     dtypes = tuple(None if tensor is None else tensor.dtype for tensor in weights)
-    return Projection(*kind, weights.in_features, weights.out_features, dtypes)
+    return Projection(*sizes, dtypes)
 
 
 def _check_input(x: Tensor, projection: Projection, weights: Weights, name: str) -> None:
@@ -159,8 +163,8 @@ def _check_input(x: Tensor, projection: Projection, weights: Weights, name: str)
     width = projection.in_features
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(f"x must have shape (..., {width}), the input width of {name}, got {tuple(x.shape)}")
-    if weights.device != x.device:
-        raise ValueError(f"x is on {x.device}, {name} on {weights.device}; move one of them")
+    if weights[0].device != x.device:
+        raise ValueError(f"x is on {x.device}, {name} on {weights[0].device}; move one of them")
 
 
 def linear_problem(x: Tensor, weights: PHMWeights, base: Tensor | None = None) -> Problem:
@@ -182,7 +186,7 @@ def adapter_problem(
 ) -> Problem:
     """The problem of an adapter, or of a bank of `adapters`; raises like `linear_problem`."""
     dense = isinstance(down, LinearWeights)
-    if dense is not isinstance(up, LinearWeights) and isinstance(up, PHMWeights | LinearWeights):
+    if dense is not isinstance(up, LinearWeights) and isinstance(up, (PHMWeights, LinearWeights)):
         raise TypeError(f"down and up must be of one class, got {type(down).__name__} and {type(up).__name__}")
     check = _check_dense if dense else check_weights
     first, second = check(down, "down", adapters), check(up, "up", adapters)  # type: ignore[arg-type]
@@ -191,8 +195,8 @@ def adapter_problem(
         raise ValueError(f"up takes width {second.in_features}, but down gives width {first.out_features}")
     if second.out_features != first.in_features:
         raise ValueError(f"up gives width {second.out_features}, but x has width {first.in_features}")
-    if up.device != x.device:
-        raise ValueError(f"x is on {x.device}, up on {up.device}; move one of them")
+    if up[0].device != x.device:
+        raise ValueError(f"x is on {x.device}, up on {up[0].device}; move one of them")
     bank = None
     if adapters is not None:
         bank = Bank(adapters, mixed, tuple(not dense and w[0].ndim == 3 for w in (down, up)))

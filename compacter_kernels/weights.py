@@ -62,7 +62,7 @@ class PHMWeights(NamedTuple):
 
     def named(self, side: str) -> list[tuple[str, Tensor]]:
         """The tensors with their names: down.rule, down.left and so on for the side "down"."""
-        return [(f"{side}.{name}", t) for name, t in zip(self._fields, self, strict=True) if t is not None]
+        return [(f"{side}.{name}", t) for name, t in zip(PHMWeights._fields, self, strict=True) if t is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PHMWeights:
         """The same weights with `change` applied to each tensor."""
@@ -116,7 +116,7 @@ class LinearWeights(NamedTuple):
 
     def named(self, side: str) -> list[tuple[str, Tensor]]:
         """The tensors with their names: down.weight and down.bias for the side "down"."""
-        return [(f"{side}.{name}", t) for name, t in zip(self._fields, self, strict=True) if t is not None]
+        return [(f"{side}.{name}", t) for name, t in zip(LinearWeights._fields, self, strict=True) if t is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LinearWeights:
         """The same weights with `change` applied to each tensor."""

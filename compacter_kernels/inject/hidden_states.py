@@ -30,7 +30,7 @@ def map_first(change: Callable[[Tensor], Tensor], output: Any, module: nn.Module
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list):
+    elif isinstance(output, (tuple, list)):
         first = output[0] if output else None
     if not isinstance(first, Tensor):
         raise TypeError(
@@ -50,7 +50,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return _like(value, {key: map_tensors(change, item) for key, item in value.items()})
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         items = [map_tensors(change, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

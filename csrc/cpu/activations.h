@@ -16,7 +16,7 @@ COMPACTER_INLINE Vec sigmoid(Vec y) { return 1.f / (1.f + exp(-y)); }
 
 COMPACTER_INLINE ValueAndSlope sigmoid_with_slope(Vec y) {
     const Vec e = exp(-abs(y)), below = 1.f / (1.f + e);
-    return {y < 0.f ? e * below : below, e * below * below};
+    return {select(y < 0.f, e * below, below), e * below * below};
 }
 
 struct Identity {
@@ -25,8 +25,8 @@ struct Identity {
 };
 
 struct Relu {
-    static COMPACTER_INLINE Vec value(Vec y) { return y < 0.f ? Vec{} : y; }
-    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), y <= 0.f ? Vec{} : splat(1.f)}; }
+    static COMPACTER_INLINE Vec value(Vec y) { return select(y < 0.f, Vec{}, y); }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), select(y <= 0.f, Vec{}, splat(1.f))}; }
 };
 
 struct Relu2 {
@@ -35,8 +35,8 @@ struct Relu2 {
 };
 
 struct LeakyRelu {
-    static COMPACTER_INLINE Vec value(Vec y) { return y > 0.f ? y : 0.01f * y; }
-    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), y > 0.f ? splat(1.f) : splat(0.01f)}; }
+    static COMPACTER_INLINE Vec value(Vec y) { return select(y > 0.f, y, 0.01f * y); }
+    static COMPACTER_INLINE ValueAndSlope both(Vec y) { return {value(y), select(y > 0.f, splat(1.f), splat(0.01f))}; }
 };
 
 struct Sigmoid {
@@ -54,7 +54,7 @@ struct Tanh {
         p = p * y2 + 1.33314422036e-1f;
         p = p * y2 - 3.33332819422e-1f;
         const Vec near = p * y2 * y + y, far = (1.f - e) * below;
-        return {abs(y) < 0.625f ? near : y < 0.f ? -far : far, 4.f * e * below * below};
+        return {select(abs(y) < 0.625f, near, select(y < 0.f, -far, far)), 4.f * e * below * below};
     }
 };
 
@@ -92,7 +92,7 @@ struct GeluNew {
 struct Gelu {
     static COMPACTER_INLINE Vec phi(Vec y) {
         const Vec tail = 0.5f * erfc_positive(abs(y) * 0.707106781f);
-        return y > 0.f ? 1.f - tail : tail;
+        return select(y > 0.f, 1.f - tail, tail);
     }
     static COMPACTER_INLINE Vec value(Vec y) { return y * phi(y); }
     static COMPACTER_INLINE ValueAndSlope both(Vec y) {

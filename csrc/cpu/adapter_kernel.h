@@ -154,9 +154,9 @@ void adapter_skip(const AdapterJob& job, int64_t begin, int64_t end, float* memo
         if (first && second)
             add(nullptr, first, second, to, tokens, nullptr);
         else if (first || second)  // its bits, also those of -0
-            __builtin_memcpy(to, first ? first : second, bytes(tokens));
+            std::memcpy(to, first ? first : second, bytes(tokens));
         else
-            __builtin_memset(to, 0, bytes(tokens));
+            std::memset(to, 0, bytes(tokens));
         rows.write(out, token, tokens, to);
     }
 }

@@ -64,9 +64,9 @@ inline void bias_gradient(const float* dy, int64_t d, float* sum) {
     tiles<4, 1>(0, d, [&](auto size, int64_t j) COMPACTER_INLINE_LAMBDA {
         constexpr int C = decltype(size)::value;
         Vec total[4] = {};
-#pragma GCC unroll 4
+        COMPACTER_UNROLL(4)
         for (int c = 0; c < C; ++c)
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int l = 0; l < lanes; l += W) total[c] += load(dy + (j + c) * lanes + l);
         const Quad four = add_quarters(fold4(total[0], total[1], total[2], total[3]));
         if constexpr (C == 4)

@@ -110,7 +110,7 @@ private:
                 const Vec numbers = left >= W ? load(basis + c * chunk + u) : left > 0 ? load(basis + c * chunk + u, left) : Vec{};
                 const HalfBits bits = upper_halves(numbers);
                 for (int64_t k = 0; k < W && u + k < padded; k += 8)
-                    __builtin_memcpy(row + (u + k) / 8 * (W / 4) * 8, reinterpret_cast<const uint16_t*>(&bits) + k, 16);
+                    std::memcpy(row + (u + k) / 8 * (W / 4) * 8, reinterpret_cast<const uint16_t*>(&bits) + k, 16);
             }
         }
     }
@@ -133,7 +133,7 @@ private:
 
     // R tokens by G groups; the same rows of `next`, which may be null, are prefetched.
     template <int R, int G, int Span, bool Pairs>
-    __attribute__((noinline)) void tile(const T* x, const T* next, int64_t token, int64_t first, float* lanes_of_z) const {
+    COMPACTER_NOINLINE void tile(const T* x, const T* next, int64_t token, int64_t first, float* lanes_of_z) const {
         const int64_t stride = n * chunk;
         constexpr int Step = Pairs ? 2 * Span : Span;  // numbers u of a vector
         const int64_t steps = (chunk + Step - 1) / Step;
@@ -146,21 +146,21 @@ private:
         const auto fetch_ahead = [&](int64_t at) COMPACTER_INLINE_LAMBDA {
             const int64_t turn = at % turns, from = at / turns * (64 / static_cast<int>(sizeof(T)));
             if constexpr (turns >= R) {
-                if (turns == R || turn < R) __builtin_prefetch(ahead + turn * stride + from, 1, 2);
+                if (turns == R || turn < R) COMPACTER_PREFETCH(ahead + turn * stride + from, 1, 2);
             } else {
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r += turns) __builtin_prefetch(ahead + (r + turn) * stride + from, 1, 2);
+                COMPACTER_UNROLL(8)
+                for (int r = 0; r < R; r += turns) COMPACTER_PREFETCH(ahead + (r + turn) * stride + from, 1, 2);
             }
         };
         const auto step = [&](int64_t at, auto numbers_of) COMPACTER_INLINE_LAMBDA {
             Vec basis[G];
             if (ahead) fetch_ahead(at);
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int j = 0; j < G; ++j) basis[j] = load(s + (j * steps + at) * W);
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int r = 0; r < R; ++r) {
                 const Vec numbers = numbers_of(rows + r * stride + at * Step);
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int j = 0; j < G; ++j) sum[r][j] = Pairs ? dot(sum[r][j], numbers, basis[j]) : sum[r][j] + numbers * basis[j];
             }
         };
@@ -175,17 +175,17 @@ private:
             for (; at + 2 <= chunk / Span; at += 2) {
                 Vec basis[2][G];
                 if (ahead) fetch_ahead(at / 2);
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int j = 0; j < G; ++j) {
                     basis[0][j] = load(s + (j * steps + at) * W);
                     basis[1][j] = load(s + (j * steps + at) * W + W);
                 }
-#pragma GCC unroll 8
+                COMPACTER_UNROLL(8)
                 for (int r = 0; r < R; ++r) {
                     const VecPair numbers = load_pair_repeated(rows + r * stride + at * Span);
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int j = 0; j < G; ++j) sum[r][j] += numbers.first * basis[0][j];
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int j = 0; j < G; ++j) sum[r][j] += numbers.second * basis[1][j];
                 }
             }
@@ -196,11 +196,11 @@ private:
             return load_step(padded);
         });
         constexpr int group = W / Span;
-#pragma GCC unroll 4
+        COMPACTER_UNROLL(4)
         for (int j = 0; j < G; ++j) {
             const int64_t c = (first + j) * group;
             const int64_t count = m - c < group ? m - c : group;
-#pragma GCC unroll 2
+            COMPACTER_UNROLL(2)
             for (int r = 0; r < R; r += 4) {
                 const auto of = [&](int k) COMPACTER_INLINE_LAMBDA { return r + k < R ? sum[r + k < R ? r + k : 0][j] : Vec{}; };
                 put<R, Span>(fold4(of(0), of(1), of(2), of(3)), z + c * lanes + r, count);
@@ -211,7 +211,7 @@ private:
     // Four tokens (one, when R is 1) of `count` rows c.
     template <int R, int Span>
     COMPACTER_INLINE static void put(Vec total, float* z, int64_t count) {
-#pragma GCC unroll 4
+        COMPACTER_UNROLL(4)
         for (int row = 0; row < W / Span; ++row) {
             if (row >= count) break;
             Quad four = quarter(total, row * (Span / 4));

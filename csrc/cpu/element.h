@@ -12,13 +12,11 @@ struct f16 {
     uint16_t bits;
 };
 
-typedef uint16_t HalfBits __attribute__((vector_size(2 * W), aligned(2), may_alias));
-
 COMPACTER_INLINE BitVec widen(HalfBits half) {
 #if defined(__AVX512F__)
     return (BitVec)_mm512_cvtepu16_epi32((__m256i)half);  // one instruction, where GCC needs three
 #else
-    return __builtin_convertvector(half, BitVec);
+    return extended(half);
 #endif
 }
 
@@ -31,7 +29,7 @@ COMPACTER_INLINE HalfBits to_bf16(Vec v) {
     const BitVec bits = (BitVec)v;
     const BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const BitVec quiet_nan = (bits >> 16) | 0x40u;
-    return __builtin_convertvector(v != v ? quiet_nan : rounded, HalfBits);
+    return truncated(select(v != v, quiet_nan, rounded));
 #endif
 }
 
@@ -43,7 +41,7 @@ COMPACTER_INLINE Vec from_f16(HalfBits half) {
 #else
     const BitVec bits = widen(half);
     const Vec scaled = (Vec)((bits & 0x7fffu) << 13) * splat(0x1p112f);  // also right for subnormals
-    const BitVec magnitude = (bits & 0x7c00u) == 0x7c00u ? (BitVec)scaled | 0x7f800000u : (BitVec)scaled;
+    const BitVec magnitude = select((bits & 0x7c00u) == 0x7c00u, (BitVec)scaled | 0x7f800000u, (BitVec)scaled);
     return (Vec)(magnitude | (bits & 0x8000u) << 16);
 #endif
 }
@@ -58,10 +56,10 @@ COMPACTER_INLINE HalfBits to_f16(Vec v) {
     // Normal: drop 13 bits, to nearest even. Subnormal: the adder rounds when 0.5 is added.
     const BitVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     const BitVec subnormal = (BitVec)((Vec)magnitude + splat(0.5f)) - 0x3f000000u;
-    BitVec half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x477ff000u ? BitVec{} + 0x7c00u : half;
-    half = v != v ? BitVec{} + 0x7e00u : half;
-    return __builtin_convertvector(half | (bits >> 16 & 0x8000u), HalfBits);
+    BitVec half = select(magnitude < 0x38800000u, subnormal, normal);
+    half = select(magnitude >= 0x477ff000u, BitVec{} + 0x7c00u, half);
+    half = select(v != v, BitVec{} + 0x7e00u, half);
+    return truncated(half | (bits >> 16 & 0x8000u));
 #endif
 }
 
@@ -156,7 +154,7 @@ Vec load_pairs_repeated(const void*);
 #endif
 
 // The upper halves of fp32: numbers that are numbers in bf16 too.
-COMPACTER_INLINE HalfBits upper_halves(Vec v) { return __builtin_convertvector((BitVec)v >> 16, HalfBits); }
+COMPACTER_INLINE HalfBits upper_halves(Vec v) { return truncated((BitVec)v >> 16); }
 
 // The pairs of the numbers of two vectors, and the same pair everywhere. A pair lies in a float,
 // which no arithmetic may touch.
@@ -166,7 +164,7 @@ COMPACTER_INLINE Vec joined_upper_halves(Vec first, Vec second) {
 }
 COMPACTER_INLINE Vec splat_pair(const float* p) {
     uint32_t bits;
-    __builtin_memcpy(&bits, p, sizeof bits);
+    std::memcpy(&bits, p, sizeof bits);
     return (Vec)(BitVec{} + bits);
 }
 
@@ -175,7 +173,7 @@ inline bool all_bf16(const float* p, int64_t count) {
     uint32_t lost = 0;
     for (int64_t j = 0; j < count; ++j) {
         uint32_t bits;
-        __builtin_memcpy(&bits, p + j, sizeof bits);
+        std::memcpy(&bits, p + j, sizeof bits);
         lost |= bits;
     }
     return !(lost & 0xffffu);
@@ -187,7 +185,7 @@ COMPACTER_INLINE void store(f16* p, Vec v) { *reinterpret_cast<HalfBits*>(p) = t
 // The first `count` < W numbers, then zeros. No memory behind them is read or written.
 COMPACTER_INLINE HalfBits load_bits(const void* p, int64_t count) {
     HalfBits bits = {};
-    __builtin_memcpy(&bits, p, static_cast<size_t>(2 * count));
+    std::memcpy(&bits, p, static_cast<size_t>(2 * count));
     return bits;
 }
 template <class T>
@@ -229,7 +227,7 @@ COMPACTER_INLINE void stream(float* p, Vec v) {
     _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
     _mm256_stream_ps(p, (__m256)v);
-#elif defined(__SSE2__)
+#elif defined(COMPACTER_SSE2)
     _mm_stream_ps(p, (__m128)v);
 #else
     store(p, v);
@@ -251,7 +249,7 @@ COMPACTER_INLINE void stream(f16* p, Vec v) { stream_bits(p, to_f16(v)); }
 
 // Makes streamed stores of this thread visible before its later stores.
 COMPACTER_INLINE void stream_fence() {
-#if defined(__SSE2__)
+#if defined(COMPACTER_SSE2)
     _mm_sfence();
 #endif
 }

@@ -40,7 +40,7 @@ struct Expansion {
                 Vec t[U], second[U];
                 get<U, decltype(cut)::value>(basis + c * chunk + u, t, count);
                 if (two) get<U, decltype(cut)::value>(basis + (c + 1) * chunk + u, second, count);
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) store(to + k * W, two ? joined_upper_halves(t[k], second[k]) : t[k]);
             }
         });
@@ -127,14 +127,14 @@ private:
         if constexpr (Cut) {
             vectors[0] = load(p, count);
         } else if constexpr (in_pairs<T> && U % 2 == 0) {
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; k += 2) {
                 const VecPair pair = load_pair(p + k * W);
                 vectors[k] = pair.first;
                 vectors[k + 1] = pair.second;
             }
         } else {
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) vectors[k] = load(p + k * W);
         }
     }
@@ -143,7 +143,7 @@ private:
     COMPACTER_INLINE static void add(const Number* p, Vec (&sum)[U], int64_t count) {
         Vec more[U];
         get<U, Cut>(p, more, count);
-#pragma GCC unroll 4
+        COMPACTER_UNROLL(4)
         for (int k = 0; k < U; ++k) sum[k] += more[k];
     }
 
@@ -152,21 +152,21 @@ private:
         if constexpr (Cut) {
             store(to, sum[0], count);
         } else if constexpr (in_pairs<T> && U % 2 == 0) {
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; k += 2)
                 streams ? stream_pair(to + k * W, {sum[k], sum[k + 1]}) : store_pair(to + k * W, {sum[k], sum[k + 1]});
         } else if (streams) {
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) stream(to + k * W, sum[k]);
         } else {
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) store(to + k * W, sum[k]);
         }
     }
 
     // The basis stays in registers for all tokens, which saves loads and spreads the stores.
     template <int U, int M, bool Cut>
-    __attribute__((noinline)) void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
+    COMPACTER_NOINLINE void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
                                               int64_t count) const {
         // Copies, since a store to the output might change the members of `this` and `at`.
         const int64_t row = n * chunk;
@@ -176,27 +176,27 @@ private:
         const Also* also = at.also ? at.also + u : nullptr;
         const T* next = at.next ? at.next + u : nullptr;
         Vec t[M][U], start[U] = {};
-#pragma GCC unroll 12
+        COMPACTER_UNROLL(12)
         for (int c = 0; c < M; ++c) get<U, Cut>(basis + c * chunk + u, t[c], count);
         if (at.bias) get<U, Cut>(at.bias + u, start, count);
         T *out = at.out + u, *const end = out + tokens * row;
         for (; out < end; out += row, ++coef) {
             Vec sum[U];
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) sum[k] = start[k];
             if (!streams) {  // the line has arrived when the products are ready
-#pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(out + k * W, 1, 3);
+                COMPACTER_UNROLL(4)
+                for (int k = 0; k < U; k += vectors_per_line<T>) COMPACTER_PREFETCH(out + k * W, 1, 3);
             }
             if (next) {
-#pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(next + k * W, 0, 2);
+                COMPACTER_UNROLL(4)
+                for (int k = 0; k < U; k += vectors_per_line<T>) COMPACTER_PREFETCH(next + k * W, 0, 2);
                 next += row;
             }
-#pragma GCC unroll 12
+            COMPACTER_UNROLL(12)
             for (int c = 0; c < M; ++c) {
                 const Vec weight = splat(coef[c * lanes]);
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) sum[k] += weight * t[c][k];
             }
             if (also) {
@@ -214,7 +214,7 @@ private:
     // `width` columns of all rows, whose part of t stays in the first cache. Tiles go along the rows,
     // since a load that lies a multiple of 4 KiB behind a recent store waits for it.
     template <int M>
-    __attribute__((noinline)) void strip(const Chunk& at, int64_t u, int64_t width, int64_t tokens) const {
+    COMPACTER_NOINLINE void strip(const Chunk& at, int64_t u, int64_t width, int64_t tokens) const {
         const auto from_packed = [&](auto pairs, int64_t terms) COMPACTER_INLINE_LAMBDA {
             tiles<packed_rows, packed_rows / 2, 1>(0, tokens, [&](auto size, int64_t token) COMPACTER_INLINE_LAMBDA {
                 columns<packed_vectors, 1>(width, [&](auto vectors, int64_t j, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
@@ -245,44 +245,44 @@ private:
         const bool streams = streaming;
         Vec start[U] = {}, sum[R][U];
         if (at.bias) get<U, Cut>(at.bias + u, start, count);
-#pragma GCC unroll 8
+        COMPACTER_UNROLL(8)
         for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) sum[r][k] = start[k];
         if (const T* next = at.next) {
             next += offset;
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int r = 0; r < R; ++r, next += row)
-#pragma GCC unroll 4
-                for (int k = 0; k < U; k += vectors_per_line<T>) __builtin_prefetch(next + k * W, 0, 2);
+                COMPACTER_UNROLL(4)
+                for (int k = 0; k < U; k += vectors_per_line<T>) COMPACTER_PREFETCH(next + k * W, 0, 2);
         }
         const float* coef = at.coef + token;
-#pragma GCC unroll 12
+        COMPACTER_UNROLL(12)
         for (int64_t c = 0; c < terms; ++c, t += stride) {
             Vec value[U];
             if constexpr (Packed) {
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) value[k] = load(t + k * W);
             } else {
                 get<U, Cut>(t, value, count);
             }
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int r = 0; r < R; ++r) {
                 const Vec weight = Pairs ? splat_pair(coef + c * lanes + r) : splat(coef[c * lanes + r]);
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) sum[r][k] = Pairs ? dot(sum[r][k], weight, value[k]) : sum[r][k] + weight * value[k];
             }
         }
         const auto add_rows = [&](auto p) COMPACTER_INLINE_LAMBDA {
             if (!p) return;
             p += offset;
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int r = 0; r < R; ++r, p += row) add<U, Cut>(p, sum[r], count);
         };
         add_rows(at.also);
         add_rows(at.residual);
         T* out = at.out + offset;
-#pragma GCC unroll 8
+        COMPACTER_UNROLL(8)
         for (int r = 0; r < R; ++r, out += row) put<U, Cut>(out, sum[r], count, streams);
     }
 };

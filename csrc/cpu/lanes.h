@@ -34,23 +34,23 @@ COMPACTER_INLINE void lane_gemm(LaneRows out, int64_t n_out, LaneRows in, int64_
             constexpr int A = decltype(size)::value;
             Vec sum[A][P];
             const float* weight = coef.data + a * coef.out_stride;
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int j = 0; j < A; ++j)
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int s = 0; s < P; ++s) sum[j][s] = init ? splat(init[a + j]) : Vec{};
             const float* source = in.data + l;
             for (int64_t c = 0; c < n_in; ++c, source += in.stride * lanes, weight += coef.in_stride) {
                 Vec value[P];
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int s = 0; s < P; ++s) value[s] = load(source + s * W);
-#pragma GCC unroll 8
+                COMPACTER_UNROLL(8)
                 for (int j = 0; j < A; ++j)
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int s = 0; s < P; ++s) sum[j][s] += splat(weight[j * coef.out_stride]) * value[s];
             }
-#pragma GCC unroll 8
+            COMPACTER_UNROLL(8)
             for (int j = 0; j < A; ++j)
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int s = 0; s < P; ++s) store(out.row(a + j) + l + s * W, sum[j][s]);
         });
 }
@@ -71,20 +71,20 @@ inline void lane_outer(float* gradient, int64_t row_stride, const float* left, c
             for (int64_t group = 0; group < shape.groups; ++group) {
                 const float* l = left + (group * shape.left_stride + a * left_row) * lanes;
                 const float* r = right + (group * shape.right_stride + b * right_row) * lanes;
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int s = 0; s < lanes; s += W) {
                     Vec value[4];
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int k = 0; k < 4; ++k) value[k] = load(r + (k < columns ? k * right_row * lanes : 0) + s);
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int j = 0; j < R; ++j) {
                         const Vec row = load(l + j * left_row * lanes + s);
-#pragma GCC unroll 4
+                        COMPACTER_UNROLL(4)
                         for (int k = 0; k < 4; ++k) sum[j][k] += row * value[k];
                     }
                 }
             }
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int j = 0; j < R; ++j) {
                 const Quad total = add_quarters(fold4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]));
                 float* g = gradient + (a + j) * row_stride + b;

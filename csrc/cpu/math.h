@@ -11,8 +11,8 @@ COMPACTER_INLINE Vec clamp(Vec x, float low, float high) {
 #elif defined(__AVX2__)
     return (Vec)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
 #else
-    x = x < splat(low) ? splat(low) : x;
-    return x > splat(high) ? splat(high) : x;
+    x = select(x < splat(low), splat(low), x);
+    return select(x > splat(high), splat(high), x);
 #endif
 }
 

@@ -9,6 +9,8 @@
 // Backward computes m and r again from y, which it reads anyway.
 #pragma once
 
+#include <math.h>
+
 #include "element.h"
 #include "kernels.h"
 
@@ -65,8 +67,8 @@ private:
         each([&](int64_t u, auto slot, auto numbers) COMPACTER_INLINE_LAMBDA {
             sum[slot] += numbers.get(y + u);
             if (slot % vectors_per_line<T> == 0) {
-                if (written) __builtin_prefetch(written + u, 1, 3);
-                if (read) __builtin_prefetch(read + u, 0, 3);
+                if (written) COMPACTER_PREFETCH(written + u, 1, 3);
+                if (read) COMPACTER_PREFETCH(read + u, 0, 3);
             }
         });
         const Vec mean = average(sum);
@@ -78,7 +80,7 @@ private:
         const Vec rest = average(rests);
         float variance = (average(squares) - rest * rest)[0];
         if (variance < 0) variance = 0;  // possible for equal numbers; NaN stays
-        return {mean, rest, splat(1.f / __builtin_sqrtf(variance + norm.eps))};
+        return {mean, rest, splat(1.f / sqrtf(variance + norm.eps))};
     }
 
     Vec average(const Vec (&sums)[unroll]) const {
@@ -116,7 +118,7 @@ private:
     COMPACTER_INLINE void each(const Body& body) const {
         columns<unroll, 1>(k, [&](auto vectors, int64_t u, auto cut, int64_t count) COMPACTER_INLINE_LAMBDA {
             const Numbers<decltype(cut)::value> numbers{count};
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int slot = 0; slot < decltype(vectors)::value; ++slot) body(u + slot * W, slot, numbers);
         });
     }

@@ -32,7 +32,7 @@ struct RowIndex {
     template <class T>
     const T* read(const T* x, int64_t token, int64_t tokens, T* memory) const {
         if (consecutive(token, tokens)) return direct(x, token);
-        for (int64_t t = 0; t < tokens; ++t) __builtin_memcpy(memory + t * width, x + index[token + t] * width, bytes<T>());
+        for (int64_t t = 0; t < tokens; ++t) std::memcpy(memory + t * width, x + index[token + t] * width, bytes<T>());
         return memory;
     }
 
@@ -40,7 +40,7 @@ struct RowIndex {
     template <class T>
     void write(T* x, int64_t token, int64_t tokens, const T* memory) const {
         if (consecutive(token, tokens)) return;
-        for (int64_t t = 0; t < tokens; ++t) __builtin_memcpy(x + index[token + t] * width, memory + t * width, bytes<T>());
+        for (int64_t t = 0; t < tokens; ++t) std::memcpy(x + index[token + t] * width, memory + t * width, bytes<T>());
     }
 
     // The rows of the next block, to be prefetched, or null if they are not whole or consecutive.

@@ -1,8 +1,8 @@
 // Memory of the calling thread, aligned to 64 bytes. It is kept between calls if it is small.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 
 namespace compacter::cpu {
@@ -40,20 +40,20 @@ public:
 
 private:
     static constexpr int64_t keep_at_most = int64_t{1} << 20;
+    static constexpr std::align_val_t alignment{64};
 
     struct Memory {
         float* data = nullptr;
         int64_t floats = 0;
 
-        ~Memory() { std::free(data); }
+        ~Memory() { resize(0); }
 
         void resize(int64_t count) {
-            std::free(data);
+            ::operator delete(data, alignment);
             data = nullptr;
             floats = 0;
             if (!count) return;
-            data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(padded(count)) * sizeof(float)));
-            if (!data) throw std::bad_alloc();
+            data = static_cast<float*>(::operator new(static_cast<size_t>(padded(count)) * sizeof(float), alignment));
             floats = count;
         }
     };

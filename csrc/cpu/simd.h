@@ -1,44 +1,15 @@
-// The vector of one instruction set: W floats, and operations that plain vector arithmetic lacks.
+// Operations on the vectors of one instruction set that plain vector arithmetic lacks.
 //
 // Every file in csrc/cpu that names COMPACTER_ISA is compiled for each instruction set, in a
 // namespace of that name. It must not call inline functions of the standard library: the linker
 // keeps one copy of each, which might be the one for AVX-512.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#define COMPACTER_INLINE inline __attribute__((always_inline))
-#define COMPACTER_INLINE_LAMBDA __attribute__((always_inline))
+#include "vector.h"
 
 namespace compacter::COMPACTER_ISA {
-
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int registers = 32;
-#else
-constexpr int registers = 16;
-#endif
-constexpr bool many_registers = registers == 32;
-
-typedef float Vec __attribute__((vector_size(4 * W)));
-typedef int32_t IntVec __attribute__((vector_size(4 * W)));
-typedef uint32_t BitVec __attribute__((vector_size(4 * W)));
-typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef float Quad __attribute__((vector_size(16)));
-typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
 
 COMPACTER_INLINE Vec splat(float value) { return value - Vec{}; }
 COMPACTER_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -76,13 +47,13 @@ COMPACTER_INLINE Vec fold4(Vec a, Vec b, Vec c, Vec d) {
 
 COMPACTER_INLINE Quad quarter(Vec v, int k) {
     Quad quarters[W / 4];
-    __builtin_memcpy(quarters, &v, sizeof v);
+    std::memcpy(quarters, &v, sizeof v);
     return quarters[k];
 }
 
 COMPACTER_INLINE Quad add_quarters(Vec v) {
     Quad sum = quarter(v, 0);
-#pragma GCC unroll 4
+    COMPACTER_UNROLL(4)
     for (int k = 1; k < W / 4; ++k) sum += quarter(v, k);
     return sum;
 }

@@ -48,7 +48,7 @@ public:
         if (paired)
             round(v, tokens, reinterpret_cast<bf16*>(copy));
         else
-            __builtin_memcpy(copy, v, static_cast<size_t>(n * m * lanes) * sizeof(float));
+            std::memcpy(copy, v, static_cast<size_t>(n * m * lanes) * sizeof(float));
         blocks[used++] = {copy, g, tokens};
         if (used == batch) add_kept();
     }
@@ -61,7 +61,7 @@ public:
         columns<strip_vectors, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
             constexpr int U = decltype(vectors)::value;
             for (int64_t c = 0; c < m; ++c, from += U * W)
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k)
                     add_to<decltype(cut)::value>(sum + c * chunk + u + k * W, load(from + k * W), count);
         });
@@ -132,7 +132,7 @@ private:
 
     // Step: the tokens that are added at once. C: the rows c of the largest tile.
     template <int Step, int C, int U, bool Cut>
-    __attribute__((noinline)) void strip(const Chunks& chunks, int64_t u, std::bool_constant<Cut> cut, int64_t count) const {
+    COMPACTER_NOINLINE void strip(const Chunks& chunks, int64_t u, std::bool_constant<Cut> cut, int64_t count) const {
         alignas(64) float copy[most * lanes * U * W];
         const auto from_rows = [&](auto size, auto copies) COMPACTER_INLINE_LAMBDA {
             if (bias_sum)
@@ -172,10 +172,10 @@ private:
             Vec bias_total[U] = {};
             for (int64_t token = 0; token < tokens; token += Step, ++coef, source += Step * row, copy += U * W) {
                 Vec value[U];
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) {
                     if constexpr (FromRows) {
-                        if (ahead && k % vectors_per_line<T> == 0) __builtin_prefetch(source + ahead + k * W, 0, 2);
+                        if (ahead && k % vectors_per_line<T> == 0) COMPACTER_PREFETCH(source + ahead + k * W, 0, 2);
                         if constexpr (Step == 2)
                             value[k] = two_rows<Cut>(source + k * W, token + 1 < tokens ? row : 0, count);
                         else
@@ -186,23 +186,23 @@ private:
                     if constexpr (Copies) store(copy + k * W, value[k]);
                     if constexpr (WithBias) bias_total[k] = Step == 2 ? dot(bias_total[k], ones(), value[k]) : bias_total[k] + value[k];
                 }
-#pragma GCC unroll 12
+                COMPACTER_UNROLL(12)
                 for (int c = 0; c < C; ++c) {
                     const Vec weight = Step == 2 ? splat_pair(coef + c * coef_row) : splat(coef[c * coef_row]);
-#pragma GCC unroll 4
+                    COMPACTER_UNROLL(4)
                     for (int k = 0; k < U; ++k) total[c][k] = Step == 2 ? dot(total[c][k], weight, value[k]) : total[c][k] + weight * value[k];
                 }
             }
             if constexpr (WithBias)
-#pragma GCC unroll 4
+                COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) add_to<Cut>(bias_sum + chunks.bias[j] + u + k * W, bias_total[k], count);
         }
         const bool in_strips = strips;
         float* to = in_strips ? strips + u * m + first * U * W : sum + first * chunk + u;
         const int64_t stride = in_strips ? U * W : chunk;
-#pragma GCC unroll 12
+        COMPACTER_UNROLL(12)
         for (int c = 0; c < C; ++c, to += stride)
-#pragma GCC unroll 4
+            COMPACTER_UNROLL(4)
             for (int k = 0; k < U; ++k) {
                 if (in_strips)
                     add_to<false>(to + k * W, total[c][k], 0);

@@ -22,7 +22,7 @@ extern const check::WideKernels wide_kernels;
 
 namespace compacter::check {
 
-inline const WideKernels& wide_kernels(const std::string& isa) {
+inline const WideKernels& wide_kernels([[maybe_unused]] const std::string& isa) {
 #ifdef COMPACTER_HAS_AVX2
     if (isa == "avx2") return avx2::wide_kernels;
 #endif
