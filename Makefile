@@ -29,7 +29,7 @@ HUB := build/kernels-$(KERNELS)
 PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 
 .PHONY: ready demo test core-tests instruction-sets transformers peft interpret hub-kernel aot cuda-on-cpu ptxas docs \
-	lint native-check arm-check clang-check loops-check clean
+	lint native-check thread-check arm-check clang-check loops-check reliability clean
 
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
@@ -51,6 +51,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(TESTS) $(PYTEST)
+
+# the tests of failures, each with many more inputs than `make test` tries, which differ from run to run
+reliability: $(READY)
+	COMPACTER_NIGHTLY=1 $(TESTS) -m failure $(PYTEST)
 
 # what needs torch, numpy and the tools of the tests alone, in the environment that is active
 CORE := $(patsubst %,tests/test_%.py,agreement autograd bank_function chain compacter_adapter family formula nonfinite phm_linear)
@@ -138,6 +142,12 @@ native-check: $(READY)
 	cmake -S . -B build/sanitize -G Ninja -DCOMPACTER_SANITIZE=ON -DCOMPACTER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --target native_check
 	build/sanitize/native_check
+
+# the same under ThreadSanitizer, with every call on four threads
+thread-check: $(READY)
+	cmake -S . -B build/thread -G Ninja -DCOMPACTER_SANITIZE=thread -DCOMPACTER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/thread --target native_check
+	build/thread/native_check
 
 # the C++ kernels without sanitizers, built by other compilers than the usual one; no environment is needed
 CHECK := -G Ninja -DCOMPACTER_NATIVE_CHECK=ON -DCOMPACTER_CUDA=OFF

@@ -112,7 +112,7 @@ class BankCall(NamedTuple):
     def _adapter(self) -> AdapterCall:
         """The same without route and mix."""
         *arguments, _, _ = self  # torch.compile of torch 2.6 cannot take a slice of it
-        return AdapterCall(*arguments)
+        return AdapterCall(*arguments)  # type: ignore[arg-type]
 
 
 Call = LinearCall | AdapterCall | BankCall

@@ -21,7 +21,7 @@ from compacter_kernels.inject.prepare import Prepared, check_name, prepare
 from compacter_kernels.nn.bank import AdapterBank
 from compacter_kernels.nn.partitioned import full_shape, gathered
 from compacter_kernels.targets.added import adapters_of
-from compacter_kernels.targets.find import base_modules
+from compacter_kernels.targets.find import base_modules, find_modules_to_save
 from compacter_kernels.targets.wrappers import check_fillable, check_gathered, check_injectable, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,7 +87,7 @@ def load_adapter(
     existing = adapters_of(inner)
     prepared: Prepared | None = None
     if existing is not None and name in existing.configs:
-        _check_same(config, existing.configs[name], name, heads)
+        _check_same(inner, config, existing.configs[name], name, heads)
         targets = existing.tensors(inner, name)
     else:
         check_injectable(model)
@@ -123,8 +123,10 @@ def _modules_to_save(model: nn.Module, config: CompacterConfig, content: Mapping
     return [name for name, _ in base_modules(model) if name.endswith(tuple(config.modules_to_save))]
 
 
-def _check_same(config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:
-    ours, theirs = existing.to_dict(), config.to_dict()
+def _check_same(model: nn.Module, config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:
+    ours, theirs = (
+        {**each.to_dict(), "modules_to_save": sorted(find_modules_to_save(model, each))} for each in (existing, config)
+    )
     ignored = INITIAL_OPTIONS if heads else (*INITIAL_OPTIONS, "modules_to_save")
     differ = [key for key in ours if key not in ignored and ours[key] != theirs[key]]
     if differ:

@@ -27,6 +27,13 @@ def pytest_report_header() -> list[str]:
     return [f"not tested: impl {name}: {reason}" for name, reason in ABSENT.items()]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A report in XML has the marker `failure`, from which docs/reliability.md is made."""
+    for item in items:
+        if marker := item.get_closest_marker("failure"):
+            item.user_properties.append(("failure", marker.args[0]))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN, so that a test detects elements that a kernel does not write."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import BF16, bits
+from safetensors.torch import load_file, save_file
 from test_adapter_bank import CASES, NAMES, make
 from torch.nn import functional as F
 
 import compacter_kernels as ck
 
-pytest.importorskip("safetensors")
 SAVED = [case for case, options in CASES.items() if options.get("activation") is not F.softplus]
 
 
@@ -72,4 +72,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     del config["adapter_kind"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="is not of an adapter of a bank"):
+        ck.load_adapter(bank, tmp_path, name="de")
+
+
+def test_a_dtype_without_equality_is_refused(tmp_path: Path) -> None:
+    bank = make()
+    ck.save_adapter(bank, tmp_path, name="de")
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(path).items()}, path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    del config["adapter_model_sha256"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is torch\.float8_e4m3fn, not float32 or"):
         ck.load_adapter(bank, tmp_path, name="de")

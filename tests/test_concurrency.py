@@ -28,6 +28,7 @@ def two_threads(threads: None) -> None:
     torch.set_num_threads(2)
 
 
+@pytest.mark.failure("several threads call at once")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_four_threads_at_once(impl: str) -> None:
     inputs = [case.tensors() for case in CASES]
@@ -67,6 +68,7 @@ class _Adapted(Dataset[Tensors]):
         return run(CASES[0], self.inputs, self.impl)
 
 
+@pytest.mark.failure("the process forks after a call")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_forked_data_loader_worker(impl: str) -> None:
@@ -79,6 +81,7 @@ def test_forked_data_loader_worker(impl: str) -> None:
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.failure("the process forks after a call")
 @pytest.mark.skipif(ck.available_impls()["cpu"] is not None, reason="cpu is not built")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork_without_setting_the_thread_count() -> None:

@@ -44,6 +44,7 @@ def test_uninitialised_memory_is_poisoned() -> None:
         assert empty.isnan().all()
 
 
+@pytest.mark.failure("a kernel writes where it must not")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inputs_are_bitwise_unchanged(case: Case, impl: str) -> None:

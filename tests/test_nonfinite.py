@@ -35,6 +35,7 @@ CASES = [
 ]
 
 
+@pytest.mark.failure("an input holds NaN or infinity")
 @pytest.mark.parametrize("impl", NOT_DENSE)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nan_in_x(case: Case, impl: str) -> None:

@@ -238,6 +238,7 @@ def test_other_files_in_the_folder_survive(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+@pytest.mark.failure("the disk is full during a save")
 def test_a_save_that_fails_leaves_the_old_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = trained(build("bert"))
     save_adapter(old, tmp_path / "adapter")
@@ -249,6 +250,7 @@ def test_a_save_that_fails_leaves_the_old_pair(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path / "adapter")), output("bert", old))
 
 
+@pytest.mark.failure("the process is killed (kill -9) during a save")
 def test_a_save_cut_between_the_two_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_adapter(trained(build("bert")), tmp_path)
     replace = os.replace

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compacter_kernels.checkpoints import files
+from compacter_kernels.config import DTYPES
 from compacter_kernels.nn.bank import AdapterBank
 from compacter_kernels.nn.flat_names import BOTTLENECK, PREFIX, dotted, flat
 
@@ -46,6 +47,9 @@ def load_one(bank: AdapterBank, folder: str | Path, name: str) -> None:
             raise ValueError(f"{option} is {value!r} in the bank, and {content.get(option)!r} in {path / files.CONFIG}")
     tensors = files.read_tensors(path / files.TENSORS)
     files.check_digest(path / files.TENSORS, content.get(files.DIGEST))
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{path / files.TENSORS}: {key} is {tensor.dtype}, not {' or '.join(DTYPES)}")
     state = {dotted(key, _PREFIXES[bank.kind]) or key: value for key, value in tensors.items()}
     if name in bank:
         bank.replace(name, state)

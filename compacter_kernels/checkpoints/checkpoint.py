@@ -105,6 +105,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raise ValueError if the tensors of an adapter are not those that the options ask for."""
         config = self.config
+        self.check_dtypes()
         if not self.adapters:
             raise ValueError("there are no adapters in it")
         for target, tensors in self.whole().items():
@@ -119,8 +120,13 @@ class Checkpoint:
                 shape, by_options = tuple(tensors[name].shape), tuple(expected[name].shape)
                 if shape != by_options:
                     raise ValueError(f"{name} of {target} has shape {shape}, and must have {by_options} by the options")
-                if tensors[name].dtype not in DTYPES.values():
-                    raise ValueError(f"{name} of {target} is {tensors[name].dtype}, not {' or '.join(DTYPES)}")
+
+    def check_dtypes(self) -> None:
+        """Raise ValueError if a tensor of an adapter has a dtype that no adapter can have."""
+        for target, tensors in self.whole().items():
+            for name, tensor in tensors.items():
+                if tensor.dtype not in DTYPES.values():
+                    raise ValueError(f"{name} of {target} is {tensor.dtype}, not {' or '.join(DTYPES)}")
 
     def _expected(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Return the parameters, on meta, that the options give an adapter of these sizes."""

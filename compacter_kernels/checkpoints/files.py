@@ -6,13 +6,15 @@ when one of the two was replaced or damaged, and says which base model the adapt
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import pickle
 import re
+import reprlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -144,7 +146,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"{index} has no weight_map, which says where each tensor is")
     for shard in shard_of.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {shard!r}")
+            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {reprlib.repr(shard)}")
     paths = [index.with_name(shard) for shard in sorted(set(shard_of.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -176,8 +178,9 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # By what is damaged, torch raises nearly any.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from error
     items = content.items() if isinstance(content, dict) else [(None, content)]
     if any(not isinstance(key, str) or not isinstance(value, Tensor) for key, value in items):
         raise ValueError(f"{path} is no state dict, which maps names to tensors")
@@ -230,12 +233,14 @@ def write_folder(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config
         new.mkdir()  # has the permissions of a usual folder, which the temporary one has not
         for name, tensors in files.items():
             copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-            require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
-            _flush(new / name)
+            with _writing(folder / name):
+                require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
+                _flush(new / name)
         if config is not None:
             content = {**config, DIGEST: _sha256(new / TENSORS)} if TENSORS in files else config
-            (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            _flush(new / CONFIG)
+            with _writing(folder / CONFIG):
+                (new / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                _flush(new / CONFIG)
         _flush(new)
         if parent is folder:
             for name in (*files, CONFIG) if config is not None else files:
@@ -243,6 +248,15 @@ def write_folder(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config
         else:
             new.rename(folder)
     _flush(parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error within it, such as of a full disk, becomes an OSError that names the file."""
+    try:
+        yield
+    except (OSError, require_safetensors().SafetensorError) as error:
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"{path} cannot be written: {error}") from error
 
 
 def _flush(path: Path) -> None:

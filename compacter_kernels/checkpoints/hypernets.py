@@ -62,8 +62,14 @@ def _product(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     for factor in (f"{name}_left", f"{name}_right"):
         if factor not in tensors:
             raise ValueError(f"{factor} is missing")
-    return torch.bmm(tensors[f"{name}_left"], tensors[f"{name}_right"])
+    left, right = tensors[f"{name}_left"], tensors[f"{name}_right"]
+    if left.dtype != right.dtype or left.dim() != 3 or right.dim() != 3 or left.shape[::2] != right.shape[:2]:
+        of_each = [f"{tuple(factor.shape)} in {factor.dtype}" for factor in (left, right)]
+        raise ValueError(f"{name}_left and {name}_right cannot be multiplied: {' and '.join(of_each)}")
+    return torch.bmm(left, right)
 
 
 def _transposed(tensor: Tensor) -> Tensor:
+    if tensor.dim() != 3:
+        raise ValueError(f"a tensor of a PHM layer must have three dimensions, got {tuple(tensor.shape)}")
     return tensor.transpose(1, 2).contiguous()

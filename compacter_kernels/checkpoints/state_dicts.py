@@ -55,6 +55,7 @@ def read(form: StateDict, source: Source) -> Checkpoint:
         raise ValueError(f"no adapters of the format {form.kind!r} are in it")
     at_root = borrowed({key: state[key] for key in SHARED if key in state})
     checkpoint.adapters = {target: {**at_root, **adapter} for target, adapter in checkpoint.adapters.items()}
+    checkpoint.check_dtypes()
     checkpoint.share_equal_weights()
     heads = {key: tensor for key, tensor in state.items() if names.head_of(key)}
     norms = {key: t for key, t in state.items() if names.is_norm(key) and "adapter" not in key and key not in heads}

@@ -7,8 +7,6 @@
 namespace compacter::cpu {
 namespace {
 
-constexpr int64_t work_per_part = 1 << 17;  // the multiplications for which it pays to wake a thread
-
 bool forked = false;  // a forked child has no OpenMP threads and would wait for them forever
 
 #ifndef _WIN32
