@@ -48,7 +48,7 @@ STEPS_LEGEND = """
 {threads} threads of a 2-core {cpu}, torch {torch}, transformers {transformers}, adapters {adapters}.
 """
 
-SIZES = Path("benchmarks/results/xeon-2core/sizes.json")
+SIZES = Path("benchmarks/results/xeon-avx512-2core/sizes.json")
 ERRORS = Path("benchmarks/results/choose_sizes/sizes.json")
 SIZES_HEAD = """\
 | n | r | factor | parameters | forward+backward | of a copy | error % |
@@ -61,7 +61,7 @@ Error: a transformer of width 128 on handwritten digits, mean and standard devia
 ([{errors}](../{errors})).
 """
 
-LOKR = Path("benchmarks/results/xeon-2core/lokr.json")
+LOKR = Path("benchmarks/results/xeon-avx512-2core/lokr.json")
 LOKR_HEAD = """\
 | | without LoKr | as shipped | patched | shipped / patched | share | kept, shipped | kept, patched |
 |---|---|---|---|---|---|---|---|
