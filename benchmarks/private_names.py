@@ -25,7 +25,7 @@ import torch
 
 import compacter_kernels as ck
 from compacter_kernels import autograd, call_path, dispatch, machine
-from compacter_kernels.nn import adapter as adapter_module, phm_linear as linear_module
+from compacter_kernels.nn import adapter_base, phm_linear, stack
 
 CALLS = 300  # in a series
 Call = Callable[[], Any]
@@ -86,10 +86,13 @@ def ways() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[s
             ("compacter_adapter, recorded", "phm_linear, recorded"),
         ),
         "nn.Module._parameters": (
-            lambda: public(replace(adapter_module, "parameter", getattr), replace(linear_module, "parameter", getattr)),
+            lambda: public(replace(phm_linear, "parameter", getattr)),
             modules,
         ),
-        "nn.Module._modules": (lambda: public(replace(adapter_module, "children", named_children)), modules[:1]),
+        "nn.Module._modules": (
+            lambda: public(*(replace(module, "children", named_children) for module in (adapter_base, stack))),
+            modules[:1],
+        ),
     }
 
 
