@@ -31,7 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_TOOLS = ("numpy", "pytest>=8.2", "hypothesis")
-INTERPRETED = "triton and not (1000 or 1024 or 3072)"  # the sizes that take the interpreter seconds
+# without the sizes that take the interpreter seconds; it truncates bf16, which one gradient shows
+INTERPRETED = "triton and not (1000 or 1024 or 3072 or learned_scale)"
 
 FIRST_CALL = """
 import json, torch, compacter_kernels as ck
