@@ -72,8 +72,8 @@ def test_adapter(case: Case, impl: str) -> None:
     reference(case).accept(run(case, case.tensors(), impl), impl)
 
 
-# For n = 1 the gradient of the rule is one number, and its error is relative. With this seed none of
-# these numbers is nearly 0.
+# For n = 1 the gradient of the rule is one number, and its error is relative. With this seed no
+# such number is nearly 0.
 LINEAR = [
     Case("linear", width, bottleneck, case.n, case.rank, shape=case.shape, seed=44 if case.n == 1 else 0)
     for case in SIZES + EVERY_N
