@@ -20,7 +20,7 @@ def rows() -> list[dict[str, Any]]:
     """The rows of both results together, each with the sizes of an adapter."""
     times, errors = (
         json.loads((RESULTS / folder / "sizes.json").read_text(encoding="utf-8"))["rows"]
-        for folder in ("xeon-2core", "choose_sizes")
+        for folder in ("xeon-avx512-2core", "choose_sizes")
     )
     of_sizes = {tuple(row[name] for name in BASE): row for row in errors}
     return [{**row, **of_sizes[tuple(row[name] for name in BASE)]} for row in times]
