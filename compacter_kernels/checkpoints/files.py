@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,7 +145,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"{index} has no weight_map, which says where each tensor is")
     for shard in shard_of.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {reprlib.repr(shard)}")
+            raise ValueError(f"{index}: a shard must be a .safetensors file of this folder, got {repr(shard)[:100]}")
     paths = [index.with_name(shard) for shard in sorted(set(shard_of.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
