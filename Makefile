@@ -13,6 +13,8 @@ PEFT ?= 0.18.1
 KERNELS ?= 0.17.2
 AOT ?=
 
+# pip installs without bytecode, which the first import writes for all later processes
+unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)

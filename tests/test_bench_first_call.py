@@ -20,9 +20,10 @@ from compacter_kernels.cases import Shape
 SHAPE = Shape(24, 12, 4)
 
 
-def test_a_process_gives_the_seconds_of_its_phases() -> None:
-    phases = first_call.once(source(PROGRAMS[OURS], SHAPE, 5), 1)
+def test_a_process_gives_the_seconds_of_its_phases(tmp_path: Path) -> None:
+    phases = first_call.once(source(PROGRAMS[OURS], SHAPE, 5), 1, str(tmp_path))
     assert len(phases) == len(first_call.PHASES) + 1 and min(phases) > 0
+    assert list(tmp_path.rglob("compacter_kernels/__init__.*.pyc"))  # for the next process
 
 
 def test_the_first_call_imports_no_module() -> None:
@@ -47,13 +48,13 @@ def test_a_program_is_python_without_places_left(name: str) -> None:
     assert not any(f"{{{place}}}" in text for place in ("k", "d", "n", "factor", "tokens", "kind"))
 
 
-def test_a_program_that_fails_says_why() -> None:
+def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ValueError: no such layer"):
-        first_call.once("raise ValueError('no such layer')", 1)
+        first_call.once("raise ValueError('no such layer')", 1, str(tmp_path))
 
 
 def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def once(text: str, threads: int) -> list[float]:
+    def once(text: str, threads: int, bytecode: str) -> list[float]:
         if "import adapters" in text:
             raise RuntimeError("no adapters here")
         return [0.1, 1.0 if "compacter_kernels" in text else 2.0, 0.1, 0.1, 0.1, 0.5]
@@ -72,7 +73,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_programs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_call, "once", lambda text, threads: [0.1] * (len(first_call.PHASES) + 1))
+    monkeypatch.setattr(first_call, "once", lambda text, threads, bytecode: [0.1] * (len(first_call.PHASES) + 1))
     chosen = ["bench", "--first-call", "--impl", "bottleneck", "--out", str(tmp_path)]
     assert cli.main(chosen) == 0
     found = json.loads((tmp_path / "first_call.json").read_text())
@@ -82,13 +83,13 @@ def test_programs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ours_must_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(text: str, threads: int) -> list[float]:
+    def once(text: str, threads: int, bytecode: str) -> list[float]:
         raise RuntimeError("nothing runs")
 
     monkeypatch.setattr(first_call, "once", once)
     assert cli.main(["bench", "--first-call", "--out", str(tmp_path)]) == 1
 
 
-def test_each_process_has_new_caches_of_the_compiler() -> None:
+def test_each_process_has_new_caches_of_the_compiler(tmp_path: Path) -> None:
     code = f"import os; print(*(float(os.path.exists(os.environ[name])) for name in {first_call.CACHES!r}), *[0] * 5)"
-    assert first_call.once(code, 1) == [0.0] * (len(first_call.PHASES) + 1)
+    assert first_call.once(code, 1, str(tmp_path)) == [0.0] * (len(first_call.PHASES) + 1)

@@ -1,9 +1,10 @@
 """The first call: from the start of a new process to the end of its first forward and backward.
 
 Each program runs in processes of its own, which take turns. What torch.compile and Triton keep on
-disk is empty for each. The files of Python and of the packages are in the memory of the system, as
-after a first run. The clock is the one that all processes of the system share. The time of the
-processor until the first call has ended is taken too, because other load disturbs it little.
+disk is empty for each. The files of Python and of the packages are in the memory of the system, and
+their modules have been compiled to bytecode, as after a first run. The clock is the one that all
+processes of the system share. The time of the processor until the first call has ended is taken
+too, because other load disturbs it little.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 SECONDS = 600  # for one process
 
 
-def once(text: str, threads: int) -> list[float]:
+def once(text: str, threads: int, bytecode: str) -> list[float]:
     """Return the seconds of each phase in a new process, and those of the processor.
+
+    bytecode: the folder for the compiled modules of Python, which later processes find there.
 
     Raises:
         RuntimeError: the process failed; with its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = environment("removed", threads) | {name: f"{folder}/{name}" for name in CACHES}
+        settings |= {"PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
         command = [sys.executable, "-W", "ignore", "-c", text, repr(time.monotonic())]
         done = subprocess.run(
             command, env=settings, capture_output=True, text=True, cwd=folder, check=False, timeout=SECONDS
@@ -68,23 +72,24 @@ def measure(threads: int, starts: int = STARTS, names: Collection[str] | None = 
     out: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     samples: dict[str, list[list[float]]] = {}
-    for name, program in PROGRAMS.items():
-        if names is not None and name not in names:
-            out.append(timer.absent(name, "left out by --impl"))
-            continue
-        try:
-            versions |= {program.package: version(program.package)} if program.package else {}
-            once(source(program, SHAPE, TOKENS), threads)  # brings its files into memory
-            samples[name] = []
-        except PackageNotFoundError:
-            reason = f"{program.package} is not installed: pip install {program.package}"
-            out.append(timer.absent(name, reason))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            out.append(timer.absent(name, str(error), wrong=name == OURS))
-    for turn in range(starts):
-        for name in timer.rotated(list(samples), turn):
-            print(f"\rfirst call {turn + 1} of {starts}: {name:<20}", end="", file=sys.stderr, flush=True)
-            samples[name].append(once(source(PROGRAMS[name], SHAPE, TOKENS), threads))
+    with tempfile.TemporaryDirectory() as bytecode:
+        for name, program in PROGRAMS.items():
+            if names is not None and name not in names:
+                out.append(timer.absent(name, "left out by --impl"))
+                continue
+            try:
+                versions |= {program.package: version(program.package)} if program.package else {}
+                once(source(program, SHAPE, TOKENS), threads, bytecode)  # brings its files into memory
+                samples[name] = []
+            except PackageNotFoundError:
+                reason = f"{program.package} is not installed: pip install {program.package}"
+                out.append(timer.absent(name, reason))
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                out.append(timer.absent(name, str(error), wrong=name == OURS))
+        for turn in range(starts):
+            for name in timer.rotated(list(samples), turn):
+                print(f"\rfirst call {turn + 1} of {starts}: {name:<20}", end="", file=sys.stderr, flush=True)
+                samples[name].append(once(source(PROGRAMS[name], SHAPE, TOKENS), threads, bytecode))
     print(file=sys.stderr)
     return {
         "shape": SHAPE._asdict(),
