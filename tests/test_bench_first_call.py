@@ -22,7 +22,7 @@ SHAPE = Shape(24, 12, 4)
 
 def test_a_process_gives_the_seconds_of_its_phases(tmp_path: Path) -> None:
     phases = first_call.once(source(PROGRAMS[OURS], SHAPE, 5), 1, str(tmp_path))
-    assert len(phases) == len(first_call.PHASES) + 1 and min(phases) > 0
+    assert len(phases) == len(first_call.PHASES) + 2 and min(phases) > 0
     assert list(tmp_path.rglob("compacter_kernels/__init__.*.pyc"))  # for the next process
 
 
@@ -57,7 +57,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def once(text: str, threads: int, bytecode: str) -> list[float]:
         if "import adapters" in text:
             raise RuntimeError("no adapters here")
-        return [0.1, 1.0 if "compacter_kernels" in text else 2.0, 0.1, 0.1, 0.1, 0.5]
+        return [0.1, 1.0 if "compacter_kernels" in text else 2.0, 0.1, 0.1, 0.1, 0.5, 0.2]
 
     monkeypatch.setattr(first_call, "once", once)
     monkeypatch.setattr(first_call, "version", lambda package: "1.0")
@@ -73,7 +73,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_programs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_call, "once", lambda text, threads, bytecode: [0.1] * (len(first_call.PHASES) + 1))
+    monkeypatch.setattr(first_call, "once", lambda text, threads, bytecode: [0.1] * (len(first_call.PHASES) + 2))
     chosen = ["bench", "--first-call", "--impl", "bottleneck", "--out", str(tmp_path)]
     assert cli.main(chosen) == 0
     found = json.loads((tmp_path / "first_call.json").read_text())
@@ -91,5 +91,5 @@ def test_ours_must_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_process_has_new_caches_of_the_compiler(tmp_path: Path) -> None:
-    code = f"import os; print(*(float(os.path.exists(os.environ[name])) for name in {first_call.CACHES!r}), *[0] * 5)"
-    assert first_call.once(code, 1, str(tmp_path)) == [0.0] * (len(first_call.PHASES) + 1)
+    code = f"import os; print(*(float(os.path.exists(os.environ[name])) for name in {first_call.CACHES!r}), *[0] * 6)"
+    assert first_call.once(code, 1, str(tmp_path)) == [0.0] * (len(first_call.PHASES) + 2)

@@ -4,7 +4,8 @@ Each program runs in processes of its own, which take turns. What torch.compile 
 disk is empty for each. The files of Python and of the packages are in the memory of the system, and
 their modules have been compiled to bytecode, as after a first run. The clock is the one that all
 processes of the system share. The time of the processor until the first call has ended is taken
-too, because other load disturbs it little.
+too, because other load disturbs it little, and of it the time of Python's garbage collections.
+Counters of objects decide when such a collection comes. A full one takes longer than our import.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from compacter_kernels.cases import Shape
 
 SHAPE, TOKENS, STARTS = Shape(768, 24, 4), 256, 5
 PHASES = ("python", "import", "construct", "first", "second")
+PROCESSOR = ("cpu", "gc")  # until the end of the first call, and what of it was garbage collection
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 SECONDS = 600  # for one process
 
@@ -50,8 +52,9 @@ def once(text: str, threads: int, bytecode: str) -> list[float]:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line[:1].isalpha() and "Error" in line]
         raise RuntimeError((errors or done.stderr.splitlines() or ["it printed nothing"])[-1].strip())
-    *marks, cpu = (float(word) for word in done.stdout.split()[-len(PHASES) - 2 :])
-    return [*(later - earlier for earlier, later in itertools.pairwise(marks)), cpu]
+    words = [float(word) for word in done.stdout.split()[-len(PHASES) - 1 - len(PROCESSOR) :]]
+    marks, processor = words[: len(PHASES) + 1], words[len(PHASES) + 1 :]
+    return [*(later - earlier for earlier, later in itertools.pairwise(marks)), *processor]
 
 
 def _row(name: str, samples: list[list[float]]) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _row(name: str, samples: list[list[float]]) -> dict[str, Any]:
     low, median, high = timer.quantiles(totals)
     phases = {
         f"{phase}_ms": timer.quantiles(list(values))[1] * 1e3
-        for phase, values in zip((*PHASES, "cpu"), zip(*samples, strict=True), strict=True)
+        for phase, values in zip((*PHASES, *PROCESSOR), zip(*samples, strict=True), strict=True)
     }
     what = PROGRAMS[name].what
     total = {"total_ms": median * 1e3, "total_ms_q20": low * 1e3, "total_ms_q80": high * 1e3}
@@ -112,9 +115,10 @@ def text(result: dict[str, Any]) -> str:
         f"{about['cpu']}, {result['threads']} threads, torch {about['torch']}, compacter_kernels {about['revision']}; "
         + ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
         f"ms, medians of {result['starts']} processes in turns; total: from the start of Python to the end of the",
-        "first call; cpu: of the processor until then; caches on disk of torch.compile are empty",
+        "first call; cpu: of the processor until then; gc: of cpu, garbage collections of Python; caches on disk of",
+        "torch.compile are empty",
         "",
-        f"{'':<21}{'total':>9}{'20-80 %':>18}{'/ours':>7}{'cpu':>9}{'/ours':>7}"
+        f"{'':<21}{'total':>9}{'20-80 %':>18}{'/ours':>7}{'cpu':>9}{'/ours':>7}{'gc':>7}"
         + "".join(f"{phase:>11}" for phase in PHASES),
     ]
     for row in rows:
@@ -122,7 +126,8 @@ def text(result: dict[str, Any]) -> str:
         over = [f"{row[key] / ours[key]:.2f}" if ours else "-" for key in ("total_ms", "cpu_ms")]
         phases = "".join(f"{row[f'{phase}_ms']:>11.1f}" for phase in PHASES)
         lines.append(
-            f"{row['provider']:<21}{row['total_ms']:>9.0f}{spread:>18}{over[0]:>7}{row['cpu_ms']:>9.0f}{over[1]:>7}{phases}"
+            f"{row['provider']:<21}{row['total_ms']:>9.0f}{spread:>18}{over[0]:>7}{row['cpu_ms']:>9.0f}{over[1]:>7}"
+            f"{row['gc_ms']:>7.0f}{phases}"
         )
     lines += [f"absent: {row['provider']}: {row['reason']}" for row in result["absent"]]
     lines += ["", *(f"{row['provider']:<21}{row['what']}" for row in rows)]

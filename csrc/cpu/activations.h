@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../adapter.h"
-#include "math.h"
+#include "exp_erfc.h"
 
 namespace compacter::COMPACTER_ISA {
 
