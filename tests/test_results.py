@@ -78,7 +78,9 @@ def test_the_committed_first_calls_are_those_of_their_json(path: Path, tmp_path:
         assert (tmp_path / name).read_bytes() == (path.parent / name).read_bytes()
 
 
-@pytest.mark.parametrize("machine", ["epyc-2core", "epyc-2core/bf16", "xeon-2core", "xeon-480mib-2core", "xeon-avx512-2core"])
+@pytest.mark.parametrize(
+    "machine", ["epyc-2core", "epyc-2core/bf16", "xeon-2core", "xeon-480mib-2core", "xeon-avx512-2core"]
+)
 def test_the_committed_tables_are_those_of_their_json(machine: str, tmp_path: Path) -> None:
     folder = ROOT / "benchmarks" / "results" / machine
     bench_report.write(json.loads((folder / "bench.json").read_text(encoding="utf-8")), tmp_path)
