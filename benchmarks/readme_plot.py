@@ -31,20 +31,19 @@ text { fill: currentColor; text-anchor: middle; } .start { text-anchor: start; }
 
 def _panel(sweep: Sweep, direction: str, left: float, width: float, y: Linear) -> str:
     """The bars of all shapes in one direction."""
-    shapes = sweep.values("k", "d", "n")
-    room = width / len(shapes)
+    room = width / len(sweep.shapes)
     thick = (room - 18) / len(SHOWN)
     parts = [label(direction, left + width / 2, TOP - 10, class_="title")]
-    for index, shape in enumerate(shapes):
+    for index, shape in enumerate(sweep.shapes):
         start = left + index * room + 9
         for number, provider in enumerate(SHOWN):
             wanted: dict[str, Any] = {"tokens": TOKENS, "direction": direction, "provider": provider}
-            (row,) = sweep.select(**dict(zip("kdn", shape, strict=True)), **wanted)
+            (row,) = sweep.select(**shape._asdict(), **wanted)
             value, x = row["over_equal_copy"], start + number * thick
             box = {"x": x + 1, "y": y(value), "width": thick - 2, "height": y.start - y(value)}
             parts.append(tag("rect", class_=f"p{number}", **box))
             parts.append(label(f"{value:.1f}", x + thick / 2, y(value) - 4, class_="small"))
-        parts.append(label("/".join(map(str, shape)), start + 2 * thick, HEIGHT - 12))
+        parts.append(label(str(shape), start + 2 * thick, HEIGHT - 12))
     return "".join(parts)
 
 

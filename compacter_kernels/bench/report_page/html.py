@@ -39,12 +39,9 @@ def grid(figures: Iterable[str]) -> str:
 
 def choice(group: str, tokens: Sequence[int], chosen: int) -> str:
     """Return a select of the token count of a group; the script shows it."""
-    options = (tag("option", f"{count:,}", value=count, **_selected(count == chosen)) for count in tokens)
+    selected = {chosen: "selected"}
+    options = (tag("option", f"{count:,}", value=count, selected=selected.get(count)) for count in tokens)
     return f"<p hidden><label>Tokens <select data-for='{group}'>{''.join(options)}</select></label></p>"
-
-
-def _selected(selected: bool) -> dict[str, str]:
-    return {"selected": "selected"} if selected else {}
 
 
 def section(identifier: str, title: str, text: str, *content: str) -> str:

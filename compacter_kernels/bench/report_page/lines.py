@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from compacter_kernels.bench.report import duration
 from compacter_kernels.bench.report_page.look import look
 from compacter_kernels.bench.report_page.results import Row, Sweep
 from compacter_kernels.bench.report_page.svg import Log, around, chart, count, label, mark, spread, tag
+from compacter_kernels.cases import Shape
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 52, 128, 12, 34
 LINE = 12.5  # between two labels
@@ -45,9 +44,9 @@ def _axes(x: Log, y: Log, tokens: list[int], height: float) -> str:
     return tag("g", *parts, class_="axes")
 
 
-def panel(sweep: Sweep, shape: tuple[Any, ...], direction: str) -> str:
+def panel(sweep: Sweep, shape: Shape, direction: str) -> str:
     """Return the chart of one shape and direction, "" without rows."""
-    rows = sweep.select(**dict(zip("kdn", shape, strict=True)), direction=direction)
+    rows = sweep.select(**shape._asdict(), direction=direction)
     by_provider: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):
         by_provider.setdefault(row["provider"], []).append(row)
@@ -61,5 +60,5 @@ def panel(sweep: Sweep, shape: tuple[Any, ...], direction: str) -> str:
     ends = [y(series[-1]["ms"]) for series in by_provider.values()]
     places = spread(ends, LINE, TOP, height - BOTTOM)
     drawn = [_series(name, series, x, y, at) for (name, series), at in zip(by_provider.items(), places, strict=True)]
-    title = f"{'/'.join(map(str, shape))}, {direction}: time over tokens"
+    title = f"{shape}, {direction}: time over tokens"
     return chart(title, WIDTH, height, _axes(x, y, tokens, height), *drawn)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from compacter_kernels.cases import Shape
 
 Row = dict[str, Any]
 FUSED = ("triton", "cuda", "cpu")  # the first of them in a table is "ours"
@@ -34,9 +35,10 @@ class Sweep:
         rows: list[Row] = self.table["rows"]
         return rows
 
-    def values(self, *keys: str) -> list[tuple[Any, ...]]:
-        """The different values of these columns, in their order."""
-        return list(dict.fromkeys(tuple(row[key] for key in keys) for row in self.rows))
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes, in their order."""
+        return list(dict.fromkeys(Shape(row["k"], row["d"], row["n"]) for row in self.rows))
 
     def select(self, **wanted: Any) -> list[Row]:
         """The rows that have these values."""
@@ -68,8 +70,8 @@ class Results:
         return found
 
 
-def _of(path: Path, read: Callable[[str], Any] = json.loads) -> Any:
-    return read(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def load(folder: Path) -> Results:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 from compacter_kernels.bench import report
 from compacter_kernels.bench.cost import BOTH, DIRECTIONS, FORWARD
@@ -14,6 +13,7 @@ from compacter_kernels.bench.report_page.bars import Bar
 from compacter_kernels.bench.report_page.html import choice, figure, grid, section, table
 from compacter_kernels.bench.report_page.look import look
 from compacter_kernels.bench.report_page.results import Row, Sweep
+from compacter_kernels.cases import Shape
 
 TYPICAL = 8192  # tokens that are shown first, or the nearest count below
 Bars = Sequence[tuple[str, Sequence[Bar]]]
@@ -37,10 +37,9 @@ def _values(rows: Bars, head: Sequence[str]) -> str:
 def time_over_tokens(sweep: Sweep, identifier: str) -> str:
     """The time of each provider over tokens, for all shapes and both directions."""
     figures = []
-    for shape, direction in product(sweep.values("k", "d", "n"), DIRECTIONS):
-        name = "/".join(map(str, shape))
-        rows = sweep.select(**dict(zip("kdn", shape, strict=True)), direction=direction)
-        figures.append(figure(f"{name}, {direction}", lines.panel(sweep, shape, direction), _times(rows)))
+    for shape, direction in product(sweep.shapes, DIRECTIONS):
+        rows = sweep.select(**shape._asdict(), direction=direction)
+        figures.append(figure(f"{shape}, {direction}", lines.panel(sweep, shape, direction), _times(rows)))
     text = (
         "Lower is faster, and the dotted line is the limit: a copy that moves as many bytes as the fused kernel. "
         "Shapes are hidden width / bottleneck width / phm_dim. Marks are medians; the lines through them reach from "
@@ -52,9 +51,9 @@ def time_over_tokens(sweep: Sweep, identifier: str) -> str:
     return section(identifier, f"Time over tokens: {sweep.title}", text, grid(figures))
 
 
-def _speed_up(sweep: Sweep, shape: tuple[Any, ...], tokens: int) -> Bars:
+def _speed_up(sweep: Sweep, shape: Shape, tokens: int) -> Bars:
     """The time of each provider over ours, in both directions; the largest last."""
-    cell = sweep.select(**dict(zip("kdn", shape, strict=True)), tokens=tokens)
+    cell = sweep.select(**shape._asdict(), tokens=tokens)
     mine = {row["direction"]: row for row in cell if row["provider"] == sweep.ours}
     found: dict[str, list[Bar]] = {}
     for row in cell:
@@ -73,10 +72,10 @@ def speed_ups(sweep: Sweep, identifier: str) -> str:
     """How many times as long as ours each provider takes, for each shape and token count."""
     tokens = sorted({row["tokens"] for row in sweep.rows})
     figures = []
-    for count, shape in product(tokens, sweep.values("k", "d", "n")):
-        rows, name = _speed_up(sweep, shape, count), "/".join(map(str, shape))
+    for count, shape in product(tokens, sweep.shapes):
+        rows = _speed_up(sweep, shape, count)
         if rows:
-            title = f"{name}, {count:,} tokens: time over that of {sweep.ours}"
+            title = f"{shape}, {count:,} tokens: time over that of {sweep.ours}"
             numbers = _values(rows, ("forward", BOTH))
             figures.append(figure(title, bars.ratios(title, rows), numbers, identifier, count))
     if not figures:
@@ -117,8 +116,8 @@ def memory(sweep: Sweep, identifier: str) -> str:
     tokens = max((row["tokens"] for row in sweep.rows if row["tokens"] <= TYPICAL), default=1)
     figures = []
     for key, what in (("saved_bytes", "kept for the backward"), ("peak_bytes", "taken at once")):
-        for shape in sweep.values("k", "d", "n"):
-            cell = sweep.select(**dict(zip("kdn", shape, strict=True)), tokens=tokens, direction=BOTH)
+        for shape in sweep.shapes:
+            cell = sweep.select(**shape._asdict(), tokens=tokens, direction=BOTH)
             sizes = {row["provider"]: row.get(key) for row in cell}
             sized = {name: size for name, size in sizes.items() if size is not None}
             rows = []
@@ -126,7 +125,7 @@ def memory(sweep: Sweep, identifier: str) -> str:
                 text = f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size:,} bytes"
                 rows.append((name, [Bar(size / 2**20, f"{name}: {size:,} bytes {what}", text)]))
             if rows:
-                title = f"{'/'.join(map(str, shape))}, {tokens:,} tokens: {what}"
+                title = f"{shape}, {tokens:,} tokens: {what}"
                 figures.append(figure(title, bars.amounts(title, rows, " MiB"), _values(rows, (what,))))
     if not figures:
         return ""
@@ -137,17 +136,16 @@ def memory(sweep: Sweep, identifier: str) -> str:
 def one_token(sweep: Sweep, identifier: str) -> str:
     """The time of a call with one token, which is nearly all the time of Python."""
     figures = []
-    for shape in sweep.values("k", "d", "n"):
-        cell = [row for row in sweep.select(tokens=1) if (row["k"], row["d"], row["n"]) == shape]
+    for shape in sweep.shapes:
         found: dict[str, list[Bar]] = {}
-        for row in cell:
+        for row in sweep.select(**shape._asdict(), tokens=1):
             us = row.get("host_us") or row["ms"] * 1e3
             kind = "second" if row["direction"] == FORWARD else ""
             bar = Bar(us, lines.words(row), f"{us:.0f} us", kind)
             found.setdefault(row["provider"], []).append(bar)
         rows = sorted(found.items(), key=lambda item: item[1][-1].value)
         if rows:
-            title = f"{'/'.join(map(str, shape))}, one token"
+            title = f"{shape}, one token"
             figures.append(figure(title, bars.amounts(title, rows, " us"), _values(rows, ("forward", BOTH))))
     if not figures:
         return ""
