@@ -1,4 +1,4 @@
-"""What the benchmarks of banks and of bottleneck adapters share: calls, turns, and the files."""
+"""What benchmarks of steps in one process share: calls, turns, and the files."""
 
 from __future__ import annotations
 

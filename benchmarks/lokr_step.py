@@ -16,23 +16,18 @@ Writes OUT/lokr.json and OUT/lokr.txt. Needs peft, and diffusers (0.36.0 for tra
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import lokr_models
 import peft
-import torch
 from disagreement import disagreement
+from family_common import main, take_turns
 from lokr_models import BATCH, SETUPS, VARIANTS, LayerStep, TransformerStep, calls
 
-from compacter_kernels import machine
-from compacter_kernels.bench.cpu import Timing, environment, interleave
+from compacter_kernels.bench.cpu import environment
 
 WIDTHS, TOKENS, TOLERANCE = (1024, 2048), 1024, 1e-4
 
@@ -42,13 +37,8 @@ def measure(what: str, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
     error = disagreement(steps["shipped"].outcome(), steps["patched"].outcome())
     if error > TOLERANCE:
         raise SystemExit(f"{what}: patched and shipped differ by {error:.1e}: nothing was timed")
-    timings = {name: Timing(call) for name, call in calls(steps).items()}
-    interleave(list(timings.values()), rounds, 0.0, 1, os.cpu_count() or 1)
-    rows = {}
-    for name, timing in timings.items():
-        low, median, high = (1e3 * seconds for seconds in timing.quantiles())
-        times = {"ms": median, "ms_q20": low, "ms_q80": high, **timing.columns()}
-        rows[name] = {"what": VARIANTS[name], **times, "saved_bytes": steps[name].saved()}
+    times = take_turns(calls(steps), rounds)
+    rows = {name: {"what": VARIANTS[name], **row, "saved_bytes": steps[name].saved()} for name, row in times.items()}
     base, shipped, patched = (rows[name]["ms"] for name in VARIANTS)
     return {
         "what": what, "disagreement": error, "rows": rows,
@@ -64,7 +54,7 @@ def peak_memory(variant: str) -> int:
 
 
 def report(rounds: int) -> dict[str, Any]:
-    """The whole content of the JSON file."""
+    """The content of the JSON file, beside what `family_common.main` adds."""
     layers = []
     for width in WIDTHS:
         for setup in SETUPS:
@@ -79,8 +69,7 @@ def report(rounds: int) -> dict[str, Any]:
     for variant, row in transformer["rows"].items():
         row["peak_bytes"] = peak_memory(variant)
     return {
-        "tokens": TOKENS, "rounds": rounds, "layers": layers, "transformer": transformer,
-        "machine": machine.describe(),
+        "tokens": TOKENS, "layers": layers, "transformer": transformer,
         "versions": {"peft": peft.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
 
@@ -109,23 +98,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    settings = environment("removed", 1)
-    if settings != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], settings)
-    torch.set_num_threads(1)
-    result = report(args.rounds)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "lokr.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / "lokr.txt").write_text(table(result), encoding="utf-8")
-    print(table(result))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("lokr", __doc__ or "", report, table))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,10 @@ REGIONS = (
 )
 
 
-def main() -> int:
-    """Write the regions, or with --check compare them."""
+def main(regions: Iterable[tuple[str, str, Callable[[], str]]] = REGIONS) -> int:
+    """Write the regions of pages, between marks of their names, or with --check compare them."""
     stale = 0
-    for page, name, region in REGIONS:
+    for page, name, region in regions:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
         before, rest = text.split(f"<!-- {name}:begin -->\n")

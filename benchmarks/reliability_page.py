@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from readme_table import main as write_regions
+
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ROOT / "benchmarks/results/reliability/counts.json"
-PAGE = ROOT / "docs/reliability.md"
 MARK = "@pytest.mark.failure("
-BEGIN, END = "<!-- failures:begin -->\n", "<!-- failures:end -->\n"
 HEAD = "| failure | tests | inputs |\n|---|---|---|\n"
 
 
@@ -54,8 +54,9 @@ def run() -> None:
     COUNTS.write_text(json.dumps({"versions": versions, "tests": rows}, indent=2) + "\n", encoding="utf-8")
 
 
-def table(counts: dict[str, Any]) -> str:
+def table() -> str:
     """A line for each failure: the tests that hold it, and the number of inputs of all of them."""
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
     failures: dict[str, list[dict[str, Any]]] = {}
     for row in counts["tests"]:
         failures.setdefault(row["failure"], []).append(row)
@@ -72,13 +73,7 @@ def main() -> int:
     """Write the table, or with --check compare it."""
     if "--run" in sys.argv[1:]:
         run()
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    new = before + BEGIN + table(json.loads(COUNTS.read_text(encoding="utf-8"))) + END + rest.split(END)[1]
-    if "--check" in sys.argv[1:]:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return write_regions([("docs/reliability.md", "failures", table)])
 
 
 if __name__ == "__main__":

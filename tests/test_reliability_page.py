@@ -24,6 +24,12 @@ def marked() -> dict[str, str]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def beside_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script imports another one of its folder."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+
 def test_the_page_has_the_committed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["reliability_page.py", "--check"])
     with pytest.raises(SystemExit) as stop:
