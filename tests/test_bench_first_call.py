@@ -53,6 +53,12 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
         first_call.once("raise ValueError('no such layer')", 1, str(tmp_path))
 
 
+@pytest.mark.parametrize("options", [["--quick"], ["--dtype", "bf16"], ["--device", "cuda"]], ids=" ".join)
+def test_an_option_without_effect_is_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--first-call", *options]) == 2
+    assert "has no meaning with --" in capsys.readouterr().err
+
+
 def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def once(text: str, threads: int, bytecode: str) -> list[float]:
         if "import adapters" in text:

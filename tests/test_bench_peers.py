@@ -26,7 +26,7 @@ def provider(name: str, dtype: torch.dtype) -> Any:
     missing = peers.missing("cpu")
     if name in missing:
         pytest.skip(missing[name])
-    return peers.providers("cpu", dtype)[name]
+    return peers.providers(dtype)[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,4 +86,4 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     missing = peers.missing("cpu")
     assert missing["lora"] == "peft is not installed: pip install peft"
     assert {"lora", "lokr", "lokr-patched", peers.LYCORIS_KERNELS} == set(missing)
-    assert "lora" not in peers.providers("cpu", torch.float32) and "lora" not in peers.describe()
+    assert "lora" not in peers.providers(torch.float32) and "lora" not in peers.describe()

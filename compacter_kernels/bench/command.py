@@ -46,6 +46,9 @@ three after each shape. --report writes a page of all results in --out; `compact
 
 exits 0 when every provider that ran passed its check, and 1 when one did not."""
 
+UNUSED = {"cpu": ("compiled_shapes", "limit"), "cuda": ("threads", "page_faults", "first_call")}  # on that device
+UNUSED_IN_FIRST_CALL = ("quick", "shapes", "tokens", "dtype", "peers", "seconds", "page_faults")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench`."""
@@ -82,19 +85,18 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
-    """Raise for options that are wrong or belong to the other device, before any work."""
-    other = {"cpu": ("compiled_shapes", "limit"), "cuda": ("threads", "page_faults")}[args.device]
-    for name in other:
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --device {args.device}")
+    """Raise for options that are wrong or have no effect beside the others, before any work."""
+    unused = [(name, f"--device {args.device}") for name in UNUSED[args.device]]
+    unused += [(name, "--first-call") for name in UNUSED_IN_FIRST_CALL if args.first_call]
+    for name, beside in unused:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {beside}")
     for name in ("seconds", "limit"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name} must be a number > 0, got {value:g}")
     if args.device == "cuda":
         cuda.require()
-        if args.first_call:
-            raise ValueError("--first-call has no meaning with --device cuda")
     if not (args.no_plot or args.first_call):
         plots.require()
     dtype = options.DTYPES[settings.dtype]
@@ -102,7 +104,7 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
     if args.first_call:
         known, absent = list(PROGRAMS), {}
     elif settings.peers:
-        known, absent = [*known, *peers.providers(args.device, dtype)], absent | peers.missing(args.device)
+        known, absent = [*known, *peers.providers(dtype)], absent | peers.missing(args.device)
     for name in args.providers or ():
         if name in absent:
             raise ValueError(f"--impl {name} cannot run here: {absent[name]}")
@@ -111,12 +113,12 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _report(args: argparse.Namespace) -> list[Path]:
-    """Write the page of all results in --out, where it is asked for and there are any."""
+    """Write the page of all results in --out if --report asks for it, and return its path."""
     return [] if args.report is None else [page.write(args.out, args.report)]
 
 
 def _first_call(args: argparse.Namespace) -> int:
-    """Measure the first calls; 0 where ours was among them."""
+    """Measure the first calls; 1 when ours failed, else 0."""
     threads, starts = args.threads or torch.get_num_threads(), args.rounds or first_call.STARTS
     result = first_call.measure(threads, starts, args.providers)
     paths = first_call.write(result, args.out) + _report(args)

@@ -81,7 +81,7 @@ def _bind(peer: Peer, dtype: torch.dtype, case: Inputs) -> Call:
     return OwnWeights(function, case.x, weights)
 
 
-def providers(device: str, dtype: torch.dtype) -> dict[str, Provider]:
+def providers(dtype: torch.dtype) -> dict[str, Provider]:
     """Return the peers whose packages are installed, by name."""
     found = {}
     for name, peer in PEERS.items():

@@ -65,7 +65,7 @@ def run(settings: Settings, save: Callable[[Row], None] = lambda table: None) ->
     start, limit = time.monotonic(), settings.limit or math.inf
     device, dtype, wanted = settings.device, DTYPES[settings.dtype], settings.providers
     timer_class: type[Timer] = cpu.Timer if device == "cpu" else cuda.Timer
-    known_providers = providers(device, dtype) | (peers.providers(device, dtype) if settings.peers else {})
+    known_providers = providers(device, dtype) | (peers.providers(dtype) if settings.peers else {})
     chosen = [p for p in known_providers.values() if wanted is None or p.name in ("copy", *wanted)]
     without_all = missing(device) | (peers.missing(device) if settings.peers else {})
     out = [absent(name, reason) for name, reason in without_all.items()]
