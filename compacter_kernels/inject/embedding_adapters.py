@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from compacter_kernels.inject.hidden_states import first_input
+from compacter_kernels.inject.hidden_states import first_argument, first_input
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.inject.target_adapters import Layer, TargetAdapters
 from compacter_kernels.nn.choice import adapted
@@ -19,7 +18,7 @@ class EmbeddingAdapters(TargetAdapters):
 
     def __init__(self, write: Layer) -> None:
         super().__init__(write)
-        self._first = next(iter(inspect.signature(write.module.forward).parameters), "")
+        self._first = first_argument(write.module)
 
     def register_hooks(self) -> None:
         """Register the hooks that are missing."""

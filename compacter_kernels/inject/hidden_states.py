@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def first_argument(module: nn.Module) -> str:
+    """The name of the first argument of a module's forward, "" if it has none."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input, map_first
+from compacter_kernels.inject.hidden_states import first_argument, first_input, map_first
 from compacter_kernels.inject.offload import onloaded
 from compacter_kernels.nn import CompacterAdapter
 from compacter_kernels.nn.choice import Choice, Part, adapted, check_inputs
@@ -120,8 +119,7 @@ class TargetAdapters(AddedModules):
         if norm is not None:
             self._norms[name] = norm
         if read is not None:
-            first_parameter = next(iter(inspect.signature(read.module.forward).parameters), "")
-            self._reads[name] = (read, first_parameter)
+            self._reads[name] = (read, first_argument(read.module))
             self.register_hooks()
 
     def __delitem__(self, name: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import threading
 from typing import Any
 
 from torch import Tensor, nn
 
-from compacter_kernels.inject.hidden_states import first_input
+from compacter_kernels.inject.hidden_states import first_argument, first_input
 
 # `waiting` holds the input of the block that this thread computes, and the number of the layer at
 # its end. Each thread has its own. torch.compile loses the attributes of a subclass of
@@ -36,7 +35,7 @@ class BlockInput:
 
     def __init__(self, read: nn.Module, layer: Any) -> None:
         self._read, self._number = read, layer.number
-        self._first = next(iter(inspect.signature(read.forward).parameters), "")
+        self._first = first_argument(read)
         self._own = read is layer.get_base_layer()  # torch.compile cannot look at the handle for this.
         self._handle: Any = None
         if not self._own:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from compacter_kernels.inject.prepare import build_adapter
+from compacter_kernels.nn.flat_names import PREFIX
 from compacter_kernels.peft import shared
 from compacter_kernels.peft.shared import SharedParameters
 from compacter_kernels.peft.tuner import AdapterTuner
@@ -17,7 +18,7 @@ from compacter_kernels.targets.find import Target
 class CompacterModel(AdapterTuner):
     """Compacter (arXiv 2106.04647) in a model, as peft.get_peft_model makes it."""
 
-    prefix = "compacter_"
+    prefix = PREFIX
 
     def _build(self, model: nn.Module, config: Any, target: Target, device: str | None = None) -> Any:
         return build_adapter(model, config, target, "auto", device)
