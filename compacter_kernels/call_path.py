@@ -46,7 +46,7 @@ def run(call: Call, activation: Activation, out: Tensor | None, impl: str) -> Te
         if known is None and key is not None and plan.final and not callable(activation):
             _plans[key] = plan
     if out is not None or (call.__class__ is not LinearCall and call[6] is not None):  # type: ignore[misc]
-        return _with_options(plan, call, activation, out, impl)
+        return _with_options(plan, call, activation, out)
     return _without_options(plan, call)
 
 
@@ -175,7 +175,7 @@ def _through_torch(plan: dispatch.Plan, call: Call) -> Tensor:
         raise
 
 
-def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: Tensor | None, impl: str) -> Tensor:
+def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: Tensor | None) -> Tensor:
     """The result of a call with an `out`, a norm, or both."""
     if out is not None:
         _check_out(out, call)

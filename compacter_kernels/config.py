@@ -216,7 +216,9 @@ class BottleneckConfig(AdapterConfig):
         if not self.original_ln_after:
             raise ValueError("original_ln_after=False: an adapter here does not take the model's own residual away")
         if self.init_weights not in INITIAL_WEIGHTS:
-            raise ValueError(f"init_weights={self.init_weights!r} is not known; choose one of {INITIAL_WEIGHTS}")
+            raise ValueError(
+                f"init_weights={self.init_weights!r} is not known; choose one of {', '.join(INITIAL_WEIGHTS)}"
+            )
 
     def of_each_adapter(self) -> dict[str, Any]:
         """The arguments of `BottleneckAdapter` that all adapters of the model have in common."""

@@ -1,4 +1,4 @@
-"""The public functions. Each packs its arguments into one call, which `way` takes to a kernel."""
+"""The public functions. Each packs its arguments into one call, which `call_path` takes on."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from torch import Tensor, nn
 
 import compacter_kernels as ck
@@ -69,8 +68,3 @@ def injected_like(model: nn.Module, base: nn.Module, **options: Any) -> nn.Modul
     for key, value in values.items():
         names[key].data.copy_(value)
     return made
-
-
-def base_and_wrapped(family: str, **options: Any) -> tuple[nn.Module, Any]:
-    """A model without adapters and the same one with adapters."""
-    return build(family), wrapped(build(family), **options)

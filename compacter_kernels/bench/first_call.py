@@ -5,7 +5,7 @@ disk is empty for each. The files of Python and of the packages are in the memor
 their modules have been compiled to bytecode, as after a first run. The clock is the one that all
 processes of the system share. The time of the processor until the first call has ended is taken
 too, because other load disturbs it little, and of it the time of Python's garbage collections.
-Counters of objects decide when such a collection comes. A full one takes longer than our import.
+Counters of objects decide when a collection comes. A full collection takes longer than our import.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(samples), high
 
 
-def rotated(timings: list[Any], turn: int) -> list[Any]:
-    """Return the timings in the order of this turn: each comes first in its turn."""
-    first = turn % max(1, len(timings))
-    return timings[first:] + timings[:first]
+def rotated(items: list[Any], turn: int) -> list[Any]:
+    """Return the items in the order of this turn. From turn to turn another one comes first."""
+    first = turn % max(1, len(items))
+    return items[first:] + items[:first]
 
 
 def copy_bandwidth(size: int, device: str, seconds: Callable[[Callable[[], object]], float]) -> float:

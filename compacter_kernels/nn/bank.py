@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class AdapterBank(SharesRule):
         """
         self._new_name(name)
         state = self._checked(self._built() if source is None else source, fresh=source is None)
-        self._grow(lambda path, old: torch.cat([old, state[path].to(old)[None]]))
+        self._exchange(lambda path, old: torch.cat([old, state[path].to(old)[None]]))
         self.names = (*self.names, name)
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class AdapterBank(SharesRule):
         index = self.index(name)
         if len(self.names) == 1:
             raise ValueError(f"{name!r} is the last adapter of the bank, which has at least one")
-        self._grow(lambda path, old: torch.cat([old[:index], old[index + 1 :]]))
+        self._exchange(lambda path, old: torch.cat([old[:index], old[index + 1 :]]))
         self.names = self.names[:index] + self.names[index + 1 :]
 
     def index(self, name: str) -> int:
@@ -219,7 +219,7 @@ class AdapterBank(SharesRule):
         owner, _, name = path.rpartition(".")
         self.get_submodule(owner).register_parameter(name, value)
 
-    def _grow(self, change: Any) -> None:
+    def _exchange(self, change: Callable[[str, Tensor], Tensor]) -> None:
         """Exchange all stacked parameters for changed ones; a parameter of two names stays one."""
         made: dict[int, nn.Parameter] = {}
         for path, old in self._each():

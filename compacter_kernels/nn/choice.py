@@ -65,8 +65,8 @@ class Part(NamedTuple):
     """Adapters that one call computes together.
 
     numbers: of their names in the choice. together: False for a single one that must be called as a
-    module. table: for each number of the choice its number here, or -1, also for -1, the last;
-    None where both are the same.
+    module. table: at each number of the choice, the number of the same adapter here, or -1 if it is
+    not here. The last entry is -1, which the number -1 reads. None: both numbers are the same.
     """
 
     names: tuple[str, ...]

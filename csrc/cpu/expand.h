@@ -167,7 +167,7 @@ private:
     // The basis stays in registers for all tokens, which saves loads and spreads the stores.
     template <int U, int M, bool Cut>
     COMPACTER_NOINLINE void basis_held(const Chunk& at, int64_t u, int64_t tokens, std::bool_constant<Cut>,
-                                              int64_t count) const {
+                                       int64_t count) const {
         // Copies, since a store to the output might change the members of `this` and `at`.
         const int64_t row = n * chunk;
         const bool streams = streaming;

@@ -61,7 +61,7 @@ struct OuterShape {
 };
 
 inline void lane_outer(float* gradient, int64_t row_stride, const float* left, const float* right, int64_t left_row,
-                                 int64_t right_row, OuterShape shape) {
+                       int64_t right_row, OuterShape shape) {
     constexpr int A = many_registers ? 4 : 2;
     tiles<A, 1>(0, shape.left_rows, [&](auto size, int64_t a) COMPACTER_INLINE_LAMBDA {
         for (int64_t b = 0; b < shape.right_rows; b += 4) {

@@ -76,7 +76,7 @@ COMPACTER_INLINE V select(IntVec holds, V a, V b) {
     return holds ? a : b;
 }
 
-// 16 bits of each lane: as the lower ones of 32, and the lower ones of 32.
+// From 16 bits of each lane to 32, of which the upper ones are 0; and the lower 16 bits of 32.
 COMPACTER_INLINE BitVec extended(HalfBits half) { return __builtin_convertvector(half, BitVec); }
 COMPACTER_INLINE HalfBits truncated(BitVec bits) { return __builtin_convertvector(bits, HalfBits); }
 

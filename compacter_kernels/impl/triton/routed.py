@@ -163,7 +163,7 @@ class RoutedKernel(TritonKernel):
     def _divide(self, launch: Tiled, order: Order, n: int, most: int, table: Tensor) -> int:
         """Fill the table of a launch, and return how many programs cover all adapters.
 
-        n: the parts of a row, of which a tile has a number. most: the programs for one adapter.
+        n: the parts of a row; a tile has launch.tokens parts. most: the programs for one adapter.
         """
         scalars = order.groups, order.groups.bit_length(), order.per, n, launch.tokens, most
         self._run(self.table, 1, 1, (order.ids, table), *scalars)
