@@ -30,7 +30,11 @@ struct Lanes {
 
     T operator[](int64_t k) const { return values[k]; }
 
-    Lanes operator-() const { return Lanes() - *this; }
+    Lanes operator-() const {
+        Lanes result;
+        for (int k = 0; k < N; ++k) result.values[k] = -values[k];
+        return result;
+    }
 
 #define COMPACTER_LANES(OP)                                                      \
     friend Lanes operator OP(const Lanes& a, const Lanes& b) {                   \
