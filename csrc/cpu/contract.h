@@ -68,7 +68,8 @@ private:
         }
     }
 
-    static constexpr int rows_at_once = many_registers ? 8 : 4;
+    // With 16 registers, twelve sums: eight would just wait for one another.
+    static constexpr int rows_at_once = many_registers ? 8 : W == 8 && !in_pairs<T> ? 6 : 4;
 
     static int span(int64_t m) { return W == 16 && m <= 4 ? 8 : 4; }
 
