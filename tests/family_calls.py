@@ -109,10 +109,7 @@ class Family:
 
     def run(self, tensors: Tensors, impl: str, frozen: tuple[str, ...] = ()) -> Tensors:
         """The output and the gradients of all tensors that are not frozen."""
-        leaves = {
-            name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(name not in (*frozen, "grad"))
-            for name, t in tensors.items()
-        }
+        leaves = {name: t.detach().requires_grad_(name not in (*frozen, "grad")) for name, t in tensors.items()}
         out = self.call(leaves, impl)
         wanted = {name: t for name, t in leaves.items() if t.requires_grad}
         return {

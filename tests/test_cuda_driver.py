@@ -13,6 +13,7 @@ from oracle import Case
 
 import compacter_kernels as ck
 from compacter_kernels.impl import cuda
+from compacter_kernels.problem import Bank
 
 if os.environ.get(VARIABLE):
     pytest.skip("the executed kernels need no driver", allow_module_level=True)
@@ -62,3 +63,19 @@ def test_a_driver_of_the_same_major_version(monkeypatch: pytest.MonkeyPatch, cap
     assert reason is None or "CUDA 12.2, but the kernels were built with CUDA 12.8; update the driver" in reason
     built(monkeypatch, 12080, 12080)
     assert cuda._other_architecture(capability) is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [("sm_80", 90, 80), ("sm_80 sm_90", 100, 90), ("sm_80 sm_90", 90, 90), ("sm_80", 86, 80), ("", 90, 90)],
+)
+def test_a_plan_is_for_the_code_that_runs(
+    monkeypatch: pytest.MonkeyPatch, archs: str, capability: int, runs: int
+) -> None:
+    """PTX of sm_80 on a later device does not wait for the kernel before it, as code for sm_90 does."""
+    built(monkeypatch, 13000, 13000, archs)
+    for kind in ("CudaLinear", "CudaAdapter", "CudaBank"):
+        monkeypatch.setitem(cuda._C.__dict__, kind, lambda *arguments: arguments[-1])
+    device = cuda.Device(132, 2**17, 2**17, capability)
+    assert cuda._plan("linear", (), device) == cuda._plan("adapter", (), device) == runs
+    assert cuda._bank_plan((), Bank(2, False, ()), device) == runs

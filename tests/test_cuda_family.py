@@ -255,12 +255,21 @@ def test_no_bank_conflicts_of_ldmatrix(case: Family, library: ctypes.CDLL) -> No
     assert library.cuda_on_cpu_conflicts() == 0
 
 
-@pytest.mark.parametrize("moved", ["x", "grad", "residual", "up.weight", "down.left"])
-def test_unaligned_addresses(moved: str) -> None:
-    case = Family(n=0 if moved == "up.weight" else 4, adapters=3, route=ROUTE, dtype=BF16, residual="other")
+@pytest.mark.parametrize(
+    ("n", "residual", "moved"),
+    [
+        (n, residual, moved)
+        for n, weight in ((0, "up.weight"), (4, "down.left"))
+        for residual, added in (("x", ()), ("other", ("residual",)))
+        for moved in ("x", "grad", weight, *added)
+    ],
+)
+def test_unaligned_addresses(n: int, residual: str, moved: str) -> None:
+    case = Family(n=n, adapters=3, route=ROUTE, dtype=BF16, residual=residual)
     tensors = case.tensors()
     there = tensors[moved]
     tensors[moved] = there.new_empty(there.numel() + 1)[1:].view(there.shape).copy_(there)
+    assert tensors[moved].data_ptr() % 16
     got, expected = case.run(tensors, "cuda"), case.run(case.tensors(), "cuda")
     assert_same_bits(got, expected)
 

@@ -87,11 +87,16 @@ def _not_compiled(problem: Problem) -> str | None:
     return None
 
 
+def _compiled() -> list[int]:
+    """The architectures that the kernels were compiled for; none if the CPU executes them."""
+    return [int(name.removeprefix("sm_")) for name in _BUILD["cuda_archs"]]
+
+
 def _other_architecture(capability: int) -> str | None:
     """Why the compiled code cannot run on a device, or None. Machine code fits one generation."""
     if capability < OLDEST:
         return f"the device is sm_{capability}; sm_{OLDEST} or later is needed"
-    compiled = [int(name.removeprefix("sm_")) for name in _BUILD["cuda_archs"]]
+    compiled = _compiled()
     if not compiled or any(a // 10 == capability // 10 and a <= capability for a in compiled):
         return None
     if capability > max(compiled):  # runs the PTX of the last architecture
@@ -116,12 +121,21 @@ def _old_driver(needs_ptx: bool) -> str | None:
     )
 
 
+def _as_compiled(device: Device) -> Device:
+    """The device with the capability that the code on it was compiled for.
+
+    A later device runs the PTX of an earlier architecture, which lacks what later ones have.
+    """
+    runs = max((a for a in _compiled() if a <= device.capability), default=device.capability)
+    return device._replace(capability=runs)
+
+
 def _plan(operation: str, arguments: tuple[Any, ...], device: Device) -> Any:
-    return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *device)
+    return (_C.CudaLinear if operation == "linear" else _C.CudaAdapter)(*arguments, *_as_compiled(device))
 
 
 def _bank_plan(arguments: tuple[Any, ...], bank: Bank, device: Device) -> Any:
-    return _C.CudaBank(*arguments, bank.adapters, *bank.shared_rules, *device)
+    return _C.CudaBank(*arguments, bank.adapters, *bank.shared_rules, *_as_compiled(device))
 
 
 @evaluated_when_compiled

@@ -7,7 +7,8 @@
 namespace compacter::cuda {
 namespace {
 
-constexpr int64_t widest = 1 << 20, most_tokens = int64_t{1} << 31;
+constexpr int64_t widest = 1 << 20;
+constexpr int64_t most_tokens = (int64_t{1} << 31) - 1024;  // an int holds the first row behind the last tile
 constexpr int most_dense = 256, most_terms = 64, most_chunks = 64;
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -93,8 +94,8 @@ std::string refuses(const FamilyProblem& problem, const Device& device) {
 }
 
 void check_tokens(const FamilyProblem& problem) {
-    if (problem.problem.tokens >= most_tokens)
-        throw std::runtime_error("x has " + text(problem.problem.tokens) + " rows; the kernels have at most 2^31 - 1");
+    if (problem.problem.tokens > most_tokens)
+        throw std::runtime_error("x has " + text(problem.problem.tokens) + " rows; the kernels have at most " + text(most_tokens));
 }
 
 // Of many adapters each has the sums of few programs, and of one adapter all have some.
@@ -222,7 +223,7 @@ void backward(const FamilyProblem& problem, const void* x, const void* grad_out,
         b.grad_mix = wanted.mix ? workspace + at.grad_mix : nullptr;
         b.partials.first = wanted.small ? workspace + at.small : nullptr;
         w.partials.first = workspace + at.wide;
-        b.family.middle.in_vectors &= aligned(x) && aligned(grad_x);
+        b.family.middle.in_vectors &= aligned(x) && aligned(grad_x) && (!residual_is_x || aligned(grad_out));
         b.family.middle.out_vectors &= aligned(grad_out);
         w.family = b.family;
         plan.rows_launch.stream = plan.weights_launch.stream = stream;
