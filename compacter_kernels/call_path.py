@@ -117,7 +117,7 @@ def _of_each(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
 def _problem(call: Call, activation: Activation) -> Problem:
     """The problem of a call, checked."""
     if isinstance(call, LinearCall):
-        return linear_problem(*call[:3])
+        return linear_problem(call.x, call.weights, call.base)  # torch.compile of torch 2.6 cannot take a slice of it
     bank = (call.down.slots()[1].shape[0], call.mix is not None) if isinstance(call, BankCall) else ()
     problem = adapter_problem(call.x, call.down, call.up, activation, *bank)  # type: ignore[arg-type]
     if call.norm is not None:

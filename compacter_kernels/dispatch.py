@@ -55,10 +55,10 @@ def ranking(table: Table, problem: Problem) -> Ranking:
     """The line of a table for calls like this one, or one of no impls."""
     if problem.bank is not None:
         return Ranking((), "")
-    sizes = {(p.phm_dim, p.rank) for p in problem.projections}
-    key = (problem.operation, architecture(problem.device), problem.dtype)
+    wanted = (problem.operation, architecture(problem.device), problem.dtype)
     for kind, found in table.items():
-        if key == kind[:3] and sizes <= {(n, 1) for n in kind.phm_dims}:
+        same = wanted == (kind.operation, kind.architecture, kind.dtype)  # torch.compile of torch 2.6 takes no slice
+        if same and all([p.phm_dim in kind.phm_dims and p.rank == 1 for p in problem.projections]):
             return found
     return Ranking((), "")
 

@@ -15,6 +15,8 @@ from torch.fx import GraphModule
 
 import compacter_kernels as ck
 
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # in Python 3.13.0
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -106,6 +108,7 @@ def test_module(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # of torch 2.6
 @pytest.mark.parametrize("impl", FUSED)
 def test_inductor(impl: str) -> None:
     """The default backend gives the bits of eager mode.

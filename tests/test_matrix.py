@@ -61,6 +61,13 @@ def test_rows_of_other_versions_are_kept_and_sorted(matrix: ModuleType, tmp_path
     assert [line.split(" | ")[-1] for line in lines] == ["2.9.1 |", "again |"]
 
 
+def test_a_row_of_newest_that_failed_replaces_no_row_of_none(matrix: ModuleType, tmp_path: Path) -> None:
+    rows = [{"python": "3.10", "torch": "2.6.0", "triton": triton} for triton in ("newest", "none", "3.6.0")]
+    matrix.write(rows, tmp_path)
+    lines = (tmp_path / "matrix.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert [line.split(" | ")[2] for line in lines] == ["none", "3.6.0", "newest"]
+
+
 def test_the_short_suite_is_there_and_needs_the_tests_alone() -> None:
     lines = (ROOT / "tests" / "short.txt").read_text(encoding="utf-8").splitlines()
     files = [ROOT / line for line in lines if line.startswith("tests/")]

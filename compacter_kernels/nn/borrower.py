@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from compacter_kernels.private import parameter
 class Borrower(nn.Module):
     """A module that reads each of its parameters, in every call, where `borrow` says."""
 
-    _borrowed: Mapping[str, tuple[nn.Module, str]] = MappingProxyType({})
+    # None for no parameters; torch.compile of torch 2.6 cannot read an empty mapping from a class
+    _borrowed: Mapping[str, tuple[nn.Module, str]] | None = None
 
     def borrow(self, owner: nn.Module, **names: str) -> None:
         """Use the parameters of another module instead of this one's own, which are deleted.
@@ -32,11 +32,11 @@ class Borrower(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(shape)}, the owner's {owner_name} another")
         for name in names:
             delattr(self, name)
-        self._borrowed = {**self._borrowed, **{name: (owner, its) for name, its in names.items()}}
+        self._borrowed = {**(self._borrowed or {}), **{name: (owner, its) for name, its in names.items()}}
 
     def _weight(self, name: str) -> Any:
         """A parameter of this module or a borrowed one; None if the options leave it out."""
-        if name not in self._borrowed:
+        if self._borrowed is None or name not in self._borrowed:
             return parameter(self, name)
         owner, owner_name = self._borrowed[name]
         return getattr(owner, owner_name)

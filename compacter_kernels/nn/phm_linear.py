@@ -145,7 +145,7 @@ class PHMLinear(Borrower):
 
     def _weight(self, name: str) -> Any:
         """A parameter of this layer, or a borrowed one, on the device of this layer."""
-        if name not in self._borrowed:
+        if self._borrowed is None or name not in self._borrowed:
             return parameter(self, name)
         weight, b = super()._weight(name), super()._weight("b")
         like = super()._weight(self.factor_names()[0]) if b is None else b
@@ -165,10 +165,11 @@ class PHMLinear(Borrower):
 
     def reset_parameters(self) -> None:
         """Draw new weights, except a shared rule and borrowed parameters; the bias becomes zero."""
-        reset_factors([getattr(self, name) for name in self.factor_names() if name not in self._borrowed], self.init)
+        borrowed = self._borrowed or {}
+        reset_factors([getattr(self, name) for name in self.factor_names() if name not in borrowed], self.init)
         if not self.shared_phm_rule:
             reset_rule(self.rule_parameters(), OWN_RULE_RANGE, self.phm_c_init)
-        b = None if "b" in self._borrowed else self.b
+        b = None if "b" in borrowed else self.b
         if b is not None:
             with gathered([b], change=True):
                 nn.init.zeros_(b)
