@@ -99,7 +99,7 @@ def _case(problem: Problem) -> tuple[Call, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(shape: tuple[int, ...], std: float, dtype: torch.dtype | None) -> Tensor:
-        return (torch.randn(shape, generator=generator) * std).to(problem.device, dtype or torch.float32)
+        return (torch.randn(shape, generator=generator, device="cpu") * std).to(problem.device, dtype or torch.float32)
 
     bank = () if problem.bank is None else (problem.bank.adapters,)
 
@@ -131,5 +131,5 @@ def _case(problem: Problem) -> tuple[Call, Tensor]:
     if problem.bank.mixed:
         mix = normal((TOKENS, adapters), 1.0, torch.float32)
     else:
-        route = torch.randint(-1, adapters, (TOKENS,), generator=generator).to(problem.device)
+        route = torch.randint(-1, adapters, (TOKENS,), generator=generator, device="cpu").to(problem.device)
     return BankCall(x, down, up, residual, True, 0.5, None, route, mix), grad

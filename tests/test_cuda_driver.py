@@ -72,7 +72,7 @@ def test_a_driver_of_the_same_major_version(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_plan_is_for_the_code_that_runs(
     monkeypatch: pytest.MonkeyPatch, archs: str, capability: int, runs: int
 ) -> None:
-    """PTX of sm_80 on a later device does not wait for the kernel before it, as code for sm_90 does."""
+    """PTX of sm_80 does not wait for the kernel before it, not on a later device either."""
     built(monkeypatch, 13000, 13000, archs)
     for kind in ("CudaLinear", "CudaAdapter", "CudaBank"):
         monkeypatch.setitem(cuda._C.__dict__, kind, lambda *arguments: arguments[-1])

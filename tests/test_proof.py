@@ -63,6 +63,12 @@ def test_a_right_kernel_passes(case: Case, dtype: torch.dtype) -> None:
     assert found.reason.endswith("and right on this device when tried")
 
 
+def test_a_default_device_changes_nothing() -> None:
+    wanted = problem(Case())
+    with torch.device("meta"):
+        assert dispatch.explain(wanted).impl == "cpu"
+
+
 @pytest.mark.parametrize("which", [0, 1, 2, 5, 8])
 def test_a_wrong_kernel_is_passed_over(
     which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -29,13 +29,14 @@ driver.set_active(Driver())
 
 from compacter_kernels.cases import Case, Shape
 from compacter_kernels.impl.triton import launch
-from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, reduction
+from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, TritonKernel, reduction
 from compacter_kernels.impl.triton.plan import Options, plan, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.problem import adapter_problem
 
 case = Case.of(Shape(64, 16, 4), 16, dtype=torch.bfloat16).inputs()
-kernels = served(adapter_problem(case.x, case.down, case.up, case.activation), "sm_90")
+problem = adapter_problem(case.x, case.down, case.up, case.activation)
+kernels = served(problem, "sm_90")
 out, options = torch.empty_like(case.x), Options(SAME=True, RESIDUAL=True, HAS_BIAS=True)
 s = kernels["backward"].sizes
 part, params = torch.empty(4, s.OFFSETS.ROW), (*case.down, *case.up)
@@ -65,13 +66,25 @@ class Compiled:
     _init_handles = lambda self: patterns.append(addresses)
 
 
-launch.current_device, launch.current_stream, tiled.compile = lambda: 0, lambda device: 7, lambda tensors: Compiled()
+launch.current_device, launch.current_stream = lambda: 0, lambda device: 7
+one = launch.Launch(KERNELS[name], tiled.constants, config.warps, 0)
+one.compile = lambda tensors: Compiled()
 for addresses in ((16, 0, 32), (32, 0, 48), (16, 16, 32), (24, 0, 32), (32, 0, 16)):
-    tiled(3, 1, (), addresses, 0.5, 9)
+    one(3, 1, (), addresses, 0.5, 9)
 assert patterns == [(16, 0, 32), (16, 16, 32), (24, 0, 32)]  # as it is absent, aligned, or x is unaligned
 assert ran[1] == (3, 1, 1, 7, None, None, None, None, None, 32, 0, 48, 0.5, 9, *tiled.tail)
 assert len(ran) == 5
 print("launched")
+
+launch.Tiled.fits = lambda self, tensors: tensors[1] is None or self.config.stages < 3
+kernel = TritonKernel(problem)
+assert kernel._launch("forward", (case.x, None, out, *params), False).config.stages == 3
+assert kernel._launch("forward", (case.x, case.grad, out, *params), False).config.stages == 2
+large = torch.empty(2**31, dtype=torch.uint8, device="meta")
+assert launch.pattern((out, large), (16, 32)) == (0, 0)
+torch.version.hip = "7.0"
+assert launch.pattern((out, large, None), (16, 36, 0)) == (0, 4, None, False, True, False)
+print("chosen")
 '''
 
 
@@ -79,10 +92,12 @@ print("launched")
 def test_kernels_compile_and_launch_for_a_device_that_is_not_there() -> None:
     """A launch compiles once for each pattern of absent tensors and of addresses.
 
+    A kernel chooses a configuration for each.
+
     It runs in a process of its own, since the driver is a global variable of Triton.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
-    assert (done.returncode, done.stdout) == (0, "compiled\nlaunched\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "compiled\nlaunched\nchosen\n"), done.stderr

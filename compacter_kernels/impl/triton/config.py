@@ -40,6 +40,12 @@ HELD_BYTES = 2048  # the longest row of x for a backward in one kernel
 HELD_SUMS = 4096, 6144  # the most numbers of a folded matrix, and of the wide factors, in its sums
 
 
+def generation(architecture: str) -> str:
+    """The architecture of the tables for a GPU: sm_103 is like sm_100, and sm_89 like sm_80."""
+    known = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120"}
+    return known.get(architecture[:-1], architecture)
+
+
 def configurations(s: Sizes, back: Sizes, dtype: torch.dtype, architecture: str) -> Configurations:
     """The kernels for this dtype and their configurations. s, back: sizes forward, backward."""
     bf16 = dtype == torch.bfloat16

@@ -14,8 +14,9 @@ from compacter_kernels.impl import Gradients, architecture, empty_gradients
 from compacter_kernels.impl.memory import Parameters, addresses, readable
 from compacter_kernels.impl.triton import two_phase
 from compacter_kernels.impl.triton.backward import backward
+from compacter_kernels.impl.triton.config import generation
 from compacter_kernels.impl.triton.forward import forward, forward_streamed
-from compacter_kernels.impl.triton.launch import Launch, Tiled
+from compacter_kernels.impl.triton.launch import Launch, Tiled, pattern
 from compacter_kernels.impl.triton.plan import Options, plan, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
 from compacter_kernels.impl.triton.sizes import Sizes
@@ -47,10 +48,11 @@ class TritonKernel:
         self.multiprocessors, name = 4, "interpreter"
         if problem.device.type == "cuda":
             self.multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
-            name = architecture(problem.device)
+            name = generation(architecture(problem.device))
         self.served = served(problem, name, turned)
         self.sizes = s = self.served["backward" if "backward" in self.served else "tokens"].sizes
-        self.width, self.square, self.float32 = s.IN.N * s.IN.K, s.SQUARE, problem.dtype == torch.float32
+        self.width, self.square = s.IN.N * s.IN.K, s.SQUARE
+        self.float32 = problem.dtype == torch.float32 and name.startswith("sm_")  # few GPUs of AMD have tf32
         self.out_features = problem.projections[-1].out_features
         self.launches: dict[Any, Tiled] = {}
         self.reductions: dict[tuple[bool, ...], tuple[Launch, int]] = {}
@@ -78,9 +80,9 @@ class TritonKernel:
             tensors = (x, added, out, *params)
             pointers = (x.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), *given)
             if "forward" in self.served:
-                launch = self._launch("forward", tensors, added is x and self.square)
+                launch = self._launch("forward", tensors, added is x and self.square, at=pointers)
             else:
-                launch = self._launch("forward_streamed", tensors)
+                launch = self._launch("forward_streamed", tensors, at=pointers)
             launch(launch.programs(tokens), 1, tensors, pointers, scale, tokens)
         return out
 
@@ -129,10 +131,14 @@ class TritonKernel:
         tensors = (part, *grads)
         launch(blocks, 1, tensors, addresses(tensors), wide_rows, rows)
 
-    def _launch(self, name: str, tensors: Optionals, *options: bool) -> Tiled:
-        """The kernel with the first configuration that fits, kept for each choice of `Options`."""
+    def _launch(self, name: str, tensors: Optionals, *options: bool, at: Sequence[int] | None = None) -> Tiled:
+        """The kernel with the first configuration that fits, for these `Options` and this pattern.
+
+        at: the addresses of the tensors, if they are known.
+        """
         tf32 = self.float32 and tf32_allowed()
-        launch = self.launches.get((name, tf32, options))
+        key = name, tf32, options, pattern(tensors, addresses(tensors) if at is None else at)
+        launch = self.launches.get(key)
         if launch is None:
             kernel = self.served[name]
             if tf32:
@@ -146,7 +152,7 @@ class TritonKernel:
                     break
             else:
                 raise RuntimeError(f"no configuration of {name} fits the shared memory of this device")
-            self.launches[name, tf32, options] = launch
+            self.launches[key] = launch
         return launch
 
     def _two_phase(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from compacter_kernels.impl.triton.tiles import INTERPRETED
 from compacter_kernels.private import current_device, current_stream
 
 TENSOR_MEMORY = 512  # the columns that sm_100 has
+BUFFER = 2**31 - 1  # the bytes that AMD's short offsets reach
 _interpreted, _runtime = INTERPRETED.value, knobs.runtime
+_compiling = threading.Lock()  # Triton unloads a kernel that is forgotten, perhaps while it runs
 
 
 def compile_options(warps: int) -> dict[str, Any]:
@@ -29,16 +32,28 @@ def fits(metadata: Any, shared: int) -> bool:
     return bool(metadata.shared <= shared and (getattr(metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY)
 
 
-class Launch:
-    """One kernel with its compile-time arguments on one device.
+def pattern(tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> tuple[Any, ...]:
+    """What of its tensors a kernel is compiled for, beside their dtypes.
 
-    It is compiled once for each pattern of absent tensors and of addresses modulo 16 bytes.
+    It knows which are absent and the addresses modulo 16 bytes, and on AMD which are large.
     """
+    found = tuple([a % 16 if a else None for a in addresses])
+    if torch.version.hip is None:
+        return found
+    return *found, *[t is not None and t.untyped_storage().nbytes() > BUFFER for t in tensors]
+
+
+class Launch:
+    """One kernel with its compile-time arguments on one device, compiled for each `pattern`."""
 
     def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, device: int) -> None:
         self.kernel, self.constants, self.warps, self.device = kernel, constants, warps, device
         self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self.compiled: dict[tuple[int | None, ...], Any] = {}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def key(self, tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> tuple[Any, ...]:
+        """The pattern of a call."""
+        return pattern(tensors, addresses)
 
     def compile(self, tensors: Sequence[Tensor | None]) -> Any:
         """The compiled kernel for tensors of these dtypes and alignments; scale is a float."""
@@ -60,12 +75,14 @@ class Launch:
             with torch.cuda.device(self.device):
                 self(columns, rows, tensors, addresses, *scalars)
             return
-        key = tuple([a % 16 if a else None for a in addresses])
+        key = self.key(tensors, addresses)
         compiled = self.compiled.get(key)
         if compiled is None:
-            kernel = self.compile(tensors)
-            kernel._init_handles()
-            compiled = self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata, kernel)
+            with _compiling:
+                kernel = self.compile(tensors)
+                kernel._init_handles()
+                made = kernel.run, kernel.function, kernel.packed_metadata, kernel
+                compiled = self.compiled.setdefault(key, made)
         stream = current_stream(self.device)
         run, function, packed, kernel = compiled
         enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
@@ -78,11 +95,17 @@ class Launch:
 
 
 class Tiled(Launch):
-    """A launch whose programs share the tiles of a configuration."""
+    """A launch whose programs share the tiles of a configuration.
+
+    It serves one pattern, since that decides whether the configuration fits.
+    """
 
     def __init__(self, kernel: Any, static: Static, config: Config, device: int, multiprocessors: int) -> None:
         super().__init__(kernel, {"P": static}, config.warps, device)
         self.config, self.tokens, self.most = config, config.tokens, config.programs * multiprocessors
+
+    def key(self, tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> tuple[Any, ...]:
+        return ()
 
     def programs(self, count: int) -> int:
         """The number of programs for `count` tokens or rows: one for each tile, up to `most`."""

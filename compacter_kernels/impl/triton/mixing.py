@@ -23,7 +23,7 @@ class MixedKernel(RoutedKernel):
 
     def forward(self, call: Call, out: Tensor | None = None) -> Tensor:
         assert isinstance(call, BankCall) and call.mix is not None
-        x, mix = readable(call.x, "x"), readable(call.mix, "mix")
+        x, mix = readable(call.x, "x"), readable(call.mix, "mix").float()  # its dtype is not of the problem
         params, _ = self.parameters.readable((*call.down, *call.up))
         added = x if call.add_x else None
         if call.residual is not None:
@@ -48,6 +48,7 @@ class MixedKernel(RoutedKernel):
         rows = x.numel() // self.width
         if not rows:
             return tuple([None if result is None else result.zero_() for result in results])
+        mix = mix.float()
         s, per, each = self.sizes, rows // len(mix), self._of_each(results)
         dx, rule1, left1, right1, bias1, rule2, left2, right2, bias2, of_mix = each
         grads: Optionals = (left1, right2, bias2, rule1, right1, bias1, rule2, left2)

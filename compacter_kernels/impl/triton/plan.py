@@ -121,13 +121,13 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     """The rounding of a kernel's products for x of this dtype.
 
     A float32 product is three tf32 or six bfloat16 products, whichever need fewer registers; AMD's
-    matrix units compute it directly. float16 uses tf32, whose 10 bits hold it exactly and whose
-    exponent holds every gradient. Between the projections bfloat16 uses tf32 too, or bfloat16 if
-    tf32 needs too many registers (a folded rule with n >= 8, and dZ and V2 in `backward`): there
-    the rounding of x weighs as much.
+    matrix units compute it directly. float16 is multiplied as float32: tf32 has as many bits, but
+    what meets x has more, and a tensor core truncates them. Between the projections bfloat16 uses
+    tf32, or bfloat16 if tf32 needs too many registers (a folded rule with n >= 8, and dZ and V2 in
+    `backward`): there the rounding of x weighs as much.
     """
     bf16 = dtype == torch.bfloat16
-    wide = "tf32x3" if dtype == torch.float32 else "tf32"
+    wide = "tf32" if bf16 else "tf32x3"
     if architecture.startswith("gfx"):
         wide = "ieee"
     middle = totals = wide

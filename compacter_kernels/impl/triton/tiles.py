@@ -16,6 +16,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def truncated(a):
+    """A float32 operand as a tensor core reads it for tf32: without its last 13 bits."""
+    return (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, summed in float32. PRECISION is that of float32 operands; "bf16" rounds them."""
     if PRECISION == "bf16":
@@ -24,6 +30,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if PRECISION == "tf32":
+            a = truncated(a)
+            b = truncated(b)
     if PRECISION == "bf16" or INTERPRETED:
         return tl.dot(a, b, acc, input_precision="ieee")
     else:
