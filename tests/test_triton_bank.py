@@ -215,3 +215,9 @@ def test_a_rule_that_would_spill_registers_is_refused(n_out: int, reason: str | 
     weights = PHMWeights(torch.zeros(1, 16, n_out), torch.zeros(1, 24, 8), torch.zeros(1, 8, 48), None)
     refusal = impl.refuses(linear_problem(torch.zeros(2, 384), weights))
     assert refusal is None if reason is None else reason in str(refusal)
+
+
+@pytest.mark.parametrize(("adapters", "reason"), [(65535, None), (65536, "the kernels take at most 65535 adapters")])
+def test_a_bank_of_more_adapters_than_a_grid_has_rows_is_refused(adapters: int, reason: str | None) -> None:
+    side = PHMWeights(*(torch.zeros(shape) for shape in ((2, 2, 2), (adapters, 2, 2, 1), (adapters, 2, 1, 2))), None)
+    assert impl.refuses(adapter_problem(torch.zeros(3, 4), side, side, "relu", adapters, False)) == reason

@@ -12,6 +12,7 @@ from compacter_kernels.impl.triton import sizes as _sizes
 from compacter_kernels.problem import Problem
 
 OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are 16-bit numbers or pairs of them
+MOST_ADAPTERS = 65535  # the rows of a grid
 
 
 def _interpreted() -> bool:
@@ -42,6 +43,8 @@ def _unserved(problem: Problem) -> str | None:
     adapter = problem.operation == "adapter"
     if adapter and any(p.phm_dim is None for p in problem.projections):
         return "the kernels take no adapter with a rule that is not (phm_dim, phm_dim, phm_dim)"
+    if problem.bank is not None and problem.bank.adapters > MOST_ADAPTERS:
+        return f"the kernels take at most {MOST_ADAPTERS} adapters"
     return None
 
 
