@@ -61,7 +61,11 @@ def failure(problem: Problem, name: str, impl: Impl) -> str:
     key = _key(problem, name)
     if key not in _failures:
         try:
-            _failures[key] = _compare(problem, impl)
+            # not in the caller's inference mode, and not through the hooks of a checkpoint
+            with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
+                _failures[key] = _compare(problem, impl)
+        except torch.OutOfMemoryError:  # says nothing of the impl
+            raise
         except Exception as error:  # whatever a driver or a compiler raises, the next impl serves
             _failures[key] = f"{type(error).__name__}: {error}".splitlines()[0]
         if _failures[key]:
@@ -70,6 +74,10 @@ def failure(problem: Problem, name: str, impl: Impl) -> str:
             )
             logger.warning(message, name, problem.device, _failures[key])
     return _failures[key]
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _compare(problem: Problem, impl: Impl) -> str:

@@ -341,3 +341,8 @@ def test_copies_and_repr(case: str) -> None:
     rebuilt = eval(repr(bank), {"softplus": F.softplus, **vars(ck)})
     assert repr(rebuilt) == repr(bank)
     assert {n: p.shape for n, p in rebuilt.named_parameters()} == {n: p.shape for n, p in bank.named_parameters()}
+
+
+def test_a_batch_without_samples() -> None:
+    bank = ck.AdapterBank(24, names=["de", "sv"], reduction_factor=2)
+    assert bank(torch.empty(0, 24), route=[]).shape == (0, 24)

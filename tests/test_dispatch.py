@@ -32,6 +32,14 @@ def _explain(case: Case, **options: Any) -> dispatch.Explanation:
     return ck.explain(tensors["x"], weights(tensors, "down."), weights(tensors, "up."), **options)
 
 
+@pytest.mark.parametrize(
+    ("installed", "reason"), [("3.5.1", "triton 3.5.1 is installed; 3.6 or later is needed"), ("3.10.0", None)]
+)
+def test_an_old_triton_is_not_tried(monkeypatch: pytest.MonkeyPatch, installed: str, reason: str | None) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: installed)
+    assert dispatch.IMPLS["triton"]._too_old() == reason  # type: ignore[attr-defined]
+
+
 def test_available_impls() -> None:
     impls = ck.available_impls()
     assert {"dense", "factored", "cpu"} <= set(impls)

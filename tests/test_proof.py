@@ -12,7 +12,9 @@ import pytest
 import torch
 from oracle import BF16, FP16, FP32, Case, problem
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+import compacter_kernels as ck
 from compacter_kernels import call_path, dispatch, modes, proof
 from compacter_kernels.impl import cpu
 
@@ -67,6 +69,31 @@ def test_a_default_device_changes_nothing() -> None:
     wanted = problem(Case())
     with torch.device("meta"):
         assert dispatch.explain(wanted).impl == "cpu"
+
+
+def test_the_first_call_may_be_in_a_checkpoint() -> None:
+    adapter, linear = ck.CompacterAdapter(24, reduction_factor=2), torch.nn.Linear(24, 24)
+    x = torch.randn(5, 24, requires_grad=True)
+    checkpoint(lambda x: linear(adapter(linear(x))), x, use_reentrant=False).sum().backward()
+    assert set(proof._failures.values()) == {""}
+
+
+def test_the_first_call_may_be_in_inference_mode() -> None:
+    with torch.inference_mode():
+        ck.CompacterAdapter(24, reduction_factor=2)(torch.randn(5, 24))
+    assert set(proof._failures.values()) == {""}
+
+
+def test_without_memory_nothing_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(problem: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = problem(Case())
+    with monkeypatch.context() as context:
+        context.setattr(cpu, "prepare", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            dispatch.explain(wanted)
+    assert dispatch.explain(wanted).impl == "cpu"
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 5, 8])

@@ -184,7 +184,8 @@ class AdapterBank(SharesRule):
             if len(route) != len(x):
                 raise ValueError(f"route has {len(route)} names for {len(x)} samples")
             numbers = [-1 if name is None else self.index(name) for name in route]
-            route = torch.tensor(numbers, device=x.device)
+            route = torch.tensor(numbers, dtype=torch.int64)
+            route = (route.pin_memory() if x.is_cuda else route).to(x.device, non_blocking=True)  # without waiting
         return self._stack()(x, residual, route, mix)
 
     def _stack(self) -> Stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,13 @@ class Choice:
         self, names: Iterable[str], route: Tensor | None = None, mix: Tensor | None = None, repeats: int | None = None
     ) -> None:
         self.names, self.route, self.mix, self.repeats = tuple(names), route, mix, repeats
-        self.rows = None  # of x (B, ...) that have each of the names
-        if route is not None and route.ndim == 1:
-            self.rows = [torch.nonzero(route == number).flatten() for number in range(len(self.names))]
+
+    @functools.cached_property
+    def rows(self) -> list[Tensor] | None:
+        """Those of x (B, ...) that have each name, for which the GPU is waited; None for tokens."""
+        if self.route is None or self.route.ndim != 1:
+            return None
+        return [torch.nonzero(self.route == number).flatten() for number in range(len(self.names))]
 
     def of_batch(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """route and mix for x (B, ...), whose samples may be repeated; ValueError for a wrong B."""
@@ -163,7 +168,7 @@ def adapted(chosen: Chosen, held: Any, y: Tensor, inputs_of: Callable[[str, Tens
         if route is not None and part.table is not None:
             route = part.table.to(route.device)[route]
         if mix is not None and len(part.numbers) < len(chosen.choice.names):
-            mix = mix[..., list(part.numbers)]
+            mix = torch.stack([mix[..., number] for number in part.numbers], -1)  # an index would wait for the GPU
         adapters = [held[name] for name in part.names]
         if mix is not None:
             if base is not y:
@@ -194,7 +199,7 @@ def copied(chosen: Chosen, x: Tensor, y: Tensor, call: Callable[[str, Tensor], T
         for name, number in zip(part.names, part.numbers, strict=True):
             if mix is not None:
                 result = result + along(mix[..., number], y, 0) * (call(name, x).to(y.dtype) - y)
-            elif choice.rows is None or torch.compiler.is_compiling():  # one graph for any number of rows
+            elif torch.compiler.is_compiling() or choice.rows is None:  # one graph for any number of rows
                 assert route is not None
                 if x.shape[: route.ndim] != route.shape:
                     raise ValueError(

@@ -9,9 +9,11 @@ import torch
 
 from compacter_kernels.impl import Kernel, not_fused
 from compacter_kernels.impl.triton import sizes as _sizes
+from compacter_kernels.private import evaluated_when_compiled
 from compacter_kernels.problem import Problem
 
 OPERANDS_LIKE_X = True  # the matrix operands that meet a 16-bit x are 16-bit numbers or pairs of them
+OLDEST = 3, 6
 MOST_ADAPTERS = 65535  # the rows of a grid
 
 
@@ -23,9 +25,25 @@ def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if reason := _too_old():
+        return reason
     if _interpreted() or torch.cuda.is_available():
         return None
     return "no CUDA device"
+
+
+@evaluated_when_compiled
+def _too_old() -> str | None:
+    """Why the installed Triton cannot compile the kernels, or None. torch 2.6 brings Triton 3.2."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # a build of another name
+        return None
+    oldest = ".".join(map(str, OLDEST))
+    old = tuple(int(part) for part in found.split(".")[:2]) < OLDEST
+    return f"triton {found} is installed; {oldest} or later is needed" if old else None
 
 
 def refuses(problem: Problem) -> str | None:
