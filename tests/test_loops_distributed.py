@@ -55,8 +55,7 @@ def _worker(rank: int, wrap: str, kind: str, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, _ = make(kind)
-    wrapped = WRAPS[wrap](model)
-    losses = _train(wrapped, kind, rank, world=2)
+    losses = _train(WRAPS[wrap](model), kind, rank, world=2)
     state = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _state(model).items()}
     torch.save({"losses": losses, "state": state, "count": len(list(model.parameters()))}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

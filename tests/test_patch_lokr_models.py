@@ -337,8 +337,8 @@ def _worker(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     model = patched(make("whole w2", count=2))
     x, target = batch(model, leading=(8,))
-    parallel = nn.parallel.DistributedDataParallel(model)
-    (parallel(x.chunk(2)[rank]) - target.chunk(2)[rank]).square().mean().backward()
+    out = nn.parallel.DistributedDataParallel(model)(x.chunk(2)[rank])
+    (out - target.chunk(2)[rank]).square().mean().backward()
     torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

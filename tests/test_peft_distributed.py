@@ -50,8 +50,8 @@ def work(rank: int, wrap: str, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = make()
-    wrapped = nn.parallel.DistributedDataParallel(model) if wrap == "DDP" else fully_sharded(model)
-    gradients = train(wrapped, rank, world=2)
+    wrapping = nn.parallel.DistributedDataParallel if wrap == "DDP" else fully_sharded
+    gradients = train(wrapping(model), rank, world=2)
     shared = [p for name, p in model.named_parameters() if "compacter_shared_phm_rule" in name]
     assert len(shared) == 1 and hasattr(shared[0], "full_tensor") == (wrap == "FSDP2")
     state = {name: whole(value) for name, value in model.state_dict().items()}
