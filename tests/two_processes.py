@@ -26,8 +26,8 @@ def run_two(function: Callable[..., Any], *arguments: Any) -> None:
     """Run function(rank, *arguments) in two processes. An exception of one is raised here.
 
     A DistributedDataParallel of function must be gone before the process group is destroyed. As the
-    last owner of the group it frees it with Python's lock held, and may wait forever for a thread of
-    gloo that waits for this lock.
+    last owner of the group it would free it with Python's lock held, and might wait forever for a
+    thread of gloo that waits for this lock.
     """
     multiprocessing.set_forkserver_preload(IMPORTED)
     start_processes(function, arguments, nprocs=2, start_method="forkserver")
