@@ -25,6 +25,14 @@ FOLDER = Path(__file__).parent.parent / "examples" / "trainers"
 _path = first_on_path(FOLDER)
 
 
+@pytest.fixture(autouse=True)
+def without_earlier_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate keeps the precision of a Trainer for every later one of the process."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def script(name: str, *needs: str) -> Any:
     for package in needs:
         pytest.importorskip(package)
