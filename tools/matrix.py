@@ -187,8 +187,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a row, in the order of versions."""
     versions = (row[name].partition("+")[0].split(".") for name in ("python", "torch", "triton"))
-    words = {"none": -1, "newest": 10**6}  # newest is left in a row that failed
-    return tuple([words[part] if part in words else int(part) for part in parts] for parts in versions)
+    words = {"newest": 10**6}  # it is left in a row that failed
+    return tuple([int(part) if part.isdigit() else words.get(part, -1) for part in parts] for parts in versions)
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
