@@ -24,6 +24,7 @@ from turns import Server, serve
 SHAPES = ((768, 32, 4), (768, 16, 12), (1024, 16, 8), (4096, 32, 8))  # hidden_size, reduction_factor, phm_dim
 TOKENS = (1, 256, 2048)
 IMPLS = ("cpu", "factored", "dense")
+MIXES = ((768, 32, 4, 2048), (768, 32, 4, 8192), (768, 16, 12, 2048))  # with the tokens
 BOTTLENECKS = ((768, 48), (1024, 64))  # plain ones, all in bfloat16
 
 
@@ -59,7 +60,9 @@ def rows() -> dict[str, Callable[[], Any]]:
                 found[f"{title} {impl} forward+backward"] = lambda impl=impl, both=both: both(impl)
             if tokens == 1:
                 found[f"{title} module"] = lambda x=x, adapter=adapter: adapter(x)
-    return found | (bottlenecks() if hasattr(ck, "bottleneck_adapter") else {})
+    if hasattr(ck, "bottleneck_adapter"):
+        found |= bottlenecks()
+    return found | (mixes() if hasattr(ck, "compacter_adapter_bank") else {})
 
 
 def bottlenecks() -> dict[str, Callable[[], Any]]:
@@ -81,6 +84,34 @@ def bottlenecks() -> dict[str, Callable[[], Any]]:
             return ck.bottleneck_adapter(leaf, *sides, residual=leaf, impl="cpu")
 
         title = f"{k}/{d} bfloat16 T={TOKENS[-1]} cpu"
+        found[f"{title} forward"] = forward
+        found[f"{title} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: torch.autograd.grad(
+            forward(), wanted, grad
+        )
+    return found
+
+
+def mixes() -> dict[str, Callable[[], Any]]:
+    """The calls of a weighted sum of adapters, each adapter with a rule and biases of its own."""
+    import torch
+
+    import compacter_kernels as ck
+
+    found: dict[str, Callable[[], Any]] = {}
+    for k, factor, n, tokens in MIXES:
+        torch.manual_seed(0)
+        bank = ck.AdapterBank(k, names=list("abcdefgh"), reduction_factor=factor, phm_dim=n)
+        for parameter in bank.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        leaf, grad = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, k)
+        mix = torch.randn(tokens, len(bank), requires_grad=True)
+        wanted = [leaf, mix, *bank.parameters()]
+
+        def forward(bank: Any = bank, leaf: Any = leaf, mix: Any = mix) -> Any:
+            return bank(leaf, mix=mix)
+
+        title = f"mix of {len(bank)}, {k}/{k // factor}/{n} T={tokens}"
+        found[f"{title} copy"] = leaf.detach().clone
         found[f"{title} forward"] = forward
         found[f"{title} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: torch.autograd.grad(
             forward(), wanted, grad

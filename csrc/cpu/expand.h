@@ -1,5 +1,7 @@
 // From lanes to rows of tokens, the only write:
 //     out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
+// or, for a mix of adapters,
+//     out[q,u] = sum_c V[q,c] t_c[u] + sum_e w_e bias_e[q,u] + also[q,u] + residual[q,u]
 // The residual comes last, since each addition after a large residual would round to its size.
 //
 // Where all numbers of many terms t are in bf16, and the processor multiplies such pairs (has_dot),
@@ -16,12 +18,12 @@ constexpr int64_t few_terms = 12;
 
 inline int64_t packed_size(int64_t m, int64_t chunk) { return m > few_terms ? m * round_up(chunk, W) : 0; }
 
-// Residual and Also are the types of the numbers that are added.
-template <class T, class Residual = T, class Also = T>
+template <class T>
 struct Expansion {
     int64_t n, m, chunk;
-    const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk] or null
+    const float *basis, *bias;  // t, [m][chunk]; bias [n * chunk], or [biases][n * chunk], or null
     bool streaming;
+    int64_t biases = 0;  // of a mix
     const float* packed = nullptr;
     float* paired = nullptr;  // memory for V in pairs of terms, or null
 
@@ -47,16 +49,17 @@ struct Expansion {
     }
 
     // Rows of `tokens` <= 16 tokens. It prefetches `next`, the rows of the next block, which may be
-    // null like residual and also.
-    void operator()(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
-        if (m == 4)
-            chunks<4>(v, residual, also, out, tokens, next);
-        else if (m == 8)
-            chunks<8>(v, residual, also, out, tokens, next);
-        else if (m == 12)
-            chunks<12>(v, residual, also, out, tokens, next);
+    // null like residual and also. The weights of the biases are [biases][lanes].
+    void operator()(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next,
+                    const float* weights = nullptr) const {
+        if (m == 4 && !biases)
+            chunks<4>(v, residual, also, out, tokens, next, weights);
+        else if (m == 8 && !biases)
+            chunks<8>(v, residual, also, out, tokens, next, weights);
+        else if (m == 12 && !biases)
+            chunks<12>(v, residual, also, out, tokens, next, weights);
         else
-            chunks<0>(v, residual, also, out, tokens, next);
+            chunks<0>(v, residual, also, out, tokens, next, weights);
     }
 
 private:
@@ -82,14 +85,15 @@ private:
 
     // M: the number of terms if it is known at compile time, else 0.
     template <int M>
-    void chunks(const float* v, const Residual* residual, const Also* also, T* out, int64_t tokens, const T* next) const {
+    void chunks(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next,
+                const float* weights) const {
         // Backwards, since the ends of x's rows were read last and are still in the first cache.
         for (int64_t q = n; q-- > 0;) {
             const int64_t at = q * chunk;
             const float* terms = v + q * m * lanes;
             if (paired) terms = in_pairs_of_terms(terms);
-            const Chunk here{terms,                       bias ? bias + at : nullptr, residual ? residual + at : nullptr,
-                             also ? also + at : nullptr, out + at,                   next ? next + at : nullptr};
+            const Chunk here{terms,    bias ? bias + at : nullptr, residual ? residual + at : nullptr, also ? also + at : nullptr,
+                             out + at, next ? next + at : nullptr, weights};
             if constexpr (held(M) > 0)
                 if (n * chunk * static_cast<int64_t>(sizeof(T)) < page && (!streaming || whole_lines<held(M)>)) {
                     columns<held(M), 2, 1>(chunk, [&](auto vectors, int64_t u, auto cut, int64_t count) {
@@ -114,10 +118,10 @@ private:
     // Pointers to the first number of a chunk.
     struct Chunk {
         const float *coef, *bias;
-        const Residual* residual;
-        const Also* also;
+        const T *residual, *also;
         T* out;
         const T* next;
+        const float* weights;
     };
 
     // U vectors of a row, the last of which may be cut. What is added and stored goes through these
@@ -172,8 +176,8 @@ private:
         const int64_t row = n * chunk;
         const bool streams = streaming;
         const float* coef = at.coef;
-        const Residual* residual = at.residual ? at.residual + u : nullptr;
-        const Also* also = at.also ? at.also + u : nullptr;
+        const T* residual = at.residual ? at.residual + u : nullptr;
+        const T* also = at.also ? at.also + u : nullptr;
         const T* next = at.next ? at.next + u : nullptr;
         Vec t[M][U], start[U] = {};
         COMPACTER_UNROLL(12)
@@ -244,7 +248,7 @@ private:
         const int64_t row = n * chunk, offset = token * row + u;
         const bool streams = streaming;
         Vec start[U] = {}, sum[R][U];
-        if (at.bias) get<U, Cut>(at.bias + u, start, count);
+        if (at.bias && !biases) get<U, Cut>(at.bias + u, start, count);
         COMPACTER_UNROLL(8)
         for (int r = 0; r < R; ++r)
             COMPACTER_UNROLL(4)
@@ -273,7 +277,17 @@ private:
                 for (int k = 0; k < U; ++k) sum[r][k] = Pairs ? dot(sum[r][k], weight, value[k]) : sum[r][k] + weight * value[k];
             }
         }
-        const auto add_rows = [&](auto p) COMPACTER_INLINE_LAMBDA {
+        for (int64_t e = 0; e < biases; ++e) {
+            Vec value[U];
+            get<U, Cut>(at.bias + e * row + u, value, count);
+            COMPACTER_UNROLL(8)
+            for (int r = 0; r < R; ++r) {
+                const Vec weight = splat(at.weights[e * lanes + token + r]);
+                COMPACTER_UNROLL(4)
+                for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
+            }
+        }
+        const auto add_rows = [&](const T* p) COMPACTER_INLINE_LAMBDA {
             if (!p) return;
             p += offset;
             COMPACTER_UNROLL(8)

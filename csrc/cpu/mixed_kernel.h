@@ -70,7 +70,7 @@ struct MixedScratch {
     Factors down, up;  // of the adapter whose turn it is
     int64_t all_m, all_m2;
     WideScratch wide;
-    float *b_contraction, *b_gradient, *weights, *gb, *added;
+    float *b_contraction, *b_gradient, *weights, *gb;
     SideBySide z, v2, dv2, dz;
     Middle middle;
 
@@ -81,7 +81,6 @@ struct MixedScratch {
           b_gradient(arena.take(WeightGradient<float>::size(1, job.count, up.out))),
           weights(arena.take(job.count * lanes)),
           gb(arena.take(job.count * lanes)),
-          added(arena.take(lanes * up.out)),
           z(beside(job, arena, down.n_in, down.m)), v2(beside(job, arena, up.n_out, up.m)),
           dv2(beside(job, arena, up.n_out, up.m)), dz(beside(job, arena, down.n_in, down.m)),
           middle(down, up, job.first.activation, arena) {}
@@ -124,10 +123,8 @@ void mixed_forward(const MixedJob& job, int64_t begin, int64_t end, float* memor
     T* out = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(out, up.out_chunk());
     const Contraction<T> contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
-    const Expansion<float, T> add_bias{1, up.bias ? job.count : 0, k, first.up.bias, nullptr, false};
-    Expansion<T, T, float> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, nullptr, streaming};
+    Expansion<T> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, up.bias, streaming, up.bias ? job.count : 0};
     expand.pack(scratch.wide.expansion, end - begin);
-    const bool adds = first.also_x || first.up.bias;
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
@@ -143,9 +140,8 @@ void mixed_forward(const MixedJob& job, int64_t begin, int64_t end, float* memor
             scratch.scale(e, v2, up.n_out * up.m);
             scratch.v2.put(e, v2);
         }
-        if (adds) add_bias(scratch.weights, first.also_x ? x_rows : nullptr, nullptr, scratch.added, tokens, nullptr);
-        expand(scratch.v2.all, residual ? residual + token * k : nullptr, adds ? scratch.added : nullptr, out_rows, tokens,
-               streaming ? nullptr : x_next);
+        expand(scratch.v2.all, residual ? residual + token * k : nullptr, first.also_x ? x_rows : nullptr, out_rows, tokens,
+               streaming ? nullptr : x_next, scratch.weights);
     }
     if (streaming) stream_fence();
 }
