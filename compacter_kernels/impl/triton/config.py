@@ -107,12 +107,14 @@ def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configuratio
 def _gathered(kernels: Configurations, s: Sizes, bf16: bool, architecture: str) -> Configurations:
     """With fewer registers for the kernels of a bank that stream rows."""
     found = dict(kernels)
-    long = s.K > HELD_COLUMNS
-    fewer = {"tokens", *(["forward_streamed"] if long or (architecture in HOPPER and not bf16) else [])}
+    long, many = s.K > HELD_COLUMNS, s.IN.N > 4 or architecture in HOPPER
+    fewer = {"tokens", *(["forward_streamed"] if long or (many and not bf16) else [])}
     for name in fewer & set(kernels):
         found[name] = tuple([config._replace(stages=max(1, config.stages - 1)) for config in kernels[name]])
     if bf16 and architecture == "sm_120" and long:
         found["forward_streamed"] = found["forward_streamed"][-1:]
+    if not bf16 and not s.DENSE and architecture == "sm_120":
+        found["tokens"] = found["tokens"][-1:]
     return found
 
 

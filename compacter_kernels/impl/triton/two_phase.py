@@ -104,7 +104,8 @@ def sum_tiles(walk, row, b, Z, DV, A1, T1, B1, A2, S2, T, P: tl.constexpr):
         total = (tl.zeros((P.IN.NI, P.IN.NP, P.OUT.NP), tl.float32),)
     else:
         total = zero_unfolded_sums(P.IN if P.OPTIONS.IN_SIDE else P.OUT, P)
-    for tile in tl.range(walk[0], walk[1], walk[2]):
+    # An unfolded bank has no registers for what the compiler would compute before the loop.
+    for tile in tl.range(walk[0], walk[1], walk[2], disable_licm=P.ROUTED and not P.FOLD):
         o_in, m_in = narrow(tile, T, P.IN, P)
         o_out, m_out = narrow(tile, T, P.OUT, P)
         zero = again(tile, count(T, P))
