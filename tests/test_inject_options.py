@@ -107,6 +107,58 @@ def test_disabling_nests_and_survives_an_error() -> None:
     assert torch.equal(output("bert", model), adapted)
 
 
+def three_adapters() -> nn.Module:
+    model = build("bert")
+    for name in ("first", "second", "third"):
+        ck.inject(model, ck.CompacterConfig(**SMALL), name=name)
+    return model
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_removing_one_leaves_the_others_in_training() -> None:
+    model = three_adapters()
+    ck.set_adapter(model, ["first", "second"])
+    before = trains(model)
+    ck.remove_adapters(model, "third")
+    assert trains(model) == before
+
+
+@pytest.mark.parametrize(("removed", "active"), [("first", "second"), ("third", "first")])
+def test_removing_while_disabled(removed: str, active: str) -> None:
+    plain, model = output("bert", build("bert")), three_adapters()
+    ck.set_adapter(model, "first")
+    with ck.disable_adapters(model):
+        ck.remove_adapters(model, removed)
+        assert torch.equal(output("bert", model), plain)
+    assert not torch.equal(output("bert", model), plain)
+    assert trains(model) == {name for name in trains(model) if f".{active}." in name} != set()
+    ck.remove_adapters(model)
+    with pytest.raises(ValueError, match="has no Compacter adapters"):
+        ck.set_adapter(model, active)
+
+
+def test_activating_while_disabled() -> None:
+    model = three_adapters()
+    ck.set_adapter(model, "second")
+    second = output("bert", model)
+    ck.set_adapter(model, "first")
+    with ck.disable_adapters(model):
+        ck.set_adapter(model, "second")
+    assert torch.equal(output("bert", model), second)
+    assert all(".second." in name for name in trains(model))
+
+
+def test_modules_that_came_after_inject_go_on_training() -> None:
+    model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL))
+    model.projector = nn.Linear(WIDTH, WIDTH)
+    model.projector.bias.requires_grad_(False)
+    ck.remove_adapters(model)
+    assert model.projector.weight.requires_grad and not model.projector.bias.requires_grad
+
+
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_adapters_follow_the_base_s_dtype(base: torch.dtype, dtype: str | None) -> None:

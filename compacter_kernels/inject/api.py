@@ -47,6 +47,7 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
 
     Raises:
         TypeError, ValueError: the model is unchanged, and the message says what would be accepted.
+        RuntimeError: the model is in a context of `route` or `mix`, and unchanged.
     """
     config = CompacterConfig() if config is None else config
     if not isinstance(config, CompacterConfig):
@@ -76,20 +77,25 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """A context in which a model computes as its base, bit by bit; ValueError without adapters."""
+    """A context in which a model computes as its base, bit by bit; ValueError without adapters.
+
+    Adapters that are activated within it stay active after it.
+    """
     injection = injection_of(model)
     before = injection.active
     injection.use(None)
     try:
         yield
     finally:
-        injection.use(before)
+        if injection.active is None:
+            injection.resume(before)
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Take out the adapters of that name, or all. After the last, the model is as before `inject`.
 
-    Raises ValueError if the model has no adapters of that name, or none at all.
+    Raises ValueError if the model has no adapters of that name, or none at all, and RuntimeError
+    within a context of `route` or `mix`.
     """
     injection = injection_of(model)
     injection.remove(unwrapped(model), list(injection.configs) if name is None else [injection.require(name)])

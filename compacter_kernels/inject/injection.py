@@ -36,7 +36,7 @@ class Injection(Adapters, nn.Module):
         self.shared = nn.ModuleDict()
         self.configs = {}
         self.active = None
-        self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
+        self._trained_before = {plain_path(model, name): p.requires_grad for name, p in model.named_parameters()}
         self._added: dict[str, TargetAdapters | TrainedCopies] = {}  # By the path of their module, also if exchanged.
         self._fast_path = AdapterFastPath(model)
         # The copied heads by path, without wrappers: the parent of the head, and its copies.
@@ -70,7 +70,7 @@ class Injection(Adapters, nn.Module):
                 if not self._heads:
                     self._handles.append(model.register_forward_pre_hook(self._check_heads))
                 parent = model.get_submodule(path.rpartition(".")[0])
-                self._heads.setdefault(plain_path(model, path), (parent, copies))
+                self._heads[plain_path(model, path)] = parent, copies
         self._fast_path.allow(True)
         self._fast_path = AdapterFastPath(model)
         if prepared.shared is not None:
@@ -82,6 +82,7 @@ class Injection(Adapters, nn.Module):
 
     def remove(self, model: nn.Module, names: Iterable[str]) -> None:
         """Take out the adapters of these names. After the last, the model is as before `inject`."""
+        _check_no_choice(model)
         all_added = set(self._added.values())
         for name in names:
             del self.configs[name]
@@ -95,13 +96,13 @@ class Injection(Adapters, nn.Module):
         self._added = {path: modules for path, modules in self._added.items() if len(modules)}
         self._fast_path = AdapterFastPath(model)
         if self.configs:
-            self.activate(self.active if self.active in self.configs else next(iter(self.configs)))
+            self.resume(self.active)
             return
         for handle in self._handles:
             handle.remove()
         delattr(model, NAME)
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(plain_path(model, path) in self._trained_before)
+        for path, parameter in model.named_parameters():  # Those that came later stay as they are.
+            parameter.requires_grad_(self._trained_before.get(plain_path(model, path), parameter.requires_grad))
 
     def use(self, name: str | None) -> None:
         """Compute with the adapters of that name. With None the model computes as its base."""
@@ -109,6 +110,13 @@ class Injection(Adapters, nn.Module):
         self._fast_path.allow(name is None)
         for modules in self._added.values():
             modules.active = name
+
+    def resume(self, name: str | None) -> None:
+        """Go on with the adapters of that name; if they were removed, activate others."""
+        if name is None or name in self.configs:
+            self.use(name)
+        elif self.configs:
+            self.activate(next(iter(self.configs)))
 
     def activate(self, name: str, *others: str) -> None:
         """Compute with the adapters of that name; train them and the others, and no more."""
@@ -183,6 +191,7 @@ class Injection(Adapters, nn.Module):
 
 def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
     """Put prepared adapters into a model and activate them. The first ones freeze the model."""
+    _check_no_choice(model)
     if not isinstance(getattr(model, NAME, None), Injection):
         setattr(model, NAME, Injection(model))
         model.requires_grad_(False)
@@ -195,6 +204,12 @@ def injection_of(model: nn.Module) -> Injection:
     if not isinstance(child, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
     return child
+
+
+def _check_no_choice(model: nn.Module) -> None:
+    """Raise RuntimeError in a context of route or mix, which knows only what was there before."""
+    if any(isinstance(module, AddedModules) and module.chosen_adapters is not None for module in model.modules()):
+        raise RuntimeError("the model is in a context of route or mix; leave it before you add or remove adapters")
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
