@@ -102,7 +102,12 @@ def load_adapter(
             {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (named, targets)
         )
     _check_tensors(named, targets, path / TENSORS)
-    files.check_digest(path / TENSORS, content.get(files.DIGEST))
+    try:
+        files.check_digest(path / TENSORS, content.get(files.DIGEST))
+    except ValueError:
+        if files.read_json(path / CONFIG) == content:
+            raise
+        return load_adapter(model, path, name=name, impl=impl, heads=heads)  # Another process saved meanwhile.
     if prepared is None:
         _fill(targets, named)
         injection_of(inner).activate(name)

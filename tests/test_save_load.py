@@ -257,6 +257,20 @@ def test_files_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
     assert {path.stat().st_mode for path in (tmp_path / "it").iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
+def test_a_save_by_another_process_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = trained(build("bert")), trained(build("bert"), seed=1)
+    save_adapter(before, tmp_path)
+    check, saves = files.check_digest, iter([after])
+
+    def check_late(path: Path, expected: object) -> None:
+        for model in saves:
+            save_adapter(model, tmp_path)
+        check(path, expected)
+
+    monkeypatch.setattr(files, "check_digest", check_late)
+    assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path)), output("bert", after))
+
+
 def test_a_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows opens no folder, and flushes only a file that is open to write."""
     to_write: set[int] = set()

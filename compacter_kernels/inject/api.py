@@ -65,7 +65,8 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 
     name: one, or several, of which the first is used and all are trained, as `route` and `mix` can.
 
-    A loss that was computed before still gives gradients to the adapters that it was computed with.
+    A loss that was computed before still gives gradients to the adapters that it was computed with,
+    except under gradient checkpointing, which computes the forward again.
     Raises ValueError if the model has no adapters of that name.
     """
     injection = injection_of(model)
