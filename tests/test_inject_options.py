@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from families import WIDTH, build, inputs, output
 from torch import nn
 
 import compacter_kernels as ck
+from compacter_kernels.inject.trained_copies import TrainedCopies
 
 SMALL = {"reduction_factor": 4, "phm_init_range": 1.0}
 
@@ -279,6 +281,31 @@ def test_names_that_cannot_be(name: Any) -> None:
     model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL))
     with pytest.raises(ValueError, match="name"):
         ck.inject(model, ck.CompacterConfig(**SMALL), name=name)
+
+
+def test_an_error_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ends, or a layer norm is of a class that takes no subclass."""
+
+    class Final(nn.LayerNorm):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("it takes no subclass")
+
+    def state(model: nn.Module) -> Any:
+        return list(model.state_dict()), trains(model), [type(part) for part in model.modules()]
+
+    final = build("bert")
+    final.bert.encoder.layer[1].output.LayerNorm = Final(WIDTH)
+    before = state(final)
+    with pytest.raises(TypeError, match="it takes no subclass"):
+        ck.inject(final, ck.CompacterConfig(**SMALL))
+    assert state(final) == before
+    model = three_adapters()
+    ck.set_adapter(model, ["first", "second"])
+    before, expected = state(model), output("bert", model)
+    monkeypatch.setattr(TrainedCopies, "add_copy", Mock(side_effect=[None, MemoryError]))
+    with pytest.raises(MemoryError):
+        ck.inject(model, ck.CompacterConfig(**SMALL), name="fourth")
+    assert state(model) == before and torch.equal(output("bert", model), expected)
 
 
 def test_only_a_config_is_a_config() -> None:

@@ -46,6 +46,7 @@ class Injection(Adapters, nn.Module):
 
     def add(self, model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
         """Put prepared adapters and copies into the model and activate them."""
+        self.configs[name] = config
         for target in prepared.targets:
             write, read, norm = Layer(model, target.write), None, None
             kind = EmbeddingAdapters if target.like else TargetAdapters
@@ -57,15 +58,15 @@ class Injection(Adapters, nn.Module):
                 read = Layer(model, target.residual)
                 norm = Layer(model, target.norm) if target.norm else None
             adapters: Any = added_modules(write.module) or kind(write)
+            self._added[plain_path(model, target.write)] = adapters
             adapter = prepared.adapters[target.write].train(write.module.training)
             before_norm = config.residual_before_ln
             adapters.add_adapter(name, adapter, prepared.shared, read=read, norm=norm, before_norm=before_norm)
-            self._added[plain_path(model, target.write)] = adapters
         for path, trained in prepared.copies.items():
             original = unwrapped(model.get_submodule(path))
             copies: Any = added_modules(original) or TrainedCopies(original)
-            copies.add_copy(name, trained, config.dtype is not None)
             self._added[plain_path(model, path)] = copies
+            copies.add_copy(name, trained, config.dtype is not None)
             if not is_layer_norm(original):
                 if not self._heads:
                     self._handles.append(model.register_forward_pre_hook(self._check_heads))
@@ -75,7 +76,6 @@ class Injection(Adapters, nn.Module):
         self._fast_path = AdapterFastPath(model)
         if prepared.shared is not None:
             self.shared[name] = prepared.shared
-        self.configs[name] = config
         self.activate(name)
         counts = len(prepared.targets), len(prepared.copies)
         logger.info("%d adapters and %d trained copies in %s", *counts, type(model).__name__)
@@ -190,12 +190,20 @@ class Injection(Adapters, nn.Module):
 
 
 def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
-    """Put prepared adapters into a model and activate them. The first ones freeze the model."""
+    """Put prepared adapters into a model and activate them. The first ones freeze the model.
+
+    After an error, such as of memory, the model is as before.
+    """
     _check_no_choice(model)
     if not isinstance(getattr(model, NAME, None), Injection):
         setattr(model, NAME, Injection(model))
         model.requires_grad_(False)
-    injection_of(model).add(model, name, config, prepared)
+    injection = injection_of(model)
+    try:
+        injection.add(model, name, config, prepared)
+    except BaseException:
+        injection.remove(model, [name])
+        raise
 
 
 def injection_of(model: nn.Module) -> Injection:
