@@ -257,6 +257,14 @@ def test_files_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
     assert {path.stat().st_mode for path in (tmp_path / "it").iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
+def test_a_config_that_is_changed_after_inject(tmp_path: Path) -> None:
+    config = ck.CompacterConfig(**SMALL, leave_out=[])
+    model = ck.inject(build("bert"), config)
+    config.reduction_factor = 8
+    save_adapter(model, tmp_path)
+    assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path)), output("bert", model))
+
+
 def test_a_save_by_another_process_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = trained(build("bert")), trained(build("bert"), seed=1)
     save_adapter(before, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -52,6 +53,7 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     config = CompacterConfig() if config is None else config
     if not isinstance(config, CompacterConfig):
         raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
+    config = dataclasses.replace(config)  # What is changed in the given one later is not of these adapters.
     check_injectable(model)
     inner = unwrapped(model)
     existing = adapters_of(inner)
