@@ -19,6 +19,7 @@ from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.prepare import Prepared
 from compacter_kernels.inject.target_adapters import AdapterFastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
+from compacter_kernels.nn.choice import check_no_choice
 from compacter_kernels.targets.added import NAME, Adapters, AddedModules, added_modules
 from compacter_kernels.targets.find import is_layer_norm
 from compacter_kernels.targets.wrappers import plain_path, unwrapped
@@ -82,7 +83,7 @@ class Injection(Adapters, nn.Module):
 
     def remove(self, model: nn.Module, names: Iterable[str]) -> None:
         """Take out the adapters of these names. After the last, the model is as before `inject`."""
-        _check_no_choice(model)
+        check_no_choice(model)
         all_added = set(self._added.values())
         for name in names:
             del self.configs[name]
@@ -194,7 +195,7 @@ def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared:
 
     After an error, such as of memory, the model is as before.
     """
-    _check_no_choice(model)
+    check_no_choice(model)
     if not isinstance(getattr(model, NAME, None), Injection):
         setattr(model, NAME, Injection(model))
         model.requires_grad_(False)
@@ -212,12 +213,6 @@ def injection_of(model: nn.Module) -> Injection:
     if not isinstance(child, Injection):
         raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
     return child
-
-
-def _check_no_choice(model: nn.Module) -> None:
-    """Raise RuntimeError in a context of route or mix, which knows only what was there before."""
-    if any(isinstance(module, AddedModules) and module.chosen_adapters is not None for module in model.modules()):
-        raise RuntimeError("the model is in a context of route or mix; leave it before you add or remove adapters")
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
