@@ -93,8 +93,10 @@ class InputStatistics:
 
     @contextmanager
     def recording(self, module: nn.Module) -> Iterator[InputStatistics]:
-        """Add the input of every call of the module, such as an nn.Linear, while inside."""
-        hook = module.register_forward_pre_hook(lambda _, args: self.update(args[0]))
+        """Add the first input of every call of the module, such as an nn.Linear, while inside."""
+        hook = module.register_forward_pre_hook(
+            lambda _, args, kwargs: self.update(next(iter((*args, *kwargs.values())))), with_kwargs=True
+        )
         try:
             yield self
         finally:

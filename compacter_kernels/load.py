@@ -16,7 +16,7 @@ from compacter_kernels.checkpoints.files import CONFIG, TENSORS
 from compacter_kernels.checkpoints.versions import adapted_modules, todays_names
 from compacter_kernels.config import DTYPES, CompacterConfig
 from compacter_kernels.inject.injection import add_adapters, injection_of
-from compacter_kernels.inject.keys import is_head, names_of_file
+from compacter_kernels.inject.keys import base_prefix, is_head, names_of_file
 from compacter_kernels.inject.prepare import Prepared, check_name, prepare
 from compacter_kernels.nn.bank import AdapterBank
 from compacter_kernels.nn.partitioned import full_shape, gathered
@@ -60,6 +60,7 @@ def load_adapter(
 
     Raises:
         TypeError, ValueError: the files are malformed or do not fit the model, which is unchanged.
+        RuntimeError: adapters of a new name cannot come within a context of `route` or `mix`.
         FileNotFoundError, ImportError: there is no such folder or file; safetensors is not
             installed.
     """
@@ -82,7 +83,7 @@ def load_adapter(
             ours = f"this {type(inner).__name__} has {value!r}"
             raise ValueError(f"{path / CONFIG} is of a model with {key} {saved!r}, {ours}")
     if not heads:
-        config = dataclasses.replace(config, modules_to_save=None)
+        config = dataclasses.replace(config, modules_to_save=_without_heads(inner, config, content))
 
     existing = adapters_of(inner)
     prepared: Prepared | None = None
@@ -101,7 +102,12 @@ def load_adapter(
             {key: tensor for key, tensor in each.items() if not is_head(inner, key)} for each in (named, targets)
         )
     _check_tensors(named, targets, path / TENSORS)
-    files.check_digest(path / TENSORS, content.get(files.DIGEST))
+    try:
+        files.check_digest(path / TENSORS, content.get(files.DIGEST))
+    except ValueError:
+        if files.read_json(path / CONFIG) == content:
+            raise
+        return load_adapter(model, path, name=name, impl=impl, heads=heads)  # Another process saved meanwhile.
     if prepared is None:
         _fill(targets, named)
         injection_of(inner).activate(name)
@@ -121,6 +127,17 @@ def _modules_to_save(model: nn.Module, config: CompacterConfig, content: Mapping
     if config.modules_to_save is None or "peft_version" not in content:
         return config.modules_to_save
     return [name for name, _ in base_modules(model) if name.endswith(tuple(config.modules_to_save))]
+
+
+def _without_heads(model: nn.Module, config: CompacterConfig, content: Mapping[str, Any]) -> Sequence[str] | None:
+    """The option modules_to_save with the heads of this model in place of those of the file."""
+    if content.get("modules_to_save") == []:
+        return []
+    prefix = base_prefix(model)
+    in_base = [f".{name}" for name, _ in base_modules(model) if not is_head(model, name.removeprefix(prefix))]
+    kept = [end for end in config.modules_to_save or () if any(name.endswith(f".{end}") for name in in_base)]
+    heads = dataclasses.replace(config, modules_to_save=None, train_layer_norms=False)
+    return [*kept, *find_modules_to_save(model, heads)] if kept else None
 
 
 def _check_same(model: nn.Module, config: CompacterConfig, existing: CompacterConfig, name: str, heads: bool) -> None:

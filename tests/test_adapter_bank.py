@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -306,13 +307,18 @@ def test_errors(case: str) -> None:
         function()
 
 
-def test_an_error_leaves_the_bank_as_it_was() -> None:
+def test_an_error_leaves_the_bank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = make()
     before = {path: value.clone() for path, value in bank.state_dict().items()}
     wrong = {**bank["de"].state_dict(), "up.b": torch.zeros(3)}
     for call in (lambda: bank.replace("de", wrong), lambda: bank.add("da", wrong), lambda: bank.add("de")):
         with pytest.raises(ValueError, match=r"up.b must be floats|has an adapter 'de' already"):
             call()
+    for change in (lambda: bank.add("da"), lambda: bank.drop("de")):
+        with monkeypatch.context() as full:
+            full.setattr(torch, "cat", Mock(side_effect=[torch.zeros(1), MemoryError]))
+            with pytest.raises(MemoryError):
+                change()
     assert bank.names == tuple(NAMES)
     assert all(torch.equal(value, before[path]) for path, value in bank.state_dict().items())
 

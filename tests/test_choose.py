@@ -338,6 +338,10 @@ def test_errors_in_the_context() -> None:
         for again in (ck.route(model, NAMES), ck.mix(model, ["de"], torch.ones(1))):
             with pytest.raises(RuntimeError, match="in a context of route or mix already"), again:
                 pass
+        with pytest.raises(RuntimeError, match="leave it before you add or remove adapters"):
+            ck.inject(model, ck.CompacterConfig(reduction_factor=4), name="new")
+        with pytest.raises(RuntimeError, match="leave it before you add or remove adapters"):
+            ck.remove_adapters(model, "de")
         model(**batch_of("bert", 8))
     normed = make(ln_before=True)
     with ck.mix(normed, ["de"], torch.ones(1)), pytest.raises(ValueError, match=r"ln_before=True: .* but not mixed"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, inputs
-from peft_models import add, peft, wrapped
+from peft_models import add, config, peft, wrapped
 from phm_lookalikes import hooks_known
 from torch import Tensor
 
@@ -136,6 +136,8 @@ def test_what_cannot_be_is_refused() -> None:
     model, batch = make(), inputs("bert", len(NAMES))
     with ck.route(model, NAMES), pytest.raises(RuntimeError, match="in a context of route or mix already"):
         model(**batch, adapter_names=["default"] * len(NAMES))
+    with ck.route(model, NAMES), pytest.raises(RuntimeError, match="leave it before you add or remove adapters"):
+        model.add_adapter("third", config())
     with (
         pytest.raises(ValueError, match="give route what get_peft_model returned"),
         ck.route(model.base_model.model, NAMES),

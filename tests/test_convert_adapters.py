@@ -285,12 +285,13 @@ def test_old_files_call_gelu_new_gelu(tmp_path: Path) -> None:
     assert convert(folder, "compacter-kernels").config["non_linearity"] == "gelu_new"
 
 
-def test_a_stale_pickle_beside_the_target_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_adapter.bin").write_bytes(b"")
-    model = trained(build("bert"), train_layer_norms=False)
-    with pytest.raises(ValueError, match="which `adapters` may read instead"):
+@pytest.mark.parametrize("stale", ["pytorch_adapter.bin", "model_head.safetensors"])
+def test_a_stale_file_beside_the_target_is_refused(stale: str, tmp_path: Path) -> None:
+    (tmp_path / stale).write_bytes(b"")
+    model = trained(build("bert"), train_layer_norms=False, modules_to_save=())
+    with pytest.raises(ValueError, match=f"{stale} is there, which `adapters` may read instead"):
         convert(model, "adapters", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_adapter.bin"]
+    assert [path.name for path in tmp_path.iterdir()] == [stale]
 
 
 def test_the_model_is_as_it_was() -> None:

@@ -36,6 +36,16 @@ def test_a_head_that_was_exchanged_is_missed(tmp_path: Path) -> None:
     ck.load_adapter(build("bert"), tmp_path / "it")
 
 
+def test_a_head_that_got_a_second_copy_is_missed() -> None:
+    model = ck.inject(build("bert"), CONFIG)
+    ck.inject(model, ck.CompacterConfig(reduction_factor=4, modules_to_save=[]), name="without")
+    ck.remove_adapters(model, "default")
+    ck.inject(model, CONFIG)
+    model.classifier = nn.Linear(WIDTH, 5)
+    with pytest.warns(UserWarning, match="classifier was exchanged"):
+        output("bert", model)
+
+
 def test_layers_that_were_taken_out_are_not_missed(tmp_path: Path) -> None:
     model = ck.inject(build("bert"), CONFIG)
     model.bert.encoder.layer = model.bert.encoder.layer[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from families import WIDTH, build, inputs, output
 from torch import nn
 
 import compacter_kernels as ck
+from compacter_kernels.inject.trained_copies import TrainedCopies
 
 SMALL = {"reduction_factor": 4, "phm_init_range": 1.0}
 
@@ -105,6 +107,58 @@ def test_disabling_nests_and_survives_an_error() -> None:
         assert torch.equal(output("bert", model), plain)
         raise KeyError
     assert torch.equal(output("bert", model), adapted)
+
+
+def three_adapters() -> nn.Module:
+    model = build("bert")
+    for name in ("first", "second", "third"):
+        ck.inject(model, ck.CompacterConfig(**SMALL), name=name)
+    return model
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_removing_one_leaves_the_others_in_training() -> None:
+    model = three_adapters()
+    ck.set_adapter(model, ["first", "second"])
+    before = trains(model)
+    ck.remove_adapters(model, "third")
+    assert trains(model) == before
+
+
+@pytest.mark.parametrize(("removed", "active"), [("first", "second"), ("third", "first")])
+def test_removing_while_disabled(removed: str, active: str) -> None:
+    plain, model = output("bert", build("bert")), three_adapters()
+    ck.set_adapter(model, "first")
+    with ck.disable_adapters(model):
+        ck.remove_adapters(model, removed)
+        assert torch.equal(output("bert", model), plain)
+    assert not torch.equal(output("bert", model), plain)
+    assert trains(model) == {name for name in trains(model) if f".{active}." in name} != set()
+    ck.remove_adapters(model)
+    with pytest.raises(ValueError, match="has no Compacter adapters"):
+        ck.set_adapter(model, active)
+
+
+def test_activating_while_disabled() -> None:
+    model = three_adapters()
+    ck.set_adapter(model, "second")
+    second = output("bert", model)
+    ck.set_adapter(model, "first")
+    with ck.disable_adapters(model):
+        ck.set_adapter(model, "second")
+    assert torch.equal(output("bert", model), second)
+    assert all(".second." in name for name in trains(model))
+
+
+def test_modules_that_came_after_inject_go_on_training() -> None:
+    model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL))
+    model.projector = nn.Linear(WIDTH, WIDTH)
+    model.projector.bias.requires_grad_(False)
+    ck.remove_adapters(model)
+    assert model.projector.weight.requires_grad and not model.projector.bias.requires_grad
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
@@ -227,6 +281,31 @@ def test_names_that_cannot_be(name: Any) -> None:
     model = ck.inject(build("bert"), ck.CompacterConfig(**SMALL))
     with pytest.raises(ValueError, match="name"):
         ck.inject(model, ck.CompacterConfig(**SMALL), name=name)
+
+
+def test_an_error_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ends, or a layer norm is of a class that takes no subclass."""
+
+    class Final(nn.LayerNorm):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("it takes no subclass")
+
+    def state(model: nn.Module) -> Any:
+        return list(model.state_dict()), trains(model), [type(part) for part in model.modules()]
+
+    final = build("bert")
+    final.bert.encoder.layer[1].output.LayerNorm = Final(WIDTH)
+    before = state(final)
+    with pytest.raises(TypeError, match="it takes no subclass"):
+        ck.inject(final, ck.CompacterConfig(**SMALL))
+    assert state(final) == before
+    model = three_adapters()
+    ck.set_adapter(model, ["first", "second"])
+    before, expected = state(model), output("bert", model)
+    monkeypatch.setattr(TrainedCopies, "add_copy", Mock(side_effect=[None, MemoryError]))
+    with pytest.raises(MemoryError):
+        ck.inject(model, ck.CompacterConfig(**SMALL), name="fourth")
+    assert state(model) == before and torch.equal(output("bert", model), expected)
 
 
 def test_only_a_config_is_a_config() -> None:

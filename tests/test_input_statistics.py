@@ -78,7 +78,7 @@ def test_recording_adds_the_inputs_of_a_layer() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     x, stats = torch.randn(2, 7, 6, requires_grad=True), ck.InputStatistics()
     with stats.recording(model[2]) as same:
-        model(x)
+        model[2](input=model[:2](x))
     model(x)
     assert same is stats and stats.rows == 14 and not stats.covariance.requires_grad
     inside = model[1](model[0](x)).detach().double().flatten(0, 1)

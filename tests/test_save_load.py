@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,27 @@ def test_another_class_of_the_family(kind: str, tmp_path: Path) -> None:
     assert torch.equal(again.compacter.shared["default"].phm_rule, source.compacter.shared["default"].phm_rule)
 
 
+@pytest.mark.parametrize(
+    ("options", "copied"),
+    [
+        ({}, ["classifier"]),
+        ({"modules_to_save": []}, []),
+        ({"modules_to_save": ["pooler.dense"]}, ["bert.pooler.dense", "classifier"]),
+        ({"modules_to_save": ["pooler.dense", "classifier"]}, ["bert.pooler.dense", "classifier"]),
+    ],
+    ids=["default", "none", "of the base", "of both"],
+)
+def test_a_head_of_another_size(options: dict[str, Any], copied: list[str], tmp_path: Path) -> None:
+    """heads=False leaves out the head of the file alone, and trains that of the model if any."""
+    source = trained(build("bert"), **options, train_layer_norms=False)
+    save_adapter(source, tmp_path)
+    target = load_adapter(build("bert", num_labels=7), tmp_path, heads=False)
+    names = [name.removesuffix(".compacter") for name, _ in target.named_modules() if name.endswith("compacter")]
+    assert [name for name in names if name.endswith(("pooler.dense", "classifier"))] == copied
+    for key, value in target.bert.state_dict().items():
+        assert torch.equal(value, source.bert.state_dict()[key]), key
+
+
 def test_a_base_model_loads_what_its_class_without_head_saved(tmp_path: Path) -> None:
     source = trained(_bert("BertModel"))
     save_adapter(source, tmp_path)
@@ -226,6 +248,59 @@ def test_buffers_of_a_trained_module_are_saved(tmp_path: Path) -> None:
     load_adapter(target, tmp_path)
     ours, theirs = (model.norm.compacter["default"] for model in (source, target))
     assert torch.equal(ours.running_mean, theirs.running_mean) and theirs.num_batches_tracked == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_files_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    save_adapter(trained(build("bert")), tmp_path / "it")
+    assert {path.stat().st_mode for path in (tmp_path / "it").iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_a_config_that_is_changed_after_inject(tmp_path: Path) -> None:
+    config = ck.CompacterConfig(**SMALL, leave_out=[])
+    model = ck.inject(build("bert"), config)
+    config.reduction_factor = 8
+    save_adapter(model, tmp_path)
+    assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path)), output("bert", model))
+
+
+def test_a_save_by_another_process_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = trained(build("bert")), trained(build("bert"), seed=1)
+    save_adapter(before, tmp_path)
+    check, saves = files.check_digest, iter([after])
+
+    def check_late(path: Path, expected: object) -> None:
+        for model in saves:
+            save_adapter(model, tmp_path)
+        check(path, expected)
+
+    monkeypatch.setattr(files, "check_digest", check_late)
+    assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path)), output("bert", after))
+
+
+def test_a_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows opens no folder, and flushes only a file that is open to write."""
+    to_write: set[int] = set()
+
+    def open_there(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        handle = os.open(path, flags, *rest, **options)
+        (to_write.add if flags & os.O_RDWR else to_write.discard)(handle)
+        return handle
+
+    def flush_there(handle: int) -> None:
+        if handle not in to_write:
+            raise OSError(9, "Bad file descriptor")
+        os.fsync(handle)
+
+    model = trained(build("bert"))
+    with monkeypatch.context() as there:
+        there.setattr(files, "os", SimpleNamespace(**{**vars(os), "open": open_there, "fsync": flush_there}))
+        for _ in range(2):  # a new folder, and one that is there
+            save_adapter(model, tmp_path / "it")
+    assert torch.equal(output("bert", load_adapter(build("bert"), tmp_path / "it")), output("bert", model))
 
 
 def test_other_files_in_the_folder_survive(tmp_path: Path) -> None:

@@ -195,10 +195,10 @@ def _store(converted: Converted, target: Path) -> None:
             raise IsADirectoryError(f"{target} is a folder; give a file")
         write_folder(target.parent, {target.name: converted.tensors}, None)
     elif converted.target_format == "adapters":
-        pickled = target / "pytorch_adapter.bin"
-        if pickled.exists():
-            problem = "which `adapters` may read instead; take it away, or give another folder"
-            raise ValueError(f"{pickled} is there, {problem}")
+        for stale in ("pytorch_adapter.bin", *(() if converted.head else (ADAPTERS_HEAD,))):
+            if (target / stale).exists():
+                problem = "which `adapters` may read instead; take it away, or give another folder"
+                raise ValueError(f"{target / stale} is there, {problem}")
         files = {ADAPTERS_TENSORS: converted.tensors} | ({ADAPTERS_HEAD: converted.head} if converted.head else {})
         write_folder(target, files, converted.config)
     else:

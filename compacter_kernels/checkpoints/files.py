@@ -234,6 +234,7 @@ def write_folder(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config
             copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
             with _writing(folder / name):
                 require_safetensors().torch.save_file(copies, new / name, metadata={"format": "pt"})
+                (new / name).chmod(new.stat().st_mode & 0o666)  # safetensors gives the owner alone access
                 _flush(new / name)
         if config is not None:
             content = {**config, DIGEST: _sha256(new / TENSORS)} if TENSORS in files else config
@@ -259,7 +260,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file or the names in a folder to disk. Windows flushes only what is written."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folder.
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

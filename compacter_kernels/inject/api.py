@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -47,10 +48,12 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
 
     Raises:
         TypeError, ValueError: the model is unchanged, and the message says what would be accepted.
+        RuntimeError: the model is in a context of `route` or `mix`, and unchanged.
     """
     config = CompacterConfig() if config is None else config
     if not isinstance(config, CompacterConfig):
         raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
+    config = dataclasses.replace(config)  # What is changed in the given one later is not of these adapters.
     check_injectable(model)
     inner = unwrapped(model)
     existing = adapters_of(inner)
@@ -64,7 +67,8 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 
     name: one, or several, of which the first is used and all are trained, as `route` and `mix` can.
 
-    A loss that was computed before still gives gradients to the adapters that it was computed with.
+    A loss that was computed before still gives gradients to the adapters that it was computed with,
+    except under gradient checkpointing, which computes the forward again.
     Raises ValueError if the model has no adapters of that name.
     """
     injection = injection_of(model)
@@ -76,20 +80,25 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """A context in which a model computes as its base, bit by bit; ValueError without adapters."""
+    """A context in which a model computes as its base, bit by bit; ValueError without adapters.
+
+    Adapters that are activated within it stay active after it.
+    """
     injection = injection_of(model)
     before = injection.active
     injection.use(None)
     try:
         yield
     finally:
-        injection.use(before)
+        if injection.active is None:
+            injection.resume(before)
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Take out the adapters of that name, or all. After the last, the model is as before `inject`.
 
-    Raises ValueError if the model has no adapters of that name, or none at all.
+    Raises ValueError if the model has no adapters of that name, or none at all, and RuntimeError
+    within a context of `route` or `mix`.
     """
     injection = injection_of(model)
     injection.remove(unwrapped(model), list(injection.configs) if name is None else [injection.require(name)])

@@ -19,6 +19,7 @@ from compacter_kernels.inject.keys import SHARED_PATH, named_tensors
 from compacter_kernels.inject.prepare import Prepared
 from compacter_kernels.inject.target_adapters import AdapterFastPath, Layer, TargetAdapters
 from compacter_kernels.inject.trained_copies import TrainedCopies
+from compacter_kernels.nn.choice import check_no_choice
 from compacter_kernels.targets.added import NAME, Adapters, AddedModules, added_modules
 from compacter_kernels.targets.find import is_layer_norm
 from compacter_kernels.targets.wrappers import plain_path, unwrapped
@@ -36,7 +37,7 @@ class Injection(Adapters, nn.Module):
         self.shared = nn.ModuleDict()
         self.configs = {}
         self.active = None
-        self._trained_before = {plain_path(model, name) for name, p in model.named_parameters() if p.requires_grad}
+        self._trained_before = {plain_path(model, name): p.requires_grad for name, p in model.named_parameters()}
         self._added: dict[str, TargetAdapters | TrainedCopies] = {}  # By the path of their module, also if exchanged.
         self._fast_path = AdapterFastPath(model)
         # The copied heads by path, without wrappers: the parent of the head, and its copies.
@@ -46,6 +47,7 @@ class Injection(Adapters, nn.Module):
 
     def add(self, model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
         """Put prepared adapters and copies into the model and activate them."""
+        self.configs[name] = config
         for target in prepared.targets:
             write, read, norm = Layer(model, target.write), None, None
             kind = EmbeddingAdapters if target.like else TargetAdapters
@@ -57,31 +59,31 @@ class Injection(Adapters, nn.Module):
                 read = Layer(model, target.residual)
                 norm = Layer(model, target.norm) if target.norm else None
             adapters: Any = added_modules(write.module) or kind(write)
+            self._added[plain_path(model, target.write)] = adapters
             adapter = prepared.adapters[target.write].train(write.module.training)
             before_norm = config.residual_before_ln
             adapters.add_adapter(name, adapter, prepared.shared, read=read, norm=norm, before_norm=before_norm)
-            self._added[plain_path(model, target.write)] = adapters
         for path, trained in prepared.copies.items():
             original = unwrapped(model.get_submodule(path))
             copies: Any = added_modules(original) or TrainedCopies(original)
-            copies.add_copy(name, trained, config.dtype is not None)
             self._added[plain_path(model, path)] = copies
+            copies.add_copy(name, trained, config.dtype is not None)
             if not is_layer_norm(original):
                 if not self._heads:
                     self._handles.append(model.register_forward_pre_hook(self._check_heads))
                 parent = model.get_submodule(path.rpartition(".")[0])
-                self._heads.setdefault(plain_path(model, path), (parent, copies))
+                self._heads[plain_path(model, path)] = parent, copies
         self._fast_path.allow(True)
         self._fast_path = AdapterFastPath(model)
         if prepared.shared is not None:
             self.shared[name] = prepared.shared
-        self.configs[name] = config
         self.activate(name)
         counts = len(prepared.targets), len(prepared.copies)
         logger.info("%d adapters and %d trained copies in %s", *counts, type(model).__name__)
 
     def remove(self, model: nn.Module, names: Iterable[str]) -> None:
         """Take out the adapters of these names. After the last, the model is as before `inject`."""
+        check_no_choice(model)
         all_added = set(self._added.values())
         for name in names:
             del self.configs[name]
@@ -95,13 +97,13 @@ class Injection(Adapters, nn.Module):
         self._added = {path: modules for path, modules in self._added.items() if len(modules)}
         self._fast_path = AdapterFastPath(model)
         if self.configs:
-            self.activate(self.active if self.active in self.configs else next(iter(self.configs)))
+            self.resume(self.active)
             return
         for handle in self._handles:
             handle.remove()
         delattr(model, NAME)
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(plain_path(model, path) in self._trained_before)
+        for path, parameter in model.named_parameters():  # Those that came later stay as they are.
+            parameter.requires_grad_(self._trained_before.get(plain_path(model, path), parameter.requires_grad))
 
     def use(self, name: str | None) -> None:
         """Compute with the adapters of that name. With None the model computes as its base."""
@@ -109,6 +111,13 @@ class Injection(Adapters, nn.Module):
         self._fast_path.allow(name is None)
         for modules in self._added.values():
             modules.active = name
+
+    def resume(self, name: str | None) -> None:
+        """Go on with the adapters of that name; if they were removed, activate others."""
+        if name is None or name in self.configs:
+            self.use(name)
+        elif self.configs:
+            self.activate(next(iter(self.configs)))
 
     def activate(self, name: str, *others: str) -> None:
         """Compute with the adapters of that name; train them and the others, and no more."""
@@ -182,11 +191,20 @@ class Injection(Adapters, nn.Module):
 
 
 def add_adapters(model: nn.Module, name: str, config: CompacterConfig, prepared: Prepared) -> None:
-    """Put prepared adapters into a model and activate them. The first ones freeze the model."""
+    """Put prepared adapters into a model and activate them. The first ones freeze the model.
+
+    After an error, such as of memory, the model is as before.
+    """
+    check_no_choice(model)
     if not isinstance(getattr(model, NAME, None), Injection):
         setattr(model, NAME, Injection(model))
         model.requires_grad_(False)
-    injection_of(model).add(model, name, config, prepared)
+    injection = injection_of(model)
+    try:
+        injection.add(model, name, config, prepared)
+    except BaseException:
+        injection.remove(model, [name])
+        raise
 
 
 def injection_of(model: nn.Module) -> Injection:

@@ -36,9 +36,9 @@ class TrainedCopies(AddedModules):
         super().__init__()
         self._original = (original,)  # The tuple keeps the original from becoming a child.
         self._casts: dict[str, bool] = {}
+        with_copies = type(original) if hasattr(original, ORIGINAL_CLASS) else class_with_copies(type(original))
         forward = vars(original).pop("forward", None)
-        if not hasattr(type(original), ORIGINAL_CLASS):
-            original.__class__ = class_with_copies(type(original))
+        original.__class__ = with_copies
         if forward is not None:
             original.forward = forward
         setattr(original, NAME, self)

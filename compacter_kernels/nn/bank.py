@@ -221,13 +221,16 @@ class AdapterBank(SharesRule):
         self.get_submodule(owner).register_parameter(name, value)
 
     def _exchange(self, change: Callable[[str, Tensor], Tensor]) -> None:
-        """Exchange all stacked parameters for changed ones; a parameter of two names stays one."""
-        made: dict[int, nn.Parameter] = {}
-        for path, old in self._each():
-            if not self._shares(path):
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(change(path, old.detach()), old.requires_grad)
-                self._set(path, made[id(old)])
+        """Exchange all stacked parameters for changed ones; a parameter of two names stays one.
+
+        All are made first, so that an error, such as of memory, leaves the bank as it was.
+        """
+        stacked, made = [(path, old) for path, old in self._each() if not self._shares(path)], dict[int, nn.Parameter]()
+        for path, old in stacked:
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(change(path, old.detach()), old.requires_grad)
+        for path, old in stacked:
+            self._set(path, made[id(old)])
 
     def _new_name(self, name: str) -> str:
         if not isinstance(name, str) or not name:

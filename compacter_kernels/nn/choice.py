@@ -114,6 +114,12 @@ class Chooser:
         return grouped(choice, self.held_adapters(), self.input_key)
 
 
+def check_no_choice(model: nn.Module) -> None:
+    """Raise RuntimeError in a context of route or mix, which knows only what was there before."""
+    if any(isinstance(module, Chooser) and module.chosen_adapters is not None for module in model.modules()):
+        raise RuntimeError("the model is in a context of route or mix; leave it before you add or remove adapters")
+
+
 def grouped(choice: Choice, held: Mapping[str, Any], input_key: Callable[[str], Any]) -> tuple[Part, ...]:
     """The names of the choice that are held, in groups of equal options and inputs."""
     groups: list[tuple[Any, list[str]]] = []

@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from compacter_kernels.inject.prepare import check_residual
-from compacter_kernels.nn.choice import computes_on
+from compacter_kernels.nn.choice import check_no_choice, computes_on
 from compacter_kernels.nn.flat_names import flat
 from compacter_kernels.peft.block_input import BlockInput, BlockOutput
 from compacter_kernels.peft.layer import CANNOT_MERGE, AdapterLayer
@@ -93,6 +93,7 @@ class AdapterTuner(ChoosesCopies, BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find all targets and check that each can have an adapter, before the model changes."""
+        check_no_choice(model)
         config = copy.copy(peft_config)
         expand_all_linear(model, config)
         config.modules_to_save = plan_modules_to_save(model, config)
