@@ -212,8 +212,16 @@ def explain(
 ) -> dispatch.Explanation:
     """Tell which impl the call of an adapter with these arguments takes, and why.
 
-    With route or mix, the adapter is a bank. Without `up` the call is `phm_linear(x, down)`. Raises
-    whatever that call would raise.
+        print(ck.explain(x, adapter.down.weights(), adapter.up.weights()))
+
+    The arguments are those of `compacter_adapter` or `bottleneck_adapter`. With route or mix they
+    are those of `compacter_adapter_bank`, and without `up` those of `phm_linear`.
+
+    Returns:
+        `impl`, the name; `reason`, why it was chosen; `others`, the reason against each other impl.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as that call would.
     """
     call: Call
     if up is None:
