@@ -149,7 +149,9 @@ def bottleneck_adapter(
     """
     for weights, name in ((down, "down"), (up, "up")):
         if not isinstance(weights, LinearWeights):
-            raise TypeError(f"{name} must be LinearWeights(weight, bias), got {type(weights).__name__}")
+            raise TypeError(
+                f"{name} must be LinearWeights(linear.weight.t(), linear.bias), got {type(weights).__name__}"
+            )
     return _run(adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
 
 
