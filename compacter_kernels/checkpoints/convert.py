@@ -125,8 +125,8 @@ def convert(
             hub have, with torch.load(weights_only=True), which reads tensors and runs no code.
 
     Returns:
-        The tensors, config and head that are written, and what there is to say: losses is what the
-        target format cannot hold, notes is what was assumed.
+        `tensors`, `config` and `head`, which are written; `losses`, what the target format cannot
+        hold; `notes`, what was assumed.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
