@@ -27,7 +27,7 @@ HEAD = """\
 LEGEND = """
 fp32, {threads} threads of a 2-core {cpu} with {isa}, torch {torch}, page faults removed.
 *Of a copy*: the time of the fused call over that of one `x.clone()`. *Dense, factored, compiled*: how many times as
-long the same step takes with H built in each call (every implementation in use), through `factored`, and through
+long the same call takes with H built in each call (every implementation in use), through `factored`, and through
 `factored` under `torch.compile`. All of it, with quantiles and with page faults: [{results}]({results}).
 """
 

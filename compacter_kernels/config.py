@@ -146,7 +146,7 @@ class AdapterConfig:
 class CompacterConfig(AdapterConfig):
     """Compacter (arXiv 2106.04647): adapters that share their slow weights.
 
-    The defaults are the authors'.
+    The defaults are the authors'. docs/options.md says what each option is.
 
     Raises:
         TypeError, ValueError: at construction, as `AdapterConfig` says.

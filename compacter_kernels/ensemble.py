@@ -51,8 +51,8 @@ def minimise_entropy(
             is all without keep. A sentence without such a token keeps equal weights.
 
     Returns:
-        logits: those of forward with the last weights, without a graph.
-        weights: (B, layers, K) as `mix` takes them, in float32, or float64 for such adapters.
+        The logits of forward with the last weights, without a graph, and these weights, which are
+        (B, layers, K) as `mix` takes them, in float32, or float64 for such adapters.
 
     The parameters get no gradient. They do not require one during the call, and do as before after
     it, also after an exception. It works within torch.no_grad() and torch.inference_mode().

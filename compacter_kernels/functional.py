@@ -149,7 +149,9 @@ def bottleneck_adapter(
     """
     for weights, name in ((down, "down"), (up, "up")):
         if not isinstance(weights, LinearWeights):
-            raise TypeError(f"{name} must be LinearWeights(weight, bias), got {type(weights).__name__}")
+            raise TypeError(
+                f"{name} must be LinearWeights(linear.weight.t(), linear.bias), got {type(weights).__name__}"
+            )
     return _run(adapter_call(x, down, up, residual, scale, norm), activation, out, impl)
 
 
@@ -212,8 +214,16 @@ def explain(
 ) -> dispatch.Explanation:
     """Tell which impl the call of an adapter with these arguments takes, and why.
 
-    With route or mix, the adapter is a bank. Without `up` the call is `phm_linear(x, down)`. Raises
-    whatever that call would raise.
+        print(ck.explain(x, adapter.down.weights(), adapter.up.weights()))
+
+    The arguments are those of `compacter_adapter` or `bottleneck_adapter`. With route or mix they
+    are those of `compacter_adapter_bank`, and without `up` those of `phm_linear`.
+
+    Returns:
+        `impl`, the name; `reason`, why it was chosen; `others`, the reason against each other impl.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as that call would.
     """
     call: Call
     if up is None:

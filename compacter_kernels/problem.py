@@ -104,7 +104,10 @@ def check_weights(weights: PHMWeights, name: str, adapters: int | None = None) -
     adapters: the size of the bank that they belong to; None for the weights of one projection.
     """
     if not isinstance(weights, PHMWeights):
-        raise TypeError(f"{name} must be PHMWeights(rule, left, right, bias), got {type(weights).__name__}")
+        raise TypeError(
+            f"{name} must be PHMWeights(rule, left, right, bias), as PHMLinear.weights() gives, "
+            f"got {type(weights).__name__}"
+        )
     rule, left, right, _ = weights
     bank, stacked = ((), 0) if adapters is None else ((adapters,), 1)
     check_tensor(left, f"{name}.left", 3 + stacked)
@@ -149,7 +152,8 @@ def _projection(
         check_tensor(weights.bias, f"{name}.bias", 1 + len(bank))
         if weights.bias.shape != (*bank, sizes[-1]):
             shape = ", ".join(map(str, (*bank, sizes[-1])))
-            raise ValueError(f"{name}.bias must have shape ({shape},), got {tuple(weights.bias.shape)}")
+            hint = "; the weight is (in, out), linear.weight.t()" if isinstance(weights, LinearWeights) else ""
+            raise ValueError(f"{name}.bias must have shape ({shape},), got {tuple(weights.bias.shape)}{hint}")
     (first, tensor), *others = weights.named(name)
     for other, each in others:
         if each.device != tensor.device:

@@ -18,7 +18,8 @@ def read(source: Source) -> Checkpoint:
         adapters = adapters_of(source.model)
         if adapters is None:
             raise ValueError(
-                f"this {type(source.model).__name__} has no Compacter adapters; call compacter_kernels.inject first"
+                f"this {type(source.model).__name__} has no Compacter adapters; call compacter_kernels.inject first, "
+                "or save_pretrained of a peft model"
             )
         name = source.choose(list(adapters.configs), default=adapters.active or next(iter(adapters.configs)))
         tensors = {key: tensor.detach() for key, tensor in adapters.tensors(source.model, name).items()}

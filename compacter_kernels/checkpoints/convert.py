@@ -124,6 +124,10 @@ def convert(
         allow_pickle: read the pytorch_adapter.bin of an `adapters` folder, as most of those on the
             hub have, with torch.load(weights_only=True), which reads tensors and runs no code.
 
+    Returns:
+        `tensors`, `config` and `head`, which are written; `losses`, what the target format cannot
+        hold; `notes`, what was assumed.
+
     Raises:
         TypeError, ValueError, FileNotFoundError: The source is malformed, pickled or incomplete, or
             the target cannot compute the same, or there is a loss that is not allowed. Nothing was

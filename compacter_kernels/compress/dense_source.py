@@ -128,7 +128,8 @@ def read_inputs(inputs: Any, sources: list[Dense], several: bool) -> list[Tensor
         name = f"inputs[{i}]" if several else "inputs"
         pair = entry if isinstance(entry, (list, tuple)) else (entry, None)
         if len(pair) != 2 or not all(one is None or isinstance(one, InputStatistics) for one in pair):
-            raise TypeError(f"{name} must be InputStatistics, or a pair of them or None for down and up, got {entry!r}")
+            kind = type(entry).__name__
+            raise TypeError(f"{name} must be InputStatistics, or a pair of them or None for down and up, got {kind}")
         for one, weight, field in zip(pair, (dense.down, dense.up), ("down", "up"), strict=True):
             covariances.append(None if one is None else one.of_width(weight.shape[1], f"{name} of {field}"))
     return covariances

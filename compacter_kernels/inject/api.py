@@ -52,7 +52,10 @@ def inject(model: Model, config: CompacterConfig | None = None, *, name: str = "
     """
     config = CompacterConfig() if config is None else config
     if not isinstance(config, CompacterConfig):
-        raise TypeError(f"config must be a CompacterConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a CompacterConfig, got {type(config).__name__}; "
+            "None stands for CompacterConfig(), and a BottleneckConfig is for peft"
+        )
     config = dataclasses.replace(config)  # What is changed in the given one later is not of these adapters.
     check_injectable(model)
     inner = unwrapped(model)

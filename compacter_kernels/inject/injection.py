@@ -211,7 +211,10 @@ def injection_of(model: nn.Module) -> Injection:
     """The child `compacter` of the model inside all wrappers; ValueError if it has no adapters."""
     child = getattr(unwrapped(model), NAME, None)
     if not isinstance(child, Injection):
-        raise ValueError(f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first")
+        raise ValueError(
+            f"this {type(model).__name__} has no Compacter adapters; call compacter_kernels.inject first, "
+            "or for adapters of peft the methods of the model itself"
+        )
     return child
 
 

@@ -45,7 +45,8 @@ class PHMLinear(Borrower):
         bias, device, dtype: as for nn.Linear, in the same positions; all other options have names.
         phm_rule: a shared Parameter (n, n, n), or a pair if it is factorised, which stays as it is.
         learn_phm: False keeps the rule fixed, even if a training script sets requires_grad.
-        init: "paper" or "adapters", see `compacter_kernels.nn.initialisation`.
+        init: of W_left and W_right: "paper", xavier uniform with gain sqrt 2, as the authors do, or
+            "adapters", xavier normal, as the library `adapters` does.
         phm_init_range: the spread of a rule that modules share; otherwise it is the authors' 0.01.
         phm_c_init: the distribution of the rule, "normal" or "uniform".
         impl: see `compacter_kernels.phm_linear`.

@@ -26,13 +26,13 @@ def patch(model: nn.Module | None = None, *, shortcuts: bool = False) -> Report:
     """Put the kernels under the adapters of a model, or under the library `adapters`.
 
     The model keeps its modules, Parameters and state dict. It computes the same function with the
-    same gradients. These modules are recognised: the adapters of `adapters` 1.3 (of Compacter, and
-    plain bottleneck adapters of up to 256 numbers), and modules built like PHMLinear and
-    HyperComplexAdapter of OpenDelta, of T-Few and of the original repository. An adapter runs as
-    one kernel where its options allow it; torch computes the options that the kernel does not have,
-    before, between or after the projections. Otherwise each PHM layer runs as one kernel. `patch`
-    does not change which parameters train: the `train_adapter` of `adapters` trains the rule in
-    spite of `learn_phm=False`, patched or not.
+    same gradients. These modules are recognised: the adapters of `adapters` 1.2 and 1.3 (of
+    Compacter, and plain bottleneck adapters of up to 256 numbers), and modules built like PHMLinear
+    and HyperComplexAdapter of OpenDelta, of T-Few and of the original repository. An adapter runs
+    as one kernel where its options allow it; torch computes the options that the kernel does not
+    have, before, between or after the projections. Otherwise each PHM layer runs as one kernel.
+    `patch` does not change which parameters train: the `train_adapter` of `adapters` trains the
+    rule in spite of `learn_phm=False`, patched or not.
 
     The linear layers of LoKr in `peft` 0.18 to 0.21 and in `lycoris` 4.1 are recognised, too. They
     run on `kronecker_linear` (`lokr`), and no matrix of the size of the weight is built. For
