@@ -14,6 +14,7 @@ enum class Activation : int {
     identity = 0, relu = 1, gelu = 2, gelu_new = 3, silu = 4, tanh = 5, sigmoid = 6,
     leaky_relu = 7, mish = 8, relu2 = 9, quick_gelu = 10,
 };
+constexpr int activations = 11;
 
 // A contiguous tensor of any float dtype. data == nullptr: an absent bias or an unwanted gradient.
 struct Array {

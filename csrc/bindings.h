@@ -31,8 +31,9 @@ inline DType input_dtype_of(int code) {
 }
 
 inline Activation activation_of(int code) {
-    if (code < 0 || code > static_cast<int>(Activation::quick_gelu))
-        throw std::invalid_argument("activation " + std::to_string(code) + " is unknown; choose 0 to 10");
+    if (code < 0 || code >= activations)
+        throw std::invalid_argument("activation " + std::to_string(code) + " is unknown; choose 0 to " +
+                                    std::to_string(activations - 1));
     return static_cast<Activation>(code);
 }
 

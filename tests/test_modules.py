@@ -189,6 +189,8 @@ def test_errors_at_call_name_x() -> None:
     ):
         with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 24\).*got \(3, 23\)"):
             module(torch.randn(3, 23))
+        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+            module([1.0])
 
 
 def test_parameters_that_are_plain_attributes_serve_too() -> None:

@@ -90,7 +90,7 @@ class AdapterBase(Borrower):
         h = x if self.norm_before is None else self.norm_before(x)
         late = self.dropout > 0 and self.training
         late |= self.norm_after is not None and not self.residual_before_ln
-        late |= residual is not None and residual.dtype != h.dtype
+        late |= isinstance(residual, Tensor) and residual.dtype != h.dtype
         modules = children(self)
         down, up = modules["down"], modules["up"]
         scaling = self._weight("scaling")

@@ -69,7 +69,7 @@ class Stack(NamedTuple):
             check_mixable(like)
         h = x if self.norm_before is None else self.norm_before.of_rows(x, route)  # type: ignore[arg-type]
         late = (like.dropout > 0 and self.training) or norm_after is not None
-        late |= residual is not None and residual.dtype != h.dtype
+        late |= isinstance(residual, Tensor) and residual.dtype != h.dtype
         y = compacter_adapter_bank(
             h,
             self.down,

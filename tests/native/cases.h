@@ -45,7 +45,7 @@ inline std::vector<Case> cases() {
         Case& c = all[j];
         c.x = static_cast<DType>(j % 3);
         c.parameters = static_cast<DType>(j / 2 % 4);
-        c.activation = static_cast<Activation>(j % 11);
+        c.activation = static_cast<Activation>(j % activations);
         c.residual = static_cast<Case::Residual>(j / 3 % 4);
         c.bias = j % 5 != 0;
         c.some_gradients = j % 7 == 3;
@@ -57,7 +57,7 @@ inline std::vector<Case> cases() {
         c.threads = 1 + static_cast<int>(j % 13 == 5);
 #endif
     }
-    for (int code = 0; code <= static_cast<int>(Activation::quick_gelu); ++code) {
+    for (int code = 0; code < activations; ++code) {
         Case c{48, 24, 4, 4, 1, 1, 33};
         c.activation = static_cast<Activation>(code);
         all.push_back(c);

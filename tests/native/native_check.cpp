@@ -145,7 +145,7 @@ int main() {
             check::check_routed(kind + "routed " + c.name(), c, dense, random);
             check::check_mixed(kind + "mixed " + c.name(), c, dense, random);
         }
-        for (int code = 0; code <= static_cast<int>(Activation::quick_gelu); ++code)
+        for (int code = 0; code < activations; ++code)
             check::check_nan(isa + " activation " + std::to_string(code), static_cast<Activation>(code));
     }
     std::printf("%d passed, %d failed\ndigest of the results: %016llx\n", check::passed, check::failed,
