@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from compacter_kernels.calls import AdapterCall, BankCall, LinearCall, explain_failure
@@ -62,10 +63,14 @@ def bank_call(
             raise TypeError(f"{name} must be PHMWeights or LinearWeights, got {type(weights).__name__}")
     factor: Any = down.slots()[1]
     check_tensor(x, "x")
-    check_tensor(factor, "down.weight" if isinstance(down, LinearWeights) else "down.left")
-    adapters = factor.shape[0] if factor.ndim else 0
+    name, ndim = ("down.weight", 3) if isinstance(down, LinearWeights) else ("down.left", 4)
+    check_tensor(factor, name, ndim)
+    adapters = factor.shape[0]
     check = partial(adapter_problem, x, down, up, "identity", adapters)
     check_choice(x, route, mix, adapters)
+    choice, name = (route, "route") if mix is None else (mix, "mix")
+    if choice is not None and (choice.dtype == torch.int32 or not choice.is_contiguous()):  # torch copies it below
+        check_for_torch([(name, choice)])
     added, add_x = (None, False) if residual is None else _split(residual, x, check)
     if not isinstance(scale, float):
         up, scale = _with_scale(up, "up", scale, check, adapters)
@@ -100,6 +105,7 @@ def _check_added(
     """Raise for a tensor that cannot be added, or for an error of the others, which comes first."""
     try:
         like = added.shape == shape() and added.dtype == x.dtype and added.device == x.device
+        like = like and added.layout is torch.strided
     except (AttributeError, RuntimeError, IndexError, TypeError):  # not a tensor, or a nested tensor
         like = False
     if not like:

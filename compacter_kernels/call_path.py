@@ -190,6 +190,7 @@ def _with_options(plan: dispatch.Plan, call: Call, activation: Activation, out: 
             raise
     elif out is not None and _writes_into(plan, call, out):
         assert plan.kernel is not None
+        torch.autograd.graph.increment_version(out)  # whoever saved it for a backward gets an error, as of copy_
         return plan.kernel.forward(call, out)
     else:
         result = _without_options(plan, call)
@@ -219,6 +220,7 @@ def _check_out(out: Tensor, call: Call) -> None:
     x = call.x
     like = isinstance(out, Tensor) and not out.is_nested and out.layout == x.layout and _facts(out) == _facts(x)
     if not like:
+        _problem(call, "identity")  # what is wrong with x comes first
         check_like(out, "out", x, x.shape)
     if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(call)):
         raise ValueError("out= records no gradient; call under torch.no_grad(), or without out=")
@@ -227,9 +229,17 @@ def _check_out(out: Tensor, call: Call) -> None:
 
 def _writes_into(plan: dispatch.Plan, call: Call, out: Tensor) -> bool:
     """Whether a kernel can write into `out`: it is contiguous, and no input shares its memory."""
-    if plan.kernel is None or plan.kernel.differentiable or not ordinary(out) or not out.is_contiguous():
+    if plan.kernel is None or plan.kernel.differentiable or not ordinary(out):
         return False
-    address = out.untyped_storage().data_ptr()
+    if not out.is_contiguous() or out.is_neg():
+        return False
     parts = [part if isinstance(part, tuple) else (part,) for part in call]
-    read = [t for part in parts for t in part if isinstance(t, Tensor)]
-    return all(tensor.untyped_storage().data_ptr() != address for tensor in read)
+    read = [t.untyped_storage() for part in parts for t in part if isinstance(t, Tensor)]
+    written = out.untyped_storage()
+    begin = written.data_ptr()
+    end = begin + written.nbytes()
+    for storage in read:  # one that begins elsewhere may overlap, too
+        address = storage.data_ptr()
+        if address < end and begin < address + storage.nbytes():
+            return False
+    return True

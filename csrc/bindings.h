@@ -179,6 +179,7 @@ struct BankPlan : AdapterPlan {
         const auto [groups, route, mix, dtype] = choice;
         if (groups < 0 || (groups ? tokens % groups != 0 : tokens != 0))
             throw std::invalid_argument(std::to_string(groups) + " groups do not divide " + std::to_string(tokens) + " rows");
+        if (groups && !route && !mix) throw std::invalid_argument("route or mix has no memory: its address is 0");
         const auto* ids = static_cast<const int64_t*>(input(route));
         return {count, shared_rule_down, shared_rule_up, groups, ids, {output(mix), dtype_of(dtype)}};
     }

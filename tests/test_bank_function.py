@@ -272,6 +272,40 @@ def test_operator(case: Case, impl: str) -> None:
     )
 
 
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_gradients_of_an_adapter_without_rows_are_0(operation: str, impl: str) -> None:
+    """Not -0, and not 0 times a scale that is not finite."""
+    case = Case(operation, bank=4, shape=(6, 5), width=48, scale=-2.0)
+    tensors = case.tensors()
+    skip_if_refused(case, tensors, impl)
+    for scale in (-2.0, torch.inf):
+        changed = Case(**{**vars(case), "scale": scale})
+        got = gradients(changed, tensors, impl, torch.ones(6, dtype=torch.int64))
+        for name in tensors.keys() - {"x", "residual"}:
+            for adapter in (0, 2, 3):
+                assert not bits(got[name][adapter]).any(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_choice_without_memory(impl: str) -> None:
+    case = ROUTED["adapter"]
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    for name, choice in (
+        ("route", torch.zeros(6, dtype=torch.int32)),
+        ("route", torch.zeros(5, 6, dtype=torch.int64).t()),
+        ("mix", torch.rand(5, 6, 4).transpose(0, 1)),
+    ):
+        choice.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"{name} has no memory"):
+            call(case, tensors, impl, **{name: choice})
+    zeros = torch._efficientzerotensor  # without an address
+    for name, choice in (("route", zeros(6, dtype=torch.int64)), ("mix", zeros(4))):
+        if impl in FUSED:  # torch reads zeros there
+            with pytest.raises(ValueError, match="has no memory"):
+                call(case, tensors, impl, **{name: choice})
+
+
 def test_wrong_arguments() -> None:
     case = ROUTED["adapter"]
     tensors = case.tensors()
@@ -289,6 +323,8 @@ def test_wrong_arguments() -> None:
         (TypeError, "down and up must be of one class", {"down": dense}),
         (ValueError, r"up.right must have shape \(4, 4, 1, out/4\)", {"up": up._replace(right=up.right[:3])}),
         (ValueError, r"up.bias must have shape \(4, 48,\)", {"up": up._replace(bias=up.bias[:3])}),
+        (ValueError, "down.left must have 4 dimensions", {"down": down._replace(left=torch.tensor(1.0))}),
+        (ValueError, "down.weight must have 3 dimensions", {"down": ck.LinearWeights(torch.ones(48, 4))}),
         (ValueError, "up.rule must have shape", {"up": up._replace(rule=up.rule[:3])}),
         (ValueError, "scale must be a number or a tensor of one number or of 4", {"scale": torch.ones(3)}),
     ):

@@ -177,3 +177,14 @@ def test_error_names_the_argument(
 def test_sparse_weights() -> None:
     with pytest.raises(TypeError, match=r"weights\.right must be a dense \(strided\) tensor"):
         ck.phm_matrix(_of_linear(right=_ones(4, 1, 3).to_sparse()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_tensor_of_sparse_rows_after_a_call() -> None:
+    """torch does not even say whether it is contiguous."""
+    x = _ones(5, 24)
+    for name, given in (("x", {"x": x.to_sparse_csr()}), ("residual", {"residual": x.to_sparse_csr()})):
+        adapter(x)
+        adapter(x, residual=x + 1)
+        with pytest.raises(TypeError, match=rf"{name} must be a dense \(strided\) tensor, got torch\.sparse_csr"):
+            adapter(**given)

@@ -138,9 +138,12 @@ def test_memory_that_is_freed_before_the_backward() -> None:
 def test_a_negative_view() -> None:
     """It is contiguous, and torch negates it when it is read."""
     given = tensors()
-    for name in ("x", "residual"):
+    for name in ("x", "residual", "down.rule", "up.bias"):
+        memory = torch.empty(10**6)[54321:][: given[name].numel()]  # where no earlier tensor was
+        changed = {**given, name: torch._neg_view(memory.view_as(given[name]).copy_(given[name]))}
         expected = adapter({**given, name: -given[name]})
-        assert torch.equal(adapter({**given, name: torch._neg_view(given[name])}), expected), name
+        assert torch.equal(adapter(changed), expected), name
+        assert torch.equal(adapter(changed), expected), f"{name} in the second call"
 
 
 @pytest.mark.parametrize("kind", ["two_tensor", "freed", "strided_and_freed"])

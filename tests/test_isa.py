@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from oracle import BF16, FP16, Case, assert_same_bits, reference, run
+import torch
+from oracle import BF16, FP16, FP32, Case, assert_same_bits, reference, run
 
 _C = pytest.importorskip("compacter_kernels._C", reason="cpu is not built", exc_type=ImportError)
 
@@ -44,6 +45,23 @@ def test_agreement(case: Case, isa: str) -> None:
     first = run(case, tensors, "cpu")
     reference(case).accept(first)
     assert_same_bits(run(case, tensors, "cpu"), first)
+
+
+@pytest.mark.parametrize("dtypes", [(FP16, FP32), (FP32, FP16)], ids=["x", "parameters"])
+def test_flush_denormal_changes_no_float16(dtypes: tuple[torch.dtype, torch.dtype], isa: str) -> None:
+    """The subnormal numbers of float16 are normal ones of float32, which the kernels compute in."""
+    case = Case("linear", dtype=dtypes[0], params=dtypes[1], shape=(17,), bias=False)
+    tensors = case.tensors()
+    with torch.no_grad():
+        tensors["x" if dtypes[0] == FP16 else "down.left"].mul_(2.0**-17)
+    expected = run(case, tensors, "cpu")
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("not on this processor")
+        got = run(case, tensors, "cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(got, expected)
 
 
 @pytest.mark.usefixtures("given_back")

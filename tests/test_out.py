@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -42,7 +43,22 @@ def overlapping_the_input(tensors: Tensors) -> Tensor:
     return memory[x.shape[-1] :].view(x.shape)
 
 
-PLACES = [contiguous, strided, odd_offset, the_input_itself, the_residual, overlapping_the_input]
+def overlapping_another_storage(tensors: Tensors) -> Tensor:
+    """The same, where x and `out` have storages of their own over one array."""
+    memory = (ctypes.c_char * (tensors["x"].nbytes + tensors["x"][0, 0].nbytes))()
+    whole = {"dtype": tensors["x"].dtype, "count": tensors["x"].numel()}
+    x = torch.frombuffer(memory, **whole).view(tensors["x"].shape)
+    tensors["x"] = x.copy_(tensors["x"])
+    return torch.frombuffer(memory, offset=x[0, 0].nbytes, **whole).view(x.shape)
+
+
+def negated(tensors: Tensors) -> Tensor:
+    return torch._neg_view(torch.empty_like(tensors["x"]))
+
+
+PLACES = [contiguous, strided, odd_offset, the_input_itself, the_residual]
+PLACES += [overlapping_the_input, overlapping_another_storage, negated]
+APART = [contiguous, strided, odd_offset, negated]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -56,9 +72,9 @@ def test_out(dtype: torch.dtype, place: Callable[[Tensors], Tensor], impl: str) 
         out = place(tensors)
         before = copies(tensors)
         assert case.call(tensors, impl, out=out) is out
-    assert torch.equal(bits(out), expected)
+    assert torch.equal(bits(out.resolve_neg()), expected)
     for name, tensor in tensors.items():
-        if name not in ("x", "residual") or place in (contiguous, strided, odd_offset):
+        if name not in ("x", "residual") or place in APART:
             assert torch.equal(tensor, before[name]), f"{name} was changed"
 
 
@@ -69,6 +85,18 @@ def test_out_leaves_its_surroundings(impl: str) -> None:
     CASE.call(tensors, impl, out=memory[:, 1:10])
     assert (memory[:, 0] == 7).all()
     assert (memory[:, 10] == 7).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_out_that_a_backward_needs_is_an_error(impl: str) -> None:
+    """As for every tensor that is changed in place."""
+    tensors, factor = CASE.tensors(), torch.ones(1, requires_grad=True)
+    out = torch.empty_like(tensors["x"])
+    product = (factor * out).sum()
+    with torch.no_grad():
+        CASE.call(tensors, impl, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -71,7 +71,11 @@ def check_readable(tensor: Tensor, name: str) -> None:
 
 def readable(tensor: Tensor, name: str) -> Tensor:
     """Return the tensor, or a contiguous copy of it. Raises as `check_memory`."""
-    if tensor.is_contiguous() and tensor.__class__ in ORDINARY and not tensor.is_neg() and not _too_short(tensor):
+    try:
+        contiguous = tensor.is_contiguous()
+    except RuntimeError:  # raised for a sparse tensor, which check_memory names
+        contiguous = False
+    if contiguous and tensor.__class__ in ORDINARY and not tensor.is_neg() and not _too_short(tensor):
         return tensor
     check_memory(tensor, name)
     return tensor.contiguous().resolve_neg()
@@ -110,7 +114,7 @@ class Parameters:
         if known in self.checked:
             return tensors, known
         params = [None if t is None else readable(t, name) for t, name in zip(tensors, self.names, strict=True)]
-        if known is None:
+        if known is None or any(p is not t for p, t in zip(params, tensors, strict=True)):  # a copy was made
             return params, addresses(params)
         if len(self.checked) >= _REMEMBERED:
             self.checked.clear()

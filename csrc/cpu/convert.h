@@ -51,7 +51,10 @@ template <>
 struct Number<DType::f16> {
     uint16_t stored;
     float get() const {
-        const uint32_t bits = to_bits(from_bits((stored & 0x7fffu) << 13) * 0x1p112f);
+        // The lesser of two is right. No number here is subnormal in fp32, where it might count as 0.
+        const uint32_t shifted = (stored & 0x7fffu) << 13;
+        const float normal = from_bits(shifted + (112u << 23)), subnormal = from_bits(shifted + (113u << 23)) - 0x1p-14f;
+        const uint32_t bits = to_bits(subnormal < normal ? subnormal : normal);
         return from_bits(((stored & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : bits) | (stored & 0x8000u) << 16);
     }
     void set(float value) {

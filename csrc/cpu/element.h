@@ -39,9 +39,10 @@ COMPACTER_INLINE Vec from_f16(HalfBits half) {
 #elif defined(__AVX2__)
     return (Vec)_mm256_cvtph_ps((__m128i)half);
 #else
-    const BitVec bits = widen(half);
-    const Vec scaled = (Vec)((bits & 0x7fffu) << 13) * splat(0x1p112f);  // also right for subnormals
-    const BitVec magnitude = select((bits & 0x7c00u) == 0x7c00u, (BitVec)scaled | 0x7f800000u, (BitVec)scaled);
+    const BitVec bits = widen(half), shifted = (bits & 0x7fffu) << 13;  // as in convert.h
+    const Vec normal = (Vec)(shifted + (112u << 23)), subnormal = (Vec)(shifted + (113u << 23)) - splat(0x1p-14f);
+    const BitVec finite = (BitVec)select(subnormal < normal, subnormal, normal);
+    const BitVec magnitude = select((bits & 0x7c00u) == 0x7c00u, finite | 0x7f800000u, finite);
     return (Vec)(magnitude | (bits & 0x8000u) << 16);
 #endif
 }

@@ -31,11 +31,11 @@ const float* staged(const Array& array, int64_t count, float scale, Room& room) 
     return to;
 }
 
-// sums[0][j] = (sums[0][j] + sums[1][j] + ...) * scale
+// sums[0][j] = (sums[0][j] + sums[1][j] + ...) * scale. Sums of no parts stay as they are, for other threads.
 void add_parts(float* sums, int64_t count, float scale, int64_t stride, int64_t parts) {
     for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < count; ++j) sums[j] += sums[part * stride + j];
-    if (scale != 1.f)
+    if (parts && scale != 1.f)
         for (int64_t j = 0; j < count; ++j) sums[j] *= scale;
 }
 

@@ -113,17 +113,17 @@ void backward_routed(const Adapter& a, const Bank& bank, const void* grad_out, v
     });
     float* zeros = rows + numbered.count() * row;  // the gradients of an adapter without rows
     clear(zeros, row);
-    const int64_t all = numbered.count();
-    if (bank.shared_rule_down) down.write_rule(down_gradients, all ? rows : zeros, row, std::max<int64_t>(all, 1));
-    if (bank.shared_rule_up) up.write_rule(up_gradients, (all ? rows : zeros) + down_row, row, std::max<int64_t>(all, 1));
+    const int64_t all = numbered.count();  // if it is 0, zeros are the first row
+    if (bank.shared_rule_down) down.write_rule(down_gradients, rows, row, all);
+    if (bank.shared_rule_up) up.write_rule(up_gradients, rows + down_row, row, all);
     for_each_part(parts, [&](int64_t part) {
         for (int64_t adapter = bank.count * part / parts; adapter < bank.count * (part + 1) / parts; ++adapter) {
             const int64_t first = numbered.first_of_adapter[adapter], count = numbered.first_of_adapter[adapter + 1] - first;
             const auto write = [&](const Staging& side, const Parameters& of_bank, bool shared, const Projection& p, int64_t at) {
                 const Parameters own = adapter_of(p, of_bank, adapter, shared);
                 float* sums = (count ? rows + first * row : zeros) + at;
-                if (!shared) side.write_rule(own, sums, row, std::max<int64_t>(count, 1));
-                side.write_others(own, sums, row, std::max<int64_t>(count, 1));
+                if (!shared) side.write_rule(own, sums, row, count);
+                side.write_others(own, sums, row, count);
             };
             write(down, down_gradients, bank.shared_rule_down, a.down, 0);
             write(up, up_gradients, bank.shared_rule_up, a.up, down_row);
