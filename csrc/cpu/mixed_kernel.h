@@ -87,9 +87,10 @@ struct MixedScratch {
 
     // The weights of the tokens, in the lane layout [e][token]; 0 behind the last token.
     void load_weights(const MixedJob& job, int64_t token, int64_t tokens) const {
-        for (int64_t e = 0; e < job.count; ++e)
-            for (int64_t t = 0; t < lanes; ++t)
-                weights[e * lanes + t] = t < tokens ? job.mix[(token + t) / job.per_group * job.count + e] : 0.f;
+        for (int64_t t = 0; t < lanes; ++t) {
+            const float* of_token = job.mix + (token + t) / job.per_group * job.count;
+            for (int64_t e = 0; e < job.count; ++e) weights[e * lanes + t] = t < tokens ? of_token[e] : 0.f;
+        }
     }
 
     // rows[j] *= w_e
