@@ -21,7 +21,8 @@ USES = {  # the uses of those options that not every use has
     "methods": (DIGITS, TOPICS),
     **dict.fromkeys(("batch", "max_length"), (TOPICS, OWN)),
     **dict.fromkeys(("data", "validation", "text_column", "label_column", "task", "method", "seed", "resume"), (OWN,)),
-    **dict.fromkeys(("learning_rate", "accumulate", "bf16", "save_every", "reduction_factor", "phm_dim"), (OWN,)),
+    **dict.fromkeys(("reduction_factor", "phm_dim", "phm_rank"), (OWN,)),
+    **dict.fromkeys(("learning_rate", "accumulate", "bf16", "save_every"), (OWN,)),
 }
 EPILOG = """examples:
   compacter-kernels train --quick

@@ -81,6 +81,7 @@ def add_own_options(parser: argparse.ArgumentParser, required: bool = False) -> 
     add("--learning-rate", type=_rate, metavar="RATE", help=f"default {rates}")
     add("--reduction-factor", type=_rate, metavar="FACTOR", help="of the adapters, default 32")
     add("--phm-dim", type=options.positive, metavar="N", help="of the adapters, default 4")
+    add("--phm-rank", type=options.positive, metavar="R", help="of the adapters, default 1")
     add("--seed", type=_seed, help="the first of --seeds, default 0")
     add("--accumulate", type=options.positive, metavar="PARTS", help="parts that a batch is computed in, default 1")
     add("--bf16", action="store_true", help="train under autocast to bfloat16")

@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace, processes: PartialState) -> None:
     data = task.encode(texts[0]), task.encode(texts[1])
     steps = args.steps or (args.epochs or train_options.EPOCHS) * math.ceil(len(data[0]) / batch)
     rate = args.learning_rate or METHODS[args.method].rate
-    adapters = {"reduction_factor": args.reduction_factor, "phm_dim": args.phm_dim}
+    adapters = {name: getattr(args, name) for name in ("reduction_factor", "phm_dim", "phm_rank")}
     settings = {
         "model": args.model,
         "data": args.data,

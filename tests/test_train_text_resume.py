@@ -143,6 +143,7 @@ def test_a_run_is_not_overwritten(stopped: Path, tmp_path: Path, capsys: pytest.
         (["--learning-rate", "0.5"], "other settings: rate was 0.003 and is 0.5"),
         (["--batch", "4"], "other settings: batch was 8 and is 4"),
         (["--phm-dim", "2"], "adapters was {'reduction_factor': 4.0} and is"),
+        (["--phm-rank", "2"], "adapters was {'reduction_factor': 4.0} and is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
