@@ -36,8 +36,11 @@ def pattern(tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> tuple
     """What of its tensors a kernel is compiled for, beside their dtypes.
 
     It knows which are absent and the addresses modulo 16 bytes, and on AMD which are large.
+    Raises ValueError for a tensor without an address, as a ZeroTensor of torch.
     """
     found = tuple([a % 16 if a else None for a in addresses])
+    if None in found and any(not a and t is not None and t.numel() for t, a in zip(tensors, addresses, strict=True)):
+        raise ValueError("a tensor of this call has no memory: its address is 0")
     if torch.version.hip is None:
         return found
     return *found, *[t is not None and t.untyped_storage().nbytes() > BUFFER for t in tensors]
