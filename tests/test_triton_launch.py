@@ -70,9 +70,13 @@ launch.current_device, launch.current_stream = lambda: 0, lambda device: 7
 one = launch.Launch(KERNELS[name], tiled.constants, config.warps, 0)
 one.compile = lambda tensors: Compiled()
 for addresses in ((16, 0, 32), (32, 0, 48), (16, 16, 32), (24, 0, 32), (32, 0, 16)):
-    one(3, 1, (), addresses, 0.5, 9)
+    one(3, 1, [out if address else None for address in addresses], addresses, 0.5, 9)
 assert patterns == [(16, 0, 32), (16, 16, 32), (24, 0, 32)]  # as it is absent, aligned, or x is unaligned
 assert ran[1] == (3, 1, 1, 7, None, None, None, None, None, 32, 0, 48, 0.5, 9, *tiled.tail)
+try:
+    one(3, 1, (out, out, out), (16, 0, 32), 0.5, 9)
+except ValueError as error:
+    assert "no memory" in str(error)
 assert len(ran) == 5
 print("launched")
 
