@@ -52,7 +52,6 @@ COMPACTER_DEVICE ValueAndSlope tanh_and_slope(float y) {
 template <class Body>
 COMPACTER_DEVICE void with_activation(Activation activation, const Body& body) {
     switch (activation) {
-        case Activation::identity: return body([](float y) { return ValueAndSlope{y, 1.f}; });
         case Activation::relu: return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y, y <= 0.f ? 0.f : 1.f}; });
         case Activation::gelu: return body([](float y) { return gelu(y); });
         case Activation::gelu_new: return body([](float y) { return gelu_new(y); });
@@ -65,6 +64,7 @@ COMPACTER_DEVICE void with_activation(Activation activation, const Body& body) {
         case Activation::relu2:
             return body([](float y) { return ValueAndSlope{y < 0.f ? 0.f : y * y, y < 0.f ? 0.f : 2.f * y}; });
         case Activation::quick_gelu: return body([](float y) { return swish(y, 1.702f); });
+        default: return body([](float y) { return ValueAndSlope{y, 1.f}; });
     }
 }
 
