@@ -6,8 +6,9 @@ Routed: each sequence has one of E adapters. `single` is the kernel of one adapt
 `bank` the routed call with the adapters in order, `unsorted` with them in any order, `loop` one
 call of the single kernel for each sequence, and `BatchSplit` the composition of that name of the
 library `adapters`, as shipped and without its layer norm. Mixed: the weighted sum of 8 adapters,
-with a weight for each token. A step is forward and backward; that of a bank also has the gradients
-of all adapters, and that of a mix those of the weights.
+with weights for each sequence, as ck.mix gives them, or for each token. A step is forward and
+backward; that of a bank also has the gradients of all adapters, and that of a mix those of the
+weights.
 
 All calls take turns in one process without page faults (benchmarks/README.md), in float32. Writes
 OUT/bank.json and OUT/bank.txt. Needs transformers 4.57 and adapters 1.3.0.
@@ -98,15 +99,18 @@ def mixed(rounds: int) -> dict[str, Any]:
     x = torch.randn(64, 128, WIDTH, requires_grad=True)
     down, up = drawn(MIXED, WIDTH, BOTTLENECK), drawn(MIXED, BOTTLENECK, WIDTH)
     one = [side.adapter(0).map(lambda t: t.detach().clone().requires_grad_()) for side in (down, up)]
-    mix, grad = torch.randn(64, 128, MIXED, requires_grad=True), torch.randn_like(x)
+    grad = torch.randn_like(x)
+    mix, of_tokens = (torch.randn(*sizes, MIXED, requires_grad=True) for sizes in ((64,), (64, 128)))
     functions: dict[str, Function] = {
         "single": lambda: ck.compacter_adapter(x, *one, residual=x),
         "mix": lambda: ck.compacter_adapter_bank(x, down, up, mix=mix, residual=x),
+        "of tokens": lambda: ck.compacter_adapter_bank(x, down, up, mix=of_tokens, residual=x),
     }
     rows = take_turns({name: forward(function) for name, function in functions.items()}, rounds)
     steps = {
         "single": step(functions["single"], [x, *one[0], *one[1]], grad),
         "mix": step(functions["mix"], [x, mix, *down, *up], grad),
+        "of tokens": step(functions["of tokens"], [x, of_tokens, *down, *up], grad),
     }
     for weight in (*down, *up, *one[0], *one[1]):
         weight.requires_grad_(False)

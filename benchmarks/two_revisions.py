@@ -25,6 +25,7 @@ SHAPES = ((768, 32, 4), (768, 16, 12), (1024, 16, 8), (4096, 32, 8))  # hidden_s
 TOKENS = (1, 256, 2048)
 IMPLS = ("cpu", "factored", "dense")
 MIXES = ((768, 32, 4, 2048), (768, 32, 4, 8192), (768, 16, 12, 2048))  # with the tokens
+SEQUENCE = 128  # tokens; a mix has weights for each token, or for each sequence
 BOTTLENECKS = ((768, 48), (1024, 64))  # plain ones, all in bfloat16
 
 
@@ -103,19 +104,21 @@ def mixes() -> dict[str, Callable[[], Any]]:
         bank = ck.AdapterBank(k, names=list("abcdefgh"), reduction_factor=factor, phm_dim=n)
         for parameter in bank.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        leaf, grad = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, k)
-        mix = torch.randn(tokens, len(bank), requires_grad=True)
-        wanted = [leaf, mix, *bank.parameters()]
-
-        def forward(bank: Any = bank, leaf: Any = leaf, mix: Any = mix) -> Any:
-            return bank(leaf, mix=mix)
-
+        leaf, grad = (torch.randn(tokens // SEQUENCE, SEQUENCE, k) for _ in range(2))
+        leaf.requires_grad_()
         title = f"mix of {len(bank)}, {k}/{k // factor}/{n} T={tokens}"
         found[f"{title} copy"] = leaf.detach().clone
-        found[f"{title} forward"] = forward
-        found[f"{title} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: torch.autograd.grad(
-            forward(), wanted, grad
-        )
+        for of, sizes in (("", leaf.shape[:2]), (" of sequences", leaf.shape[:1])):
+            mix = torch.randn(*sizes, len(bank), requires_grad=True)
+            wanted = [leaf, mix, *bank.parameters()]
+
+            def forward(bank: Any = bank, leaf: Any = leaf, mix: Any = mix) -> Any:
+                return bank(leaf, mix=mix)
+
+            found[f"{title}{of} forward"] = forward
+            found[f"{title}{of} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: (
+                torch.autograd.grad(forward(), wanted, grad)
+            )
     return found
 
 

@@ -86,6 +86,20 @@ def test_a_bank_of_one_and_rows_without_it(residual: str, operation: str, impl: 
         torch.testing.assert_close(row, expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_equal_weights_of_a_mix_give_the_same_bits(operation: str, dtype: torch.dtype, impl: str) -> None:
+    """Of all tokens, of a sequence or of a token; a block may have tokens of two sequences."""
+    case = Case(operation, bank=3, choice="mix", shape=(3, 37), width=52, dtype=dtype)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors().items()}
+    skip_if_refused(case, tensors, impl)
+    mix = tensors.pop("mix")
+    out = call(case, tensors, impl, mix=mix)
+    for sizes in ((3,), (3, 37)):
+        assert torch.equal(bits(out), bits(call(case, tensors, impl, mix=mix.expand(*sizes, 3)))), sizes
+
+
 ROUTES = {
     "one adapter": [2] * 6,
     "no adapter": [-1] * 6,

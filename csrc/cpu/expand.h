@@ -1,7 +1,7 @@
 // From lanes to rows of tokens, the only write:
 //     out[q,u] = bias[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
 // or, for a mix of adapters,
-//     out[q,u] = sum_c V[q,c] t_c[u] + sum_e w_e bias_e[q,u] + also[q,u] + residual[q,u]
+//     out[q,u] = sum_e w_e bias_e[q,u] + sum_c V[q,c] t_c[u] + also[q,u] + residual[q,u]
 // The residual comes last, since each addition after a large residual would round to its size.
 //
 // Where all numbers of many terms t are in bf16, and the processor multiplies such pairs (has_dot),
@@ -52,11 +52,13 @@ struct Expansion {
     // null like residual and also. The weights of the biases are [biases][lanes].
     void operator()(const float* v, const T* residual, const T* also, T* out, int64_t tokens, const T* next,
                     const float* weights = nullptr) const {
-        if (m == 4 && !biases)
+        if (biases)
+            chunks<0>(v, residual, also, out, tokens, next, weights);
+        else if (m == 4)
             chunks<4>(v, residual, also, out, tokens, next, weights);
-        else if (m == 8 && !biases)
+        else if (m == 8)
             chunks<8>(v, residual, also, out, tokens, next, weights);
-        else if (m == 12 && !biases)
+        else if (m == 12)
             chunks<12>(v, residual, also, out, tokens, next, weights);
         else
             chunks<0>(v, residual, also, out, tokens, next, weights);
@@ -260,6 +262,16 @@ private:
                 COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; k += vectors_per_line<T>) COMPACTER_PREFETCH(next + k * W, 0, 2);
         }
+        for (int64_t e = 0; e < biases; ++e) {
+            Vec value[U];
+            get<U, Cut>(at.bias + e * row + u, value, count);
+            COMPACTER_UNROLL(8)
+            for (int r = 0; r < R; ++r) {
+                const Vec weight = splat(at.weights[e * lanes + token + r]);
+                COMPACTER_UNROLL(4)
+                for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
+            }
+        }
         const float* coef = at.coef + token;
         COMPACTER_UNROLL(12)
         for (int64_t c = 0; c < terms; ++c, t += stride) {
@@ -275,16 +287,6 @@ private:
                 const Vec weight = Pairs ? splat_pair(coef + c * lanes + r) : splat(coef[c * lanes + r]);
                 COMPACTER_UNROLL(4)
                 for (int k = 0; k < U; ++k) sum[r][k] = Pairs ? dot(sum[r][k], weight, value[k]) : sum[r][k] + weight * value[k];
-            }
-        }
-        for (int64_t e = 0; e < biases; ++e) {
-            Vec value[U];
-            get<U, Cut>(at.bias + e * row + u, value, count);
-            COMPACTER_UNROLL(8)
-            for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(at.weights[e * lanes + token + r]);
-                COMPACTER_UNROLL(4)
-                for (int k = 0; k < U; ++k) sum[r][k] += weight * value[k];
             }
         }
         const auto add_rows = [&](const T* p) COMPACTER_INLINE_LAMBDA {

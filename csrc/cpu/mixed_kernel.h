@@ -6,6 +6,7 @@
 #pragma once
 
 #include "adapter_kernel.h"
+#include "group_bias.h"
 
 namespace compacter::COMPACTER_ISA {
 
@@ -70,7 +71,7 @@ struct MixedScratch {
     Factors down, up;  // of the adapter whose turn it is
     int64_t all_m, all_m2;
     WideScratch wide;
-    float *b_contraction, *b_gradient, *weights, *gb;
+    float *b_contraction, *b_gradient, *bias, *weights, *gb;
     SideBySide z, v2, dv2, dz;
     Middle middle;
 
@@ -79,18 +80,23 @@ struct MixedScratch {
           wide({down.n_in, all_m, down.in_chunk()}, {up.n_out, all_m2, up.out_chunk()}, arena),
           b_contraction(arena.take(Contraction<float>::size(job.count, up.out))),
           b_gradient(arena.take(WeightGradient<float>::size(1, job.count, up.out))),
+          bias(arena.take(up.out)),
           weights(arena.take(job.count * lanes)),
           gb(arena.take(job.count * lanes)),
           z(beside(job, arena, down.n_in, down.m)), v2(beside(job, arena, up.n_out, up.m)),
           dv2(beside(job, arena, up.n_out, up.m)), dz(beside(job, arena, down.n_in, down.m)),
           middle(down, up, job.first.activation, arena) {}
 
-    // The weights of the tokens, in the lane layout [e][token]; 0 behind the last token.
-    void load_weights(const MixedJob& job, int64_t token, int64_t tokens) const {
+    // The weights of the tokens, in the lane layout [e][token]; 0 behind the last token. Returns whether
+    // they are those of one group.
+    bool load_weights(const MixedJob& job, int64_t token, int64_t tokens) const {
+        const int64_t first = token / job.per_group;
+        const bool one_group = (token + tokens - 1) / job.per_group == first;
         for (int64_t t = 0; t < lanes; ++t) {
-            const float* of_token = job.mix + (token + t) / job.per_group * job.count;
+            const float* of_token = job.mix + (one_group ? first : (token + t) / job.per_group) * job.count;
             for (int64_t e = 0; e < job.count; ++e) weights[e * lanes + t] = t < tokens ? of_token[e] : 0.f;
         }
+        return one_group;
     }
 
     // rows[j] *= w_e
@@ -124,14 +130,20 @@ void mixed_forward(const MixedJob& job, int64_t begin, int64_t end, float* memor
     T* out = static_cast<T*>(first.out);
     const bool streaming = first.streaming && can_stream(out, up.out_chunk());
     const Contraction<T> contract_x(down.n_in, scratch.all_m, down.in_chunk(), down.left, scratch.wide.x_contraction);
-    Expansion<T> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, up.bias, streaming, up.bias ? job.count : 0};
+    Expansion<T> expand{up.n_out, scratch.all_m2, up.out_chunk(), first.up.right, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
+    const GroupBias biases{job.count, up.out, first.up.bias, scratch.weights};
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const T *x_rows = x + token * k, *x_next = rows_after(x, token, end, k);
         T* out_rows = out + token * k;
-        scratch.load_weights(job, token, tokens);
+        const bool one_group = scratch.load_weights(job, token, tokens);
+        if (first.up.bias) {
+            if (one_group) biases.sum(scratch.bias);
+            expand.bias = one_group ? scratch.bias : first.up.bias;
+            expand.biases = one_group ? 0 : job.count;
+        }
         contract_x(x_rows, tokens, scratch.z.all, streaming ? x_next : out_rows);
         for (int64_t e = 0; e < job.count; ++e) {
             down = adapters.down(e);
@@ -170,15 +182,21 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
     Expansion<T> expand{down.n_in, scratch.all_m, down.in_chunk(), down.left, nullptr, streaming};
     expand.pack(scratch.wide.expansion, end - begin);
     const bool of_weights = down_sums.rule || down_sums.left || down_sums.right || down_sums.bias || up_sums.rule || up_sums.left;
-    const bool of_bias = job.grad_mix && up.bias;
+    const GroupBias biases{job.count, k, first.up.bias, scratch.weights};
+    float* const gb = job.grad_mix && up.bias ? scratch.gb : nullptr;
 
     for (int64_t token = begin; token < end; token += lanes) {
         const int64_t tokens = block_size(token, end);
         const T *x_rows = x + token * k, *g_rows = g + token * k;
-        scratch.load_weights(job, token, tokens);
+        const bool one_group = scratch.load_weights(job, token, tokens);
         contract_x(x_rows, tokens, scratch.z.all, rows_after(x, token, end, k));
         contract_g(g_rows, tokens, scratch.dv2.all, rows_after(g, token, end, k));
-        if (of_bias) contract_b(g_rows, tokens, scratch.gb);
+        if (one_group) {
+            if (gb || up_sums.bias) biases.gradients(g_rows, tokens, up_sums.bias, gb, scratch.bias);
+        } else {
+            if (gb) contract_b(g_rows, tokens, gb);
+            if (up_sums.bias) bias_gradient(scratch.weights, g_rows, tokens, nullptr);
+        }
         for (int64_t e = 0; e < job.count; ++e) {
             down = adapters.down(e);
             up = adapters.up(e);
@@ -189,7 +207,7 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
             scratch.dv2.take(e, dv2);
             if (job.grad_mix)
                 for (int l = 0; l < lanes; l += W) {
-                    Vec sum = of_bias ? load(scratch.gb + e * lanes + l) : Vec{};
+                    Vec sum = gb ? load(gb + e * lanes + l) : Vec{};
                     for (int64_t j = 0; j < numbers; ++j) sum += load(v2 + j * lanes + l) * load(dv2 + j * lanes + l);
                     for (int64_t t = l; t < l + W && t < tokens; ++t) job.grad_mix[(token + t) * job.count + e] = sum[t - l];
                 }
@@ -205,7 +223,6 @@ void mixed_backward(const MixedJob& job, int64_t begin, int64_t end, float* memo
         }
         if (down_sums.left) left_gradient(scratch.dz.all, x_rows, tokens, nullptr);
         if (up_sums.right) right_gradient(scratch.v2.all, g_rows, tokens, nullptr);
-        if (up_sums.bias) bias_gradient(scratch.weights, g_rows, tokens, nullptr);
         if (grad_x) expand(scratch.dz.all, first.residual ? g_rows : nullptr, nullptr, grad_x + token * k, tokens, nullptr);
     }
     left_gradient.flush();
