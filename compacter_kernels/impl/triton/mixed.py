@@ -92,9 +92,12 @@ def expand(V, RESIDUAL, OUT, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
     """sum_e V_e t_e + w_e b_e, or with LEFT V_e s_e, and the residual."""
     LP: tl.constexpr = P.PRECISION.LP
     SPLIT: tl.constexpr = P.PRECISION.SPLIT
+    NI: tl.constexpr = 16 if LEFT and not SPLIT and side.NI < 16 else side.NI  # the inner size of a product
+    c = tl.arange(0, NI)[None, :]
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, P.BT), tl.num_programs(0)):
         p, first, o_out, m_out = rows(tile, T, side.K, side, P)
-        o_v, m_v = narrow(tile, T, side, P)
+        _, first_v, o_row, m_row = rows(tile, T, side.C, side, P)
+        o_v, m_v = first_v + (o_row[:, None] + c), m_row[:, None] & (c < side.C)
         for b in tl.range(0, (side.K + P.BK - 1) // P.BK):
             u = block(b, P.BK)
             m = m_out[:, None] & (u < side.K)[None, :]
@@ -104,7 +107,6 @@ def expand(V, RESIDUAL, OUT, W, B, MIX, scale, T, per, side: tl.constexpr, P: tl
             for e in tl.range(0, 0 if P.DENSE else P.MIXED):
                 v = tl.load(layer(V, e, T, side) + o_v, mask=m_v, other=0.0)
                 if LEFT:
-                    c = tl.arange(0, side.NI)[None, :]
                     s = factor(own(W, 1, e, P), u[:, None], c, side.K, side, True)
                     total = add_turned(total, dz_operand(v, LP, SPLIT), s_operand(s, LP, SPLIT), P)
                 else:

@@ -24,6 +24,7 @@ def truncated(a):
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, summed in float32. PRECISION is that of float32 operands; "bf16" rounds them."""
+    tl.static_assert(a.shape[-1] >= 16, "Triton 3.6 refuses shorter rows")
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
