@@ -83,7 +83,7 @@ def _dense(s: Sizes, bf16: bool, architecture: str) -> Configurations:
         few = Config(16, _columns(s, 64), w, 1, 2), Config(16, _columns(s, 32), 4, 1, 2)
         return {"forward_streamed": few, "tokens": few, "columns": (Config(32, _columns(s, 32), w, 1, 2),)}
     tiles = tokens = [Config(t, c, w, stages, 2) for stages in (3, 2, 1)]
-    if not bf16 and architecture in HOPPER and not (s.ROUTED or s.MIXED):  # fewer columns, but as many in flight
+    if not bf16 and architecture in HOPPER and s.ADAPTERS <= 1 and not s.MIXED:  # few columns, but as many in flight
         tokens = [Config(t, _columns(s, 16), w, stages, 2) for stages in (5, 4, 2)]
     elif bf16 and s.DP > 128 and architecture in ("sm_90", "sm_100"):
         tokens = tiles[1:]
