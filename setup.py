@@ -39,6 +39,11 @@ def read_version() -> str:
     raise RuntimeError(f"{PACKAGE}/__init__.py sets no __version__")
 
 
+def find_ninja() -> str | None:
+    """The path of Ninja; None if there is none."""
+    return shutil.which("ninja") or shutil.which("ninja-build")
+
+
 def missing_tools() -> list[str]:
     """The tools that the native build needs and that this machine lacks."""
     missing = []
@@ -49,7 +54,7 @@ def missing_tools() -> list[str]:
         missing.append(f"a C++ compiler ({', '.join(COMPILERS)})")
     if shutil.which("cmake") is None:
         missing.append("cmake")
-    if not any(map(shutil.which, ("ninja", "ninja-build"))):
+    if find_ninja() is None:
         missing.append("ninja")
     if importlib.util.find_spec("pybind11") is None:
         missing.append("pybind11")
@@ -111,6 +116,7 @@ class BuildNative(build_ext):
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",  # that of an earlier build was in an environment of pip's
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",

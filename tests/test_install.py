@@ -152,6 +152,21 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_an_earlier_build_is_continued_with_another_ninja(source: Path, tmp_path: Path) -> None:
+    """The one of the earlier build is gone, as the environment in which pip builds a wheel."""
+    ninja = shutil.which("ninja") or shutil.which("ninja-build")
+    assert ninja
+    first = program(tmp_path / "first", "ninja", f'exec {ninja} "$@"')
+    compiler = program(tmp_path / "broken", "c++", "exit 1")
+    path = os.environ["PATH"]
+    done = setup(source, "build_ext", os.pathsep.join((str(first.parent), path)), CXX=str(compiler))
+    assert str(first) in done.stdout + done.stderr
+    first.unlink()
+    done = setup(source, "build_ext", path, CXX=str(compiler))
+    assert "is not able to compile" in done.stderr and str(first) not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.parametrize(("switch", "asked"), [("", "AUTO"), ("0", "OFF"), ("1", "ON")])
 def test_the_cuda_part_is_built_as_asked(source: Path, tmp_path: Path, switch: str, asked: str) -> None:
     """The options for CMake. tests/test_cuda_choice.py tests their effect."""
