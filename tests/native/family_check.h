@@ -202,15 +202,17 @@ inline void check_routed(const std::string& name, const Case& c, bool dense, std
 inline void check_mixed(const std::string& name, const Case& c, bool dense, std::mt19937& random) {
     const int64_t count = 3;
     BankCase b(c, dense, count, random);
-    Tensor mix(c.tokens * count, c.parameters), d_mix = mix;
-    mix.randomise(random, 1.);
     Bank bank = b.bank();
+    if (c.offset && c.tokens) bank.groups = c.tokens % 4 == 0 ? 4 : c.tokens % 3 == 0 ? 3 : 1;
+    const int64_t per_group = bank.groups ? c.tokens / bank.groups : 1;
+    Tensor mix(bank.groups * count, c.parameters), d_mix = mix;
+    mix.randomise(random, 1.);
     bank.mix = mix.array();
     cpu::forward_mixed(b.whole(), bank, b.residual_data(), b.also_x(), b.out.data(), c.threads);
     cpu::backward_mixed(b.whole(), bank, b.g.data(), b.dx.data(), b.adds_x(), b.d_down.parameters(), b.d_up.parameters(), d_mix.array(),
                         c.threads);
 
-    Numbers want(static_cast<size_t>(c.tokens * c.k)), want_mix(static_cast<size_t>(c.tokens * count));
+    Numbers want(static_cast<size_t>(c.tokens * c.k)), want_mix(static_cast<size_t>(bank.groups * count));
     const Numbers weights = mix.values(), g = b.g.values();
     for (int64_t adapter = 0; adapter < count; ++adapter) {
         Tensor x(c.tokens * c.k, DType::f32), out = x;
@@ -220,8 +222,9 @@ inline void check_mixed(const std::string& name, const Case& c, bool dense, std:
                      nullptr, false, out.data(), 1);
         const Numbers own = out.values();
         for (int64_t j = 0; j < c.tokens * c.k; ++j) {
-            want[j] += weights[j / c.k * count + adapter] * own[j];
-            want_mix[j / c.k * count + adapter] += g[j] * own[j];
+            const int64_t weight = j / c.k / per_group * count + adapter;
+            want[j] += weights[weight] * own[j];
+            want_mix[weight] += g[j] * own[j];
         }
     }
     for (int64_t j = 0; j < c.tokens * c.k; ++j)
