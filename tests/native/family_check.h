@@ -205,8 +205,9 @@ inline void check_mixed(const std::string& name, const Case& c, bool dense, std:
     Bank bank = b.bank();
     if (c.offset && c.tokens) bank.groups = c.tokens % 4 == 0 ? 4 : c.tokens % 3 == 0 ? 3 : 1;
     const int64_t per_group = bank.groups ? c.tokens / bank.groups : 1;
-    Tensor mix(bank.groups * count, c.parameters), d_mix = mix;
-    mix.randomise(random, 1.);
+    Tensor drawn(c.tokens * count, c.parameters), mix(bank.groups * count, c.parameters), d_mix = mix;
+    drawn.randomise(random, 1.);  // as many numbers, however many groups
+    mix.fill([&](int64_t j) { return drawn.values()[j]; });
     bank.mix = mix.array();
     cpu::forward_mixed(b.whole(), bank, b.residual_data(), b.also_x(), b.out.data(), c.threads);
     cpu::backward_mixed(b.whole(), bank, b.g.data(), b.dx.data(), b.adds_x(), b.d_down.parameters(), b.d_up.parameters(), d_mix.array(),
