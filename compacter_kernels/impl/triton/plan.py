@@ -124,8 +124,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     matrix units compute it directly. float16 is multiplied as float32: tf32 has as many bits, but
     what meets x has more, and a tensor core truncates them. Between the projections bfloat16 uses
     tf32, or bfloat16 if tf32 needs too many registers (a folded rule with n >= 8, and dZ and V2 in
-    `backward`): there the rounding of x weighs as much. With the most columns, the tf32 parts of V do
-    not fit into the shared memory of sm_90, and those of bfloat16 do.
+    `backward`): there the rounding of x weighs as much. With the most columns, the tf32 parts of V
+    do not fit into the shared memory of sm_90, and those of bfloat16 do.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32" if bf16 else "tf32x3"
