@@ -14,7 +14,7 @@
 # next one runs all the same. A kernel that fails its first look is not measured. Exits 0 when every stage passed.
 #
 # OUT/visit.tar.gz is written anew after each stage: stages.json (the exit code and seconds of each), machine.json, the
-# output of each stage in NAME.log, ab.json and ab.txt, family.json, tests.xml, the folder bench, and model_step_*.json and .txt.
+# output of each stage in NAME.log, ab.json and ab.txt, family_*.json, tests.xml, the folder bench, and model_step_*.json and .txt.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu_run.sh OUT}
 mkdir -p "$out"
@@ -22,7 +22,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 exec </dev/null
 
-STAGES=${STAGES:-build machine first ab family ncu memcheck racecheck tests large bench model}
+STAGES=${STAGES:-build machine first tests ab family memcheck racecheck ncu large bench model}
 DEADLINE=${DEADLINE:-570} # seconds of the whole visit
 IMPLS=${IMPLS:-cuda triton}
 VARIANTS=${VARIANTS:-} # other builds of the native part
@@ -37,13 +37,14 @@ python=("$PYTHON")
 results=$(mktemp -d) ended=() failed=0
 trap 'rm -rf "$results"' EXIT
 
-# stage NAME SECONDS COMMAND...: run it for at most so long, keep its output, and record how it ended
+# stage NAME SECONDS COMMAND...: run it for at most so long, keep its output, and record how it ended. It is stopped with
+# $signal: at INT, pytest reports what it has seen.
 stage() {
     local name=$1 limit=$2 log=$results/$1.log start=$SECONDS code=124
     shift 2
     ((limit < DEADLINE - start)) || limit=$((DEADLINE - start))
     if ((limit > 5)); then
-        timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1
+        timeout --signal="${signal:-TERM}" --kill-after=15 "$limit" env --default-signal=INT "$@" >"$log" 2>&1
         code=$?
     else
         echo "no time was left" >"$log"
@@ -108,11 +109,13 @@ for name in $STAGES; do
             stage ab 150 "${python[@]}" benchmarks/gpu_ab.py "$results/ab.json" "${kernels[@]}" --limit 90 ${AB:-}
             test ! -f "$results/ab.txt" || cat "$results/ab.txt"
             ;;
-        family)
-            impls=()
-            for kernel in "${kernels[@]}"; do [[ " $IMPLS " == *" $kernel "* ]] && impls+=("$kernel"); done
-            # shellcheck disable=SC2086  # FAMILY is a list of options
-            stage family 120 "${python[@]}" benchmarks/gpu_family.py "$results/family.json" "${impls[@]}" ${FAMILY:-}
+        family) # each impl in a process of its own, as in `first`
+            for kernel in "${kernels[@]}"; do
+                [[ " $IMPLS " == *" $kernel "* ]] || continue
+                # shellcheck disable=SC2086  # FAMILY is a list of options
+                stage "family_$kernel" 75 "${python[@]}" benchmarks/gpu_family.py "$results/family_$kernel.json" "$kernel" \
+                    --limit 45 ${FAMILY:-}
+            done
             ;;
         ncu)
             watched ncu 120 ncu --clock-control none --profile-from-start off --page raw --print-units base \
@@ -127,13 +130,13 @@ for name in $STAGES; do
             parallel=()
             has xdist && parallel=(-n "$WORKERS")
             # shellcheck disable=SC2086  # PYTEST is a list of options
-            stage tests 160 env OMP_NUM_THREADS=2 "${python[@]}" "${pytest[@]}" "${parallel[@]}" \
+            signal=INT stage tests 160 env OMP_NUM_THREADS=2 "${python[@]}" "${pytest[@]}" "${parallel[@]}" \
                 --junitxml="$results/tests.xml" --ignore=tests/gpu/test_gpu_large.py tests/gpu ${PYTEST:-}
             grep -E '^(FAILED|ERROR)' "$results/tests.log" | cut -c -200 | head -n 40
             ;;
         large) # the tests that fill the device's memory, alone on it
             # shellcheck disable=SC2086
-            stage large 60 "${python[@]}" "${pytest[@]}" tests/gpu/test_gpu_large.py ${PYTEST:-}
+            signal=INT stage large 60 "${python[@]}" "${pytest[@]}" tests/gpu/test_gpu_large.py ${PYTEST:-}
             ;;
         bench) # without what torch.compile makes, which takes minutes
             providers=(dense dense-cached factored dense-lowp dense-cached-lowp factored-lowp)
@@ -150,7 +153,7 @@ for name in $STAGES; do
                 --model t5-base --device cuda --dtype bfloat16 --batch 32
             ;;
         *)
-            printf 'no stage %s; choose of build machine first ab family ncu memcheck racecheck tests large bench model\n' "$name" >&2
+            printf 'no stage %s; choose of build machine first tests ab family memcheck racecheck ncu large bench model\n' "$name" >&2
             exit 2
             ;;
     esac

@@ -62,7 +62,7 @@ def visit(out: Path, **environment: str) -> tuple[int, dict[str, dict[str, int]]
 def test_a_dry_run_reads_every_command_line(tmp_path: Path) -> None:
     code, stages, files, printed = visit(tmp_path)
     assert code == 0, printed
-    expected = "build machine first_0 first_1 ab family ncu memcheck racecheck tests large bench"
+    expected = "build machine first_0 first_1 tests ab family_cuda family_triton memcheck racecheck ncu large bench"
     assert " ".join(name for name in stages if name != "model") == expected
     assert all(stage["exit_code"] == 0 for stage in stages.values())
     assert {f"{name}.log" for name in stages} <= set(files)
@@ -89,6 +89,29 @@ def test_a_stage_that_fails_is_recorded(environment: dict[str, str], code: int, 
     name = environment["STAGES"]
     assert stages[name]["exit_code"] == code
     assert said in files[f"{name}.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="there is no timeout")
+def test_tests_that_find_no_time_to_end_are_reported(tmp_path: Path) -> None:
+    """A stop leaves the failures until then, and tests.xml."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n\ndef test_fails():\n    assert False\n\ndef test_hangs():\n    time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    python = tmp_path / "python"  # it runs that file in place of tests/gpu
+    python.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        "xml = [a for a in sys.argv if a.startswith('--junitxml')] or sys.exit(1)  # no module is there\n"
+        f"command = [sys.executable, '-m', 'pytest', '-ra', '-c', '/dev/null', *xml, {str(tmp_path)!r}]\n"
+        "os.execv(command[0], command)\n",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    code, stages, files, printed = visit(out, STAGES="tests", DEADLINE="12", PYTHON=str(python))
+    assert (code, stages["tests"]["exit_code"]) == (1, 124), printed
+    assert "FAILED" in printed and "test_fails" in files["tests.xml"]
 
 
 def test_a_script_that_reads_no_arguments_fails_the_dry_run() -> None:

@@ -32,7 +32,7 @@ from compacter_kernels.impl.triton import launch
 from compacter_kernels.impl.triton.kernel import KERNELS, REDUCE_WARPS, TritonKernel, reduction
 from compacter_kernels.impl.triton.plan import Options, plan, served
 from compacter_kernels.impl.triton.reduce import reduce_rows
-from compacter_kernels.problem import adapter_problem
+from compacter_kernels.problem import adapter_problem, linear_problem
 
 case = Case.of(Shape(64, 16, 4), 16, dtype=torch.bfloat16).inputs()
 problem = adapter_problem(case.x, case.down, case.up, case.activation)
@@ -55,6 +55,11 @@ rule1, left1, right1, bias1, rule2, left2, right2, bias2 = params
 grads = (left1, right2, bias2, rule1, right1, None, rule2, left2)
 found = launch.Launch(reduce_rows, reduction(s), REDUCE_WARPS, 0).compile((part, *grads))
 assert found.metadata.num_warps == REDUCE_WARPS
+case = Case("linear", 36, 24, 12, rank=3).inputs()  # the most columns of a factor
+sizes, precision, (config, *_) = served(linear_problem(case.x, case.down), "sm_90")["forward_streamed"]
+rule, left, right, bias = case.down
+tiled = launch.Tiled(KERNELS["forward_streamed"], plan(sizes, config, precision, Options()), config, 0, 4)
+assert launch.fits(tiled.compile((case.x, None, case.grad, rule, left, *[None] * 4, right, bias)).metadata, 227 * 1024)
 print("compiled")
 
 ran, patterns = [], []

@@ -124,7 +124,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
     matrix units compute it directly. float16 is multiplied as float32: tf32 has as many bits, but
     what meets x has more, and a tensor core truncates them. Between the projections bfloat16 uses
     tf32, or bfloat16 if tf32 needs too many registers (a folded rule with n >= 8, and dZ and V2 in
-    `backward`): there the rounding of x weighs as much.
+    `backward`): there the rounding of x weighs as much. With the most columns, the tf32 parts of V
+    do not fit into the shared memory of sm_90, and those of bfloat16 do.
     """
     bf16 = dtype == torch.bfloat16
     wide = "tf32" if bf16 else "tf32x3"
@@ -135,6 +136,8 @@ def precision(kernel: str, s: Sizes, dtype: torch.dtype, architecture: str) -> P
         middle = totals = "bf16"
     elif wide == "tf32x3" and not s.FOLD and kernel in ("tokens", "sums"):
         middle, totals = UNFOLDED.get(architecture, ("bf16x6", "bf16x6"))
+    if architecture == "sm_90" and wide == "tf32x3" and kernel in ("forward_streamed", "expand") and s.inner > 512:
+        wide = "bf16x6"
     beyond = "bf16" if kernel == "backward" else middle
     turn = architecture.startswith("gfx") and dtype.itemsize == 2
     return Precision(tl.bfloat16 if bf16 else tl.float32, bf16 and not s.DENSE, wide, middle, totals, beyond, turn)
