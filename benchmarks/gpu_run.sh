@@ -22,7 +22,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 exec </dev/null
 
-STAGES=${STAGES:-build machine first tests ab family memcheck racecheck ncu large bench model}
+STAGES=${STAGES:-build machine first ab family ncu memcheck racecheck tests large bench model}
 DEADLINE=${DEADLINE:-570} # seconds of the whole visit
 IMPLS=${IMPLS:-cuda triton}
 VARIANTS=${VARIANTS:-} # other builds of the native part
@@ -153,7 +153,7 @@ for name in $STAGES; do
                 --model t5-base --device cuda --dtype bfloat16 --batch 32
             ;;
         *)
-            printf 'no stage %s; choose of build machine first tests ab family memcheck racecheck ncu large bench model\n' "$name" >&2
+            printf 'no stage %s; choose of build machine first ab family ncu memcheck racecheck tests large bench model\n' "$name" >&2
             exit 2
             ;;
     esac

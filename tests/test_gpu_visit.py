@@ -62,7 +62,7 @@ def visit(out: Path, **environment: str) -> tuple[int, dict[str, dict[str, int]]
 def test_a_dry_run_reads_every_command_line(tmp_path: Path) -> None:
     code, stages, files, printed = visit(tmp_path)
     assert code == 0, printed
-    expected = "build machine first_0 first_1 tests ab family_cuda family_triton memcheck racecheck ncu large bench"
+    expected = "build machine first_0 first_1 ab family_cuda family_triton ncu memcheck racecheck tests large bench"
     assert " ".join(name for name in stages if name != "model") == expected
     assert all(stage["exit_code"] == 0 for stage in stages.values())
     assert {f"{name}.log" for name in stages} <= set(files)
