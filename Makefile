@@ -36,11 +36,12 @@ PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready*
+	$(VENV)/bin/python -m pip --version 2> /dev/null || \
+		{ find -L $(VENV)/bin -type l -exec rm {} + 2> /dev/null; $(PYTHON) -m venv $(VENV); }  # links that lead nowhere
 	$(PIP) '$(TORCH)'
 	$(PIP) --constraint requirements.txt --editable '.[dev]'
 	@python -c 'import compacter_kernels as ck; print(ck.available_impls())'
-	@rm -f $(VENV)/.ready*
 	@touch $@
 
 ready: $(READY)
