@@ -17,7 +17,7 @@ AOT ?=
 unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
-READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
+READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)-$(subst /,-,$(TORCH))
 
 # by pytest-xdist, on the machine's cores (WORKERS=0: in one process); one thread each, as more would wait for one another
 PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
@@ -42,7 +42,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find c
 	$(PIP) '$(TORCH)'
 	$(PIP) --constraint requirements.txt --editable '.[dev]'
 	@python -c 'import compacter_kernels as ck; print(ck.available_impls())'
-	@touch $@
+	@touch '$@'
 
 ready: $(READY)
 
@@ -74,9 +74,10 @@ $(INTERPRETER): | $(READY)
 
 # with the trainers that examples/trainers has scripts for; --no-deps leaves torch as it is
 $(LATER): | $(READY)
-	$(PIP) --target $@ transformers==$(TRANSFORMERS) pydantic==2.14.4
-	$(PIP) --no-deps --target $@ trl==1.16.0 lightning==2.6.6 pytorch-lightning==2.6.6 \
+	$(PIP) --target $@.part transformers==$(TRANSFORMERS) pydantic==2.14.4
+	$(PIP) --no-deps --target $@.part trl==1.16.0 lightning==2.6.6 pytorch-lightning==2.6.6 \
 		lightning-utilities==0.15.3 torchmetrics==1.9.0
+	mv $@.part $@
 
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY) $(LATER)

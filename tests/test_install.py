@@ -196,7 +196,10 @@ def test_a_wheel_holds_no_file_that_the_sources_have_lost(source: Path) -> None:
 
 @pytest.mark.parametrize("half_made", [True, False], ids=["without pip", "its Python is gone"])
 def test_make_repairs_an_environment(tmp_path: Path, half_made: bool) -> None:
-    """As one of a Python that was removed, or one that ended before it had pip."""
+    """As one of a Python that was removed, or one that ended before it had pip.
+
+    It makes the environment again for another torch only.
+    """
     works = program(tmp_path, "works", "exit 0")
     python = program(tmp_path / "venv" / "bin", "python", "exit 1")
     if not half_made:
@@ -204,8 +207,10 @@ def test_make_repairs_an_environment(tmp_path: Path, half_made: bool) -> None:
         python.symlink_to(tmp_path / "gone")
     new = program(tmp_path, "new", f'cp "{works}" "$3/bin/python"')  # -m venv FOLDER
     command = ["make", "-C", ROOT, "ready", f"VENV={tmp_path / 'venv'}", f"PYTHON={new}"]
-    done = subprocess.run(command, env=environment(os.environ["PATH"]), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for torch, again in (("torch==2.13.0", False), ("torch==2.13.0", True), ("torch>=2.6", False)):
+        made = subprocess.run([*command, f"TORCH={torch}"], env=environment(os.environ["PATH"]), capture_output=True)
+        assert made.returncode == 0, made.stderr
+        assert again == (b"Nothing to be done for 'ready'" in made.stdout)
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
