@@ -17,7 +17,7 @@ AOT ?=
 unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
-READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)
+READY := $(VENV)/.ready$(COMPACTER_KERNELS_NATIVE)-$(COMPACTER_KERNELS_CUDA)-$(subst /,-,$(TORCH))
 
 # by pytest-xdist, on the machine's cores (WORKERS=0: in one process); one thread each, as more would wait for one another
 PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
@@ -36,12 +36,13 @@ PEFT_TESTS := tests/test_peft_core.py tests/test_peft_errors.py
 # installed, with the native part as COMPACTER_KERNELS_NATIVE asks, and its CUDA part as COMPACTER_KERNELS_CUDA does:
 # 0 without, 1 required, unset what this machine can build and run (setup.py)
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready*
+	$(VENV)/bin/python -m pip --version 2> /dev/null || \
+		{ find -L $(VENV)/bin -type l -exec rm {} + 2> /dev/null; $(PYTHON) -m venv $(VENV); }  # links that lead nowhere
 	$(PIP) '$(TORCH)'
 	$(PIP) --constraint requirements.txt --editable '.[dev]'
 	@python -c 'import compacter_kernels as ck; print(ck.available_impls())'
-	@rm -f $(VENV)/.ready*
-	@touch $@
+	@touch '$@'
 
 ready: $(READY)
 
@@ -73,9 +74,10 @@ $(INTERPRETER): | $(READY)
 
 # with the trainers that examples/trainers has scripts for; --no-deps leaves torch as it is
 $(LATER): | $(READY)
-	$(PIP) --target $@ transformers==$(TRANSFORMERS) pydantic==2.14.4
-	$(PIP) --no-deps --target $@ trl==1.16.0 lightning==2.6.6 pytorch-lightning==2.6.6 \
+	$(PIP) --target $@.part transformers==$(TRANSFORMERS) pydantic==2.14.4
+	$(PIP) --no-deps --target $@.part trl==1.16.0 lightning==2.6.6 pytorch-lightning==2.6.6 \
 		lightning-utilities==0.15.3 torchmetrics==1.9.0
+	mv $@.part $@
 
 # whole models under another version of transformers than the pinned one, which `adapters` needs
 transformers: $(READY) $(LATER)

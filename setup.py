@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,11 +40,6 @@ def read_version() -> str:
     raise RuntimeError(f"{PACKAGE}/__init__.py sets no __version__")
 
 
-def find_ninja() -> str | None:
-    """The path of Ninja; None if there is none."""
-    return shutil.which("ninja") or shutil.which("ninja-build")
-
-
 def missing_tools() -> list[str]:
     """The tools that the native build needs and that this machine lacks."""
     missing = []
@@ -54,7 +50,7 @@ def missing_tools() -> list[str]:
         missing.append(f"a C++ compiler ({', '.join(COMPILERS)})")
     if shutil.which("cmake") is None:
         missing.append("cmake")
-    if find_ninja() is None:
+    if not any(map(shutil.which, ("ninja", "ninja-build"))):
         missing.append("ninja")
     if importlib.util.find_spec("pybind11") is None:
         missing.append("pybind11")
@@ -113,10 +109,13 @@ class BuildNative(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
+        # of an earlier build: its options, its compiler, and a Ninja that pip has removed since
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for known in build.glob("CMakeFiles/*/CMake*Compiler.cmake"):
+            known.unlink()
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",  # that of an earlier build was in an environment of pip's
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
@@ -136,7 +135,7 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Removes the native module of an earlier build, and leaves a note where this build has none.
+    """Removes what an earlier build left, and leaves a note where this build has no native module.
 
     It also copies the training scripts into a package that is not editable. The command `train`
     runs them there.
@@ -145,8 +144,14 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         package = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
-        for stale in (*package.glob("_C.*.so"), *package.glob("_C.*.pyd"), package / "_not_built.txt"):
-            stale.unlink(missing_ok=True)
+        if self.editable_mode:  # this folder may hold the native modules of other Pythons too
+            stale = {package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", package / "_not_built.txt"}
+        else:
+            stale = {*filter(Path.is_file, package.rglob("*"))} - {*map(Path, self.get_outputs())}
+            for unfinished in package.parents[1].glob("bdist.*/wheel"):  # which setuptools would pack too
+                shutil.rmtree(unfinished)
+        for path in stale:
+            path.unlink(missing_ok=True)
         if REASON is not None:
             package.mkdir(parents=True, exist_ok=True)
             (package / "_not_built.txt").write_text(REASON + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
 SOURCES = (
     "compacter_kernels",
@@ -75,7 +76,7 @@ def setup(source: Path, command: str, path: str, **variables: str) -> subprocess
 
 def program(folder: Path, name: str, code: str) -> Path:
     """An executable of that name."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(f"#!/bin/sh\n{code}\n")
     path.chmod(0o755)
@@ -92,9 +93,10 @@ def installed(python: Path) -> list[str]:
 
 @pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
 def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, editable: bool) -> None:
-    """An editable install removes the native module of an earlier build."""
-    earlier = source / "compacter_kernels" / "_C.earlier.so"
+    """An editable install removes the native module of an earlier build, not of another Python."""
+    earlier, other = (source / "compacter_kernels" / name for name in (f"_C{EXT_SUFFIX}", "_C.of-another.so"))
     earlier.touch()
+    other.touch()
     target = ["--editable", str(source)] if editable else [str(source)]
     done = pip(python, "install", "--ignore-installed", *target, env=environment(str(python.parent)))
     assert done.returncode == 0, done.stderr
@@ -103,7 +105,7 @@ def test_without_a_compiler_it_installs_and_says_so(python: Path, source: Path, 
     assert Path(file).is_relative_to(source if editable else python.parents[1])
     assert "not built" in reason
     assert "a C++ compiler" in reason
-    assert not (editable and earlier.exists())
+    assert other.exists() and not (editable and earlier.exists())
     scripts = source / "examples" if editable else Path(file).with_name("examples")
     command = [str(python), "-m", "compacter_kernels", "train", "--help"]
     shown = subprocess.run(command, env=environment(os.defpath), cwd=python.parent, capture_output=True, text=True)
@@ -152,18 +154,63 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-def test_an_earlier_build_is_continued_with_another_ninja(source: Path, tmp_path: Path) -> None:
-    """The one of the earlier build is gone, as the environment in which pip builds a wheel."""
-    ninja = shutil.which("ninja") or shutil.which("ninja-build")
-    assert ninja
-    first = program(tmp_path / "first", "ninja", f'exec {ninja} "$@"')
-    compiler = program(tmp_path / "broken", "c++", "exit 1")
-    path = os.environ["PATH"]
-    done = setup(source, "build_ext", os.pathsep.join((str(first.parent), path)), CXX=str(compiler))
-    assert str(first) in done.stdout + done.stderr
-    first.unlink()
-    done = setup(source, "build_ext", path, CXX=str(compiler))
-    assert "is not able to compile" in done.stderr and str(first) not in done.stdout + done.stderr
+def test_an_earlier_build_decides_nothing(source: Path, tmp_path: Path) -> None:
+    """Its tools are gone, as the environment in which pip builds, and the checkout was moved.
+
+    In place of a module CMake writes the tools and the options that it has.
+    """
+    (source / "CMakeLists.txt").write_text(f"""
+        cmake_minimum_required(VERSION 3.18)
+        project(shown LANGUAGES CXX)
+        file(WRITE ${{CMAKE_LIBRARY_OUTPUT_DIRECTORY}}/_C{EXT_SUFFIX}
+             "${{CMAKE_MAKE_PROGRAM}} ${{CMAKE_CXX_COMPILER}} ${{CMAKE_CXX_FLAGS}} ${{OPTION}}")""")
+    for name in ("ninja", "c++"):
+        program(tmp_path / "earlier", name, f'exec {shutil.which(name)} "$@"')
+    earlier, path = str(tmp_path / "earlier"), os.environ["PATH"]
+    options = {"CXX": f"{earlier}/c++", "CXXFLAGS": "-Dearlier", "CMAKE_ARGS": "-DOPTION=earlier"}
+    done = setup(source, "build", os.pathsep.join((earlier, path)), **options)
+    assert done.returncode == 0, done.stderr
+    (module,) = source.glob(f"build/lib.*/compacter_kernels/_C{EXT_SUFFIX}")
+    assert module.read_text() == f"{earlier}/ninja {earlier}/c++ -Dearlier earlier"
+    shutil.rmtree(earlier)
+    moved = source.rename(tmp_path / "moved")
+    done = setup(moved, "build", path)
+    assert done.returncode == 0, done.stderr
+    assert "earlier" not in (moved / module.relative_to(source)).read_text()
+
+
+def test_a_wheel_holds_no_file_that_the_sources_have_lost(source: Path) -> None:
+    """Also if the earlier build ended half way, as on a full disk: a file stands for a folder."""
+    dist, lost = source / "dist", [source / "compacter_kernels" / "lost.py", source / "examples" / "lost.py"]
+    for path in (dist, *lost):
+        path.touch()
+    failed = setup(source, "bdist_wheel", os.environ["PATH"], COMPACTER_KERNELS_NATIVE="0")
+    assert failed.returncode != 0 and len([*source.glob("build/bdist.*/wheel/**/lost.py")]) == 2
+    for path in (dist, *lost):
+        path.unlink()
+    done = setup(source, "bdist_wheel", os.environ["PATH"], COMPACTER_KERNELS_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = dist.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "lost" in name]
+
+
+@pytest.mark.parametrize("half_made", [True, False], ids=["without pip", "its Python is gone"])
+def test_make_repairs_an_environment(tmp_path: Path, half_made: bool) -> None:
+    """As one of a Python that was removed, or one that ended before it had pip.
+
+    It makes the environment again for another torch only.
+    """
+    works = program(tmp_path, "works", "exit 0")
+    python = program(tmp_path / "venv" / "bin", "python", "exit 1")
+    if not half_made:
+        python.unlink()
+        python.symlink_to(tmp_path / "gone")
+    new = program(tmp_path, "new", f'cp "{works}" "$3/bin/python"')  # -m venv FOLDER
+    command = ["make", "-C", ROOT, "ready", f"VENV={tmp_path / 'venv'}", f"PYTHON={new}"]
+    for torch, again in (("torch==2.13.0", False), ("torch==2.13.0", True), ("torch>=2.6", False)):
+        made = subprocess.run([*command, f"TORCH={torch}"], env=environment(os.environ["PATH"]), capture_output=True)
+        assert made.returncode == 0, made.stderr
+        assert again == (b"Nothing to be done for 'ready'" in made.stdout)
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
