@@ -82,12 +82,13 @@ def _dense(s: Sizes, bf16: bool, architecture: str) -> Configurations:
     else:
         few = Config(16, _columns(s, 64), w, 1, 2), Config(16, _columns(s, 32), 4, 1, 2)
         return {"forward_streamed": few, "tokens": few, "columns": (Config(32, _columns(s, 32), w, 1, 2),)}
-    tiles = tokens = [Config(t, c, w, stages, 2) for stages in (3, 2, 1)]
-    if not bf16 and architecture in HOPPER and s.ADAPTERS <= 1 and not s.MIXED:  # few columns, but as many in flight
-        tokens = [Config(t, _columns(s, 16), w, stages, 2) for stages in (5, 4, 2)]
+    tiles = [Config(t, c, w, stages, 2) for stages in (3, 2, 1)]
+    tokens = tiles[1:]
+    if not bf16 and architecture in HOPPER and s.ADAPTERS <= 1 and not s.MIXED:  # fewer columns, but as many in flight
+        tokens = [Config(t, _columns(s, 16), w, stages, 2) for stages in (4, 2)]
     elif bf16 and s.DP > 128 and architecture in ("sm_90", "sm_100"):
-        tokens = tiles[1:]
-    return {"forward_streamed": tuple(tiles), "tokens": tuple(tokens[1:]), "columns": (sums,)}
+        tokens = tiles[2:]
+    return {"forward_streamed": tuple(tiles), "tokens": tuple(tokens), "columns": (sums,)}
 
 
 def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configurations:
@@ -96,9 +97,9 @@ def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configuratio
         found = _dense(s, bf16, architecture)
     else:
         found = {**_streamed_forward(s, bf16, architecture), **_two_phase(back, bf16, architecture)}
-    few = architecture in ("sm_80", "sm_120")
+    from_registers = architecture in ("sm_80", "sm_120")  # matrix instructions read no shared memory
     if bf16:
-        stages = 1 if not s.DENSE and (architecture == "sm_100" or (few and s.DP > 64)) else 2
+        stages = 1 if not s.DENSE and (architecture == "sm_100" or (from_registers and s.DP > 64)) else 2
     else:
         stages = 1 if not s.DENSE and not s.FOLD and architecture == "sm_80" else 2
     middle = tuple([config._replace(stages=min(config.stages, stages)) for config in found.pop("forward_streamed")])
@@ -108,7 +109,7 @@ def _mixed(s: Sizes, back: Sizes, bf16: bool, architecture: str) -> Configuratio
     if not bf16 and not s.DENSE and architecture in HOPPER and back.IN.NP <= 4:
         tokens = [config._replace(warps=4) for config in tokens]
     found["tokens"] = tuple(tokens)
-    c, t = _columns(s, 16 if s.DENSE and bf16 and few else 32), 64 if s.DENSE else 16
+    c, t = _columns(s, 16 if s.DENSE and bf16 and from_registers else 32), 64 if s.DENSE else 16
     wide = t * min(s.IN.NP, s.OUT.NP) * c >= 2048  # 128 bits of bfloat16 for each of 256 threads
     expand = (Config(t, c, _warps(architecture) if wide else 4, 1, 2),)
     return {"middle": middle, "expand": expand, **found}
