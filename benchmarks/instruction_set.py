@@ -7,7 +7,8 @@ own, in which torch and its libraries are limited to the same set (tests/instruc
 every round each process times each row once, and the two take turns. Page faults are removed
 (benchmarks/README.md). A sample is the wall time of a call; with `--threads 1` it is the CPU time
 of the process, which a busy neighbour disturbs less. The tables show lower quartiles, and the load
-of the machine, which should be near the number of threads.
+of the machine, which should be near the number of threads. With several threads the process that
+starts second may be faster, so run BEFORE and AFTER in both orders.
 
 Writes OUT/ISA.json and OUT/ISA.txt.
 """
