@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,8 @@ def bottlenecks() -> dict[str, Callable[[], Any]]:
         leaf = torch.randn(TOKENS[-1], k, dtype=torch.bfloat16, requires_grad=True)
         wanted = [leaf, *(p for layer in layers for p in layer.parameters())]
         grad = torch.randn_like(leaf)
-
-        def forward(leaf: Any = leaf, sides: Any = sides) -> Any:
-            return ck.bottleneck_adapter(leaf, *sides, residual=leaf, impl="cpu")
-
-        title = f"{k}/{d} bfloat16 T={TOKENS[-1]} cpu"
-        found[f"{title} forward"] = forward
-        found[f"{title} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: torch.autograd.grad(
-            forward(), wanted, grad
-        )
+        forward = partial(ck.bottleneck_adapter, leaf, *sides, residual=leaf, impl="cpu")
+        found |= directions(f"{k}/{d} bfloat16 T={TOKENS[-1]} cpu", forward, wanted, grad)
     return found
 
 
@@ -110,16 +104,18 @@ def mixes() -> dict[str, Callable[[], Any]]:
         found[f"{title} copy"] = leaf.detach().clone
         for of, sizes in (("", leaf.shape[:2]), (" of sequences", leaf.shape[:1])):
             mix = torch.randn(*sizes, len(bank), requires_grad=True)
-            wanted = [leaf, mix, *bank.parameters()]
-
-            def forward(bank: Any = bank, leaf: Any = leaf, mix: Any = mix) -> Any:
-                return bank(leaf, mix=mix)
-
-            found[f"{title}{of} forward"] = forward
-            found[f"{title}{of} forward+backward"] = lambda forward=forward, wanted=wanted, grad=grad: (
-                torch.autograd.grad(forward(), wanted, grad)
-            )
+            found |= directions(f"{title}{of}", partial(bank, leaf, mix=mix), [leaf, mix, *bank.parameters()], grad)
     return found
+
+
+def directions(title: str, forward: Callable[[], Any], leaves: list[Any], grad: Any) -> dict[str, Callable[[], Any]]:
+    """The rows of a forward, and of it with its backward."""
+    import torch
+
+    return {
+        f"{title} forward": forward,
+        f"{title} forward+backward": lambda: torch.autograd.grad(forward(), leaves, grad),
+    }
 
 
 def main() -> None:
